@@ -1,0 +1,25 @@
+"""Where a run is recorded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge, MinLen
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogOptions:
+    """The names and folders of a run's records, and how often numbers are reported."""
+
+    project_name: Annotated[str, MinLen(1)] = "myproj"
+    """The project's name, the first part of the run folder's and every checkpoint's name."""
+
+    run_name: str | None = None
+    """A name shown beside the project's in the run's folder; null leaves it out."""
+
+    logdir: str = "logs"
+    """The folder that holds the run folders."""
+
+    log_step: Annotated[int, Ge(1)] = 25
+    """Report losses, rates and speed every n optimizer steps; the first step is always reported."""

@@ -1,0 +1,70 @@
+"""AdamW, torch's fused one and bitsandbytes' with 8-bit state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from annotated_types import Ge, Gt, Lt
+
+from trainer.optim.schedules import ScheduleOptions
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+Beta = Annotated[float, Ge(0), Lt(1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentOptions(ScheduleOptions):
+    """What every Adam has: decays of the two moments, epsilon, weight decay."""
+
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Decay of the running means of the gradient and of its square."""
+
+    epsilon: Annotated[float, Gt(0)] = 1e-8
+    """Added to the root of the second moment."""
+
+    weight_decay: Annotated[float, Ge(0)] = 0.01
+    """Decoupled weight decay: each step shrinks the weights by weight_decay * rate (for D-Adaptation d*lr)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWOptions(MomentOptions):
+    """torch's AdamW, fused (Loshchilov & Hutter, arXiv 1711.05101)."""
+
+    optimizer: Literal["adamw"] = "adamw"
+    """The optimizer's name."""
+
+    def build(self, params: Iterable[nn.Parameter], lr: float) -> Optimizer:
+        """Return the optimizer over `params` at rate `lr`."""
+        from torch.optim import AdamW
+
+        return AdamW(params, lr=lr, betas=self.betas, eps=self.epsilon, weight_decay=self.weight_decay, fused=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW8bitOptions(MomentOptions):
+    """bitsandbytes' AdamW with block-wise 8-bit state (Dettmers et al., arXiv 2110.02861)."""
+
+    optimizer: Literal["adamw8bit"] = "adamw8bit"
+    """The optimizer's name."""
+
+    def build(self, params: Iterable[nn.Parameter], lr: float) -> Optimizer:
+        """Return the optimizer over `params` at rate `lr`.
+
+        Raises:
+            UserError: bitsandbytes is not installed or does not load.
+        """
+        from trainer.errors import UserError
+
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except Exception as error:  # a broken CUDA set-up raises anything at import
+            raise UserError(
+                f"optimizer adamw8bit: bitsandbytes does not load ({error}); install it with "
+                "`pip install bitsandbytes`, or choose optimizer adamw or dadapt_adam."
+            ) from error
+        return AdamW8bit(params, lr=lr, betas=self.betas, eps=self.epsilon, weight_decay=self.weight_decay)
