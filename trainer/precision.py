@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,3 +22,52 @@ class PrecisionOptions:
 
     channels_last: bool = True
     """Store convolution weights and images channels last, which convolutions run faster with."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What the options come to on a device."""
+
+    device: torch.device
+    dtype: torch.dtype | None
+    """The autocast type, or None for fp32 throughout."""
+
+    scaler: torch.amp.GradScaler | None
+    """The loss scaler that fp16 needs."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which the networks compute."""
+        import torch
+
+        return nullcontext() if self.dtype is None else torch.autocast(self.device.type, dtype=self.dtype)
+
+    @property
+    def name(self) -> str:
+        """The precision in one word: bf16, fp16 or fp32."""
+        return {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(str(self.dtype), "fp32")
+
+
+def resolve_precision(options: PrecisionOptions, device: torch.device) -> Precision:
+    """Decide the precision on `device`; on CUDA also allow TF32 for what stays in fp32.
+
+    Emulated bf16, which torch reports as supported on cards such as the T4, does not count: fp16 is many times faster there.
+
+    Raises:
+        UserError: fp16 on the CPU, or bf16 on a card without it.
+    """
+    import torch
+
+    from trainer.errors import UserError
+
+    kind = "no" if options.disable_amp else options.mixed_precision
+    native_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind == "auto":
+        kind = "no" if device.type != "cuda" else "bf16" if native_bf16 else "fp16"
+    if kind == "fp16" and device.type != "cuda":
+        raise UserError("mixed_precision: fp16 needs a CUDA device and this run is on the CPU; use auto, bf16 or no.")
+    if kind == "bf16" and device.type == "cuda" and not native_bf16:
+        raise UserError(f"mixed_precision: {torch.cuda.get_device_name(device)} does not compute bf16 natively; use auto or fp16.")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[kind]
+    return Precision(device, dtype, torch.amp.GradScaler("cuda") if kind == "fp16" else None)

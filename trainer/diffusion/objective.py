@@ -1,11 +1,23 @@
-"""The training objective of a latent diffusion model."""
+"""The training objective of a latent diffusion model: one image's loss, from pixels and caption to a number.
+
+Read this file first: `Objective.losses` is the whole method, top to bottom.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from data.batch import Batch
+    from trainer.diffusion.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,3 +41,132 @@ class ObjectiveOptions:
 
     clip_skip: Annotated[int, Ge(0), Le(4)] = 0
     """Which hidden state of the text encoder conditions the UNet: 0 the last, n the n-th before it, through the final layer norm."""
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The modules that a step runs, prepared by `trainer.build`: on their device, perhaps wrapped for several processes."""
+
+    unet: Any
+    text_encoder: Any
+    vae: Any
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a step needs of its images, on the device; the random numbers are drawn on the CPU and travel with the pixels."""
+
+    pixels_BCHW: Tensor
+    """fp32 in [-1, 1]."""
+
+    tokens_BT: Tensor
+    """int64."""
+
+    scale_B: Tensor
+    """fp32, each image's loss_scale."""
+
+    posterior_BCHW: Tensor
+    """fp32 noise that picks one latent from the VAE's distribution."""
+
+    noise_BCHW: Tensor
+    """fp32 noise that is mixed into the latents and predicted."""
+
+    t_B: Tensor
+    """int64 timesteps."""
+
+    def to(self, device: torch.device) -> Inputs:
+        """Copy everything to `device`, without waiting where the memory is pinned."""
+        from trainer.transfer import to_device
+
+        return Inputs(**{name: to_device(tensor, device) for name, tensor in vars(self).items()})
+
+
+class Objective:
+    """Denoising score matching in the latents of a frozen VAE (Rombach et al. 2022, arXiv 2112.10752).
+
+    Args:
+        options: noise, loss and weighting.
+        schedule: the forward process.
+        seed: the run's seed; every draw is keyed by it and by the image's place.
+        latent_channels, latent_factor, scaling_factor: the VAE's channels, pixels per latent and unit scale.
+        train_text_encoder: whether gradients reach the text encoder.
+    """
+
+    def __init__(
+        self,
+        options: ObjectiveOptions,
+        schedule: NoiseSchedule,
+        *,
+        seed: int,
+        latent_channels: int,
+        latent_factor: int,
+        scaling_factor: float,
+        train_text_encoder: bool,
+    ) -> None:
+        self.options = options
+        self.schedule = schedule
+        self.seed = seed
+        self.latent_channels = latent_channels
+        self.latent_factor = latent_factor
+        self.scaling_factor = scaling_factor
+        self.train_text_encoder = train_text_encoder
+
+    def draw(self, batch: Batch) -> Inputs:
+        """Return the batch with its random numbers, on the CPU: pure in (seed, epoch, position of each image)."""
+        from data.rng import stream
+
+        places = [(batch.epoch, position) for position in batch.positions]
+        timesteps = [
+            int(stream(self.seed, "timestep", *place).integers(self.options.timestep_start, self.options.timestep_end)) for place in places
+        ]
+        return self.place(batch, places, timesteps)
+
+    def place(self, batch: Batch, places: list[tuple[int, ...]], timesteps: list[int]) -> Inputs:
+        """Return the batch at given timesteps, with the noise of given places in the run (for losses that are compared over time)."""
+        import numpy as np
+        import torch
+
+        from data.rng import stream
+        from trainer.diffusion import noise
+
+        height, width = batch.pixels_BCHW.shape[-2:]
+        shape = (self.latent_channels, height // self.latent_factor, width // self.latent_factor)
+        noises = [noise.gaussian(shape, self.seed, *place) for place in places]
+        if self.options.zero_frequency_noise_ratio > 0:
+            strength = self.options.zero_frequency_noise_ratio
+            noises = [plain + noise.offset(shape, strength, self.seed, *place) for plain, place in zip(noises, places, strict=True)]
+        posterior = [stream(self.seed, "latent", *place).standard_normal(shape, dtype=np.float32) for place in places]
+        return Inputs(
+            pixels_BCHW=batch.pixels_BCHW,
+            tokens_BT=batch.tokens_BT,
+            scale_B=batch.loss_scale_B,
+            posterior_BCHW=torch.from_numpy(np.stack(posterior)),
+            noise_BCHW=torch.from_numpy(np.stack(noises)),
+            t_B=torch.tensor(timesteps, dtype=torch.int64),
+        )
+
+    def losses(self, networks: Networks, inputs: Inputs, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Tensor:
+        """Return loss_B in fp32, weighted by timestep but not by image; nothing is read back to the host."""
+        import torch
+
+        from trainer.diffusion.conditioning import encode_text
+        from trainer.diffusion.loss import image_losses
+        from trainer.diffusion.weighting import min_snr_weights
+
+        with torch.no_grad(), autocast():
+            moments = networks.vae.encode(inputs.pixels_BCHW).latent_dist
+        latents_BCHW = (moments.mean.float() + moments.std.float() * inputs.posterior_BCHW) * self.scaling_factor
+
+        t_B = inputs.t_B
+        noisy_BCHW = self.schedule.noisy(latents_BCHW, inputs.noise_BCHW, t_B)
+        target_BCHW = self.schedule.target(latents_BCHW, inputs.noise_BCHW, t_B)
+
+        with autocast():
+            with torch.set_grad_enabled(self.train_text_encoder and torch.is_grad_enabled()):
+                context_BTD = encode_text(networks.text_encoder, inputs.tokens_BT, self.options.clip_skip)
+            prediction_BCHW = networks.unet(noisy_BCHW, t_B, context_BTD).sample
+
+        loss_B = image_losses(prediction_BCHW, target_BCHW, t_B, self.options.loss_type, self.schedule.timesteps)
+        if self.options.min_snr_gamma is not None:
+            loss_B = loss_B * min_snr_weights(self.schedule.snr(t_B), self.options.min_snr_gamma, self.schedule.prediction_kind)
+        return loss_B

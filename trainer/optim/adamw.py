@@ -61,7 +61,7 @@ class AdamW8bitOptions(MomentOptions):
         from trainer.errors import UserError
 
         try:
-            from bitsandbytes.optim import AdamW8bit
+            from bitsandbytes.optim.adamw import AdamW8bit
         except Exception as error:  # a broken CUDA set-up raises anything at import
             raise UserError(
                 f"optimizer adamw8bit: bitsandbytes does not load ({error}); install it with "

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from io import StringIO
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt
 
@@ -35,18 +37,38 @@ class DAdaptAdamOptions(MomentOptions):
     growth_rate: Annotated[float, Ge(1)] = math.inf
     """The most that d may grow by in one step, as a factor; 1.02 is gentle."""
 
+    adapts: ClassVar[bool] = True
+    learned_keys: ClassVar[tuple[str, ...]] = ("d", "k", "numerator_weighted")
+
     def build(self, params: Iterable[nn.Parameter], lr: float) -> Optimizer:
         """Return the optimizer over `params`, its rate being d times `lr`."""
         from dadaptation import DAdaptAdam
 
-        return DAdaptAdam(
-            params,
-            lr=lr,
-            betas=self.betas,
-            eps=self.epsilon,
-            weight_decay=self.weight_decay,
-            decouple=self.decouple,
-            use_bias_correction=self.use_bias_correction,
-            d0=self.d0,
-            growth_rate=self.growth_rate,
-        )
+        with redirect_stdout(StringIO()):  # the library prints a line about decoupled weight decay
+            return DAdaptAdam(
+                params,
+                lr=lr,
+                betas=self.betas,
+                eps=self.epsilon,
+                weight_decay=self.weight_decay,  # type: ignore[arg-type]  # the library annotates its default, 0, as int
+                decouple=self.decouple,
+                use_bias_correction=self.use_bias_correction,
+                d0=self.d0,
+                growth_rate=self.growth_rate,
+            )
+
+    def measure(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return `d`, the estimate `d_hat` that d follows upwards, and `rate` = d * lr * bias correction, which really acts.
+
+        d_hat = W / ((1 - sqrt(beta2)) * |s|_1), with the weighted numerator W (arXiv 2301.07733, algorithm 5).
+        """
+        import torch
+
+        group = optimizer.param_groups[0]
+        beta1, beta2 = self.betas
+        d, steps = group["d"], group["k"]
+        correction = math.sqrt(1 - beta2 ** (steps + 1)) / (1 - beta1 ** (steps + 1)) if self.use_bias_correction else 1.0
+        s_l1 = sum((state["s"].abs().sum(dtype=torch.float64) for state in optimizer.state.values() if "s" in state), start=0.0)
+        numerator = group["numerator_weighted"]
+        d_hat = numerator / ((1 - math.sqrt(beta2)) * float(s_l1)) if float(s_l1) > 0 else 0.0
+        return {"rate": d * group["lr"] * correction, "d": d, "d_hat": d_hat}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 
-SchedulerName = Literal[
-    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-]
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+SchedulerName = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,16 @@ class ScheduleOptions:
 
     lr_decay_steps: Annotated[int, Ge(0)] | None = None
     """Optimizer steps over which the rate falls; null is 1.5 times the steps of the run; constant ignores it."""
+
+    adapts: ClassVar[bool] = False
+    """Whether the optimizer finds its own rate, lr being a multiplier of it."""
+
+    learned_keys: ClassVar[tuple[str, ...]] = ()
+    """Entries of the optimizer's groups that it changes itself, and that a checkpoint therefore holds."""
+
+    def measure(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return what can be reported of the optimizer, as numbers or 0-d tensors: `rate`, the rate that really acts."""
+        return {"rate": optimizer.param_groups[0]["lr"]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,3 +61,22 @@ class RateOptions:
 
     allow_high_lr: bool = False
     """Allow AdamW rates above 1e-5 on networks of more than 500 million parameters, which usually ruin Stable Diffusion."""
+
+
+def rate_factor(options: ScheduleOptions, total_steps: int) -> Callable[[int], float]:
+    """Return the factor on the learning rate as a pure function of the optimizer step, counted from 0 (diffusers' `get_scheduler`).
+
+    Args:
+        options: name, warm-up and decay; null or 0 decay steps are 1.5 times `total_steps`, null warm-up is a fiftieth of them.
+        total_steps: the optimizer steps of the run.
+    """
+    import torch
+    from diffusers.optimization import get_scheduler
+
+    name = options.lr_scheduler or "constant"
+    decay = options.lr_decay_steps or math.ceil(1.5 * total_steps)
+    warmup = math.ceil(decay / 50) if options.lr_warmup_steps is None else options.lr_warmup_steps
+    dummy = torch.optim.SGD([torch.zeros(1)], lr=options.lr or 1.0)
+    scheduler = get_scheduler(name, dummy, num_warmup_steps=warmup, num_training_steps=decay)
+    factor = scheduler.lr_lambdas[0]  # type: ignore[attr-defined]
+    return lambda step: float(factor(step))

@@ -1,0 +1,28 @@
+"""The loss of each image: how far the prediction is from its target."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LossType = Literal["mse", "huber", "mse_huber", "huber_mse"]
+
+
+def image_losses(prediction_BCHW: Tensor, target_BCHW: Tensor, t_B: Tensor, kind: LossType, timesteps: int = 1000) -> Tensor:
+    """Return loss_B in fp32, averaged over each image's elements.
+
+    With b = t / timesteps, mse_huber is b*MSE + (1-b)*Huber and huber_mse is b*Huber + (1-b)*MSE; Huber's delta is 1.
+    """
+    prediction_BCHW, target_BCHW = prediction_BCHW.float(), target_BCHW.float()
+    mse_B = F.mse_loss(prediction_BCHW, target_BCHW, reduction="none").mean(dim=(1, 2, 3))
+    if kind == "mse":
+        return mse_B
+    huber_B = F.huber_loss(prediction_BCHW, target_BCHW, reduction="none").mean(dim=(1, 2, 3))
+    if kind == "huber":
+        return huber_B
+    b_B = t_B.float() / timesteps
+    return b_B * mse_B + (1 - b_B) * huber_B if kind == "mse_huber" else b_B * huber_B + (1 - b_B) * mse_B

@@ -1,0 +1,133 @@
+"""The optimizers of a run, one for each network, stepped together or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trainer.optim.schedules import rate_factor
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from trainer.optim import OptimizerOptions
+
+
+@dataclass(frozen=True)
+class Member:
+    """One network's optimizer."""
+
+    network: str
+    options: OptimizerOptions
+    parameters: tuple[nn.Parameter, ...]
+    optimizer: Optimizer
+    factor: Callable[[int], float]
+    """The schedule: a factor on the rate for each optimizer step."""
+
+
+class OptimizerSet:
+    """Separate optimizers for separate networks, each with its own rate, schedule and `d`.
+
+    Args:
+        options: optimizer options by network.
+        parameters: trained parameters by network; a network without any has no optimizer.
+        total_steps: the optimizer steps of the run, which schedules are stretched over.
+    """
+
+    def __init__(
+        self, options: Mapping[str, OptimizerOptions], parameters: Mapping[str, Sequence[nn.Parameter]], *, total_steps: int
+    ) -> None:
+        self.members: tuple[Member, ...] = tuple(
+            Member(
+                network=network,
+                options=options[network],
+                parameters=tuple(trained),
+                optimizer=options[network].build(trained, _rate(options[network])),
+                factor=rate_factor(options[network], total_steps),
+            )
+            for network, trained in parameters.items()
+            if trained
+        )
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizers in the networks' order."""
+        return [member.optimizer for member in self.members]
+
+    @property
+    def parameters(self) -> dict[str, tuple[nn.Parameter, ...]]:
+        """Trained parameters by network."""
+        return {member.network: member.parameters for member in self.members}
+
+    def set_rates(self, step: int) -> None:
+        """Give every optimizer its learning rate for optimizer step `step`, counted from 0."""
+        for member in self.members:
+            for group in member.optimizer.param_groups:
+                group["lr"] = _rate(member.options) * member.factor(step)
+
+    def step(self, found_inf: Tensor) -> None:
+        """Update the weights, or leave weights and state of all networks as they are where `found_inf` is 1.
+
+        Optimizers that take the flag on the device are gated there. The kept 8-bit and D-Adaptation libraries cannot: with one of
+        them in the set the flag is read, one synchronisation a step.
+        """
+        gated = all(getattr(member.optimizer, "_step_supports_amp_scaling", False) for member in self.members)
+        if not gated and bool(found_inf):
+            return
+        for member in self.members:
+            if gated:
+                member.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+                member.optimizer.grad_scale = None  # type: ignore[attr-defined]
+            member.optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for member in self.members:
+            member.optimizer.zero_grad(set_to_none=True)
+
+    def measures(self) -> dict[str, dict[str, Any]]:
+        """Return by network what can be reported: `rate`, the rate that really acts, and for D-Adaptation `d` and `d_hat`."""
+        return {member.network: member.options.measure(member.optimizer) for member in self.members}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all state by network; of the groups' entries only what the optimizer itself changes (d, k, ...)."""
+        saved: dict[str, Any] = {}
+        for member in self.members:
+            state = member.optimizer.state_dict()
+            groups = [{key: group[key] for key in member.options.learned_keys} for group in state["param_groups"]]
+            saved[member.network] = {"optimizer": member.options.optimizer, "state": state["state"], "groups": groups}
+        return saved
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned; hyper-parameters stay those of the configuration.
+
+        Raises:
+            UserError: the state is of other networks or other optimizers.
+        """
+        from trainer.errors import UserError
+
+        have = {member.network: member.options.optimizer for member in self.members}
+        found = {network: entry["optimizer"] for network, entry in saved.items()}
+        if have != found:
+            raise UserError(
+                f"the checkpoint was trained with {_listed(found)}, this run asks for {_listed(have)}: its optimizer state does not fit; "
+                "go back to those optimizers, or start a new run from the checkpoint's weights by naming its single file or a copy of its "
+                "folder without resume/."
+            )
+        for member in self.members:
+            entry = saved[member.network]
+            current = member.optimizer.state_dict()["param_groups"]
+            groups = [{**group, **learned} for group, learned in zip(current, entry["groups"], strict=True)]
+            member.optimizer.load_state_dict({"state": entry["state"], "param_groups": groups})
+
+
+def _rate(options: OptimizerOptions) -> float:
+    if options.lr is None:
+        raise ValueError("the learning rate is resolved when the configuration is loaded")
+    return options.lr
+
+
+def _listed(optimizers: Mapping[str, str]) -> str:
+    return " and ".join(f"{name} for the {network}" for network, name in optimizers.items()) or "no optimizer"

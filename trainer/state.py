@@ -1,0 +1,101 @@
+"""State on disk: nested dicts, lists, numbers and tensors as one .safetensors file and one JSON tree, never a pickle."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TENSOR = "$tensor"
+_TUPLE = "$tuple"
+_ITEMS = "$items"
+_FLOAT = "$float"
+
+
+def write_state(state: Any, path: Path) -> None:
+    """Write `state` as `path` with the endings .safetensors (tensors, bit for bit) and .json (everything else).
+
+    Tensors are streamed to the file one after the other, so no second copy of the state exists in memory. Tensors that share
+    their memory (the quantisation maps of 8-bit optimizers) are written once.
+    """
+    tensors: dict[str, Tensor] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    tree = _to_tree(state, "state", tensors, seen)
+    path.with_suffix(".json").write_text(json.dumps(tree, indent=1, allow_nan=False), encoding="utf-8")
+    with path.with_suffix(".safetensors").open("wb") as file:
+        write_safetensors(tensors, file)
+
+
+def read_state(path: Path) -> Any:
+    """Return what `write_state` wrote, tensors on the CPU in their saved dtype."""
+    from safetensors import safe_open
+
+    tree = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    with safe_open(path.with_suffix(".safetensors"), framework="pt") as file:
+        return _from_tree(tree, file)
+
+
+def write_safetensors(tensors: dict[str, Tensor], file: BinaryIO, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors in the safetensors format, copying one tensor at a time to the host."""
+    import torch
+
+    names = {
+        torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+        torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    }  # fmt: skip
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        file.write(flat.view(torch.uint8).numpy().data)
+
+
+def _to_tree(value: Any, name: str, tensors: dict[str, Tensor], seen: dict[tuple[Any, ...], str]) -> Any:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        key = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride(), value.device)
+        if value.numel() == 0 or key not in seen:
+            seen[key] = name
+            tensors[name] = value
+        return {_TENSOR: seen[key]}
+    if isinstance(value, dict):
+        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            return {key: _to_tree(item, f"{name}.{key}", tensors, seen) for key, item in value.items()}
+        return {_ITEMS: [[key, _to_tree(item, f"{name}.{key}", tensors, seen)] for key, item in value.items()]}
+    if isinstance(value, tuple):
+        return {_TUPLE: [_to_tree(item, f"{name}.{number}", tensors, seen) for number, item in enumerate(value)]}
+    if isinstance(value, list):
+        return [_to_tree(item, f"{name}.{number}", tensors, seen) for number, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_FLOAT: repr(value)}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{name}: a {type(value).__name__} cannot be saved as state")
+
+
+def _from_tree(tree: Any, file: Any) -> Any:
+    if isinstance(tree, list):
+        return [_from_tree(item, file) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if _TENSOR in tree:
+        return file.get_tensor(tree[_TENSOR])
+    if _TUPLE in tree:
+        return tuple(_from_tree(item, file) for item in tree[_TUPLE])
+    if _FLOAT in tree:
+        return float(tree[_FLOAT])
+    if _ITEMS in tree:
+        return {key: _from_tree(item, file) for key, item in tree[_ITEMS]}
+    return {key: _from_tree(item, file) for key, item in tree.items()}
