@@ -18,9 +18,9 @@ from trainer.models.quiet import quiet_libraries
 
 quiet_libraries()
 
-from diffusers import StableDiffusionPipeline  # noqa: E402
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL  # noqa: E402
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel  # noqa: E402
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline  # noqa: E402
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler  # noqa: E402
 
 Shape = Literal["small", "mini", "sd15"]
@@ -54,9 +54,9 @@ def write_tiny_folder(
     """Write `tiny_models(seed, shape)` as a diffusers folder in `dtype` and return the folder."""
     models = tiny_models(seed, shape)
     parts: dict[str, Any] = {
-        "unet": models.unet.to(dtype),
-        "text_encoder": models.text_encoder.to(dtype=dtype),
-        "vae": models.vae.to(dtype),
+        "unet": torch.nn.Module.to(models.unet, dtype),
+        "text_encoder": torch.nn.Module.to(models.text_encoder, dtype),
+        "vae": torch.nn.Module.to(models.vae, dtype),
         "tokenizer": models.tokenizer,
         "scheduler": tiny_scheduler(),
         "safety_checker": None,
