@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge
+
+if TYPE_CHECKING:
+    import torch
+
+    from data.batch import Batch
+    from trainer.diffusion.objective import Networks, Objective
+
+TIMESTEPS = 4
+EVALUATION = -1  # in an epoch's place: no training image ever draws the same noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,3 +25,40 @@ class FixedLossOptions:
 
     fixed_loss_images: Annotated[int, Ge(0)] = 16
     """How many training images the fixed-noise loss is measured on, each at 4 timesteps; 0 turns it off."""
+
+
+def choose_images(records: int, count: int, seed: int) -> tuple[int, ...]:
+    """Return `count` of the record numbers 0..records-1, or all where there are fewer, drawn once for the run, in ascending order."""
+    from data.rng import stream
+
+    chosen = stream(seed, "fixed loss images").permutation(records)[:count]
+    return tuple(sorted(int(record) for record in chosen))
+
+
+class FixedLoss:
+    """The training loss on fixed images, noise and timesteps, whose changes are changes of the model and nothing else.
+
+    Args:
+        batches: the fixed images, uncropped by chance: no flips, no dropped captions.
+        objective: the training objective; its timestep range is divided into four equal parts, whose middles are measured.
+    """
+
+    def __init__(self, batches: Sequence[Batch], objective: Objective) -> None:
+        start, end = objective.options.timestep_start, objective.options.timestep_end
+        timesteps = [int(start + (end - start) * (part + 0.5) / TIMESTEPS) for part in range(TIMESTEPS)]
+        self.objective = objective
+        self.inputs = [
+            objective.place(batch, [(EVALUATION, part, record) for record in batch.records], [t] * len(batch))
+            for batch in batches
+            for part, t in enumerate(timesteps)
+        ]
+
+    def measure(self, networks: Networks, autocast: Callable[[], AbstractContextManager[Any]], device: torch.device) -> float:
+        """Return the mean loss over images and timesteps; synchronises once."""
+        import torch
+
+        sums = []
+        with torch.no_grad():
+            for inputs in self.inputs:
+                sums.append(self.objective.losses(networks, inputs.to(device), autocast).sum())
+        return float(torch.stack(sums).sum()) / sum(len(inputs.t_B) for inputs in self.inputs)

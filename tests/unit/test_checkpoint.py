@@ -1,0 +1,122 @@
+"""Checkpoints are whole or absent, found by step, and rotated without harm."""
+
+import json
+
+import pytest
+
+from trainer.checkpoint import SaveOptions, TrainState, checkpoints, find_last, read_resume, resume_problem, rotate, save_checkpoint, save_file
+from trainer.errors import UserError
+
+
+def _save(run, step, *, project="demo", resume=True):
+    folder = run / "ckpts" / f"{project}-ep01-gs{step:05d}"
+
+    def write_model(path):
+        (path / "unet").mkdir()
+        (path / "unet" / "weights.bin").write_bytes(b"w" * step)
+
+    def write_resume(path):
+        (path / "optimizers.json").write_text(str(step))
+
+    save_checkpoint(
+        folder, write_model=write_model, write_resume=write_resume if resume else None, state=TrainState(step=step, epoch=1), about={"seed": 1}
+    )
+    return folder
+
+
+def test_round_trip(tmp_path):
+    folder = _save(tmp_path / "demo-20260101-000000", 7)
+    state, about = read_resume(folder)
+    assert (state.step, state.epoch, about) == (7, 1, {"seed": 1})
+    assert resume_problem(folder) is None
+
+
+def test_a_failed_write_leaves_nothing_and_keeps_the_last_good_one(tmp_path):
+    run = tmp_path / "demo-20260101-000000"
+    folder = _save(run, 7)
+
+    def fail(path):
+        (path / "half").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    for target in (folder, run / "ckpts" / "demo-ep02-gs00009"):
+        with pytest.raises(OSError, match="No space"):
+            save_checkpoint(target, write_model=fail, write_resume=None, state=TrainState(step=9), about={})
+    assert [path.name for path in (run / "ckpts").iterdir()] == [folder.name]
+    assert resume_problem(folder) is None
+
+
+def test_a_failed_file_leaves_nothing(tmp_path):
+    def fail(path):
+        path.write_text("half")
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output"):
+        save_file(tmp_path / "a.safetensors", fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_step_saved_again_replaces_the_folder(tmp_path):
+    run = tmp_path / "demo-20260101-000000"
+    folder = _save(run, 7)
+    _save(run, 7)
+    assert resume_problem(folder) is None
+    assert [path.name for path in (run / "ckpts").iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "manifest", "resume"])
+def test_damage_is_found_and_named(tmp_path, damage):
+    folder = _save(tmp_path / "demo-20260101-000000", 7)
+    weights = folder / "unet" / "weights.bin"
+    if damage == "truncate":
+        weights.write_bytes(b"w")
+    elif damage == "flip":
+        weights.write_bytes(b"x" * 7)
+    elif damage == "delete":
+        weights.unlink()
+    elif damage == "manifest":
+        (folder / "manifest.json").write_text("{")
+    else:
+        (folder / "resume" / "optimizers.json").write_text("8")
+    with pytest.raises(UserError, match="manifest" if damage in ("truncate", "flip", "manifest", "resume") else "missing"):
+        read_resume(folder)
+
+
+def test_findlast_takes_the_newest_runs_highest_whole_step(tmp_path):
+    old, new = tmp_path / "demo-20260101-000000", tmp_path / "demo-20260102-000000"
+    _save(old, 900)
+    wanted = _save(new, 9)
+    broken = _save(new, 100)
+    (broken / "unet" / "weights.bin").unlink()
+    _save(tmp_path / "other-20260103-000000", 5, project="other")
+    (tmp_path / "demo-20260104-000000").mkdir()
+    assert find_last(tmp_path, "demo") == wanted
+
+
+def test_findlast_without_a_checkpoint_says_what_it_looked_at(tmp_path):
+    broken = _save(tmp_path / "demo-20260102-000000", 100)
+    (broken / "unet" / "weights.bin").unlink()
+    with pytest.raises(UserError) as error:
+        find_last(tmp_path, "demo")
+    assert "1 runs looked at" in error.value.problems[0] and "weights.bin" in error.value.problems[1]
+
+
+def test_rotation_keeps_models_and_drops_old_resume_state(tmp_path):
+    run = tmp_path / "demo-20260101-000000"
+    folders = [_save(run, step) for step in (5, 10, 100)]
+    rotate(run, SaveOptions(keep_resume_n=2))
+    assert [(folder / "resume").is_dir() for folder in folders] == [False, True, True]
+    assert [folder.is_dir() for folder in folders] == [True, True, True]
+    rotate(run, SaveOptions(save_optimizer=True))
+    assert (folders[1] / "resume").is_dir()
+    rotate(run, SaveOptions(save_format="single"))
+    assert [folder.is_dir() for folder in folders] == [True, False, True], "a folder kept for resuming only goes with its state"
+    assert [path.name for path in checkpoints(run)] == ["demo-ep01-gs00100", "demo-ep01-gs00005"]
+    assert not [path for path in (run / "ckpts").iterdir() if path.name.startswith(".")]
+
+
+def test_an_older_format_is_named(tmp_path):
+    folder = _save(tmp_path / "demo-20260101-000000", 7)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    assert "format 99" in (resume_problem(folder) or "")
