@@ -1,0 +1,21 @@
+"""Settings of the test process, made before any test imports torch: one thread, no network, no GPU unless it is asked for."""
+
+import os
+
+import hypothesis
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: a second thread only waits, and would change sums
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+# The same examples every time, so that a failure is the change's; no database to leave behind.
+hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_configure(config):
+    """Hide GPUs, so that results are the CPU's on every machine, unless tests are chosen by the gpu marker."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
