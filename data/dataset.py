@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from annotated_types import Ge, Gt, Le, MultipleOf
+import numpy as np
+from annotated_types import Ge, Le, MultipleOf
+
+from data.buckets import buckets, nearest
+from data.captions import render
+from data.errors import FileError
+from data.image import read_pixels
+from data.index import BadFile, Index, Record
+from data.plan import MicroBatch
+from data.rng import stream
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from data.batch import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,3 +50,110 @@ class DataOptions:
 
     num_workers: Annotated[int, Ge(0)] | None = None
     """Processes that read images; null chooses by the number of cores, 0 reads in the training process."""
+
+
+class Images:
+    """Read planned micro-batches, (epoch, MicroBatch) -> Batch: a map-style dataset that worker processes can hold.
+
+    An image's draws are keyed by its position in the epoch, so that neither the number of workers nor the cut into
+    micro-batches changes what comes out.
+
+    Args:
+        index: the scanned images.
+        options: the run's settings, which hold where a record has none of its own.
+        tokenize: turns B captions into int64 tokens (B, T); it must pickle where workers are spawned.
+        seed: the run's.
+    """
+
+    def __init__(self, index: Index, options: DataOptions, *, tokenize: Callable[[list[str]], Tensor], seed: int) -> None:
+        self._records = index.records
+        self._options = options
+        self._tokenize = tokenize
+        self._seed = seed
+
+    def __getitem__(self, planned: tuple[int, MicroBatch]) -> Batch:
+        """Return the images of a micro-batch that can be read; if none can, one blank image as a filler."""
+        epoch, micro = planned
+        images: dict[int, np.ndarray] = {}
+        failed: list[BadFile] = []
+        for place, (identity, position) in enumerate(zip(micro.records, micro.positions, strict=True)):
+            record = self._records[identity]
+            try:
+                images[place] = read_pixels(record.path, micro.bucket, flip=self._flips(record, epoch, position))
+            except FileError as error:
+                failed.append(BadFile(record.name, error.reason))
+        filler = micro.filler or not images
+        places = list(images) or [0]
+        positions = tuple(micro.positions[place] for place in places)
+        records = tuple(micro.records[place] for place in places)
+        return self._batch(
+            list(images.values()) or [np.zeros((micro.bucket[1], micro.bucket[0], 3), np.uint8)],
+            [self._words(self._records[identity], epoch, position) for identity, position in zip(records, positions, strict=True)],
+            epoch=epoch,
+            positions=positions,
+            records=records,
+            filler=filler,
+            failed=tuple(failed),
+        )
+
+    def plain(self, records: Sequence[int]) -> list[Batch]:
+        """Return images as they are, one batch each: not flipped, with their whole caption, in their nearest bucket.
+
+        Meant for measurements that must not vary. Position and epoch are 0. A file that cannot be read gives no batch.
+
+        Args:
+            records: record ids.
+        """
+        batches = []
+        for identity in records:
+            record = self._records[identity]
+            bucket = nearest(record.width, record.height, buckets(self._options.resolution))
+            try:
+                pixels = read_pixels(record.path, bucket)
+            except FileError:
+                continue
+            batches.append(self._batch([pixels], [record.caption.text], epoch=0, positions=(0,), records=(identity,)))
+        return batches
+
+    def _flips(self, record: Record, epoch: int, position: int) -> bool:
+        chance = self._options.flip_p if record.flip_p is None else record.flip_p
+        return bool(stream(self._seed, "image", epoch, position).random() < chance)
+
+    def _words(self, record: Record, epoch: int, position: int) -> str:
+        options = self._options
+        return render(
+            record.caption,
+            stream(self._seed, "caption", epoch, position),
+            cond_dropout=options.cond_dropout if record.cond_dropout is None else record.cond_dropout,
+            shuffle_tags=options.shuffle_tags if record.shuffle_tags is None else record.shuffle_tags,
+            keep_tags=options.keep_tags if record.keep_tags is None else record.keep_tags,
+        )
+
+    def _batch(
+        self,
+        images: list[np.ndarray],
+        captions: list[str],
+        *,
+        epoch: int,
+        positions: tuple[int, ...],
+        records: tuple[int, ...],
+        filler: bool = False,
+        failed: tuple[BadFile, ...] = (),
+    ) -> Batch:
+        import torch
+
+        from data.batch import Batch, to_pixels
+
+        scales = [0.0 if filler else self._records[identity].loss_scale for identity in records]
+        return Batch(
+            pixels_BCHW=to_pixels(images),
+            tokens_BT=self._tokenize(captions),
+            loss_scale_B=torch.tensor(scales, dtype=torch.float32),
+            epoch=epoch,
+            positions=positions,
+            records=records,
+            names=tuple(self._records[identity].name for identity in records),
+            captions=tuple(captions),
+            filler=filler,
+            failed=failed,
+        )

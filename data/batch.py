@@ -1,0 +1,53 @@
+"""A micro-batch on the CPU: what `data` hands to the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.index import BadFile
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The images of one forward and backward pass, in CPU memory."""
+
+    pixels_BCHW: Tensor
+    """float32 in [-1, 1], sRGB."""
+    tokens_BT: Tensor
+    """int64, what `tokenize` made of the captions."""
+    loss_scale_B: Tensor
+    """float32; an image's weight in the loss."""
+    epoch: int
+    positions: tuple[int, ...]
+    """Each image's place in the epoch's plan: the key of every random draw that belongs to it."""
+    records: tuple[int, ...]
+    names: tuple[str, ...]
+    captions: tuple[str, ...]
+    """As tokenized: after dropout and shuffling."""
+    filler: bool = False
+    """True where the only image is there to keep a process in step: loss_scale 0, not to be counted."""
+    failed: tuple[BadFile, ...] = ()
+    """Images of the plan that are missing here because their files could not be read."""
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory, from which copies to a GPU run beside the computation."""
+        return replace(
+            self,
+            pixels_BCHW=self.pixels_BCHW.pin_memory(),
+            tokens_BT=self.tokens_BT.pin_memory(),
+            loss_scale_B=self.loss_scale_B.pin_memory(),
+        )
+
+
+def to_pixels(images: Sequence[np.ndarray]) -> Tensor:
+    """Stack uint8 RGB images of one size, each (height, width, 3), into float32 (B, 3, H, W) in [-1, 1]."""
+    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    return stacked.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)

@@ -1,0 +1,172 @@
+"""One image file: its displayed size from the header, and its pixels cropped to a bucket.
+
+numpy and Pillow only; tensors begin in `data.batch`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+
+from data.errors import FileError
+
+SUFFIXES = ("jpg", "jpeg", "png", "bmp", "webp", "jfif", "gif", "avif", "tif", "tiff")
+"""Extensions of the files that are taken for images; the content decides how they are read."""
+
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "AVIF", "TIFF")
+_SIXTEEN_BIT = frozenset({"I;16", "I;16L", "I;16B", "I"})
+_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}) | _SIXTEEN_BIT
+
+_DRAFT_GAP = 2
+"""A JPEG is decoded at a reduced scale that leaves at least this many times the final size for the proper resampling."""
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what turns the stored pixels upright; from 5 on, width and height change places."""
+
+
+def displayed_size(path: Path) -> tuple[int, int]:
+    """Return (width, height) as the image is looked at, EXIF orientation applied; only the header is read.
+
+    Raises:
+        FileError: the file is not an image that can be trained on.
+    """
+    with _opened(path) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def read_pixels(path: Path, size: tuple[int, int], *, flip: bool = False) -> np.ndarray:
+    """Return the image upright, scaled to cover `size` and cropped around its centre, as uint8 sRGB (height, width, 3).
+
+    Transparent parts become white; a colour profile in the file is honoured; of an animation the first frame is taken.
+    Scaling is Lanczos, antialiased where it makes smaller.
+
+    Args:
+        path: the image file.
+        size: (width, height) of the result.
+        flip: whether to mirror left to right.
+
+    Raises:
+        FileError: the file cannot be read to its end, or is not an image.
+    """
+    with _opened(path) as image:
+        orientation = _orientation(image)
+        stored = size if orientation < 5 else size[::-1]
+        draft = image.draft(None, (stored[0] * _DRAFT_GAP, stored[1] * _DRAFT_GAP))
+        # A JPEG drafted to a half of 333 pixels has 167 columns, of which 166.5 hold the picture.
+        extent = (draft[1][2], draft[1][3]) if draft else image.size
+        with _decoding(path):
+            image.load()
+        profile = image.info.get("icc_profile")
+        pixels = _opaque(image)
+    pixels = pixels.resize(stored, Image.Resampling.LANCZOS, box=_centre(extent, stored))
+    pixels = _to_srgb(pixels, profile)
+    if orientation in _UPRIGHT:
+        pixels = pixels.transpose(_UPRIGHT[orientation])
+    if flip:
+        pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(pixels)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    with _decoding(path):
+        image = Image.open(path, formats=_FORMATS)
+    with image:
+        if image.mode not in _MODES:
+            raise FileError(f"its pixel format {image.mode} is not supported; save it as 8-bit RGB")
+        yield image
+
+
+@contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    """Turn what a decoder raises into a FileError, and keep its warnings about odd but readable files off the console.
+
+    On damaged bytes Pillow raises nearly anything (SyntaxError, struct.error, IndexError, ...), hence the wide net; it holds
+    calls of the decoder only, so that no error of our own is taken for a bad file.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except Exception as error:
+            raise FileError(_reason(error, path)) from error
+
+
+def _reason(error: Exception, path: Path) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        return f"it has more than {limit} million pixels, which is refused for fear of a decompression bomb; scale it down"
+    if isinstance(error, UnidentifiedImageError):
+        if path.exists() and path.stat().st_size == 0:
+            return "it is empty (0 bytes)"
+        return f"it is not an image in one of the formats {', '.join(_FORMATS)}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"it cannot be read ({error.strerror})"
+    return f"it is damaged ({error or type(error).__name__})"
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8, of the pixels that loading will give; 1 where the tag is missing or malformed."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns TIFF pixels, and reports their size, upright by itself
+    try:
+        # The base class's method: the one of PNG decodes the whole file in search of a late tag.
+        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except Exception:
+        return 1  # as in `_decoding`: damaged tags raise nearly anything, and cost the picture nothing but its rotation
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _centre(extent: tuple[float, float], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Return the largest box of the shape of `size` in the middle of `extent`: (left, top, right, bottom)."""
+    scale = max(size[0] / extent[0], size[1] / extent[1])
+    width, height = min(size[0] / scale, extent[0]), min(size[1] / scale, extent[1])
+    left, top = (extent[0] - width) / 2, (extent[1] - height) / 2
+    return left, top, min(left + width, extent[0]), min(top + height, extent[1])
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Return a copy in L, RGB or CMYK: palettes looked up, transparency over white, 16 bits brought to 8."""
+    if image.mode in _SIXTEEN_BIT:
+        return Image.fromarray((np.asarray(image).clip(0, 0xFFFF) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        colours = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, colours).convert("RGB")
+    if image.mode == "1":
+        return image.convert("L")
+    return image.copy() if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB")
+
+
+def _to_srgb(pixels: Image.Image, profile: bytes | None) -> Image.Image:
+    transform = _transform(profile, pixels.mode) if profile else None
+    converted = ImageCms.applyTransform(pixels, transform) if transform else None
+    return converted or pixels.convert("RGB")
+
+
+@lru_cache(maxsize=32)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Return the conversion from an embedded profile to sRGB, or None where the profile is sRGB, or unusable and so ignored."""
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        if mode == "RGB" and "srgb" in ImageCms.getProfileDescription(source).lower():
+            return None
+        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None

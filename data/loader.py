@@ -1,0 +1,125 @@
+"""The plan, read ahead: each optimizer step's micro-batches for one process, from worker processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from data.batch import Batch
+from data.dataset import DataOptions, Images
+from data.errors import DataError
+from data.index import BadFile, Index
+from data.plan import MicroBatch, plan_epoch, slice_step
+
+MOST_WORKERS = 4
+
+
+class StepLoader:
+    """Read a run's images step by step.
+
+    Args:
+        index: the scanned images.
+        options: batch size, resolution, workers and what is done to images and captions.
+        tokenize: turns B captions into int64 tokens (B, T). It runs in the workers, and must pickle where these are spawned.
+        seed: the run's.
+        images_per_step: of a whole global batch: batch size x accumulated micro-batches x processes.
+        rank: this process's number among `world`.
+        world: processes that share each step.
+        pin: whether batches come in page-locked memory, for a GPU.
+        start_method: how workers start: fork, spawn or forkserver; None is the platform's own way.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        options: DataOptions,
+        *,
+        tokenize: Callable[[list[str]], Tensor],
+        seed: int,
+        images_per_step: int,
+        rank: int = 0,
+        world: int = 1,
+        pin: bool = False,
+        start_method: str | None = None,
+    ) -> None:
+        self.images = Images(index, options, tokenize=tokenize, seed=seed)
+        self._index, self._options, self._seed = index, options, seed
+        self._images_per_step, self._rank, self._world = images_per_step, rank, world
+        self._bad: dict[str, BadFile] = {}
+        self._order = _Order()
+        workers = worker_count(index, options)
+        self._loader = DataLoader(
+            self.images,  # type: ignore[arg-type]  # any object with __getitem__ serves
+            sampler=self._order,
+            batch_size=None,
+            num_workers=workers,
+            worker_init_fn=_start_worker,
+            persistent_workers=workers > 0,
+            pin_memory=pin,
+            multiprocessing_context=start_method if workers else None,
+            generator=torch.Generator(),  # of its own: the loader must not draw from the global one
+        )
+
+    @property
+    def bad(self) -> tuple[BadFile, ...]:
+        """Return the files that could not be read during the run, each once, in the order they were met."""
+        return tuple(self._bad.values())
+
+    def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
+        """Yield, for each optimizer step of an epoch from `first_step` on, this process's micro-batches.
+
+        A file that cannot be read is missing from its batch and named in `bad`. A list is never empty: where nothing of the
+        step is left for this process, it holds one filler batch of weight 0.
+
+        Raises:
+            DataError: none of the files of the epoch could be read.
+        """
+        options = self._options
+        plan = plan_epoch(self._index, resolution=options.resolution, seed=self._seed, epoch=epoch, images_per_step=self._images_per_step)
+        slices = [slice_step(step, options.batch_size, self._rank, self._world) for step in plan[first_step:]]
+        self._order.now = [(epoch, micro) for micros in slices for micro in micros]
+        batches = iter(self._loader)
+        read = 0
+        for micros in slices:
+            step = list(islice(batches, len(micros)))
+            for batch in step:
+                self._bad.update((file.name, file) for file in batch.failed if file.name not in self._bad)
+            real = [batch for batch in step if not batch.filler]
+            read += sum(len(batch) for batch in real)
+            yield real or step[:1]
+        if self._bad and not read:
+            raise DataError(["none of the epoch's images could be read", *(str(file) for file in self.bad[:10])])
+
+
+def worker_count(index: Index, options: DataOptions) -> int:
+    """Return the number of worker processes: as asked, else one less than the cores, up to 4."""
+    if options.num_workers is not None:
+        return options.num_workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_WORKERS, cores - 1)
+
+
+class _Order(Sampler[tuple[int, MicroBatch]]):
+    """Hands the loader the micro-batches of the epoch at hand; it changes between epochs while the workers live on."""
+
+    def __init__(self) -> None:
+        self.now: list[tuple[int, MicroBatch]] = []
+
+    def __iter__(self) -> Iterator[tuple[int, MicroBatch]]:
+        return iter(self.now)
+
+    def __len__(self) -> int:
+        return len(self.now)
+
+
+def _start_worker(_: int) -> None:
+    # Ctrl-C reaches the whole process group; the trainer decides what it means, and workers end with their parent.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A fork after tokenizing would make the tokenizers library warn in every worker.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
