@@ -1,0 +1,141 @@
+"""What a person watching the run sees: one bar, and one line for every event."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+
+@dataclass(frozen=True)
+class Report:
+    """The numbers of a due report, as a person reads them."""
+
+    loss: float
+    """Mean loss since the last report."""
+
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """By network, the learning rate that acts."""
+
+    images_per_second: float | None = None
+    """Training speed; None where nothing was timed yet."""
+
+    memory: int = 0
+    """Bytes."""
+
+    def __str__(self) -> str:
+        """Return the report as the end of a line."""
+        parts = [f"loss {self.loss:.4g}"]
+        parts += [f"lr {' '.join(f'{_SHORT.get(network, network)} {rate:.2g}' for network, rate in self.rates.items())}"] * bool(self.rates)
+        parts += [f"{self.images_per_second:.3g} images/s"] * (self.images_per_second is not None)
+        parts += [f"{self.memory / 2**30:.2f} GiB"] * bool(self.memory)
+        return ", ".join(parts)
+
+
+_SHORT = {"text encoder": "text"}
+
+
+class Console:
+    """A progress bar in a terminal; elsewhere (a file, nohup, CI) one plain line for each report. Events are lines above the bar.
+
+    Events and reports also go to a file, with the time, once `record_to` has named it.
+
+    Args:
+        stream: where to write; the standard output if None.
+        enabled: false for processes that are not the main one: they show and record nothing.
+    """
+
+    def __init__(self, *, stream: TextIO | None = None, enabled: bool = True) -> None:
+        self._stream = sys.stdout if stream is None else stream
+        self._enabled = enabled
+        self._terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._bar: Any = None
+        self._path: Path | None = None
+        self._warned = False
+        self._total = self._first = self._step = 0
+        self._began = 0.0
+        self._place = ""
+
+    def record_to(self, path: Path) -> None:
+        """Also write all lines from now on to the end of `path`."""
+        self._path = path
+
+    def event(self, sentence: str) -> None:
+        """Say one thing, on a line of its own."""
+        if self._enabled:
+            self._print(sentence)
+            self._record(sentence)
+
+    def start(self, *, total_steps: int, first_step: int = 0) -> None:
+        """Begin to show progress.
+
+        Args:
+            total_steps: the last optimizer step of the run.
+            first_step: the optimizer steps that were made before, in a continued run.
+        """
+        from tqdm import tqdm
+
+        self._total, self._first, self._began = total_steps, first_step, time.monotonic()
+        if self._enabled and self._terminal:
+            self._bar = tqdm(
+                total=total_steps,
+                initial=first_step,
+                file=self._stream,
+                dynamic_ncols=True,
+                smoothing=0.05,
+                bar_format="{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}",
+            )
+
+    def step(self, *, epoch: int, epochs: int, step: int) -> None:
+        """Move on to optimizer step `step` of `epoch`, both counted from 1; cheap, to be called after every step."""
+        self._place, self._step = f"epoch {epoch}/{epochs}", step
+        if self._bar is not None:
+            self._bar.set_description_str(self._place, refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def report(self, report: Report) -> None:
+        """Show a due report's numbers: in the bar until the next one, or as a line where there is no bar."""
+        if not self._enabled:
+            return
+        line = f"{self._place}, step {self._step}/{self._total}: {report}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(str(report))
+        else:
+            self._print(f"{line}, {self._remaining()} left")
+        self._record(line)
+
+    def close(self) -> None:
+        """Leave the bar as it stands; events may follow."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _remaining(self) -> str:
+        from tqdm import tqdm
+
+        done = self._step - self._first
+        return tqdm.format_interval((time.monotonic() - self._began) / done * (self._total - self._step)) if done else "?"
+
+    def _print(self, line: str) -> None:
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        line = line.encode(encoding, "backslashreplace").decode(encoding)  # a caption may hold what a Windows console cannot show
+        if self._bar is not None:
+            self._bar.write(line, file=self._stream)
+        else:
+            print(line, file=self._stream, flush=True)
+
+    def _record(self, line: str) -> None:
+        if self._path is None:
+            return
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
+        except OSError as reason:
+            if not self._warned:
+                self._warned = True
+                self._print(f"{self._path}: events are not recorded ({reason.strerror or reason}); training goes on")
