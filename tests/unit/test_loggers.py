@@ -1,0 +1,345 @@
+"""Records of a run: TensorBoard's event files are read back with TensorBoard's own reader; the console is a fake terminal."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.util import tensor_util
+
+from trainer.errors import UserError
+from trainer.loggers import Loggers, open_loggers
+from trainer.loggers.console import Console, Report
+from trainer.loggers.tensorboard import TensorBoardLogger
+
+
+def read(folder: Path) -> EventAccumulator:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
+
+
+def curve(folder: Path, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in read(folder).Scalars(tag)]
+
+
+class Warnings(list[str]):
+    def __call__(self, sentence: str) -> None:
+        self.append(sentence)
+
+
+@pytest.fixture
+def warnings() -> Warnings:
+    return Warnings()
+
+
+# TensorBoard
+
+
+def test_numbers_come_back_with_their_tags_and_steps(tmp_path: Path, warnings: Warnings):
+    logger = TensorBoardLogger(tmp_path / "run", warn=warnings)
+    logger.scalars({"loss/stabilize-train": 0.5}, 0)
+    logger.scalars({"loss/log_step": 0.25, "dadapt/d*lr unet": 1e-7}, 1)
+    logger.scalars({"loss/log_step": 0.125}, 25)
+    # Before close: a run that is killed keeps what it reported.
+    assert curve(tmp_path / "run", "loss/log_step") == [(1, 0.25), (25, 0.125)]
+    assert curve(tmp_path / "run", "loss/stabilize-train") == [(0, 0.5)]
+    assert curve(tmp_path / "run", "dadapt/d*lr unet") == [(1, pytest.approx(1e-7))]
+    logger.close()
+    assert warnings == []
+
+
+def test_pictures_come_back_bit_for_bit(tmp_path: Path, warnings: Warnings):
+    picture = Image.linear_gradient("L").convert("RGB").resize((40, 24))
+    TensorBoardLogger(tmp_path, warn=warnings).image("sample_0", picture, 100)
+    (event,) = read(tmp_path).Images("sample_0")
+    assert (event.step, event.width, event.height) == (100, 40, 24)
+    assert Image.open(io.BytesIO(event.encoded_image_string)).tobytes() == picture.tobytes()
+
+
+@pytest.mark.parametrize("text", ['{\n  "lr": 0.1,  # *not* emphasis\n  "a_b_c": null\n}', "a fence\n```\ninside\n````\n", ""])
+def test_text_is_shown_as_it_is(tmp_path: Path, warnings: Warnings, text: str):
+    from html import unescape
+
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    TensorBoardLogger(tmp_path, warn=warnings).text("config", text, 0)
+    (event,) = read(tmp_path).Tensors("config/text_summary")
+    markdown = tensor_util.make_ndarray(event.tensor_proto).item().decode()
+    html = markdown_to_safe_html(markdown)
+    (shown,) = re.findall("<pre><code>(.*)</code></pre>", html, re.DOTALL)
+    assert unescape(shown).rstrip("\n") == text.rstrip("\n")
+
+
+def test_the_charts_find_the_tags(tmp_path: Path, warnings: Warnings):
+    loggers = open_loggers(tmp_path, warn=warnings, networks=["unet", "text encoder"], adaptive=["text encoder"])
+    loggers.close()
+    (event,) = read(tmp_path).Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(tensor_util.make_ndarray(event.tensor_proto).item())
+    patterns = {category.title: [list(chart.multiline.tag) for chart in category.chart] for category in layout.category}
+    assert list(patterns) == ["losses", "rates", "D-Adaptation", "gradients", "performance"]
+
+    def found(category: str, chart: int, tags: list[str]) -> list[str]:  # as TensorBoard's server matches
+        return [tag for tag in tags if any(re.compile(pattern).match(tag) for pattern in patterns[category][chart])]
+
+    tags = ["dadapt/d unet", "dadapt/d text encoder", "dadapt/d_hat text encoder", "dadapt/d*lr unet", "dadapt/d*lr text encoder"]
+    assert found("D-Adaptation", 0, tags) == ["dadapt/d text encoder"]
+    assert found("D-Adaptation", 1, tags) == ["dadapt/d text encoder", "dadapt/d_hat text encoder"]
+    rates = ["hyperparameter/lr unet", "hyperparameter/lr text encoder", "hyperparameter/grad scale"]
+    assert found("rates", 0, rates) == rates[:2]
+    losses = ["loss/log_step", "loss/epoch", "loss/stabilize-train", "loss/val"]
+    assert found("losses", 0, losses) == losses
+
+
+def test_a_run_without_d_adaptation_has_no_charts_of_it(tmp_path: Path, warnings: Warnings):
+    open_loggers(tmp_path, warn=warnings, networks=["unet"], adaptive=[]).close()
+    (event,) = read(tmp_path).Tensors("custom_scalars__config__")
+    assert b"dadapt" not in tensor_util.make_ndarray(event.tensor_proto).item()
+
+
+def test_a_continued_run_hides_what_was_recorded_after_its_checkpoint(tmp_path: Path, warnings: Warnings):
+    first = TensorBoardLogger(tmp_path, warn=warnings)
+    for step in (10, 20, 30):
+        first.scalars({"loss/log_step": float(step)}, step)
+    first.close()
+    second = TensorBoardLogger(tmp_path, warn=warnings, purge_step=21)
+    second.scalars({"loss/log_step": 31.0}, 30)
+    assert curve(tmp_path, "loss/log_step") == [(10, 10.0), (20, 20.0), (30, 31.0)]
+
+
+def test_a_deleted_folder_is_one_warning_and_a_new_file(tmp_path: Path, warnings: Warnings):
+    run = tmp_path / "run"
+    logger = TensorBoardLogger(run, warn=warnings)
+    for step in (1, 2, 3, 4):
+        logger.scalars({"loss/log_step": float(step)}, step)
+        if step == 2:
+            shutil.rmtree(run)
+    assert len(warnings) == 1 and "deleted" in warnings[0] and str(run) in warnings[0]
+    assert curve(run, "loss/log_step") == [(3, 3.0), (4, 4.0)]
+    assert "custom_scalars__config__" in read(run).Tags()["tensors"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the limit that plays the full disk exists on Unix only")
+def test_a_full_disk_is_one_warning_and_recording_resumes(tmp_path: Path, warnings: Warnings):
+    import resource
+
+    logger = TensorBoardLogger(tmp_path, warn=warnings)
+    logger.scalars({"loss/log_step": 1.0}, 1)
+    (file,) = tmp_path.iterdir()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 20, before[1]))  # room for half a record
+    try:
+        logger.scalars({"loss/log_step": 2.0}, 2)
+        logger.scalars({"loss/log_step": 3.0}, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    logger.scalars({"loss/log_step": 4.0}, 4)
+    assert len(warnings) == 1 and "not recorded" in warnings[0]
+    assert curve(tmp_path, "loss/log_step") == [(1, 1.0), (4, 4.0)]
+
+
+def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path: Path, warnings: Warnings):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot be written .*--logdir"):
+        TensorBoardLogger(tmp_path / "file" / "run", warn=warnings)
+
+
+def test_after_close_nothing_is_recorded(tmp_path: Path, warnings: Warnings):
+    logger = TensorBoardLogger(tmp_path, warn=warnings)
+    logger.close()
+    logger.close()
+    logger.scalars({"loss/log_step": 1.0}, 1)
+    assert read(tmp_path).Tags()["scalars"] == [] and warnings == []
+
+
+def test_recording_is_quiet_and_leaves_tensorflow_alone(tmp_path: Path):
+    stub = tmp_path / "path" / "tensorflow"
+    stub.mkdir(parents=True)
+    (stub / "__init__.py").write_text("raise SystemExit('tensorflow was imported')")
+    program = (
+        "from pathlib import Path\n"
+        "from PIL import Image\n"
+        "from trainer.loggers import open_loggers\n"
+        "log = open_loggers(Path('run'), warn=print, networks=['unet'], adaptive=['unet'])\n"
+        "log.scalars({'a': 1.0}, 1); log.text('b', 'c', 1); log.image('d', Image.new('RGB', (8, 8)), 1); log.close()\n"
+    )
+    paths = os.pathsep.join([str(tmp_path / "path"), str(Path(__file__).parents[2])])
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert read(tmp_path / "run").Tags()["scalars"] == ["a"]
+
+
+def test_options_cost_no_heavy_import():
+    program = "import trainer.loggers, trainer.loggers.console, sys; print([m for m in ('torch', 'tensorboard') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_several_recorders_are_all_told_and_all_closed():
+    class Fake:
+        def __init__(self, fails: bool = False) -> None:
+            self.told: list[object] = []
+            self.closed, self.fails = False, fails
+
+        def scalars(self, values, step):
+            self.told.append((dict(values), step))
+
+        def image(self, tag, picture, step):
+            self.told.append((tag, picture, step))
+
+        def text(self, tag, text, step):
+            self.told.append((tag, text, step))
+
+        def close(self):
+            self.closed = True
+            if self.fails:
+                raise OSError("broken")
+
+    first, second = Fake(), Fake(fails=True)
+    picture = Image.new("RGB", (1, 1))
+    loggers = Loggers([first, second])
+    loggers.scalars({"a": 1.0}, 1)
+    loggers.image("b", picture, 2)
+    loggers.text("c", "d", 3)
+    assert first.told == second.told == [({"a": 1.0}, 1), ("b", picture, 2), ("c", "d", 3)]
+    with pytest.raises(OSError):
+        loggers.close()
+    assert first.closed and second.closed
+
+
+# Console
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def drive(console: Console, steps: int = 3, first: int = 0) -> None:
+    console.start(total_steps=6, first_step=first)
+    for step in range(first + 1, first + steps + 1):
+        console.step(epoch=1 + step // 4, epochs=2, step=step)
+        if step == first + 1:
+            console.event("Samples drawn: samples/gs00001.png")
+        console.report(Report(loss=0.0412345, rates={"unet": 2.8e-05, "text encoder": 1.1e-05}, images_per_second=33.64, memory=3 * 2**29))
+    console.close()
+
+
+def test_without_a_terminal_every_report_is_one_plain_line():
+    stream = io.StringIO()
+    drive(Console(stream=stream))
+    text = stream.getvalue()
+    assert "\r" not in text and "\x1b" not in text and "|" not in text
+    lines = text.splitlines()
+    assert len(lines) == 4
+    assert lines[0] == "Samples drawn: samples/gs00001.png"
+    assert re.fullmatch(
+        r"epoch 1/2, step 1/6: loss 0\.04123, lr unet 2\.8e-05 text 1\.1e-05, 33\.6 images/s, 1\.50 GiB, 00:00 left", lines[1]
+    )
+
+
+def test_steps_without_a_report_print_nothing():
+    stream = io.StringIO()
+    console = Console(stream=stream)
+    console.start(total_steps=100)
+    for step in range(1, 100):
+        console.step(epoch=1, epochs=1, step=step)
+    console.close()
+    assert stream.getvalue() == ""
+
+
+def test_a_terminal_shows_a_bar_and_events_above_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "140")
+    stream = Terminal()
+    drive(Console(stream=stream))
+    text = stream.getvalue()
+    assert "\rSamples drawn: samples/gs00001.png\n" in text
+    bar = text.rstrip("\n").split("\r")[-1].strip()
+    assert bar.startswith("epoch 1/2  50%|") and " 3/6 " in bar
+    for shown in ("loss 0.04123", "unet 2.8e-05", "text 1.1e-05", "33.6 images/s", "1.50 GiB"):
+        assert shown in bar
+    assert text.count("\n") == 2  # the event's, and the bar's own at the end
+
+
+def test_a_continued_run_starts_where_it_was(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    drive(Console(stream=stream), steps=1, first=4)
+    assert " 5/6 " in stream.getvalue().split("\r")[-1]
+
+
+def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Terminal()
+    drive(Console(stream=stream))
+    assert "\r" not in stream.getvalue()
+
+
+def test_lines_are_recorded_with_the_time(tmp_path: Path):
+    console = Console(stream=io.StringIO())
+    console.event("before the folder exists")
+    console.record_to(tmp_path / "run.log")
+    drive(console)
+    lines = (tmp_path / "run.log").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 4 and all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines)
+    assert lines[0].endswith(" Samples drawn: samples/gs00001.png")
+    assert lines[1].endswith("1.50 GiB") and "epoch 1/2, step 1/6" in lines[1]
+
+
+def test_a_log_that_cannot_be_written_is_one_warning(tmp_path: Path):
+    stream = io.StringIO()
+    console = Console(stream=stream)
+    console.record_to(tmp_path / "gone" / "run.log")
+    console.event("one")
+    console.event("two")
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "one" and "not recorded" in lines[1] and lines[2:] == ["two"]
+
+
+def test_a_console_that_cannot_show_a_character_goes_on():
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="cp1252")
+    Console(stream=stream).event("a café 中")
+    stream.flush()
+    assert raw.getvalue().decode("cp1252").rstrip() == "a café \\u4e2d"
+
+
+def test_other_processes_show_and_record_nothing(tmp_path: Path):
+    stream = Terminal()
+    console = Console(stream=stream, enabled=False)
+    console.record_to(tmp_path / "run.log")
+    drive(console)
+    assert stream.getvalue() == "" and not (tmp_path / "run.log").exists()
+
+
+def test_d_adaptations_own_lines_do_not_reach_the_console(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture):
+    """The library logs every step through the root logger where its log_every is set, and prints when it decays decoupled."""
+    import logging
+
+    import torch
+
+    from trainer.optim.dadapt import DAdaptAdamOptions
+
+    weight = torch.nn.Parameter(torch.ones(4))
+    with caplog.at_level(logging.DEBUG):
+        optimizer = DAdaptAdamOptions(weight_decay=0.8).build([weight], 0.1)
+        for _ in range(3):
+            (weight**2).sum().backward()
+            optimizer.step()
+    output = capsys.readouterr()
+    assert (output.out, output.err, caplog.records) == ("", "", [])
