@@ -7,8 +7,9 @@ The networks want sides that are multiples of 64, a batch wants one size, and me
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from bisect import bisect
 from functools import cache
+from itertools import pairwise
 
 Bucket = tuple[int, int]
 
@@ -37,10 +38,21 @@ def buckets(resolution: int) -> tuple[Bucket, ...]:
     return tuple(sorted(wide | {(height, width) for width, height in wide}, key=lambda bucket: (bucket[0] / bucket[1], bucket)))
 
 
-def nearest(width: int, height: int, candidates: Sequence[Bucket]) -> Bucket:
+def nearest(width: int, height: int, candidates: tuple[Bucket, ...]) -> Bucket:
     """Return the bucket whose aspect ratio is nearest to an image's, by the logarithm of the ratios' quotient.
 
-    So a picture twice too wide is as far away as one twice too tall, and the least is cropped. Of equals the first is taken.
+    So a picture twice too wide is as far away as one twice too tall, and the least is cropped.
+
+    Args:
+        width: of the image, in any unit; so is `height`.
+        height: of the image.
+        candidates: buckets from the tallest to the widest, as `buckets` gives them.
     """
-    ratio = math.log(width / height)
-    return min(candidates, key=lambda bucket: abs(math.log(bucket[0] / bucket[1]) - ratio))
+    return candidates[bisect(_borders(candidates), width / height)]
+
+
+@cache
+def _borders(candidates: tuple[Bucket, ...]) -> tuple[float, ...]:
+    """Return the ratios halfway between neighbours on the logarithmic scale: their geometric means."""
+    ratios = [width / height for width, height in candidates]
+    return tuple(math.sqrt(taller * wider) for taller, wider in pairwise(ratios))

@@ -15,9 +15,12 @@ from data.batch import Batch
 from data.dataset import DataOptions, Images
 from data.errors import DataError
 from data.index import BadFile, Index
-from data.plan import MicroBatch, plan_epoch, slice_step
+from data.plan import MicroBatch, plan_epoch, slice_step, steps_before, steps_per_epoch
 
 MOST_WORKERS = 4
+
+LIGHT_IMAGE = 1 << 17
+"""Pixels of an image that is read in about 3 ms on one core: below it, workers cost more to start than they spare."""
 
 
 class StepLoader:
@@ -49,8 +52,9 @@ class StepLoader:
         start_method: str | None = None,
     ) -> None:
         self.images = Images(index, options, tokenize=tokenize, seed=seed)
-        self._index, self._options, self._seed = index, options, seed
-        self._images_per_step, self._rank, self._world = images_per_step, rank, world
+        self._index = index
+        self._planned = {"resolution": options.resolution, "seed": seed, "images_per_step": images_per_step}
+        self._batch_size, self._rank, self._world = options.batch_size, rank, world
         self._bad: dict[str, BadFile] = {}
         self._order = _Order()
         workers = worker_count(index, options)
@@ -71,6 +75,14 @@ class StepLoader:
         """Return the files that could not be read during the run, each once, in the order they were met."""
         return tuple(self._bad.values())
 
+    def steps_in(self, epoch: int) -> int:
+        """Return the number of optimizer steps of one epoch; it varies where images are shown a fraction of the time."""
+        return steps_per_epoch(self._index, epoch=epoch, **self._planned)
+
+    def steps_before(self, epoch: int) -> int:
+        """Return the optimizer steps of all epochs before this one; with the number of epochs, those of the whole run."""
+        return steps_before(self._index, epoch=epoch, **self._planned)
+
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """Yield, for each optimizer step of an epoch from `first_step` on, this process's micro-batches.
 
@@ -80,9 +92,8 @@ class StepLoader:
         Raises:
             DataError: none of the files of the epoch could be read.
         """
-        options = self._options
-        plan = plan_epoch(self._index, resolution=options.resolution, seed=self._seed, epoch=epoch, images_per_step=self._images_per_step)
-        slices = [slice_step(step, options.batch_size, self._rank, self._world) for step in plan[first_step:]]
+        plan = plan_epoch(self._index, epoch=epoch, **self._planned)
+        slices = [slice_step(step, self._batch_size, self._rank, self._world) for step in plan[first_step:]]
         self._order.now = [(epoch, micro) for micros in slices for micro in micros]
         batches = iter(self._loader)
         read = 0
@@ -98,9 +109,12 @@ class StepLoader:
 
 
 def worker_count(index: Index, options: DataOptions) -> int:
-    """Return the number of worker processes: as asked, else one less than the cores, up to 4."""
+    """Return the number of worker processes: as asked; else none for small images, and one less than the cores, up to 4, for others."""
     if options.num_workers is not None:
         return options.num_workers
+    pixels = sum(record.width * record.height for record in index.records)
+    if pixels <= LIGHT_IMAGE * len(index.records):
+        return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MOST_WORKERS, cores - 1)
 

@@ -57,9 +57,10 @@ def plan_epoch(index: Index, *, resolution: int, seed: int, epoch: int, images_p
     """
     draws = stream(seed, "plan", epoch)
     batches: list[tuple[Bucket, np.ndarray]] = []
-    for (bucket, _), ids, times in _groups(index, resolution, seed, epoch):
+    groups = _members(index, resolution)
+    for (bucket, ids, _), times in zip(groups, _times(groups, seed, epoch), strict=True):
         images = np.repeat(ids, times)
-        # Copy j of k lands somewhere in the j-th k-th of the group: shuffled, and never the same image twice in a row of batches.
+        # Copy j of k lands somewhere in the j-th k-th of the group: the order is random, and copies rarely meet in a batch.
         copy = np.arange(len(images)) - np.repeat(np.cumsum(times) - times, times)
         place = (copy + draws.random(len(images))) / np.repeat(times, times)
         images = images[np.argsort(place, kind="stable")]
@@ -74,18 +75,16 @@ def plan_epoch(index: Index, *, resolution: int, seed: int, epoch: int, images_p
 
 
 def steps_per_epoch(index: Index, *, resolution: int, seed: int, epoch: int, images_per_step: int) -> int:
-    """Return the number of entries that `plan_epoch` has for the same arguments."""
-    return sum(-(-int(times.sum()) // images_per_step) for _, _, times in _groups(index, resolution, seed, epoch))
+    """Return the number of entries that `plan_epoch` has for the same arguments; it varies where a `multiply` is a fraction."""
+    return _count(_members(index, resolution), seed, epoch, images_per_step)
 
 
 def steps_before(index: Index, *, resolution: int, seed: int, epoch: int, images_per_step: int) -> int:
-    """Return the optimizer steps of all epochs before this one: with `epoch=max_epochs`, those of the whole run."""
-    if all(record.multiply == int(record.multiply) for record in index.records):
-        return epoch * steps_per_epoch(index, resolution=resolution, seed=seed, epoch=0, images_per_step=images_per_step)
-    each = (
-        steps_per_epoch(index, resolution=resolution, seed=seed, epoch=earlier, images_per_step=images_per_step) for earlier in range(epoch)
-    )
-    return sum(each)
+    """Return the optimizer steps of all epochs before this one: with the number of epochs, those of the whole run."""
+    groups = _members(index, resolution)
+    if all((multiply % 1 == 0).all() for _, _, multiply in groups):
+        return epoch * _count(groups, seed, 0, images_per_step)
+    return sum(_count(groups, seed, earlier, images_per_step) for earlier in range(epoch))
 
 
 def slice_step(step: StepPlan, batch_size: int, rank: int = 0, world: int = 1) -> list[MicroBatch]:
@@ -102,33 +101,32 @@ def slice_step(step: StepPlan, batch_size: int, rank: int = 0, world: int = 1) -
     return [MicroBatch(step.bucket, tuple(range(step.first + low, step.first + high)), step.images[low:high]) for low, high in cuts]
 
 
-def _groups(index: Index, resolution: int, seed: int, epoch: int) -> Iterator[tuple[tuple[Bucket, str], np.ndarray, np.ndarray]]:
-    """Yield ((bucket, batch_id), record ids, times each in this epoch) for all images that may share a batch, in a fixed order."""
+def _members(index: Index, resolution: int) -> list[tuple[Bucket, np.ndarray, np.ndarray]]:
+    """Return (bucket, record ids, multiply) of each group of images that may share a batch, in a fixed order."""
     members: dict[tuple[Bucket, str], list[int]] = defaultdict(list)
     choices = buckets(resolution)
-    known: dict[tuple[int, int], Bucket] = {}
     for identity, record in enumerate(index.records):
-        size = record.width, record.height
-        bucket = known.get(size)
-        if bucket is None:
-            bucket = known[size] = nearest(*size, choices)
-        members[bucket, record.batch_id].append(identity)
-    draws = stream(seed, "multiply")
-    for group in sorted(members):
-        ids = np.array(members[group])
-        times = _times(np.array([index.records[identity].multiply for identity in ids]), epoch, draws)
-        if times.any():
-            yield group, ids, times
+        members[nearest(record.width, record.height, choices), record.batch_id].append(identity)
+    return [
+        (group[0], np.array(members[group]), np.array([index.records[identity].multiply for identity in members[group]], float))
+        for group in sorted(members)
+    ]
 
 
-def _times(multiply: np.ndarray, epoch: int, draws: np.random.Generator) -> np.ndarray:
-    """Return how often each image of a group comes in an epoch.
+def _count(groups: list[tuple[Bucket, np.ndarray, np.ndarray]], seed: int, epoch: int, images_per_step: int) -> int:
+    return sum(-(-int(times.sum()) // images_per_step) for times in _times(groups, seed, epoch))
+
+
+def _times(groups: list[tuple[Bucket, np.ndarray, np.ndarray]], seed: int, epoch: int) -> Iterator[np.ndarray]:
+    """Yield, for each group, how often each of its images comes in an epoch.
 
     Systematic sampling: an image with fraction f comes once more in the epochs in which epoch x f, shifted by its own fixed
     phase, passes a whole number. The phases of a group are evenly spaced, so that its size hardly varies.
     """
-    whole = np.floor(multiply)
-    fraction = multiply - whole
-    phase = (draws.permutation(len(multiply)) + draws.random()) / len(multiply)
-    passed = np.floor((epoch + 1) * fraction + phase) - np.floor(epoch * fraction + phase)
-    return (whole + np.minimum(passed, 1)).astype(np.int64)
+    draws = stream(seed, "multiply")
+    for _, ids, multiply in groups:
+        whole = np.floor(multiply)
+        fraction = multiply - whole
+        phase = (draws.permutation(len(ids)) + draws.random()) / len(ids)
+        passed = np.floor((epoch + 1) * fraction + phase) - np.floor(epoch * fraction + phase)
+        yield (whole + np.minimum(passed, 1)).astype(np.int64)
