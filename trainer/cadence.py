@@ -39,6 +39,8 @@ class Cadence:
     def due(self, step: int, *, epoch: int, epoch_ends: bool, last_fixed_loss: int) -> Due:
         """Return what is due after `step`, in `epoch`, which ends with it or not.
 
+        An early stop is due no report of its own: the run that continues it reports what an unbroken run would have reported.
+
         The fixed-noise loss is measured when an epoch ends, at most once in `log_step` steps, and in long epochs every ten reports;
         `last_fixed_loss` is the step of its last measurement.
         """
@@ -46,7 +48,7 @@ class Cadence:
         since = step - last_fixed_loss
         every, first = self.save_every_n_epochs, self.save_ckpts_from_n_epochs
         return Due(
-            report=step == 1 or step % self.log_step == 0 or stop,
+            report=step == 1 or step % self.log_step == 0 or step >= self.total_steps,
             sample=step % self.sample_steps == 0 or step >= self.total_steps,
             fixed_loss=(epoch_ends and since >= self.log_step) or since >= 10 * self.log_step or step >= self.total_steps,
             save=stop or (epoch_ends and every is not None and epoch % every == 0 and epoch >= first),

@@ -76,14 +76,23 @@ class TrainState:
     images: int = 0
     """Images trained, repeats counted."""
 
-    skipped: int = 0
-    """Steps whose gradient was not finite."""
+    last_finite: int = 0
+    """The last reported step with a finite loss."""
 
     seconds: float = 0.0
     """Time spent training."""
 
     last_fixed_loss: int = 0
     """The step of the last fixed-noise loss."""
+
+    def advance(self, images: int, steps_in_epoch: int, seconds: float) -> None:
+        """Count one optimizer step of an epoch that has `steps_in_epoch`."""
+        self.step += 1
+        self.step_in_epoch += 1
+        self.images += images
+        self.seconds += seconds
+        if self.step_in_epoch >= steps_in_epoch:
+            self.epoch, self.step_in_epoch = self.epoch + 1, 0
 
 
 def save_checkpoint(

@@ -1,11 +1,36 @@
-"""Epochs of steps, and what is due after each: report, sample, validate, save, stop."""
+"""Epochs of steps, and what is due after each: report, fixed-noise loss, samples, checkpoint, stop."""
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge
+
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from data.loader import StepLoader
+    from trainer.cadence import Cadence
+    from trainer.checkpoint import TrainState
+    from trainer.diffusion.objective import Networks, Objective
+    from trainer.loggers import Loggers
+    from trainer.loggers.console import Console
+    from trainer.metrics import Meter
+    from trainer.optim.optimizer_set import OptimizerSet
+    from trainer.precision import Precision
+    from trainer.validation import FixedLoss
+
+LOSS = "loss/log_step"
+EPOCH_LOSS = "loss/epoch"
+FIXED_LOSS = "loss/stabilize-train"
+SKIPPED = "optimizer/skipped steps"
+NORM_TAGS = {"unet": "optimizer/unet_grad_norm", "text encoder": "optimizer/te_grad_norm"}
+MOST_SKIPPED = 50  # steps without a finite loss; fp16's scaler finds its scale within 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,3 +51,148 @@ class LoopOptions:
 
     gpuid: Annotated[int, Ge(0)] = 0
     """Which CUDA device to train on."""
+
+
+@dataclass
+class Run:
+    """Everything a run is made of, put together by `trainer.build`."""
+
+    folder: Path
+    state: TrainState
+    networks: Networks
+    objective: Objective
+    optimizers: OptimizerSet
+    loader: StepLoader
+    precision: Precision
+    cadence: Cadence
+    epochs: int
+    """Epochs of the whole run."""
+    steps_in: Callable[[int], int]
+    """The number of optimizer steps of an epoch."""
+    clip: float | None
+    log_grad_norm: bool
+    console: Console
+    loggers: Loggers
+    meter: Meter
+    fixed_loss: FixedLoss | None
+    sample: Callable[[int], None]
+    """Draws, saves and records the samples of a step."""
+    save: Callable[[bool], list[Path]]
+    """Writes a checkpoint, the run's last or not, and returns what it wrote."""
+    bad_files_named: int = 0
+
+
+def train(run: Run) -> list[Path]:
+    """Train until the run's end or its early stop; return what checkpoints were written.
+
+    Raises:
+        UserError: the loss has not been finite for a long time.
+    """
+    from trainer.step import train_step
+
+    state, device, written = run.state, run.precision.device, []
+    if state.step == 0:
+        measure_fixed_loss(run)
+        draw_samples(run)
+    due_stop = state.step >= run.cadence.total_steps
+    while not due_stop:
+        epoch = state.epoch
+        steps = iter(run.loader.steps(epoch, state.step_in_epoch))
+        while not due_stop and state.epoch == epoch:
+            started = time.perf_counter()
+            with run.meter.waiting():
+                batches = next(steps)
+            name_bad_files(run)
+            images = sum(len(batch) for batch in batches if not batch.filler)
+            if images:
+                result = train_step(
+                    [run.objective.draw(batch).to(device) for batch in batches],
+                    run.networks,
+                    run.objective,
+                    run.optimizers,
+                    step=state.step,
+                    images=images,
+                    autocast=run.precision.autocast,
+                    scaler=run.precision.scaler,
+                    clip=run.clip,
+                )
+                norms = {NORM_TAGS[name]: norm for name, norm in result.norms.items()} if run.log_grad_norm else {}
+                run.meter.add({LOSS: result.loss, **norms}, images=images, totals={SKIPPED: result.skipped})
+            state.advance(images, run.steps_in(epoch), time.perf_counter() - started)
+            run.console.step(epoch=epoch + 1, epochs=run.epochs, step=state.step)
+
+            ends = state.epoch > epoch
+            due = run.cadence.due(state.step, epoch=epoch + 1, epoch_ends=ends, last_fixed_loss=state.last_fixed_loss)
+            if due.report:
+                report(run)
+            if ends:
+                next(steps, None)  # the loader's own end of the epoch
+                run.loggers.scalars(run.meter.read_epoch(), state.step)
+            if due.fixed_loss:
+                measure_fixed_loss(run)
+            if due.sample:
+                draw_samples(run)
+            if due.save:
+                with run.meter.paused():
+                    written += run.save(state.step >= run.cadence.total_steps)
+            due_stop = due.stop
+    return written
+
+
+def report(run: Run) -> None:
+    """Read the numbers since the last report, the only time that the host waits for the device, and record and show them.
+
+    Raises:
+        UserError: no step has been finite for `MOST_SKIPPED` steps.
+    """
+    from trainer.loggers.console import Report
+    from trainer.metrics import IMAGES_PER_SECOND, memory_in_use
+
+    latest: dict[str, Any] = {}
+    for network, measures in run.optimizers.measures().items():
+        latest[f"hyperparameter/lr {network}"] = measures["rate"]
+        if "d" in measures:
+            latest[f"dadapt/d {network}"] = measures["d"]
+            latest[f"dadapt/d_hat {network}"] = measures["d_hat"]
+            latest[f"dadapt/d*lr {network}"] = measures["rate"]
+    if run.precision.scaler is not None:
+        latest["hyperparameter/grad scale"] = run.precision.scaler.get_scale()
+    numbers = run.meter.read(latest)
+    loss, memory = numbers.get(LOSS, math.nan), memory_in_use(run.precision.device)
+    numbers["performance/vram" if run.precision.device.type == "cuda" else "performance/ram"] = memory / 2**30
+    run.loggers.scalars(numbers, run.state.step)
+    rates = {network: numbers[f"hyperparameter/lr {network}"] for network in run.optimizers.parameters}
+    run.console.report(Report(loss, rates, numbers.get(IMAGES_PER_SECOND), memory))
+    if math.isfinite(loss):
+        run.state.last_finite = run.state.step
+    elif run.state.step - run.state.last_finite >= MOST_SKIPPED:
+        raise UserError(
+            f"no loss has been finite since step {run.state.last_finite} (now at step {run.state.step}), so no weight has changed since: "
+            "lower the rate, or try mixed_precision: no; the last checkpoint is good.",
+            exit_code=1,
+        )
+
+
+def name_bad_files(run: Run) -> None:
+    """Say once of each file that could not be read during the run that it is left out, and why."""
+    bad = run.loader.bad
+    for file in bad[run.bad_files_named :]:
+        run.console.event(f"{file}; the image is left out")
+    run.bad_files_named = len(bad)
+
+
+def measure_fixed_loss(run: Run) -> None:
+    """Measure and record the fixed-noise loss of the model as it is now."""
+    if run.fixed_loss is None:
+        return
+    with run.meter.paused():
+        value = run.fixed_loss.measure(run.networks, run.precision.autocast, run.precision.device)
+    run.state.last_fixed_loss = run.state.step
+    run.loggers.scalars({FIXED_LOSS: value}, run.state.step)
+    run.console.event(f"step {run.state.step}: fixed-noise loss {value:.4f}")
+
+
+def draw_samples(run: Run) -> None:
+    """Draw, record and save the samples of the model as it is now."""
+    with run.meter.paused():
+        run.sample(run.state.step)

@@ -44,14 +44,20 @@ class FixedLoss:
     """
 
     def __init__(self, batches: Sequence[Batch], objective: Objective) -> None:
+        import torch
+
+        from trainer.diffusion.objective import Inputs
+
         start, end = objective.options.timestep_start, objective.options.timestep_end
         timesteps = [int(start + (end - start) * (part + 0.5) / TIMESTEPS) for part in range(TIMESTEPS)]
-        self.objective = objective
-        self.inputs = [
-            objective.place(batch, [(EVALUATION, part, record) for record in batch.records], [t] * len(batch))
-            for batch in batches
-            for part, t in enumerate(timesteps)
-        ]
+        self._objective = objective
+        self._inputs: list[Inputs] = []
+        for batch in batches:
+            parts = [
+                objective.place(batch, [(EVALUATION, part, record) for record in batch.records], [t] * len(batch))
+                for part, t in enumerate(timesteps)
+            ]
+            self._inputs.append(Inputs(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])}))
 
     def measure(self, networks: Networks, autocast: Callable[[], AbstractContextManager[Any]], device: torch.device) -> float:
         """Return the mean loss over images and timesteps; synchronises once."""
@@ -59,6 +65,6 @@ class FixedLoss:
 
         sums = []
         with torch.no_grad():
-            for inputs in self.inputs:
-                sums.append(self.objective.losses(networks, inputs.to(device), autocast).sum())
-        return float(torch.stack(sums).sum()) / sum(len(inputs.t_B) for inputs in self.inputs)
+            for inputs in self._inputs:
+                sums.append(self._objective.losses(networks, inputs.to(device), autocast).sum())
+        return float(torch.stack(sums).sum()) / sum(len(inputs.t_B) for inputs in self._inputs)

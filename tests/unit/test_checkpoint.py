@@ -4,7 +4,17 @@ import json
 
 import pytest
 
-from trainer.checkpoint import SaveOptions, TrainState, checkpoints, find_last, read_resume, resume_problem, rotate, save_checkpoint, save_file
+from trainer.checkpoint import (
+    SaveOptions,
+    TrainState,
+    checkpoints,
+    find_last,
+    read_resume,
+    resume_problem,
+    rotate,
+    save_checkpoint,
+    save_file,
+)
 from trainer.errors import UserError
 
 
@@ -19,7 +29,11 @@ def _save(run, step, *, project="demo", resume=True):
         (path / "optimizers.json").write_text(str(step))
 
     save_checkpoint(
-        folder, write_model=write_model, write_resume=write_resume if resume else None, state=TrainState(step=step, epoch=1), about={"seed": 1}
+        folder,
+        write_model=write_model,
+        write_resume=write_resume if resume else None,
+        state=TrainState(step=step, epoch=1),
+        about={"seed": 1},
     )
     return folder
 

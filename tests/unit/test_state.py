@@ -13,7 +13,10 @@ def test_round_trip_of_every_kind_of_value(tmp_path):
     shared = torch.randn(256)
     state = {
         "numbers": [1, -2.5, 1e-308, 0.1, math.inf, -math.inf, True, None, "text"],
-        "nested": {0: {"exp_avg": torch.randn(3, 4), "map": shared}, 1: {"codes": torch.randint(0, 255, (5,), dtype=torch.uint8), "map": shared}},
+        "nested": {
+            0: {"exp_avg": torch.randn(3, 4), "map": shared},
+            1: {"codes": torch.randint(0, 255, (5,), dtype=torch.uint8), "map": shared},
+        },
         "tuple": (0.9, 0.999),
         "half": torch.randn(7).to(torch.bfloat16),
         "transposed": torch.randn(3, 5).t(),

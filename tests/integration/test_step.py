@@ -1,0 +1,212 @@
+"""One optimizer step: the same whatever the micro-batches, gated by the gradient, and nothing read back."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from data.batch import Batch
+from tests.tiny import tiny_models
+from trainer.diffusion.objective import Inputs, Networks, Objective, ObjectiveOptions
+from trainer.diffusion.schedule import NoiseSchedule
+from trainer.optim import AdamW8bitOptions, AdamWOptions, DAdaptAdamOptions
+from trainer.optim.optimizer_set import OptimizerSet
+from trainer.state import read_state, write_state
+from trainer.step import train_step
+
+OPTIONS = {
+    "adamw": AdamWOptions(lr=1e-3),
+    "adamw8bit": AdamW8bitOptions(lr=1e-3),
+    "dadapt_adam": DAdaptAdamOptions(lr=1.0, weight_decay=0.1),
+}
+
+
+def _batch(positions, epoch=0):
+    pixels = torch.stack([torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(position)) for position in positions])
+    tokens = torch.stack([torch.randint(0, 50, (77,), generator=torch.Generator().manual_seed(position)) for position in positions])
+    names = tuple(f"{position}.png" for position in positions)
+    return Batch(
+        pixels_BCHW=pixels.clamp(-1, 1),
+        tokens_BT=tokens,
+        loss_scale_B=torch.tensor([2.0 if position == 1 else 1.0 for position in positions]),
+        epoch=epoch,
+        positions=tuple(positions),
+        records=tuple(positions),
+        names=names,
+        captions=names,
+    )
+
+
+def _objective(models, **options):
+    return Objective(
+        ObjectiveOptions(**{"zero_frequency_noise_ratio": 0.05, "min_snr_gamma": 5.0, **options}),
+        NoiseSchedule(models.scheduler_config),
+        seed=3,
+        latent_channels=4,
+        latent_factor=8,
+        scaling_factor=models.vae.config.scaling_factor,
+        train_text_encoder=True,
+    )
+
+
+def _setup(name="adamw", dtype=torch.float32, **options):
+    models = tiny_models(0)
+    for module in (models.unet, models.text_encoder, models.vae):
+        module.to(dtype)
+    models.vae.requires_grad_(False)
+    networks = Networks(models.unet, models.text_encoder, models.vae)
+    parameters = {"unet": list(models.unet.parameters()), "text encoder": list(models.text_encoder.parameters())}
+    optimizers = OptimizerSet(dict.fromkeys(parameters, OPTIONS[name]), parameters, total_steps=10)
+    return networks, _objective(models, **options), optimizers
+
+
+def _weights(networks):
+    return torch.cat([p.detach().reshape(-1) for module in (networks.unet, networks.text_encoder) for p in module.parameters()])
+
+
+def _gradients_of(cut):
+    """Return the gradient of the 8-image step, cut into micro-batches of the given sizes."""
+    networks, objective, optimizers = _setup()
+    gradients = {}
+
+    def keep(found_inf):
+        for network, parameters in optimizers.parameters.items():
+            gradients[network] = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
+
+    optimizers.step = keep  # type: ignore[method-assign]
+    edges = [sum(cut[:number]) for number in range(len(cut) + 1)]
+    inputs = [objective.draw(_batch(range(start, end))) for start, end in zip(edges, edges[1:], strict=False)]
+    result = train_step(inputs, networks, objective, optimizers, step=0, images=8)
+    return result.loss, gradients
+
+
+def test_micro_batches_change_neither_loss_nor_gradient():
+    loss, gradients = _gradients_of([8])
+    for cut in ([4, 4], [1] * 8, [3, 3, 2]):
+        other_loss, others = _gradients_of(cut)
+        torch.testing.assert_close(other_loss, loss, rtol=1e-5, atol=0)
+        for network, gradient in gradients.items():
+            assert (others[network] - gradient).norm() < 1e-4 * gradient.norm(), (cut, network)
+
+
+def test_draws_are_equal_whatever_the_cut():
+    _, objective, _ = _setup()
+    whole = objective.draw(_batch(range(4)))
+    parts = [objective.draw(_batch([position])) for position in range(4)]
+    for name in vars(whole):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts])), name
+
+
+def test_timesteps_stay_in_their_range():
+    _, objective, _ = _setup(timestep_start=100, timestep_end=110)
+    drawn = objective.draw(_batch(range(60))).t_B
+    assert set(drawn.tolist()) == set(range(100, 110))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_training_lowers_the_loss_of_fixed_inputs(name):
+    networks, objective, optimizers = _setup(name)
+    inputs = objective.draw(_batch(range(4)))
+    losses = [float(train_step([inputs], networks, objective, optimizers, step=step, images=4).loss) for step in range(25)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_no_weight_and_no_state(name, poison):
+    networks, objective, optimizers = _setup(name)
+    inputs = objective.draw(_batch(range(2)))
+    train_step([inputs], networks, objective, optimizers, step=0, images=2)
+    before, state = _weights(networks), _copy(optimizers.state_dict())
+    bad = replace(inputs, noise_BCHW=inputs.noise_BCHW.clone().index_fill_(0, torch.tensor([0]), poison))
+    result = train_step([bad], networks, objective, optimizers, step=1, images=2)
+    assert result.skipped.item() == 1.0
+    assert torch.equal(_weights(networks), before)
+    _assert_same(optimizers.state_dict(), state)
+    assert train_step([inputs], networks, objective, optimizers, step=2, images=2).skipped.item() == 0.0
+    assert not torch.equal(_weights(networks), before)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_state_on_disk_continues_the_run_to_the_bit(name, tmp_path):
+    networks, objective, optimizers = _setup(name)
+    for step in range(3):
+        train_step([objective.draw(_batch(range(4), step))], networks, objective, optimizers, step=step, images=4)
+    write_state(optimizers.state_dict(), tmp_path / "optimizers")
+    weights = {id: module.state_dict() for id, module in (("unet", networks.unet), ("text", networks.text_encoder))}
+    weights = {name: {key: tensor.clone() for key, tensor in module.items()} for name, module in weights.items()}
+    for step in range(3, 6):
+        train_step([objective.draw(_batch(range(4), step))], networks, objective, optimizers, step=step, images=4)
+
+    others, objective, continued = _setup(name)
+    others.unet.load_state_dict(weights["unet"])
+    others.text_encoder.load_state_dict(weights["text"])
+    continued.load_state_dict(read_state(tmp_path / "optimizers"))
+    for step in range(3, 6):
+        train_step([objective.draw(_batch(range(4), step))], others, objective, continued, step=step, images=4)
+    assert torch.equal(_weights(others), _weights(networks))
+    _assert_same(continued.state_dict(), optimizers.state_dict())
+
+
+def test_a_checkpoint_never_overrides_the_configured_rate():
+    _, _, optimizers = _setup("adamw")
+    saved = optimizers.state_dict()
+    models = tiny_models(0)
+    other = OptimizerSet({"unet": AdamWOptions(lr=5e-6, weight_decay=0.5)}, {"unet": list(models.unet.parameters())}, total_steps=10)
+    other.load_state_dict({"unet": saved["unet"]})
+    group = other.optimizers[0].param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (5e-6, 0.5)
+
+
+def test_clipping_bounds_each_network_by_itself():
+    networks, objective, optimizers = _setup()
+    norms = {}
+
+    def keep(found_inf):
+        for network, parameters in optimizers.parameters.items():
+            norms[network] = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None]).norm().item()
+
+    optimizers.step = keep  # type: ignore[method-assign]
+    result = train_step([objective.draw(_batch(range(2)))], networks, objective, optimizers, step=0, images=2, clip=1e-3)
+    assert result.norms["unet"].item() > 1e-3
+    assert norms["unet"] == pytest.approx(1e-3, rel=1e-3)
+    assert norms["text encoder"] == pytest.approx(min(1e-3, result.norms["text encoder"].item()), rel=1e-3)
+
+
+def test_the_step_reads_nothing_back():
+    """On the meta device every read-back raises."""
+    networks, objective, optimizers = _setup("adamw")
+    meta = torch.device("meta")
+    inputs = objective.draw(_batch(range(2)))
+    for module in (networks.unet, networks.text_encoder, networks.vae):
+        module.to(meta)
+    objective.schedule.to(meta)
+    parameters = {"unet": list(networks.unet.parameters()), "text encoder": list(networks.text_encoder.parameters())}
+    optimizers = OptimizerSet(dict.fromkeys(parameters, OPTIONS["adamw"]), parameters, total_steps=10)
+    for member in optimizers.members:  # torch's fused kernel does not run there; everything around it does
+        member.optimizer.step = lambda: None  # type: ignore[method-assign]
+    moved = Inputs(**{name: tensor.to(meta) for name, tensor in vars(inputs).items()})
+    result = train_step([moved, moved], networks, objective, optimizers, step=0, images=4, clip=1.0)
+    assert result.loss.device == meta and result.skipped.device == meta
+
+
+def _copy(value):
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list) else value
+
+
+def _assert_same(found, expected, path="state"):
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), path
+    elif isinstance(expected, dict):
+        assert list(found) == list(expected), path
+        for key in expected:
+            _assert_same(found[key], expected[key], f"{path}.{key}")
+    elif isinstance(expected, list):
+        for number, (left, right) in enumerate(zip(found, expected, strict=True)):
+            _assert_same(left, right, f"{path}.{number}")
+    else:
+        assert found == expected, path
