@@ -7,13 +7,13 @@ installed metadata, and what torch was built for from its version.py, which says
 from __future__ import annotations
 
 import ast
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import warnings
 from importlib import metadata
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from trainer.errors import UserError
@@ -170,7 +170,7 @@ def _import_error(name: str) -> str | None:
 
 def _constants(name: str) -> dict[str, object] | None:
     """Return the constants that a package's version.py assigns, without importing the package; None where there is none."""
-    spec = importlib.util.find_spec(name)
+    spec = PathFinder.find_spec(name)
     if spec is None or spec.origin is None:
         return None
     path = Path(spec.origin).with_name("version.py")

@@ -1,6 +1,5 @@
-"""What is in the repository: nothing of one machine, nothing large, and the files that a newcomer looks for."""
+"""What is in the repository: nothing of one machine and nothing large."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -54,7 +53,3 @@ def test_what_counts_as_a_machine_path(text, named):
 def test_the_licence_is_apache_2():
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
-
-
-def test_the_checks_can_be_run():
-    assert os.access(ROOT / ".ci" / "run", os.X_OK)
