@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
+
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from trainer.models.load import Models
+
+UNET = "unet"
+TEXT_ENCODER = "text encoder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,3 +50,116 @@ class FreezingOptions:
 
     freeze_final_layer_norm: bool = False
     """Freeze the layer norm after the last layer."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """How much of one network learns.
+
+    Attributes:
+        trained: parameters with requires_grad.
+        total: all parameters.
+        what: which of them, in words for people: "everything", "nothing", "layers 4-12 of 12, final layer norm".
+    """
+
+    trained: int
+    total: int
+    what: str
+
+
+@dataclass(frozen=True)
+class TrainedParts:
+    """What learns, by network: "unet" and "text encoder".
+
+    Attributes:
+        parameters: names and parameters that learn, in the network's order; a network without any is absent.
+        counts: both networks, learning or not.
+    """
+
+    parameters: dict[str, list[tuple[str, nn.Parameter]]]
+    counts: dict[str, Part]
+
+
+def apply_freezing(models: Models, parts: TrainableOptions, freezing: FreezingOptions) -> TrainedParts:
+    """Decide what learns: set requires_grad on every parameter, train mode on the networks that learn, eval mode on the others.
+
+    Also turns on gradient checkpointing and attention slicing where they are asked for. The VAE never learns. Works on networks of
+    the meta device too.
+
+    Raises:
+        UserError: a layer count that the text encoder does not have, or nothing left to learn.
+    """
+    text_encoder_trains, what = _freeze_text_encoder(models.text_encoder, freezing, disabled=parts.disable_textenc_training)
+    unet_trains = not parts.disable_unet_training
+    models.unet.requires_grad_(unet_trains)
+    models.vae.requires_grad_(False)
+    if not unet_trains and not text_encoder_trains:
+        reason = "disable_textenc_training" if parts.disable_textenc_training else "text_encoder_freezing"
+        raise UserError(f"disable_unet_training and {reason} together leave nothing to train; let the UNet or text encoder layers train.")
+
+    models.vae.eval()
+    models.unet.train(unet_trains)
+    models.text_encoder.train(text_encoder_trains)
+    if parts.gradient_checkpointing:
+        # The text encoder's gradient passes through the UNet, so the UNet's activations count even where it is frozen.
+        models.unet.enable_gradient_checkpointing()
+        if text_encoder_trains:
+            models.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    if parts.attn_type == "slice":
+        models.unet.set_attention_slice("auto")
+
+    networks: dict[str, nn.Module] = {UNET: models.unet, TEXT_ENCODER: models.text_encoder}
+    words = {UNET: "everything" if unet_trains else "nothing", TEXT_ENCODER: what}
+    learning = {name: [(key, p) for key, p in network.named_parameters() if p.requires_grad] for name, network in networks.items()}
+    return TrainedParts(
+        parameters={name: parameters for name, parameters in learning.items() if parameters},
+        counts={
+            name: Part(sum(p.numel() for _, p in learning[name]), sum(p.numel() for p in network.parameters()), words[name])
+            for name, network in networks.items()
+        },
+    )
+
+
+def _freeze_text_encoder(text_encoder: Any, freezing: FreezingOptions, *, disabled: bool) -> tuple[bool, str]:
+    """Set requires_grad and return whether anything learns, and what in words."""
+    # transformers before 5.6 keep the layers one level deeper.
+    tower = getattr(text_encoder, "text_model", text_encoder)
+    layers = tower.encoder.layers
+    frozen = _frozen_layers(freezing, len(layers))
+    if disabled:
+        text_encoder.requires_grad_(False)
+        return False, "nothing"
+    text_encoder.requires_grad_(True)
+    for layer in layers[:frozen]:
+        layer.requires_grad_(False)
+    freeze_embeddings = frozen > 0 if freezing.freeze_embeddings is None else freezing.freeze_embeddings
+    tower.embeddings.requires_grad_(not freeze_embeddings)
+    tower.final_layer_norm.requires_grad_(not freezing.freeze_final_layer_norm)
+
+    learning = [] if freeze_embeddings else ["embeddings"]
+    if frozen < len(layers):
+        learning.append(f"layers {frozen + 1}-{len(layers)} of {len(layers)}")
+    if not freezing.freeze_final_layer_norm:
+        learning.append("final layer norm")
+    everything = frozen == 0 and len(learning) == 3
+    return bool(learning), "everything" if everything else ", ".join(learning) or "nothing"
+
+
+def _frozen_layers(freezing: FreezingOptions, layers: int) -> int:
+    """Return how many of the front layers keep their weights."""
+    last, front = freezing.unfreeze_last_n_layers, freezing.freeze_front_n_layers
+    if last is not None:
+        if last > layers:
+            raise UserError(
+                f"text_encoder_freezing.unfreeze_last_n_layers: {last} is more than the {layers} layers of this model's text encoder; "
+                f"give 0 to {layers}."
+            )
+        return layers - last
+    if front is None:
+        return 0
+    if abs(front) > layers:
+        raise UserError(
+            f"text_encoder_freezing.freeze_front_n_layers: {front} does not fit the {layers} layers of this model's text encoder; "
+            f"give -{layers} to {layers} (a negative -k trains only the last k)."
+        )
+    return front if front >= 0 else layers + front
