@@ -1,0 +1,8 @@
+"""The configuration: two JSON files and a command line become one checked `TrainConfig`."""
+
+from trainer.config.load import Loaded, load_config
+from trainer.config.resolved import write_resolved
+from trainer.config.rules import check_rates
+from trainer.config.schema import OptimizerConfig, TrainConfig
+
+__all__ = ["Loaded", "OptimizerConfig", "TrainConfig", "check_rates", "load_config", "write_resolved"]

@@ -1,0 +1,211 @@
+"""From the command line to a checked `TrainConfig`, all problems of all files together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.config.ed2 import other_word, translate
+from trainer.config.optimizers import BASE, Rates, is_documentation, read_optimizers
+from trainer.config.overrides import help_text, parse
+from trainer.config.paths import find, not_found, resolve_folder, resolve_model, resolve_prompts, resolve_vae, shown_path
+from trainer.config.positions import Document, read_json
+from trainer.config.report import COMMAND_LINE, Place, Report, Written, checked, closest, did_you_mean
+from trainer.config.rules import Settings, apply_rules, resolved
+from trainer.config.schema import CommandOptions, OptimizerConfig, TrainConfig, keys_of, optimizer_keys, sections, train_keys
+from trainer.errors import UserError
+
+_LARGEST = 4 * 1024 * 1024
+"""Bytes; a configuration beyond that is some other file."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration that passed every check, what to do with it, and what its author should know."""
+
+    config: TrainConfig
+    action: Literal["train", "check"]
+    notes: tuple[str, ...]
+
+
+def load_config(argv: Sequence[str]) -> Loaded:
+    """Return the configuration that a command line asks for; nothing but files of text is read, no library that trains is imported.
+
+    Args:
+        argv: the command line without the program's name.
+
+    Raises:
+        UserError: all problems of the command line and of both files, each with its place.
+        SystemExit: after printing the help that was asked for.
+    """
+    report = Report()
+    arguments = parse(argv, report)
+    if arguments.help:
+        print(help_text(), end="")
+        raise SystemExit(0)
+    source = Path.cwd() / arguments.config
+    file = shown_path(source)
+    report.files.append(file)
+    document = _read(source, file, Place(COMMAND_LINE, None, "config"), report)
+    written = _written(document, source.parent, file, report) if document else {}
+    for name, value in arguments.values.items():
+        written[name] = Written(value, Place(COMMAND_LINE, None, name))
+    settings = _settings(written, document, Place(file), report)
+    optimizers, optimizer_source = _optimizers(settings, source, known=document is not None, report=report)
+    apply_rules(settings, report)
+    if report.errors or optimizers is None:
+        raise UserError(report.errors)
+    config = _config(resolved(settings.values), optimizers)
+    return Loaded(
+        config=replace(config, source=source, optimizer_source=optimizer_source),
+        action="check" if arguments.check else "train",
+        notes=report.notes,
+    )
+
+
+def _read(path: Path, file: str, named: Place, report: Report) -> Document | None:
+    """Return what a file says; None, after reporting it at `named`, where it cannot be read at all."""
+    problem = ""
+    try:
+        if path.is_dir():
+            inner = " (it holds train.json)" if (path / "train.json").exists() else ""
+            problem = f"{file} is a folder{inner}; name the file"
+        elif path.stat().st_size > _LARGEST:
+            problem = f"{file} is too large for a configuration; name a JSON file"
+        else:
+            document = read_json(path.read_bytes())
+            for issue in document.issues:
+                report.error(Place(file, issue.line, _spelled(issue.path)), issue.sentence)
+            return document
+    except FileNotFoundError:
+        names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = closest(path.name, [name for name in names if name.endswith(".json")])
+        problem = f"file not found: {file}" + (f"; did you mean '{shown_path(path.parent / close)}'?" if close else "; see --config")
+    except OSError as error:
+        problem = f"{file} cannot be read: {error.strerror}"
+    report.error(named, problem)
+    return None
+
+
+def _written(document: Document, folder: Path, file: str, report: Report) -> dict[str, Written]:
+    """Return what train.json says in this program's keys; foreign, unknown and unreadable keys are dealt with and absent."""
+    if BASE in document.values and "resume_ckpt" not in document.values:
+        report.error(
+            Place(file), "is an optimizer file, not a train.json; name it in train.json's optimizer_config or with --optimizer_config"
+        )
+        return {}
+    known = train_keys()
+    result: dict[str, Written] = {}
+    for name, value in document.values.items():
+        entry = Written(value, Place(file, document.lines[(name,)], name), folder)
+        if is_documentation(name) or (name,) in document.unread:
+            continue
+        if name in known:
+            result.setdefault(name, entry)
+            continue
+        foreign = translate(name, entry, report)
+        if foreign is None:
+            report.error(entry.place, _unknown_key(name))
+        result |= foreign or {}
+    return result
+
+
+def _unknown_key(name: str) -> str:
+    if name in keys_of(CommandOptions):
+        return f"belongs on the command line, as --{name}"
+    if name in optimizer_keys() and other_word(name) is None:
+        return f"belongs in the optimizer file, as base.{name}"
+    word = other_word(name)
+    return "unknown key" + (f"; did you mean '{word}'?" if word else did_you_mean(name, train_keys()) or "; --help lists all")
+
+
+def _settings(written: dict[str, Written], document: Document | None, default: Place, report: Report) -> Settings:
+    """Check every value and input path; a key whose value is wrong is absent from the settings' values."""
+    unread = {path[0] for path in document.unread if len(path) == 1} if document else set()
+    values: dict[str, Any] = {}
+    given = {name: entry for name, entry in written.items() if entry.value is not None}
+    for name, key in train_keys().items():
+        if name in given:
+            right, value = checked(key, given[name].value, given[name].place, report)
+            if right:
+                values[name] = value
+                given[name] = replace(given[name], value=value)
+        elif key.required:
+            if document is not None and name not in unread and not _hides_keys(document):
+                report.error(default, f"{name} is missing: name the model to start from, for instance models/mini-sd")
+        elif name not in unread:
+            values[name] = key.default
+    settings = Settings(values, given, default)
+    _resolve_paths(values, settings, report)
+    return settings
+
+
+def _hides_keys(document: Document) -> bool:
+    """Whether keys may be missing only because the text around them could not be read."""
+    return any(not issue.path for issue in document.issues)
+
+
+def _resolve_paths(values: dict[str, Any], settings: Settings, report: Report) -> None:
+    """Make input paths absolute; those where nothing is are reported, and removed from `values`."""
+    single = {"resume_ckpt": resolve_model, "vae": resolve_vae, "sample_prompts": resolve_prompts}
+    for name, resolve in single.items():
+        if values.get(name) is not None:
+            path = resolve(settings.written[name], report)
+            values |= {name: path}
+            if path is None:
+                del values[name]
+    if "data_root" not in values:
+        return
+    root = values["data_root"]
+    beside = Path.cwd() / settings.default.file
+    entry = settings.written.get("data_root") or Written(root, replace(settings.default, key="data_root"), beside.parent)
+    if root == ():
+        report.error(entry.place, "is an empty list; name at least one folder of images")
+    roots = [root] if isinstance(root, str) else root
+    found = [resolve_folder(replace(entry, value=folder), report) for folder in roots]
+    if None in found or not found:
+        del values["data_root"]
+    else:
+        values["data_root"] = found[0] if isinstance(root, str) else tuple(path for path in found if path)
+
+
+def _optimizers(settings: Settings, source: Path, *, known: bool, report: Report) -> tuple[OptimizerConfig | None, Path]:
+    """Read the optimizer file; `known` is whether train.json could be read, which may name it."""
+    if "optimizer_config" not in settings.values or (not known and "optimizer_config" not in settings.written):
+        return None, source
+    entry = settings.written.get("optimizer_config") or Written(
+        settings["optimizer_config"], replace(settings.default, key="optimizer_config"), source.parent
+    )
+    path = find(entry)
+    if path is None or path.is_dir():
+        report.error(entry.place, not_found(entry, "optimizer file") if path is None else f"{entry.value} is a folder; name the file")
+        return None, source
+    file = shown_path(path)
+    if file in report.files:
+        report.error(entry.place, f"{file} is this very file; name an optimizer file such as optimizer.json")
+        return None, source
+    report.files.append(file)
+    document = _read(path, file, entry.place, report)
+    if document is None:
+        return None, path
+    rates = Rates(
+        written={
+            name: settings.written[name] for name in ("lr", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps") if name in settings.written
+        },
+        unet=not settings.values.get("disable_unet_training"),
+        text_encoder=not settings.values.get("disable_textenc_training"),
+    )
+    return read_optimizers(document, file, rates, report), path
+
+
+def _config(values: dict[str, Any], optimizers: OptimizerConfig) -> TrainConfig:
+    built = {section: options(**{name: values[name] for name in keys_of(options)}) for section, options in sections().items()}
+    return TrainConfig(**built, optimizers=optimizers)
+
+
+def _spelled(path: Sequence[str | int]) -> str:
+    """Return a place inside a file as messages spell it: base.betas[1]."""
+    spelled = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return spelled.removeprefix(".")

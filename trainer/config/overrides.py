@@ -1,0 +1,153 @@
+"""The command line: `--key value` and `--no-key` for every key of train.json, and `--help`, all from the options' docstrings."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from inspect import getdoc
+from typing import Any
+
+from pydantic import ValidationError
+
+from trainer.config.ed2 import COMMAND_LATER
+from trainer.config.positions import read_json
+from trainer.config.report import COMMAND_LINE, Place, Report, closest
+from trainer.config.schema import CommandOptions, FileOptions, Key, accepts, keys_of, optimizer_keys, plain, sections, train_keys
+
+
+@dataclass
+class Arguments:
+    """What the command line says: the file, what to do, and values by key that win over the file's."""
+
+    config: str = CommandOptions.config
+    check: bool = False
+    help: bool = False
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+def parse(argv: Sequence[str], report: Report) -> Arguments:
+    """Return what `argv`, without the program's name, says; what cannot be understood is reported.
+
+    Names take - for _. A value is read as JSON where the key takes no text, and as text where it does, except null and lists.
+    """
+    result = Arguments()
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word in ("-h", "--help"):
+            result.help = True
+            continue
+        if not word.startswith("--") or word == "--":
+            close = " (did you mean --config " + word + "?)" if word.endswith(".json") else ""
+            report.error(Place(COMMAND_LINE), f"{word} is not an option{close}; options are written --key value, see --help")
+            continue
+        name, equals, attached = word[2:].partition("=")
+        key, off = _find(name.replace("-", "_"))
+        if key is None:
+            _unknown(name, report)
+            if not equals and rest and not rest[0].startswith("--"):
+                rest.pop(0)
+            continue
+        if key.kind is bool:
+            value: Any = not off
+            if equals or (rest and rest[0].lower() in ("true", "false", "null")):
+                given = attached if equals else rest.pop(0)
+                spelled = {"true": not off, "false": off, "null": None}
+                if given.lower() not in spelled:
+                    report.error(Place(COMMAND_LINE, None, name), f"takes true or false, got '{given}'")
+                    continue
+                value = spelled[given.lower()]
+        elif equals:
+            value = _value(key, attached)
+        elif rest and not (rest[0].startswith("--") and rest[0] != "--"):
+            value = _value(key, rest.pop(0))
+        else:
+            report.error(Place(COMMAND_LINE, None, name), f"needs a value: {accepts(key.annotation)}")
+            continue
+        if key.owner is CommandOptions:
+            default = key.default if value is None else value
+            result.config = default if key.name == "config" else result.config
+            result.check = default if key.name == "check" else result.check
+        else:
+            result.values[key.name] = value
+    return result
+
+
+def help_text(width: int = 100) -> str:
+    """Return the text of `--help`: every key by section, with what it takes, its default and its docstring."""
+    lines = [
+        "usage: python train.py [--config train.json] [--check] [--key value ...]",
+        "",
+        *textwrap.wrap(
+            "Fine-tunes Stable Diffusion as train.json says. Every key below is a key of train.json and an option here; the command "
+            "line wins over the file, the file over the default. --no-key turns a switch off, null stands for the default. The "
+            "optimizer file's keys are listed at the end.",
+            width,
+        ),
+    ]
+    groups = [(CommandOptions, "--"), (sections()["model"], "--"), (FileOptions, "--")]
+    groups += [(options, "--") for options in sections().values() if options is not sections()["model"]]
+    for options, dashes in groups:
+        lines += ["", (getdoc(options) or "").splitlines()[0], *_rows(keys_of(options).values(), dashes, width)]
+    lines += ["", "Keys of the optimizer file's sections base and text_encoder_overrides:"]
+    for found in optimizer_keys().values():
+        key = next(iter(found.values()))
+        users = "" if key.name == "optimizer" or len(found) == len(optimizer_keys()["optimizer"]) else f" Used by {', '.join(found)}."
+        lines += _row(key, "", width, f"one of {', '.join(optimizer_keys()['optimizer'])}" if key.name == "optimizer" else None, users)
+    return "\n".join(lines) + "\n"
+
+
+def _rows(keys: Any, dashes: str, width: int) -> list[str]:
+    return [line for key in keys for line in _row(key, dashes, width)]
+
+
+def _row(key: Key, dashes: str, width: int, takes: str | None = None, more: str = "") -> list[str]:
+    default = "required" if key.required else f"default {str(value) if isinstance(value := plain(key.default), str) else json.dumps(value)}"
+    head = f"  {dashes}{key.name}"
+    indent = " " * 6
+    return [
+        f"{head}: {takes or accepts(key.annotation)}; {default}",
+        *textwrap.wrap(key.doc + more, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False),
+    ]
+
+
+def _find(name: str) -> tuple[Key | None, bool]:
+    """Return the key that an option names and whether it is being turned off; a key `no_x` is turned off by `--x`."""
+    known = {**train_keys(), **keys_of(CommandOptions)}
+    if name in known:
+        return known[name], False
+    if name.startswith("no_") and name[3:] in known and known[name[3:]].kind is bool:
+        return known[name[3:]], True
+    if f"no_{name}" in known and known[f"no_{name}"].kind is bool:
+        return known[f"no_{name}"], True
+    return None, False
+
+
+def _unknown(name: str, report: Report) -> None:
+    place, key = Place(COMMAND_LINE, None, name), name.replace("-", "_")
+    if key in COMMAND_LATER:
+        report.error(place, "not supported yet by this version")
+    elif key in optimizer_keys():
+        report.error(place, f"belongs in the optimizer file, as base.{key}")
+    else:
+        close = closest(key, ["help", *train_keys(), *keys_of(CommandOptions)])
+        report.error(place, f"unknown option; did you mean --{close}?" if close else "unknown option; --help lists all")
+
+
+def _value(key: Key, text: str) -> Any:
+    """Return the JSON value that a word on the command line stands for."""
+    if text == "null":
+        return None
+    document = read_json(b'{"value": ' + text.encode("utf-8", "surrogatepass") + b"}")
+    value = text if document.issues else document.values["value"]
+    return value if isinstance(value, list | dict) or not _fits(key, text) else text
+
+
+def _fits(key: Key, value: Any) -> bool:
+    try:
+        key.validate(value)
+    except ValidationError:
+        return False
+    return True

@@ -1,0 +1,183 @@
+"""Input paths: looked for beside the file that names them, then in the working directory; from the command line only there."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from trainer.config.report import Place, Report, Written, closest
+
+FINDLAST = "findlast"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_MODEL_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+_PROMPT_FILES = (".txt", ".json")
+
+
+def shown_path(path: Path) -> str:
+    """Return a path as messages show it: relative to the working directory where it lies inside."""
+    try:
+        return path.relative_to(Path.cwd()).as_posix()
+    except ValueError:
+        return str(path)
+
+
+def find(written: Written) -> Path | None:
+    """Return the absolute path that a written one means, None if nothing is there."""
+    for folder in _folders(written):
+        candidate = _inside(folder, written.value)
+        if _exists(candidate):
+            return candidate
+    return None
+
+
+def resolve_model(written: Written, report: Report) -> str | None:
+    """Return `resume_ckpt` with a path made absolute, and a hub id or `findlast` as it is; None after reporting what is wrong."""
+    if written.value == FINDLAST:
+        return FINDLAST
+    found = _model_path(written, report, "the model")
+    if isinstance(found, str) or found is None:
+        return found
+    if found.is_file():
+        return _model_file(found, written.place, report)
+    if any((found / name).exists() for name in ("model_index.json", "ckpts", "resume")):
+        return str(found)
+    inside = sorted(entry.name for entry in found.iterdir() if (entry / "model_index.json").exists()) if os.access(found, os.R_OK) else []
+    close = f"; did you mean '{written.value.rstrip('/')}/{inside[0]}'?" if inside else ""
+    report.error(
+        written.place,
+        f"no model in {written.value}: a diffusers folder holds model_index.json beside unet, text_encoder, vae, tokenizer and scheduler, "
+        f"and a run's folder holds ckpts{close}",
+    )
+    return None
+
+
+def resolve_vae(written: Written, report: Report) -> str | None:
+    """Return `vae` with a path made absolute, and a hub id as it is; None after reporting what is wrong."""
+    found = _model_path(written, report, "the VAE")
+    if isinstance(found, str) or found is None:
+        return found
+    if found.is_file():
+        return _model_file(found, written.place, report)
+    if (found / "config.json").exists() or (found / "vae" / "config.json").exists():
+        return str(found)
+    report.error(written.place, f"no VAE in {written.value}: its folder holds config.json and weights, a model's folder holds them in vae/")
+    return None
+
+
+def resolve_folder(written: Written, report: Report) -> str | None:
+    """Return one folder of images as an absolute path; None after reporting what is wrong."""
+    path = _found(written, report, "folder")
+    if path is None:
+        return None
+    if not path.is_dir():
+        report.error(written.place, f"not a folder: {written.value}; name the folder that holds the images")
+        return None
+    for package in (path, path / "data"):
+        if (package / "__init__.py").exists() and (package / "rng.py").exists():
+            report.error(
+                written.place,
+                f"{written.value} holds the program itself (data/__init__.py), not your images; put them into a folder of their own",
+            )
+            return None
+    return str(path)
+
+
+def resolve_prompts(written: Written, report: Report) -> str | None:
+    """Return the prompts file as an absolute path; None after reporting what is wrong."""
+    path = _found(written, report, "file")
+    if path is None:
+        return None
+    if not path.is_file() or path.suffix.lower() not in _PROMPT_FILES:
+        report.error(
+            written.place, f"must be a .txt or .json file of prompts; {written.value} is {'not one' if path.is_file() else 'a folder'}"
+        )
+        return None
+    return str(path)
+
+
+def not_found(written: Written, kind: str) -> str:
+    """Return the sentence about a path where nothing is: where it was looked for, and the closest name that is there."""
+    close = next((close for folder in _folders(written) if (close := _close(folder, written.value))), "")
+    if Path(os.path.expanduser(written.value)).is_absolute():  # noqa: PTH111
+        looked = ""
+    elif written.folder is None:
+        looked = " (in the working directory)"
+    else:
+        cwd = "" if written.folder == Path.cwd() else " and to the working directory"
+        looked = f" (relative to {written.place.file}{cwd})"
+    return f"{kind} not found: {written.value}{looked}{close}"
+
+
+def _found(written: Written, report: Report, kind: str) -> Path | None:
+    value = written.value
+    if not value.strip():
+        report.error(written.place, f"is empty; name a {kind}, or write null for the default")
+        return None
+    if any(character < " " for character in value):
+        shown = value.encode("unicode_escape").decode()
+        report.error(written.place, f"the path holds a control character ({shown}); write \\ of a Windows path as / or as \\\\")
+        return None
+    path = find(written)
+    if path is None:
+        report.error(written.place, not_found(written, kind))
+    return path
+
+
+def _model_path(written: Written, report: Report, what: str) -> Path | str | None:
+    """Return the path that exists, or the hub id; None after reporting that there is neither."""
+    value = written.value
+    if find(written) is None and _HUB_ID.fullmatch(value) and not value.lower().endswith(_MODEL_FILES):
+        owner = Written(value.split("/")[0], written.place, written.folder)
+        if find(owner) is None:
+            return value
+    if value.strip() and find(written) is None and "/" not in value and "\\" not in value and not value.lower().endswith(_MODEL_FILES):
+        report.error(
+            written.place, f"{not_found(written, 'folder')}; {what} is a folder, a .safetensors file or a hub id such as owner/name"
+        )
+        return None
+    return _found(written, report, "file" if value.lower().endswith(_MODEL_FILES) else "folder")
+
+
+def _model_file(path: Path, place: Place, report: Report) -> str | None:
+    if path.suffix.lower() == ".safetensors":
+        return str(path)
+    if path.suffix.lower() in _MODEL_FILES:
+        report.error(place, f"{path.suffix} files are not supported yet by this version; convert it to .safetensors")
+    elif path.name == "model_index.json":
+        report.error(place, "name the folder that holds model_index.json, not the file")
+    else:
+        report.error(place, f"not a model: {path.name}; a model's file ends in .safetensors")
+    return None
+
+
+def _folders(written: Written) -> list[Path]:
+    return list(dict.fromkeys([*([] if written.folder is None else [written.folder]), Path.cwd()]))
+
+
+def _inside(folder: Path, value: str) -> Path:
+    # Not resolve(): a link keeps the name that the user knows.
+    return Path(os.path.abspath(folder / os.path.expanduser(value)))  # noqa: PTH100, PTH111
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that is too long, or no name at all
+        return False
+
+
+def _close(folder: Path, value: str) -> str:
+    """Return "; did you mean ...?" with the first missing part of the path replaced by the closest name beside it."""
+    parts = Path(value).parts
+    missing = next((i for i in range(len(parts)) if not _exists(_inside(folder, str(Path(*parts[: i + 1]))))), None)
+    if missing is None:
+        return ""
+    try:
+        names = [entry.name for entry in _inside(folder, str(Path(*parts[:missing]))).iterdir()]
+    except OSError:
+        return ""
+    spelled = {name: Path(*parts[:missing], name, *parts[missing + 1 :]).as_posix() for name in names}
+    close = closest(parts[missing], [name for name in names if _exists(_inside(folder, spelled[name]))])
+    return f"; did you mean '{spelled[close]}'?" if close else ""

@@ -1,0 +1,161 @@
+"""Problems and notes: where each belongs, and the sentences that say what is wrong with a value."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from trainer.config.schema import Key, accepts
+
+COMMAND_LINE = "--"
+"""Stands for the command line where a place names its file."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something was said: a file as the user knows it, a line in it and a key, as far as they apply."""
+
+    file: str
+    line: int | None = None
+    key: str = ""
+
+    def __str__(self) -> str:
+        if self.file == COMMAND_LINE:
+            return f"--{self.key}" if self.key else "command line"
+        file = self.file if self.line is None else f"{self.file}:{self.line}"
+        return f"{file}: {self.key}" if self.key else file
+
+    def at(self, key: str) -> Place:
+        """Return the place of something inside this one that has no line of its own."""
+        return Place(self.file, self.line, key)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A value as someone wrote it, and the folder of the file it was written in (None: the command line)."""
+
+    value: Any
+    place: Place
+    folder: Path | None = None
+
+
+@dataclass
+class Report:
+    """What is wrong with a configuration, and what its author should know although it is not wrong."""
+
+    files: list[str] = field(default_factory=lambda: [COMMAND_LINE])
+    """The files in the order in which their problems are shown."""
+
+    _errors: list[tuple[Place, str]] = field(default_factory=list)
+    _notes: list[tuple[Place, str]] = field(default_factory=list)
+
+    def error(self, place: Place, sentence: str) -> None:
+        """Add a problem; the run is refused."""
+        self._errors.append((place, sentence))
+
+    def note(self, place: Place, sentence: str) -> None:
+        """Add a note; the run goes on."""
+        self._notes.append((place, sentence))
+
+    @property
+    def errors(self) -> tuple[str, ...]:
+        """The problems by file and line, each once."""
+        return self._sorted(self._errors)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The notes by file and line, each once."""
+        return self._sorted(self._notes)
+
+    def _sorted(self, entries: Iterable[tuple[Place, str]]) -> tuple[str, ...]:
+        ordered = sorted(entries, key=lambda entry: (self.files.index(entry[0].file), entry[0].line or 0))
+        return tuple(dict.fromkeys(f"{place}: {sentence}" for place, sentence in ordered))
+
+
+def checked(key: Key, value: Any, place: Place, report: Report) -> tuple[bool, Any]:
+    """Return whether `value` fits the key, and the value as the field's type; what does not fit is reported."""
+    try:
+        return True, key.validate(value)
+    except ValidationError as error:
+        for inner, sentence in _sentences(key, value, error):
+            report.error(
+                place.at(place.key + "".join(f"[{index}]" if isinstance(index, int) else f".{index}" for index in inner)), sentence
+            )
+        return False, None
+
+
+def _sentences(key: Key, value: Any, error: ValidationError) -> list[tuple[tuple[int | str, ...], str]]:
+    """Return what is wrong: the place inside the value, and a sentence."""
+    if " or " in accepts(key.annotation):  # pydantic reports every member of a union; one sentence says it
+        return [((), f"must be {accepts(key.annotation)}; got {shown(value)}")]
+    return [_sentence(key, value, entry) for entry in error.errors()]
+
+
+def _sentence(key: Key, value: Any, entry: Any) -> tuple[tuple[int | str, ...], str]:
+    limits, got = entry.get("ctx", {}), shown(entry["input"])
+    match entry["type"]:
+        case "literal_error":
+            return entry["loc"], unknown_value(entry["input"], get_args(key.kind))
+        case "greater_than":
+            return entry["loc"], f"must be greater than {_bound(limits['gt'])}, got {got}"
+        case "greater_than_equal":
+            return entry["loc"], f"must be at least {_bound(limits['ge'])}, got {got}"
+        case "less_than":
+            return entry["loc"], f"must be less than {_bound(limits['lt'])}, got {got}"
+        case "less_than_equal":
+            return entry["loc"], f"must be at most {_bound(limits['le'])}, got {got}"
+        case "multiple_of":
+            step = limits["multiple_of"]
+            below = entry["input"] // step * step
+            return entry["loc"], f"must be a multiple of {step}, got {got}; the nearest are {below} and {below + step}"
+        case "extra_forbidden":
+            return entry["loc"], "unknown key"
+    sentence = f"must be {accepts(key.annotation)}; got {shown(value)}"
+    if isinstance(value, str) and value.lower() in ("true", "false", "null", "none"):
+        return (), sentence + "; write it without the quotes"
+    if isinstance(value, str) and _is_number(value):
+        return (), sentence + "; write the number without the quotes"
+    return (), sentence
+
+
+def unknown_value(value: Any, choices: Sequence[str]) -> str:
+    """Return the sentence about a value that is none of `choices`."""
+    close = did_you_mean(value, choices)
+    return f"unknown value {shown(value)}" + (close or f"; accepted are {', '.join(repr(choice) for choice in choices)}")
+
+
+def did_you_mean(found: Any, known: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the known word that is closest to `found`, or nothing."""
+    close = closest(str(found), known)
+    return f"; did you mean '{close}'?" if close else ""
+
+
+def closest(found: str, known: Iterable[str]) -> str | None:
+    """Return the known word that `found` is most likely a misspelling of."""
+    spelled = {word.lower(): word for word in known}
+    close = get_close_matches(found.lower(), spelled, n=1, cutoff=0.6)
+    return spelled[close[0]] if close else None
+
+
+def shown(value: Any) -> str:
+    """Return a value as the reader wrote it: text in single quotes, everything else as JSON."""
+    text = f"'{value}'" if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:76] + " ..."
+
+
+def _bound(number: float) -> str:
+    return str(int(number)) if number == int(number) else str(number)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

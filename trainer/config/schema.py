@@ -1,0 +1,264 @@
+"""What a run is configured by: the options of every part, and the keys that two JSON files spell them with.
+
+Nothing here lists a key twice. `train.json` is flat: its keys are the fields of the sections of `TrainConfig`, the dataclasses that
+stand beside the code they configure. The sections of an optimizer file are the fields of the members of `OptimizerOptions`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import textwrap
+import types
+from dataclasses import MISSING, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
+from pydantic import TypeAdapter
+
+from data.dataset import DataOptions
+from trainer.checkpoint import SaveOptions
+from trainer.diffusion.objective import ObjectiveOptions
+from trainer.loggers.options import LogOptions
+from trainer.loop import LoopOptions
+from trainer.models.load import ModelOptions
+from trainer.models.trainable import FreezingOptions, TrainableOptions
+from trainer.optim import OptimizerOptions
+from trainer.optim.gradients import GradientOptions
+from trainer.optim.schedules import RateOptions
+from trainer.precision import PrecisionOptions
+from trainer.sampling import SampleOptions
+from trainer.validation import FixedLossOptions
+
+DEFAULT_OPTIMIZER = "adamw8bit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions:
+    """Where the rest of the configuration is."""
+
+    optimizer_config: str = "optimizer.json"
+    """The optimizer file: optimizers, their rates and the frozen layers of the text encoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandOptions:
+    """What is said on the command line only."""
+
+    config: str = "train.json"
+    """The file that describes the run."""
+
+    check: bool = False
+    """Check everything, scan the images, print what would be trained and where, and stop without loading weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerFileOptions:
+    """Keys at the top of the optimizer file, beside its sections."""
+
+    text_encoder_lr_scale: Annotated[float, Gt(0)] = 1.0
+    """Multiplies the text encoder's lr where text_encoder_overrides leaves it null, so that it comes from base or train.json."""
+
+    apply_grad_scaler_step_tweaks: bool = True
+    """Let fp16's loss scale grow in small frequent steps instead of rare doublings."""
+
+    log_grad_norm: bool = True
+    """Log the norm of each network's gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizers of both networks, their rates resolved: `lr` and `lr_scheduler` are never None."""
+
+    unet: OptimizerOptions
+    text_encoder: OptimizerOptions
+    freezing: FreezingOptions = field(default_factory=FreezingOptions)
+    apply_grad_scaler_step_tweaks: bool = True
+    log_grad_norm: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """All options of a run, in the sections that its parts take.
+
+    Input paths are absolute, output paths as they were written. Two configurations are equal if they describe the same run;
+    `source` and `optimizer_source`, the files they were read from, do not count.
+    """
+
+    model: ModelOptions
+    data: DataOptions = field(default_factory=DataOptions)
+    parts: TrainableOptions = field(default_factory=TrainableOptions)
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    loop: LoopOptions = field(default_factory=LoopOptions)
+    rates: RateOptions = field(default_factory=RateOptions)
+    gradients: GradientOptions = field(default_factory=GradientOptions)
+    precision: PrecisionOptions = field(default_factory=PrecisionOptions)
+    saving: SaveOptions = field(default_factory=SaveOptions)
+    samples: SampleOptions = field(default_factory=SampleOptions)
+    fixed_loss: FixedLossOptions = field(default_factory=FixedLossOptions)
+    logging: LogOptions = field(default_factory=LogOptions)
+    optimizers: OptimizerConfig
+    source: Path = field(default=Path("train.json"), compare=False)
+    optimizer_source: Path = field(default=Path("optimizer.json"), compare=False)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a JSON file or of the command line."""
+
+    name: str
+    annotation: Any
+    default: Any
+    owner: type
+    """The options class that has it as a field."""
+
+    @property
+    def required(self) -> bool:
+        """Whether a configuration without it is refused."""
+        return self.default is MISSING
+
+    @property
+    def doc(self) -> str:
+        """The docstring under the field."""
+        return docstrings(self.owner)[self.name]
+
+    @property
+    def kind(self) -> Any:
+        """The type without null."""
+        members = [member for member in _members(self.annotation) if member is not types.NoneType]
+        return members[0] if len(members) == 1 else Union[tuple(members)]  # noqa: UP007
+
+    def validate(self, value: Any) -> Any:
+        """Return `value`, as JSON holds it, as the field's type.
+
+        Raises:
+            pydantic.ValidationError: wrong type, or out of range.
+        """
+        return _adapter(self.kind).validate_json(json.dumps(value), strict=True, extra="forbid")
+
+    def json_schema(self) -> dict[str, Any]:
+        """Return the key's JSON Schema: type, range, description and default; null stands for the default."""
+        schema = _adapter(self.kind).json_schema()
+        variants = schema.pop("anyOf", [schema])
+        if not self.required:
+            variants = [*variants, {"type": "null"}]
+        schema = variants[0] if len(variants) == 1 else {"anyOf": variants}
+        schema["description"] = self.doc
+        if not self.required:
+            schema["default"] = plain(self.default)
+        return schema
+
+
+@cache
+def sections() -> dict[str, Any]:
+    """Return the classes whose fields are the keys of train.json, by the attribute of `TrainConfig` that holds them."""
+    hints = get_type_hints(TrainConfig)
+    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint) and hint is not OptimizerConfig}
+
+
+@cache
+def train_keys() -> dict[str, Key]:
+    """Return the keys of train.json."""
+    return {key.name: key for options in (*sections().values(), FileOptions) for key in keys_of(options).values()}
+
+
+@cache
+def optimizer_classes() -> dict[str, Any]:
+    """Return the members of the union of optimizers by name."""
+    return {keys_of(options)["optimizer"].default: options for options in get_args(OptimizerOptions)}
+
+
+@cache
+def optimizer_keys() -> dict[str, dict[str, Key]]:
+    """Return every key that some optimizer takes, and by optimizer name what it is there."""
+    found: dict[str, dict[str, Key]] = {}
+    for name, options in optimizer_classes().items():
+        for key in keys_of(options).values():
+            found.setdefault(key.name, {})[name] = key
+    return found
+
+
+@cache
+def keys_of(options: type) -> dict[str, Key]:
+    """Return a key for every field of an options class."""
+    hints = get_type_hints(options, include_extras=True)
+    return {entry.name: Key(entry.name, hints[entry.name], entry.default, options) for entry in dataclasses.fields(options)}
+
+
+@cache
+def docstrings(options: type) -> dict[str, str]:
+    """Return the docstring under each field of a dataclass, on one line, inherited ones included."""
+    found: dict[str, str] = {}
+    for owner in reversed(options.__mro__):
+        if not dataclasses.is_dataclass(owner):
+            continue
+        tree = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
+        assert isinstance(tree, ast.ClassDef)
+        for entry, below in zip(tree.body, tree.body[1:], strict=False):
+            match entry, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[name] = " ".join(text.split())
+    return found
+
+
+def accepts(annotation: Any) -> str:
+    """Return in words what a type takes: "a whole number, at least 1", "one of 'mse', 'huber'"."""
+    members = [member for member in _members(annotation) if member is not types.NoneType]
+    if len(members) > 1:
+        return " or ".join(accepts(member) for member in members)
+    kind, limits = _limits(members[0])
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(f"'{choice}'" for choice in get_args(kind))
+    if get_origin(kind) is tuple:
+        inner = get_args(kind)
+        if inner[-1] is Ellipsis:
+            return f"a list, each {accepts(inner[0])}"
+        return f"a list of {len(inner)}, each {accepts(inner[0])}"
+    name = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "an object")
+    return ", ".join([name, *(words for limit in limits if (words := _limit(limit)))])
+
+
+def plain(value: Any) -> Any:
+    """Return a field's value as JSON holds it: tuples as lists, no limit as null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {entry.name: plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [plain(item) for item in value]
+    return None if value == float("inf") else value
+
+
+@cache
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation)
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def _limits(annotation: Any) -> tuple[Any, list[Any]]:
+    if get_origin(annotation) is Annotated:
+        kind, *limits = get_args(annotation)
+        return kind, limits
+    return annotation, []
+
+
+def _limit(limit: Any) -> str:
+    match limit:
+        case Ge(value):
+            return f"at least {value}"
+        case Gt(value):
+            return f"greater than {value}"
+        case Le(value):
+            return f"at most {value}"
+        case Lt(value):
+            return f"less than {value}"
+        case MultipleOf(value):
+            return f"a multiple of {value}"
+        case MinLen(1):
+            return "not empty"
+    return ""
