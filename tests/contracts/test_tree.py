@@ -35,6 +35,17 @@ def test_the_text_names_no_machine_paths(files):
     assert not found, "\n".join(found)
 
 
+def test_links_between_the_documents_lead_somewhere(files):
+    dead = [
+        f"{path.relative_to(ROOT)}: {target}"
+        for path in files
+        if path.suffix == ".md"
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8"))
+        if "://" not in target and not (path.parent / target).exists()
+    ]
+    assert not dead, "\n".join(dead)
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
