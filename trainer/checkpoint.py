@@ -180,7 +180,9 @@ def find_last(logdir: Path, project: str) -> Path:
         for folder in checkpoints(run):
             problem = resume_problem(folder)
             if problem is None:
-                return folder
+                if read_resume(folder)[1].get("project", project) == project:  # "demo" is not "demo-two"
+                    return folder
+                break
             if (folder / RESUME).exists():
                 damaged.append(problem)
     raise UserError(

@@ -33,7 +33,7 @@ def _save(run, step, *, project="demo", resume=True):
         write_model=write_model,
         write_resume=write_resume if resume else None,
         state=TrainState(step=step, epoch=1),
-        about={"seed": 1},
+        about={"project": project},
     )
     return folder
 
@@ -41,7 +41,7 @@ def _save(run, step, *, project="demo", resume=True):
 def test_round_trip(tmp_path):
     folder = _save(tmp_path / "demo-20260101-000000", 7)
     state, about = read_resume(folder)
-    assert (state.step, state.epoch, about) == (7, 1, {"seed": 1})
+    assert (state.step, state.epoch, about) == (7, 1, {"project": "demo"})
     assert resume_problem(folder) is None
 
 
@@ -103,6 +103,7 @@ def test_findlast_takes_the_newest_runs_highest_whole_step(tmp_path):
     broken = _save(new, 100)
     (broken / "unet" / "weights.bin").unlink()
     _save(tmp_path / "other-20260103-000000", 5, project="other")
+    _save(tmp_path / "demo-two-20260103-000000", 5, project="demo-two")
     (tmp_path / "demo-20260104-000000").mkdir()
     assert find_last(tmp_path, "demo") == wanted
 

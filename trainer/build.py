@@ -1,0 +1,451 @@
+"""From a configuration to a run: the only module that sees all the parts."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from data.index import Index
+    from data.loader import StepLoader
+    from trainer.checkpoint import TrainState
+    from trainer.config.schema import TrainConfig
+    from trainer.diffusion.objective import Objective
+    from trainer.loggers import Loggers
+    from trainer.loggers.console import Console
+    from trainer.loop import Run
+    from trainer.models.load import Models
+    from trainer.models.trainable import TrainedParts
+    from trainer.optim.optimizer_set import OptimizerSet
+
+UNET, TEXT_ENCODER = "unet", "text encoder"
+
+
+def run_training(config: TrainConfig, notes: Sequence[str]) -> None:
+    """Train as configured, from the first event to the last line that says where everything is.
+
+    Raises:
+        UserError: something has to be put right before the run can begin, or the run has failed.
+        DataError: likewise, about the images.
+    """
+    from trainer.environment import check_cuda
+    from trainer.loggers.console import Console, quiet_libraries
+    from trainer.loop import train
+
+    quiet_libraries()
+    console = Console()
+    for note in [*notes, *check_cuda()]:
+        console.event(f"Note: {note}")
+    run = build_run(config, console)
+    console.start(total_steps=run.cadence.total_steps, first_step=run.state.step)
+    try:
+        written = train(run)
+    finally:
+        console.close()
+        run.loggers.close()
+    for sentence in closing(run, written):
+        console.event(sentence)
+
+
+def closing(run: Run, written: Sequence[Path]) -> list[str]:
+    """Return what a person wants to know when a run has ended."""
+    state, total = run.state, run.cadence.total_steps
+    minutes = state.seconds / 60
+    ended = "Done" if state.step >= total else f"Stopped after step {state.step} of {total}"
+    lines = [f"{ended}: {state.step} steps, {state.images} images in {minutes:.1f} minutes of training."]
+    if run.loader.bad:
+        lines.append(
+            f"{len(run.loader.bad)} files could not be read and were left out: {', '.join(file.name for file in run.loader.bad[:10])}."
+        )
+    if state.step < total:
+        lines.append(f"Go on with:  python train.py --resume_ckpt {run.folder} and the same --config")
+    return [
+        *lines,
+        f"Checkpoints: {run.folder / 'ckpts'}",
+        f"Samples:     {run.folder / 'samples'}",
+        f"Log:         {run.folder / 'run.log'}",
+        f"Curves:      tensorboard --logdir {run.folder.parent}",
+    ]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: from a model, or in the middle of itself."""
+
+    model: str
+    """What `load_models` loads."""
+
+    checkpoint: Path | None = None
+    """The checkpoint folder of the run that is continued."""
+
+    state: TrainState | None = None
+    about: Mapping[str, Any] | None = None
+    """What the continued run was, as its checkpoint says."""
+
+
+def find_start(config: TrainConfig) -> Start:
+    """Return what resume_ckpt stands for.
+
+    A checkpoint folder, a run folder (its newest whole checkpoint) and `findlast` continue a run; anything else is a base model.
+
+    Raises:
+        UserError: there is no checkpoint to go on from, or it is damaged.
+    """
+    from trainer.checkpoint import RESUME, checkpoints, find_last, read_resume, resume_problem
+
+    named = config.model.resume_ckpt
+    folder = Path(named)
+    if named == "findlast":
+        folder = find_last(Path(config.logging.logdir), config.logging.project_name)
+    elif (folder / "ckpts").is_dir():
+        problems = {found: resume_problem(found) for found in checkpoints(folder)}
+        whole = [found for found, problem in problems.items() if problem is None]
+        if not whole:
+            raise UserError(
+                [
+                    f"resume_ckpt: the run {folder} holds no checkpoint to go on from.",
+                    *(problem for problem in problems.values() if problem),
+                ]
+            )
+        folder = whole[0]
+    elif not (folder / RESUME).is_dir():
+        return Start(named)
+    state, about = read_resume(folder)
+    return Start(str(folder), folder, state, about)
+
+
+def build_run(config: TrainConfig, console: Console) -> Run:
+    """Load everything that a run needs and make, or go on in, its folder.
+
+    Args:
+        config: the checked configuration.
+        console: where events are shown.
+
+    Raises:
+        UserError: the model, the environment or the checkpoint does not allow the run.
+        DataError: the images do not.
+    """
+    from data.index import build_index
+    from data.report import report
+    from trainer.cadence import Cadence
+    from trainer.check import plan_lines
+    from trainer.checkpoint import TrainState
+    from trainer.config import check_rates
+    from trainer.diffusion.objective import Networks
+    from trainer.loggers import open_loggers
+    from trainer.loop import EPOCH_LOSS, LOSS, Run
+    from trainer.metrics import Meter
+    from trainer.models.load import load_models
+    from trainer.models.trainable import apply_freezing
+    from trainer.precision import resolve_precision
+    from trainer.state import read_state
+    from trainer.validation import FixedLoss, choose_images
+
+    start = find_start(config)
+    config = replace(config, loop=replace(config.loop, seed=choose_seed(config.loop.seed, start)))
+    index = build_index(config.data)
+    precision = resolve_precision(config.precision, choose_device(config.loop.gpuid))
+    device = precision.device
+
+    models = load_models(replace(config.model, resume_ckpt=start.model))
+    parts = apply_freezing(models, config.parts, config.optimizers.freezing)
+    check_rates(config, {network: part.trained for network, part in parts.counts.items()})
+    place(models, device, channels_last=config.precision.channels_last)
+
+    loader = make_loader(config, index, Tokenize(models.tokenizer), pin=device.type == "cuda")
+    total_steps = loader.steps_before(config.loop.max_epochs)
+    about = describe(config, index, parts)
+    if start.about is not None:
+        check_same_run(about, start.about, str(start.checkpoint))
+    networks = Networks(models.unet, models.text_encoder, models.vae)
+    optimizers = make_optimizers(config, parts, total_steps)
+    objective = make_objective(config, models, parts)
+    meter = Meter(epoch_tags={LOSS: EPOCH_LOSS})
+    state = start.state or TrainState()
+    if start.checkpoint is not None:
+        saved = read_state(start.checkpoint / "resume" / "training")
+        optimizers.load_state_dict(saved["optimizers"])
+        meter.load_state_dict(saved["meter"])
+        if precision.scaler is not None and saved["scaler"]:
+            precision.scaler.load_state_dict(saved["scaler"])
+
+    folder = start.checkpoint.parent.parent if start.checkpoint else make_folder(config)
+    adaptive = [member.network for member in optimizers.members if member.options.adapts]
+    loggers = open_loggers(
+        folder,
+        warn=console.event,
+        networks=list(optimizers.parameters),
+        adaptive=adaptive,
+        first_step=state.step + 1 if start.checkpoint else None,
+    )
+    record_configuration(config, folder, loggers, state.step)
+    console.record_to(folder / "run.log")
+    count = Tokenize(models.tokenizer).count
+    for note in report(index, resolution=config.data.resolution, batch_size=config.data.batch_size, count_tokens=count).notes():
+        console.event(f"Note: {note}.")
+    for line in plan_lines(config, models.source, parts.counts, precision, loader.steps_in(0), total_steps):
+        console.event(line)
+    if start.checkpoint is not None:
+        console.event(f"Going on after step {state.step} in {folder}.")
+
+    fixed = choose_images(len(index.records), config.fixed_loss.fixed_loss_images, config.loop.seed)
+    run = Run(
+        folder=folder,
+        state=state,
+        networks=networks,
+        objective=objective,
+        optimizers=optimizers,
+        loader=loader,
+        precision=precision,
+        cadence=Cadence(
+            log_step=config.logging.log_step,
+            sample_steps=config.samples.sample_steps,
+            save_every_n_epochs=config.saving.save_every_n_epochs,
+            save_ckpts_from_n_epochs=config.saving.save_ckpts_from_n_epochs,
+            total_steps=total_steps,
+            stop_after_steps=config.loop.stop_after_steps,
+        ),
+        epochs=config.loop.max_epochs,
+        steps_in=cache(loader.steps_in),
+        clip=config.gradients.clip_grad_norm,
+        log_grad_norm=config.optimizers.log_grad_norm,
+        console=console,
+        loggers=loggers,
+        meter=meter,
+        fixed_loss=FixedLoss(loader.images.plain(fixed), objective) if fixed else None,
+        sample=lambda step: None,
+        save=lambda last: [],
+    )
+    run.sample = make_sampler(config, index, models, run)
+    run.save = make_saver(config, models, about, run)
+    return run
+
+
+def choose_seed(seed: int, start: Start) -> int:
+    """Return the seed of the run: the continued run's where it was drawn (-1), a new one where none is given."""
+    if seed != -1:
+        return seed
+    return int(start.about["seed"]) if start.about is not None else secrets.randbelow(2**31)
+
+
+def choose_device(gpuid: int) -> torch.device:
+    """Return the device that accelerate finds: CUDA device `gpuid`, another accelerator, or the CPU.
+
+    Raises:
+        UserError: there is no CUDA device of that number.
+    """
+    import torch
+    from accelerate import PartialState
+
+    count = torch.cuda.device_count()
+    if count and gpuid >= count:
+        raise UserError(f"gpuid: {gpuid} was asked for, and this machine has {count} CUDA device(s), numbered from 0; choose one of those.")
+    if count:
+        torch.cuda.set_device(gpuid)
+    device = PartialState().device
+    return torch.device("cuda", gpuid) if device.type == "cuda" and device.index is None else device
+
+
+def place(models: Models, device: torch.device, *, channels_last: bool) -> None:
+    """Move the networks to the device, convolution weights channels last if asked."""
+    import torch
+
+    for network in (models.unet, models.vae):
+        network.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)  # type: ignore[call-overload]
+    models.text_encoder.to(device)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Turn captions into tokens (B, T), cut or padded to the model's length; a class, so that worker processes can be given it."""
+
+    tokenizer: Any
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        """Return int64 tokens (B, T)."""
+        encoded = self.tokenizer(
+            captions, padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length, return_tensors="pt"
+        )
+        return encoded.input_ids
+
+    def count(self, caption: str) -> int:
+        """Return the number of tokens of a caption, start and end not counted."""
+        return len(self.tokenizer(caption).input_ids) - 2
+
+
+def make_loader(config: TrainConfig, index: Index, tokenize: Tokenize, *, pin: bool) -> StepLoader:
+    """Return the reader of the run's images."""
+    from data.loader import StepLoader
+
+    return StepLoader(
+        index,
+        config.data,
+        tokenize=tokenize,
+        seed=config.loop.seed,
+        images_per_step=config.data.batch_size * config.loop.grad_accum,
+        pin=pin,
+    )
+
+
+def make_optimizers(config: TrainConfig, parts: TrainedParts, total_steps: int) -> OptimizerSet:
+    """Return one optimizer for each network that learns."""
+    from trainer.optim.optimizer_set import OptimizerSet
+
+    return OptimizerSet(
+        {UNET: config.optimizers.unet, TEXT_ENCODER: config.optimizers.text_encoder},
+        {network: [parameter for _, parameter in named] for network, named in parts.parameters.items()},
+        total_steps=total_steps,
+    )
+
+
+def make_objective(config: TrainConfig, models: Models, parts: TrainedParts) -> Objective:
+    """Return the objective, fitted to the model's VAE and noise schedule."""
+    from trainer.diffusion.objective import Objective
+    from trainer.diffusion.schedule import NoiseSchedule
+
+    vae: Any = models.vae.config
+    return Objective(
+        config.objective,
+        NoiseSchedule(models.scheduler_config).to(models.unet.device),
+        seed=config.loop.seed,
+        latent_channels=vae.latent_channels,
+        latent_factor=2 ** (len(vae.block_out_channels) - 1),
+        scaling_factor=vae.scaling_factor,
+        train_text_encoder=TEXT_ENCODER in parts.parameters,
+    )
+
+
+def describe(config: TrainConfig, index: Index, parts: TrainedParts) -> dict[str, Any]:
+    """Return what a continued run has to agree with, in the words that a difference is told in."""
+    return {
+        "seed": config.loop.seed,
+        "data": index.fingerprint(),
+        "images": len(index.records),
+        "resolution": config.data.resolution,
+        "images per step": config.data.batch_size * config.loop.grad_accum,
+        "project": config.logging.project_name,
+        "trained": {network: part.what for network, part in parts.counts.items()},
+    }
+
+
+def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], checkpoint: str) -> None:
+    """Refuse to continue a run as another one.
+
+    Raises:
+        UserError: the seed, the data, the batch or the trained parts differ from the checkpoint's.
+    """
+    words = {"data": "the images or captions have changed"}
+    differences = [
+        words.get(key, f"{key} was {then.get(key)}, and is {value} now")
+        for key, value in now.items()
+        if key != "project" and then.get(key) != value
+    ]
+    if differences:
+        raise UserError(
+            [
+                f"resume_ckpt: {checkpoint} belongs to another run, which this configuration cannot continue; put these back, or start "
+                "a new run from its single file.",
+                *differences,
+            ]
+        )
+
+
+def log_folder_problem(logdir: Path) -> str | None:
+    """Return why run folders cannot be made in `logdir`, in one sentence, or None where they can."""
+    place = logdir.resolve()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        return f"logdir: {place} is a file, not a folder; choose another logdir."
+    if not os.access(place, os.W_OK | os.X_OK):
+        return f"logdir: the folder {place} cannot be written to; choose another logdir or change its permissions."
+    return None
+
+
+def make_folder(config: TrainConfig) -> Path:
+    """Make the run's folder, `{logdir}/{project}-{timestamp}`, with the run's name between them if it has one.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    logdir = Path(config.logging.logdir)
+    name = "-".join(part for part in (config.logging.project_name, config.logging.run_name) if part)
+    while True:
+        folder = logdir / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+        try:
+            folder.mkdir(parents=True)
+            return folder.resolve()
+        except FileExistsError:
+            if problem := log_folder_problem(logdir):
+                raise UserError(problem) from None
+            time.sleep(0.2)  # another run began in the same second
+        except OSError as error:
+            raise UserError(f"logdir: no run folder can be made in {logdir} ({error.strerror}); choose another logdir.") from error
+
+
+def record_configuration(config: TrainConfig, folder: Path, loggers: Loggers, step: int) -> None:
+    """Write the resolved configuration into the run's folder and its log; loading it repeats the run."""
+    from trainer.config import write_resolved
+
+    write_resolved(config, folder)
+    for name in ("train.json", "optimizer.json"):
+        loggers.text(f"config/{name}", (folder / name).read_text(encoding="utf-8"), step)
+
+
+def make_saver(config: TrainConfig, models: Models, about: Mapping[str, Any], run: Run) -> Callable[[bool], list[Path]]:
+    """Return the function that writes a checkpoint of the run as it stands."""
+    import torch
+
+    from trainer.checkpoint import rotate, save_checkpoint, save_file
+    from trainer.export import save_diffusers, save_single_file
+    from trainer.state import write_state
+
+    saving = config.saving
+    single = saving.save_format != "diffusers" and not saving.no_save_ckpt
+    single_folder = Path(saving.save_ckpt_dir) if saving.save_ckpt_dir else run.folder / "ckpts"
+
+    def write_resume(folder: Path) -> None:
+        scaler = run.precision.scaler
+        training = {
+            "optimizers": run.optimizers.state_dict(),
+            "meter": run.meter.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        write_state(training, folder / "training")
+
+    def save(last: bool) -> list[Path]:
+        state, began = run.state, time.perf_counter()
+        epoch = state.epoch + (1 if state.step_in_epoch else 0)
+        name = f"{'last-' if last else ''}{config.logging.project_name}-ep{epoch:02d}-gs{state.step:05d}"
+        folder = run.folder / "ckpts" / name
+        save_checkpoint(
+            folder,
+            write_model=lambda draft: save_diffusers(models, draft, torch.float32),
+            write_resume=write_resume,
+            state=state,
+            about=dict(about),
+        )
+        written = [folder]
+        if single:
+            file = single_folder / f"{name}.safetensors"
+            dtype = torch.float32 if saving.save_full_precision else torch.float16
+            metadata = {"modelspec.title": name, "modelspec.resolution": f"{config.data.resolution}x{config.data.resolution}"}
+            save_file(file, lambda draft: save_single_file(models, draft, dtype, metadata))
+            written.append(file)
+        rotate(run.folder, saving)
+        run.console.event(f"step {state.step}: saved {' and '.join(map(str, written))} in {time.perf_counter() - began:.1f} s")
+        return written
+
+    return save

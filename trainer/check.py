@@ -1,0 +1,99 @@
+"""The plan of a run, told before it: what is trained on what, for how long, and where it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainer.config.schema import TrainConfig
+    from trainer.models.trainable import Part
+    from trainer.optim import OptimizerOptions
+    from trainer.precision import Precision
+
+
+def check(config: TrainConfig, notes: Sequence[str]) -> None:
+    """Check all that can be checked without loading weights, scan the images and print the plan.
+
+    Raises:
+        UserError: the model, the checkpoint or the environment does not allow the run.
+        DataError: the images do not.
+    """
+    from data.index import build_index
+    from data.report import report
+    from trainer.build import Tokenize, check_same_run, choose_device, choose_seed, describe, find_start, log_folder_problem, make_loader
+    from trainer.config import check_rates
+    from trainer.errors import UserError
+    from trainer.loggers.console import quiet_libraries
+    from trainer.models.load import describe as describe_model
+    from trainer.models.trainable import apply_freezing
+    from trainer.precision import resolve_precision
+
+    quiet_libraries()
+    for note in notes:
+        print(f"Note: {note}")
+    start = find_start(config)
+    config = replace(config, loop=replace(config.loop, seed=choose_seed(config.loop.seed, start)))
+    index = build_index(config.data)
+    models = describe_model(replace(config.model, resume_ckpt=start.model))
+    parts = apply_freezing(models, config.parts, config.optimizers.freezing)
+    check_rates(config, {network: part.trained for network, part in parts.counts.items()})
+    if start.about is not None:
+        check_same_run(describe(config, index, parts), start.about, str(start.checkpoint))
+    if problem := log_folder_problem(Path(config.logging.logdir)):
+        raise UserError(problem)
+    precision = resolve_precision(config.precision, choose_device(config.loop.gpuid))
+
+    tokenizer = models.tokenizer
+    count_tokens = None if tokenizer is None else Tokenize(tokenizer).count
+    dataset = report(index, resolution=config.data.resolution, batch_size=config.data.batch_size, count_tokens=count_tokens)
+    loader = make_loader(config, index, Tokenize(tokenizer), pin=False)
+    print("\n".join(dataset.lines()))
+    print()
+    print(
+        "\n".join(
+            plan_lines(config, models.source, parts.counts, precision, loader.steps_in(0), loader.steps_before(config.loop.max_epochs))
+        )
+    )
+
+
+def plan_lines(
+    config: TrainConfig, model: str, parts: Mapping[str, Part], precision: Precision, steps_of_epoch: int, total_steps: int
+) -> list[str]:
+    """Return the plan as aligned lines.
+
+    Args:
+        config: the checked configuration.
+        model: where the weights come from.
+        parts: what learns of each network.
+        precision: device and number format.
+        steps_of_epoch: optimizer steps of the first epoch.
+        total_steps: optimizer steps of the run.
+    """
+    data, loop, saving, samples = config.data, config.loop, config.saving, config.samples
+    accumulated = f" in {loop.grad_accum} passes of {data.batch_size}" if loop.grad_accum > 1 else ""
+    optimizers: dict[str, OptimizerOptions] = {"unet": config.optimizers.unet, "text encoder": config.optimizers.text_encoder}
+    lines = [("model", model)]
+    for network, part in parts.items():
+        learning = f"{_optimizer(optimizers[network])}; " if part.trained else ""
+        lines.append((network, f"{learning}trains {part.what}: {part.trained:,} of {part.total:,} parameters"))
+    stop = f", stopping after {loop.stop_after_steps}" if loop.stop_after_steps else ""
+    every = f"every {saving.save_every_n_epochs} epochs and " if saving.save_every_n_epochs else ""
+    form = {"both": "diffusers folder and single .safetensors", "diffusers": "diffusers folder", "single": "single .safetensors"}
+    lines += [
+        ("steps", f"{total_steps:,} = {loop.max_epochs} epochs of {steps_of_epoch:,}{stop}"),
+        ("batch", f"{data.batch_size * loop.grad_accum} images a step{accumulated}, resolution {data.resolution}"),
+        ("precision", f"{precision.name} on {precision.device}"),
+        ("seed", str(loop.seed)),
+        ("samples", f"every {samples.sample_steps} steps, from {samples.sample_prompts or 'four captions of the data'}"),
+        ("checkpoints", f"{every}at the end: {form['diffusers' if saving.no_save_ckpt else saving.save_format]}"),
+        ("outputs", str(Path(config.logging.logdir) / f"{config.logging.project_name}-<time>")),
+    ]
+    return [f"{name:<13}{text}" for name, text in lines]
+
+
+def _optimizer(options: OptimizerOptions) -> str:
+    rate = f"lr {options.lr:g}" + (" x the d it finds" if options.adapts else "")
+    return f"{options.optimizer}, {rate}, {options.lr_scheduler}"
