@@ -68,6 +68,9 @@ NEVER_NAMES: Mapping[str, str] = {
 COMMAND_LATER = ("contact_sheets", "resume_weights_only", "vram")
 """Options of the command line that a later version takes."""
 
+SCALER_TWEAKS = "apply_grad_scaler_step_tweaks"
+"""EveryDream2's switch at the top of its optimizer files."""
+
 UNUSED_OPTIMIZER: Mapping[str, Any] = {"momentum": 0.0, "no_prox": False, "safeguard_warmup": True}
 """Keys of optimizer sections that only EveryDream2's other optimizers use, with its defaults."""
 

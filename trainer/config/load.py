@@ -17,6 +17,7 @@ from trainer.config.rules import Settings, apply_rules, resolved
 from trainer.config.schema import CommandOptions, OptimizerConfig, TrainConfig, keys_of, optimizer_keys, sections, train_keys
 from trainer.errors import UserError
 
+_FREEZE = "; to leave a network as it is, set disable_unet_training or disable_textenc_training"
 _LARGEST = 4 * 1024 * 1024
 """Bytes; a configuration beyond that is some other file."""
 
@@ -128,7 +129,8 @@ def _settings(written: dict[str, Written], document: Document | None, default: P
     given = {name: entry for name, entry in written.items() if entry.value is not None}
     for name, key in train_keys().items():
         if name in given:
-            right, value = checked(key, given[name].value, given[name].place, report)
+            hint = _FREEZE if name == "lr" and given[name].value == 0 else ""
+            right, value = checked(key, given[name].value, given[name].place, report, hint)
             if right:
                 values[name] = value
                 given[name] = replace(given[name], value=value)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config.ed2 import LATER_NAMES, LATER_OPTIMIZER, NEVER_NAMES, UNUSED_OPTIMIZER, later, other_word
+from trainer.config.ed2 import LATER_NAMES, LATER_OPTIMIZER, NEVER_NAMES, SCALER_TWEAKS, UNUSED_OPTIMIZER, later, other_word
 from trainer.config.positions import Document
 from trainer.config.report import Place, Report, Written, checked, did_you_mean, shown, unknown_value
 from trainer.config.schema import (
@@ -26,6 +26,10 @@ BASE, OVERRIDES, FREEZING = "base", "text_encoder_overrides", "text_encoder_free
 FALLBACK_LR = 1e-6
 """The rate where no file has one: EveryDream2's."""
 
+_FREEZE = {
+    BASE: "; to leave the UNet as it is, set disable_unet_training in train.json",
+    OVERRIDES: "; to leave the text encoder as it is, set disable_textenc_training in train.json",
+}
 _SCHEDULE = ("lr_scheduler", "lr_warmup_steps", "lr_decay_steps")
 
 
@@ -79,7 +83,6 @@ def read_optimizers(document: Document, file: str, rates: Rates, report: Report)
         unet=_build(base, lr, rates, rates.unet, report),
         text_encoder=_build(merged, text_lr, rates, rates.text_encoder, report),
         freezing=freezing,
-        apply_grad_scaler_step_tweaks=options.apply_grad_scaler_step_tweaks,
         log_grad_norm=options.log_grad_norm,
     )
 
@@ -103,6 +106,9 @@ def _top(top: Mapping[str, Any], document: Document, file: str, report: Report) 
             if value is not None:
                 right, read = checked(known[name], value, place, report)
                 found |= {name: read} if right else {}
+        elif name == SCALER_TWEAKS:
+            if value not in (False, None):
+                report.note(place, "has no effect in this version; fp16's loss scale grows as torch's does")
         elif name in (BASE, OVERRIDES, FREEZING):
             if value is not None and not isinstance(value, dict):
                 report.error(place, f"must be an object in braces, {{ ... }}; got {shown(value)}")
@@ -148,7 +154,8 @@ def _section(name: str, base: _Section | None, document: Document, file: str, re
         elif value is not None:
             if key == "growth_rate" and isinstance(value, str) and value.lower() in ("inf", "infinity"):
                 value = math.inf
-            right, read = checked(users.get(optimizer or "") or next(iter(users.values())), value, places[key], report)
+            hint = _FREEZE[name] if key == "lr" and value == 0 else ""
+            right, read = checked(users.get(optimizer or "") or next(iter(users.values())), value, places[key], report, hint)
             if right and optimizer and optimizer not in users:
                 report.note(places[key], f"has no effect: {optimizer} does not use it, only {' and '.join(users)}")
             elif right:

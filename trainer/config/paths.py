@@ -11,6 +11,9 @@ from trainer.config.report import Place, Report, Written, closest
 FINDLAST = "findlast"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LOCAL = ("checkpoints", "ckpts", "input", "logs", "model", "models", "output")
+"""First parts of paths that look like a hub id's owner, and never are one."""
+
 _MODEL_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _PROMPT_FILES = (".txt", ".json")
 
@@ -130,7 +133,7 @@ def _model_path(written: Written, report: Report, what: str) -> Path | str | Non
     value = written.value
     if find(written) is None and _HUB_ID.fullmatch(value) and not value.lower().endswith(_MODEL_FILES):
         owner = Written(value.split("/")[0], written.place, written.folder)
-        if find(owner) is None:
+        if find(owner) is None and owner.value.lower() not in _LOCAL:
             return value
     if value.strip() and find(written) is None and "/" not in value and "\\" not in value and not value.lower().endswith(_MODEL_FILES):
         report.error(

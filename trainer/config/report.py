@@ -78,21 +78,20 @@ class Report:
         return tuple(dict.fromkeys(f"{place}: {sentence}" for place, sentence in ordered))
 
 
-def checked(key: Key, value: Any, place: Place, report: Report) -> tuple[bool, Any]:
-    """Return whether `value` fits the key, and the value as the field's type; what does not fit is reported."""
+def checked(key: Key, value: Any, place: Place, report: Report, hint: str = "") -> tuple[bool, Any]:
+    """Return whether `value` fits the key, and the value as the field's type; what does not fit is reported, `hint` appended."""
     try:
         return True, key.validate(value)
     except ValidationError as error:
         for inner, sentence in _sentences(key, value, error):
-            report.error(
-                place.at(place.key + "".join(f"[{index}]" if isinstance(index, int) else f".{index}" for index in inner)), sentence
-            )
+            where = place.key + "".join(f"[{index}]" if isinstance(index, int) else f".{index}" for index in inner)
+            report.error(place.at(where), sentence + hint)
         return False, None
 
 
 def _sentences(key: Key, value: Any, error: ValidationError) -> list[tuple[tuple[int | str, ...], str]]:
     """Return what is wrong: the place inside the value, and a sentence."""
-    if " or " in accepts(key.annotation):  # pydantic reports every member of a union; one sentence says it
+    if len(key.variants) > 1:  # pydantic reports every member of a union; one sentence says it
         return [((), f"must be {accepts(key.annotation)}; got {shown(value)}")]
     return [_sentence(key, value, entry) for entry in error.errors()]
 

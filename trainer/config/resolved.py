@@ -20,7 +20,6 @@ def write_resolved(config: TrainConfig, folder: Path) -> None:
         BASE: plain(optimizers.unet),
         OVERRIDES: plain(optimizers.text_encoder),
         FREEZING: plain(optimizers.freezing),
-        "apply_grad_scaler_step_tweaks": optimizers.apply_grad_scaler_step_tweaks,
         "log_grad_norm": optimizers.log_grad_norm,
     }
     for name, values in (("train.json", train), ("optimizer.json", optimizer)):

@@ -63,9 +63,6 @@ class OptimizerFileOptions:
     text_encoder_lr_scale: Annotated[float, Gt(0)] = 1.0
     """Multiplies the text encoder's lr where text_encoder_overrides leaves it null, so that it comes from base or train.json."""
 
-    apply_grad_scaler_step_tweaks: bool = True
-    """Let fp16's loss scale grow in small frequent steps instead of rare doublings."""
-
     log_grad_norm: bool = True
     """Log the norm of each network's gradient."""
 
@@ -77,7 +74,6 @@ class OptimizerConfig:
     unet: OptimizerOptions
     text_encoder: OptimizerOptions
     freezing: FreezingOptions = field(default_factory=FreezingOptions)
-    apply_grad_scaler_step_tweaks: bool = True
     log_grad_norm: bool = True
 
 
@@ -127,10 +123,14 @@ class Key:
         return docstrings(self.owner)[self.name]
 
     @property
+    def variants(self) -> tuple[Any, ...]:
+        """The types it takes, null left out."""
+        return tuple(member for member in _members(self.annotation) if member is not types.NoneType)
+
+    @property
     def kind(self) -> Any:
         """The type without null."""
-        members = [member for member in _members(self.annotation) if member is not types.NoneType]
-        return members[0] if len(members) == 1 else Union[tuple(members)]  # noqa: UP007
+        return self.variants[0] if len(self.variants) == 1 else Union[self.variants]  # noqa: UP007
 
     def validate(self, value: Any) -> Any:
         """Return `value`, as JSON holds it, as the field's type.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -19,9 +19,9 @@ SchedulerName = Literal["constant", "constant_with_warmup", "linear", "cosine", 
 class ScheduleOptions:
     """The learning rate and its course, shared by every optimizer."""
 
-    lr: Annotated[float, Ge(0)] | None = None
+    lr: Annotated[float, Gt(0)] | None = None
     """Learning rate; for D-Adaptation a multiplier of the rate it finds, 1.0 being the method's own (null: 1.0). Elsewhere null
-    takes train.json's lr."""
+    takes train.json's lr, and 1e-6 without one."""
 
     lr_scheduler: SchedulerName | None = None
     """The course of the rate, by diffusers' names; null takes train.json's, and constant without one."""
@@ -30,7 +30,7 @@ class ScheduleOptions:
     """Optimizer steps over which the rate rises from 0; null is a fiftieth of lr_decay_steps, 0 none; constant ignores it."""
 
     lr_decay_steps: Annotated[int, Ge(0)] | None = None
-    """Optimizer steps over which the rate falls; null is 1.5 times the steps of the run; constant ignores it."""
+    """Optimizer steps over which the rate falls; null or 0 is 1.5 times the steps of the run; constant ignores it."""
 
     adapts: ClassVar[bool] = False
     """Whether the optimizer finds its own rate, lr being a multiplier of it."""
@@ -47,7 +47,7 @@ class ScheduleOptions:
 class RateOptions:
     """The learning rate for optimizer sections that leave theirs null (train.json)."""
 
-    lr: Annotated[float, Ge(0)] | None = None
+    lr: Annotated[float, Gt(0)] | None = None
     """Learning rate where the optimizer file has none; D-Adaptation never takes it."""
 
     lr_scheduler: SchedulerName = "constant"
