@@ -16,6 +16,7 @@ from trainer import environment
 from trainer.environment import check_cuda, check_environment, visible_gpus
 from trainer.errors import UserError
 
+ROOT = environment.REQUIREMENTS.parent
 GPU = "NVIDIA GeForce RTX 3060"
 
 
@@ -87,8 +88,8 @@ def test_an_old_python_is_named(monkeypatch):
 
 def test_the_check_itself_compiles_on_pythons_that_it_refuses():
     """Whoever starts Python 3.8 must see the sentence, not a SyntaxError."""
-    for module in ("environment.py", "errors.py", "__init__.py"):
-        ast.parse((environment.REQUIREMENTS.parent / "trainer" / module).read_text(), feature_version=(3, 8))
+    for name in ("train.py", "trainer/__init__.py", "trainer/environment.py", "trainer/errors.py"):
+        ast.parse((ROOT / name).read_text(encoding="utf-8"), feature_version=(3, 8))
 
 
 def test_missing_packages_are_named_together(tmp_path, monkeypatch):
@@ -104,6 +105,16 @@ def test_missing_packages_are_named_together(tmp_path, monkeypatch):
         "2 packages are not installed: no-such-thing, nor-this-one; install with `pip install -r requirements.txt`.",
     )
     assert error.value.exit_code == 2
+
+
+def test_a_python_with_no_packages_at_all_gets_the_sentence():
+    """The command itself, as after a clone: without the site module Python sees its standard library and nothing else."""
+    answer = subprocess.run([sys.executable, "-S", "-E", "train.py"], capture_output=True, text=True, cwd=ROOT)
+    assert answer.returncode == 2, answer.stderr
+    assert answer.stderr.startswith(
+        f"{len(environment._pins()) - len(environment.OPTIONAL)} packages are not installed: torch, diffusers, "
+    )
+    assert answer.stderr.count("\n") == 1 and answer.stdout == ""
 
 
 def test_other_versions_than_the_tested_ones_are_noted(site):
@@ -203,7 +214,7 @@ def test_nothing_third_party_is_imported_by_the_check():
         "import sys; before = set(sys.modules); from trainer.environment import check_environment; check_environment();"
         "print(sorted({name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names))"
     )
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=environment.REQUIREMENTS.parent, check=True)
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert answer.stdout.strip() == "['trainer']"
 
 
