@@ -49,7 +49,7 @@ class DataOptions:
     """Keep the first n tags in place when tags are shuffled."""
 
     num_workers: Annotated[int, Ge(0)] | None = None
-    """Processes that read images; null chooses by the number of cores, 0 reads in the training process."""
+    """Processes that read images; null chooses by the size of the images and the number of cores, 0 reads in the training process."""
 
 
 class Images:

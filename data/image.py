@@ -21,7 +21,7 @@ SUFFIXES = ("jpg", "jpeg", "png", "bmp", "webp", "jfif", "gif", "avif", "tif", "
 """Extensions of the files that are taken for images; the content decides how they are read."""
 
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "AVIF", "TIFF")
-_SIXTEEN_BIT = frozenset({"I;16", "I;16L", "I;16B", "I"})
+_SIXTEEN_BIT = frozenset({"I;16", "I;16L", "I;16B"})
 _MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}) | _SIXTEEN_BIT
 
 _DRAFT_GAP = 2
@@ -147,7 +147,7 @@ def _centre(extent: tuple[float, float], size: tuple[int, int]) -> tuple[float, 
 def _opaque(image: Image.Image) -> Image.Image:
     """Return a copy in L, RGB or CMYK: palettes looked up, transparency over white, 16 bits brought to 8."""
     if image.mode in _SIXTEEN_BIT:
-        return Image.fromarray((np.asarray(image).clip(0, 0xFFFF) // 257).astype(np.uint8))
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if image.has_transparency_data:
         colours = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

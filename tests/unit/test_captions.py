@@ -1,0 +1,138 @@
+import codecs
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.captions import Caption, Tag, find_caption, parse_caption, render
+from data.captions.text import LARGEST_TEXT
+from data.errors import FileError
+from data.folder import walk
+from data.rng import stream
+
+
+def caption_of(folder: Path, image: str) -> Caption:
+    return find_caption(folder / image, next(walk(folder)))
+
+
+def shown(caption, position=0, *, cond_dropout=0.0, shuffle_tags=False, keep_tags=0):
+    draws = stream(1, "caption", 0, position)
+    return render(caption, draws, cond_dropout=cond_dropout, shuffle_tags=shuffle_tags, keep_tags=keep_tags)
+
+
+@pytest.mark.parametrize(
+    ("text", "main", "tags"),
+    [
+        ("a cat", "a cat", []),
+        ("a cat, sitting,outdoors ", "a cat", ["sitting", "outdoors"]),
+        ("a\r\ncat,\r\n\tsitting\r\n", "a cat", ["sitting"]),
+        (", sitting", "", ["sitting"]),
+        ("a cat,, ,", "a cat", []),
+        ("", "", []),
+        (" \n", "", []),
+    ],
+)
+def test_a_caption_is_split_on_commas(text, main, tags):
+    caption = parse_caption(text, ".txt")
+    assert (caption.main, [tag.text for tag in caption.tags], caption.source) == (main, tags, ".txt")
+    assert caption.text == ", ".join(filter(None, [main, *tags]))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "ein Kätzchen, süß".encode(),
+        codecs.BOM_UTF8 + "ein Kätzchen, süß\r\n".encode(),
+        "ein Kätzchen, süß".encode("utf-16"),
+        codecs.BOM_UTF16_BE + "ein Kätzchen, süß".encode("utf-16-be"),
+        "ein Kätzchen, süß".encode("latin-1"),
+    ],
+    ids=["utf-8", "utf-8 with BOM, CRLF", "utf-16", "utf-16-be", "latin-1"],
+)
+def test_encodings(tmp_path, content):
+    (tmp_path / "cat.txt").write_bytes(content)
+    assert caption_of(tmp_path, "cat.jpg").text == "ein Kätzchen, süß"
+
+
+def test_windows_quotes_and_bytes_that_fit_no_encoding(tmp_path):
+    (tmp_path / "a.txt").write_bytes("it’s".encode("cp1252"))
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9 \x81")
+    assert caption_of(tmp_path, "a.jpg").text == "it’s"
+    assert caption_of(tmp_path, "b.jpg").text == "café \x81"
+
+
+def test_order_of_sources(tmp_path):
+    assert caption_of(tmp_path, "a red cat_0012.jpg") == Caption("a red cat", (), "file name")
+    (tmp_path / "a red cat_0012.txt").write_text("from txt")
+    assert caption_of(tmp_path, "a red cat_0012.jpg").text == "from txt"
+    (tmp_path / "a red cat_0012.CAPTION").write_text("from caption")
+    assert caption_of(tmp_path, "a red cat_0012.jpg").text == "from caption"
+
+
+def test_an_empty_text_file_is_an_empty_caption_not_a_missing_one(tmp_path):
+    (tmp_path / "cat.txt").write_text("\n")
+    assert caption_of(tmp_path, "cat.jpg") == Caption("", (), ".txt")
+
+
+def test_a_caption_that_names_a_file_is_not_read_as_one(tmp_path):
+    (tmp_path / "other.txt").write_text("secret")
+    (tmp_path / "cat.txt").write_text("other.txt")
+    assert caption_of(tmp_path, "cat.jpg").text == "other.txt"
+
+
+def test_text_that_is_no_caption(tmp_path):
+    (tmp_path / "cat.txt").write_bytes(b"x" * (LARGEST_TEXT + 1))
+    with pytest.raises(FileError, match=r"its caption file cat\.txt is larger than 1 MiB"):
+        caption_of(tmp_path, "cat.jpg")
+
+
+def test_a_caption_file_that_cannot_be_opened(tmp_path):
+    (tmp_path / "cat.txt").write_text("gone")
+    folder = next(walk(tmp_path))
+    (tmp_path / "cat.txt").unlink()
+    with pytest.raises(FileError, match=r"its caption file cat\.txt cannot be read \(No such file"):
+        find_caption(tmp_path / "cat.jpg", folder)
+
+
+CAPTION = Caption("main", tuple(Tag(letter) for letter in "abcdef"))
+
+
+def test_without_options_the_text_is_as_written():
+    assert {shown(CAPTION, position) for position in range(50)} == {"main, a, b, c, d, e, f"}
+
+
+@given(st.integers(0, 10_000), st.integers(0, 8))
+def test_shuffling_keeps_the_main_prompt_the_kept_tags_and_every_word(position, keep):
+    pieces = shown(CAPTION, position, shuffle_tags=True, keep_tags=keep).split(", ")
+    assert pieces[: 1 + keep] == ["main", *"abcdef"][: 1 + keep]
+    assert sorted(pieces) == sorted(["main", *"abcdef"])
+
+
+def test_every_tag_can_come_first():
+    firsts = Counter(shown(CAPTION, position, shuffle_tags=True).split(", ")[1] for position in range(600))
+    assert set(firsts) == set("abcdef") and min(firsts.values()) > 60
+
+
+def test_heavier_tags_tend_to_come_first():
+    caption = Caption("main", (Tag("light", 1.0), Tag("heavy", 3.0), Tag("nothing", 0.0)))
+    orders = Counter(shown(caption, position, shuffle_tags=True) for position in range(400))
+    assert set(orders) == {"main, heavy, light, nothing", "main, light, heavy, nothing"}
+    assert 260 < orders["main, heavy, light, nothing"] < 340
+
+
+def test_dropout_gives_the_empty_string_at_its_rate():
+    dropped = sum(shown(CAPTION, position, cond_dropout=0.25) == "" for position in range(1000))
+    assert 200 < dropped < 300
+    assert shown(CAPTION, cond_dropout=1.0) == ""
+
+
+def test_dropout_does_not_disturb_the_order_of_the_others():
+    for position in range(50):
+        text = shown(CAPTION, position, shuffle_tags=True, cond_dropout=0.5)
+        assert text in ("", shown(CAPTION, position, shuffle_tags=True))
+
+
+def test_a_place_always_draws_the_same():
+    assert [shown(CAPTION, n, shuffle_tags=True) for n in range(9)] == [shown(CAPTION, n, shuffle_tags=True) for n in range(9)]
