@@ -76,11 +76,12 @@ class Combination:
     @property
     def prompt(self) -> str:
         """The caption that the judge asks for."""
-        return f"{article(self.colour)} {self.colour} {self.shape} on {article(self.background)} {self.background} background"
+        thing, ground = f"{self.colour} {self.shape}", f"{self.background} background"
+        return f"{article(thing)} {thing} on {article(ground)} {ground}"
 
 
 def article(word: str) -> str:
-    """Return "a" or "an", as the word's first letter asks."""
+    """Return "a" or "an", as the first letter asks."""
     return "an" if word[0] in "aeiou" else "a"
 
 
@@ -115,7 +116,9 @@ def render(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:
     draw = ImageDraw.Draw(canvas)
     for item in scene.items:
         if item.shape == "ring":
-            _ring(draw, item.x * side, item.y * side, item.radius * side, PALETTE[item.colour], PALETTE[scene.background])
+            _ring(
+                draw, item.x * side, item.y * side, item.radius * side, PALETTE[item.colour], PALETTE[scene.background]
+            )
         else:
             draw_item(draw, item, side)
     return canvas.reduce(_SUPERSAMPLING)
@@ -174,7 +177,25 @@ def sample_texture(rng: np.random.Generator, size: int = IMAGE_SIZE) -> Image.Im
     if kind == 0:
         _stripes(draw, side, rng)
     for _ in range(rng.integers(2, 7)):
-        _random_mark(draw, side, rng, fine=kind >= 2)
+        _random_mark(draw, side, rng, fine=bool(kind >= 2))
+    return canvas.reduce(_SUPERSAMPLING)
+
+
+def sample_marked(rng: np.random.Generator, size: int = IMAGE_SIZE) -> Image.Image:
+    """Draw a scene with a few small random marks scattered over it, for the VAE's fine detail on flat areas."""
+    side = size * _SUPERSAMPLING
+    canvas = render(sample_scene(rng, two_objects=0.0), side)
+    draw = ImageDraw.Draw(canvas)
+    ink = PALETTE[_pick(rng, COLOURS)]
+    for _ in range(rng.integers(2, 7)):
+        x, y = rng.uniform(0.15, 0.85, 2) * side
+        a, b = rng.uniform(0.025, 0.1, 2) * side
+        if rng.random() < 0.5:
+            draw.ellipse((x - a, y - b, x + a, y + b), fill=ink)
+        else:
+            r, start = 2 * max(a, b), rng.uniform(0, 360)
+            stroke = int(rng.uniform(0.03, 0.06) * side)
+            draw.arc((x - r, y - r, x + r, y + r), start, start + rng.uniform(60, 240), fill=ink, width=stroke)
     return canvas.reduce(_SUPERSAMPLING)
 
 
@@ -188,10 +209,32 @@ def vocabulary_words() -> Iterator[tuple[str, int]]:
     """Yield the words that the tokenizer is made from, with their weights."""
     for word in (*COLOURS, *SHAPES, "small", "large", "background", "on", "a", "an", "and", "with", "of", "picture"):
         yield word, 100
-    for word in (*FACE.split(), "star", "stripes", "dots", "photo", "the", "in", "flower", "house", "tree", "cat", "dog"):
+    for word in (
+        *FACE.split(),
+        "star",
+        "stripes",
+        "dots",
+        "photo",
+        "the",
+        "in",
+        "flower",
+        "house",
+        "tree",
+        "cat",
+        "dog",
+    ):
         yield word, 40
-    for word in "pink brown grey cyan big tiny bright dark round left right top bottom two three happy sad eyes".split():
-        yield word, 20
+    for word in _EVERYDAY_WORDS.split():
+        yield word, 10
+
+
+_EVERYDAY_WORDS = """
+pink brown grey cyan big tiny bright dark round left right top bottom two three happy sad eyes man woman person
+portrait painting drawing style color colour light water mountain sky sun moon night day black hair dress standing
+sitting beautiful city street forest garden river beach snow winter summer animal bird fish horse car train table
+chair window door wooden old new young girl boy child head hand body front behind inside under over near between glass
+metal stone paper
+""".strip()
 
 
 def _pick(rng: np.random.Generator, options: tuple[_T, ...]) -> _T:

@@ -1,0 +1,78 @@
+"""The diffusers folder: the work folder's averaged weights as a Stable Diffusion 1.5 pipeline in float16."""
+
+# The libraries' decorators and exports hide their types, so these rules only repeat what they lack.
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from .networks import new_text_encoder, new_unet, sampling_schedule
+from .text import load_tokenizer
+from .unet import Average
+from .vae import load_vae
+
+
+def export(work: Path, folder: Path) -> int:
+    """Write the pipeline folder from whatever state the UNet's stage has reached, and return that step.
+
+    The folder appears whole: it is written next to its place and moved there.
+
+    Raises:
+        FileNotFoundError: when the UNet's stage has saved nothing yet.
+    """
+    tokenizer = load_tokenizer(work)
+    unet, encoder = new_unet(), new_text_encoder(tokenizer)
+    state = torch.load(work / "unet.pt", weights_only=True)
+    average = Average([*unet.parameters(), *encoder.parameters()], 0.0)
+    average.load_state_dict(state["parts"]["average"])
+    average.copy_to_live()
+    vae = load_vae(work)
+    scaling = torch.load(work / "latents.pt", weights_only=True)["scaling_factor"]
+    vae.register_to_config(scaling_factor=round(scaling, 5))
+    pipeline = StableDiffusionPipeline(
+        vae=vae.to(memory_format=torch.contiguous_format).half(),
+        text_encoder=encoder.eval().half(),
+        tokenizer=tokenizer,
+        unet=unet.eval().half(),
+        scheduler=sampling_schedule(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.save_pretrained(partial)
+    _prefix_text_keys(partial / "text_encoder" / "model.safetensors")
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(work / "tokenizer" / name, partial / "tokenizer" / name)
+    for config in partial.rglob("*config.json"):
+        _forget_paths(config)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return int(state["step"])
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files under a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _prefix_text_keys(path: Path) -> None:
+    """Give the text encoder's keys the `text_model.` prefix of SD 1.5's files, which older tools expect."""
+    tensors = load_file(path)
+    prefixed = {k if k.startswith("text_model.") else f"text_model.{k}": v.contiguous() for k, v in tensors.items()}
+    save_file(prefixed, path, metadata={"format": "pt"})
+
+
+def _forget_paths(config: Path) -> None:
+    """Drop the folder that a component was loaded from: it belongs to the machine that made the model."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    if values.pop("_name_or_path", None) is not None:
+        config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
