@@ -1,0 +1,211 @@
+"""The original (LDM) layout of a Stable Diffusion checkpoint: the same tensors as the diffusers networks under other names.
+
+In the original layout the UNet is one list of input blocks, a middle block and one list of output blocks, and the position of an
+attention or an upsampler depends on what stands before it. The names are therefore derived from the network's configuration
+(levels, layers per block, which levels have attention), so that any size converts, not only SD 1.5's four levels of two.
+
+    diffusers                                 original
+    unet   down_blocks.1.resnets.0.conv1      model.diffusion_model.input_blocks.4.0.in_layers.2
+    vae    decoder.up_blocks.0.resnets.1      first_stage_model.decoder.up.3.block.1
+    text   encoder.layers.0.mlp.fc1           cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1
+
+Nothing but names changes, and the shape of the VAE's attention weights: linear (o, i) here, 1x1 convolutions (o, i, 1, 1) there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from trainer.models.load import Models
+
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+TEXT_PREFIX = "cond_stage_model.transformer.text_model."
+POSITION_IDS = TEXT_PREFIX + "embeddings.position_ids"
+"""Not a weight, but part of every original file: the numbers 0 to 76."""
+
+NETWORKS = ("unet", "vae", "text_encoder")
+
+Modules = dict[str, str]
+"""A module's name in diffusers, and its name in the original layout."""
+
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_VAE_RESNET = {"conv_shortcut": "nin_shortcut"}
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor stands in the original layout, and its shape there."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+class Shaped(Protocol):
+    """A tensor, or what is known of it before it is read."""
+
+    @property
+    def shape(self) -> Any:
+        """The sizes."""
+        ...
+
+
+def to_original(models: Models) -> dict[str, Tensor]:
+    """Return all weights under their original names, sharing memory with the networks: no weight is copied."""
+    tensors: dict[str, Tensor] = {}
+    for network in NETWORKS:
+        weights = _weights(getattr(models, network))
+        places = layout(network, getattr(models, network).config, weights)
+        for key, tensor in weights.items():
+            tensors[places[key].name] = tensor.detach().reshape(places[key].shape)
+    tensors[POSITION_IDS] = torch.arange(models.text_encoder.config.max_position_embeddings).unsqueeze(0)
+    return tensors
+
+
+def from_original(
+    tensors: Mapping[str, Tensor],
+    network: str,
+    config: Any,
+    empty: nn.Module,
+    prefix: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """Return one network's weights under their diffusers names; other networks' tensors are not touched.
+
+    Args:
+        tensors: by original name; each is read once, so a lazy mapping over a file holds one tensor at a time.
+        network: "unet", "vae" or "text_encoder".
+        config: the network's configuration.
+        empty: the network, for its names and shapes; the meta device will do.
+        prefix: what stands before the names in `tensors` instead of the original layout's own prefix.
+        dtype: of the result.
+    """
+    shapes = _weights(empty)
+    return {
+        key: tensors[place.name].to(dtype).reshape(shapes[key].shape)
+        for key, place in layout(network, config, shapes, prefix=prefix).items()
+    }
+
+
+def layout(network: str, config: Any, weights: Mapping[str, Shaped], prefix: str | None = None) -> dict[str, Place]:
+    """Return where each of a network's tensors stands in the original layout.
+
+    Args:
+        network: "unet", "vae" or "text_encoder".
+        config: the network's configuration.
+        weights: the network's tensors by their diffusers names.
+        prefix: another prefix than the original layout's.
+
+    Raises:
+        ValueError: the network has a part that the original layout has no name for.
+    """
+    if network == "text_encoder":
+        start = TEXT_PREFIX if prefix is None else prefix
+        return {key: Place(start + key.removeprefix("text_model."), tuple(tensor.shape)) for key, tensor in weights.items()}
+    modules = unet_modules(config) if network == "unet" else vae_modules(config)
+    start = {"unet": UNET_PREFIX, "vae": VAE_PREFIX}[network] if prefix is None else prefix
+    places = {}
+    for key, tensor in weights.items():
+        shape = tuple(tensor.shape)
+        convolution = network == "vae" and ".attentions." in key and len(shape) == 2
+        places[key] = Place(start + _renamed(key, modules), (*shape, 1, 1) if convolution else shape)
+    return places
+
+
+def unet_modules(config: Any) -> Modules:
+    """Return the original name of each module of a UNet2DConditionModel."""
+    down, up = config["down_block_types"], config["up_block_types"]
+    levels = len(down)
+    layers = config["layers_per_block"]
+    layers = [layers] * levels if isinstance(layers, int) else list(layers)
+    names = {
+        "conv_in": "input_blocks.0.0",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+        "mid_block.attentions.0": "middle_block.1",
+        **_resnet("mid_block.resnets.0", "middle_block.0"),
+        **_resnet("mid_block.resnets.1", "middle_block.2"),
+    }
+    block = 1
+    for level in range(levels):
+        for layer in range(layers[level]):
+            names |= _resnet(f"down_blocks.{level}.resnets.{layer}", f"input_blocks.{block}.0")
+            names[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{block}.1"
+            block += 1
+        if level < levels - 1:
+            names[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{block}.0.op"
+            block += 1
+    block = 0
+    for level in range(levels):
+        attention = up[level].startswith("CrossAttn")
+        for layer in range(layers[levels - 1 - level] + 1):
+            names |= _resnet(f"up_blocks.{level}.resnets.{layer}", f"output_blocks.{block}.0")
+            names[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{block}.1"
+            block += 1
+        if level < levels - 1:  # the upsampler comes last in the level's last block: after the attention where there is one
+            names[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{block - 1}.{2 if attention else 1}.conv"
+    return names
+
+
+def vae_modules(config: Any) -> Modules:
+    """Return the original name of each module of an AutoencoderKL. Its decoder counts levels from the coarse end, LDM's from the fine."""
+    levels = len(config["block_out_channels"])
+    layers = config["layers_per_block"]
+    names = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    for half in ("encoder", "decoder"):
+        names |= {
+            f"{half}.conv_in": f"{half}.conv_in",
+            f"{half}.conv_norm_out": f"{half}.norm_out",
+            f"{half}.conv_out": f"{half}.conv_out",
+            **_vae_resnet(f"{half}.mid_block.resnets.0", f"{half}.mid.block_1"),
+            **_vae_resnet(f"{half}.mid_block.resnets.1", f"{half}.mid.block_2"),
+        }
+        for ours, theirs in _VAE_ATTENTION.items():
+            names[f"{half}.mid_block.attentions.0.{ours}"] = f"{half}.mid.attn_1.{theirs}"
+    for level in range(levels):
+        for layer in range(layers):
+            names |= _vae_resnet(f"encoder.down_blocks.{level}.resnets.{layer}", f"encoder.down.{level}.block.{layer}")
+        for layer in range(layers + 1):
+            names |= _vae_resnet(f"decoder.up_blocks.{level}.resnets.{layer}", f"decoder.up.{levels - 1 - level}.block.{layer}")
+        names[f"encoder.down_blocks.{level}.downsamplers.0.conv"] = f"encoder.down.{level}.downsample.conv"
+        names[f"decoder.up_blocks.{level}.upsamplers.0.conv"] = f"decoder.up.{levels - 1 - level}.upsample.conv"
+    return names
+
+
+def _resnet(ours: str, theirs: str) -> Modules:
+    return {f"{ours}.{inner}": f"{theirs}.{name}" for inner, name in _RESNET.items()}
+
+
+def _vae_resnet(ours: str, theirs: str) -> Modules:
+    return {ours: theirs, **{f"{ours}.{inner}": f"{theirs}.{name}" for inner, name in _VAE_RESNET.items()}}
+
+
+def _renamed(key: str, modules: Modules) -> str:
+    """Replace the longest part of `key`, counted in whole words from the left, that names a module."""
+    words = key.split(".")
+    for count in range(len(words), 0, -1):
+        name = modules.get(".".join(words[:count]))
+        if name is not None:
+            return ".".join([name, *words[count:]])
+    raise ValueError(f"the original Stable Diffusion layout has no name for {key}")
+
+
+def _weights(network: nn.Module) -> dict[str, Tensor]:
+    """Return the saved tensors of a network; older transformers count CLIP's position numbers among them."""
+    return {key: tensor for key, tensor in network.state_dict().items() if not key.endswith("position_ids")}

@@ -1,0 +1,131 @@
+"""Files of named tensors: .safetensors read and written one tensor at a time, .ckpt read without running what is inside."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.errors import UserError
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_LONGEST_HEADER = 100_000_000
+"""The safetensors library refuses longer ones."""
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a .safetensors or .ckpt file by name, each read when it is asked for.
+
+    Attributes:
+        path: the file.
+        metadata: the text fields of a .safetensors header.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open a file and read its list of tensors.
+
+        Raises:
+            UserError: it is cut short, not such a file, or a .ckpt that cannot be read safely.
+        """
+        self.path = path
+        self.metadata: dict[str, str] = {}
+        if path.suffix.lower() == ".ckpt":
+            self._tensors: Any = _read_ckpt(path)
+            self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        else:
+            header = _read_header(path)
+            self.metadata = header.pop("__metadata__", {})
+            self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+            from safetensors import safe_open
+
+            self._tensors = safe_open(path, framework="pt", device="cpu")
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._tensors[name] if isinstance(self._tensors, dict) else self._tensors.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
+    """Write a .safetensors file, converting and holding one tensor at a time.
+
+    Args:
+        path: the file; it appears under this name at once, so the caller writes beside and renames.
+        tensors: on any device, of any memory layout.
+        dtype: of the floating-point tensors in the file; others keep theirs.
+        metadata: text fields for the header.
+    """
+    stored = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
+    # Wide numbers first, as the safetensors library does: every tensor then starts at a multiple of its number's size.
+    order = sorted(tensors, key=lambda name: (-stored[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].numel() * stored[name].itemsize
+        header[name] = {"dtype": _DTYPES[stored[name]], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for name in order:
+            tensor = tensors[name].detach().to(device="cpu", dtype=stored[name]).contiguous()
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """Return a .safetensors header, having compared what it promises with the file's size."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start.startswith(b"version "):
+            raise UserError(f"{path}: this is a Git LFS pointer, not the file itself; run `git lfs pull`, or download the file.")
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if 2 <= length <= _LONGEST_HEADER and length > size - 8:
+            raise UserError(f"{path}: the file is cut short after {size:,} bytes; download or copy it again.")
+        text = file.read(length) if 2 <= length <= _LONGEST_HEADER else b""
+    try:
+        header = json.loads(text)
+        promised = 8 + length + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: this is not a .safetensors file: it does not begin with a list of tensors.") from error
+    if promised > size:
+        raise UserError(f"{path}: the file is cut short: it holds {size:,} of {promised:,} bytes; download or copy it again.")
+    return header
+
+
+def _read_ckpt(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a .ckpt; a pickle that wants to run code is refused, not run."""
+    advice = "convert it to .safetensors on a machine where you trust the file, or download the .safetensors version"
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises UnpicklingError, EOFError, RuntimeError and others, by what is broken
+        raise UserError(f"{path}: the .ckpt file cannot be read as plain tensors; {advice}.") from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    if not tensors:
+        raise UserError(f"{path}: the .ckpt file holds no tensors; {advice}.")
+    return tensors
