@@ -50,7 +50,7 @@ def displayed_size(path: Path) -> tuple[int, int]:
     """
     with _opened(path) as image:
         width, height = image.size
-        return (height, width) if _orientation(image) >= 5 else (width, height)
+        return (height, width) if _orientation(image, path) >= 5 else (width, height)
 
 
 def read_pixels(path: Path, size: tuple[int, int], *, flip: bool = False) -> np.ndarray:
@@ -68,7 +68,7 @@ def read_pixels(path: Path, size: tuple[int, int], *, flip: bool = False) -> np.
         FileError: the file cannot be read to its end, or is not an image.
     """
     with _opened(path) as image:
-        orientation = _orientation(image)
+        orientation = _orientation(image, path)
         stored = size if orientation < 5 else (size[1], size[0])
         draft = image.draft(None, (stored[0] * _DRAFT_GAP, stored[1] * _DRAFT_GAP))
         # A JPEG drafted to a half of 333 pixels has 167 columns, of which 166.5 hold the picture.
@@ -124,15 +124,16 @@ def _reason(error: Exception, path: Path) -> str:
     return f"it is damaged ({error or type(error).__name__})"
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(image: Image.Image, path: Path) -> int:
     """Return the EXIF orientation, 1 to 8, of the pixels that loading will give; 1 where the tag is missing or malformed."""
     if image.format == "TIFF":
         return 1  # Pillow turns TIFF pixels, and reports their size, upright by itself
     try:
-        # The base class's method: the one of PNG decodes the whole file in search of a late tag.
-        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-    except Exception:
-        return 1  # as in `_decoding`: damaged tags raise nearly anything, and cost the picture nothing but its rotation
+        with _decoding(path):
+            # The base class's method: the one of PNG decodes the whole file in search of a late tag.
+            value = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except FileError:
+        return 1  # damaged tags cost the picture its rotation, nothing more
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
