@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -30,6 +31,11 @@ def read(folder: Path) -> EventAccumulator:
 
 def curve(folder: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in read(folder).Scalars(tag)]
+
+
+def stored(event: Any) -> bytes:
+    """Return the bytes of a tensor event: a text, or a serialized layout."""
+    return tensor_util.make_ndarray(event.tensor_proto).item()  # type: ignore[return-value]
 
 
 class Warnings(list[str]):
@@ -74,7 +80,7 @@ def test_text_is_shown_as_it_is(tmp_path: Path, warnings: Warnings, text: str):
 
     TensorBoardLogger(tmp_path, warn=warnings).text("config", text, 0)
     (event,) = read(tmp_path).Tensors("config/text_summary")
-    markdown = tensor_util.make_ndarray(event.tensor_proto).item().decode()
+    markdown = stored(event).decode()
     html = markdown_to_safe_html(markdown)
     (shown,) = re.findall("<pre><code>(.*)</code></pre>", html, re.DOTALL)
     assert unescape(shown).rstrip("\n") == text.rstrip("\n")
@@ -84,8 +90,8 @@ def test_the_charts_find_the_tags(tmp_path: Path, warnings: Warnings):
     loggers = open_loggers(tmp_path, warn=warnings, networks=["unet", "text encoder"], adaptive=["text encoder"])
     loggers.close()
     (event,) = read(tmp_path).Tensors("custom_scalars__config__")
-    layout = layout_pb2.Layout()
-    layout.ParseFromString(tensor_util.make_ndarray(event.tensor_proto).item())
+    layout = layout_pb2.Layout()  # type: ignore[attr-defined]
+    layout.ParseFromString(stored(event))
     patterns = {category.title: [list(chart.multiline.tag) for chart in category.chart] for category in layout.category}
     assert list(patterns) == ["losses", "rates", "D-Adaptation", "gradients", "performance"]
 
@@ -104,7 +110,7 @@ def test_the_charts_find_the_tags(tmp_path: Path, warnings: Warnings):
 def test_a_run_without_d_adaptation_has_no_charts_of_it(tmp_path: Path, warnings: Warnings):
     open_loggers(tmp_path, warn=warnings, networks=["unet"], adaptive=[]).close()
     (event,) = read(tmp_path).Tensors("custom_scalars__config__")
-    assert b"dadapt" not in tensor_util.make_ndarray(event.tensor_proto).item()
+    assert b"dadapt" not in stored(event)
 
 
 def test_a_continued_run_hides_what_was_recorded_after_its_checkpoint(tmp_path: Path, warnings: Warnings):
