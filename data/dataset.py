@@ -70,6 +70,8 @@ class Images:
         self._options = options
         self._tokenize = tokenize
         self._seed = seed
+        self.bad: dict[str, BadFile] = {}
+        """Files that could not be read, by name; the loader adds those that were met in a batch, in whichever process."""
 
     def __getitem__(self, planned: tuple[int, MicroBatch]) -> Batch:
         """Return the images of a micro-batch that can be read; if none can, one blank image as a filler."""
@@ -99,7 +101,8 @@ class Images:
     def plain(self, records: Sequence[int]) -> list[Batch]:
         """Return images as they are, one batch each: not flipped, with their whole caption, in their nearest bucket.
 
-        Meant for measurements that must not vary. Position and epoch are 0. A file that cannot be read gives no batch.
+        Meant for measurements that must not vary. Position and epoch are 0. A file that cannot be read gives no batch and
+        is named in `bad`.
 
         Args:
             records: record ids.
@@ -110,7 +113,8 @@ class Images:
             bucket = nearest(record.width, record.height, buckets(self._options.resolution))
             try:
                 pixels = read_pixels(record.path, bucket)
-            except FileError:
+            except FileError as error:
+                self.bad.setdefault(record.name, BadFile(record.name, error.reason))
                 continue
             batches.append(self._batch([pixels], [record.caption.text], epoch=0, positions=(0,), records=(identity,)))
         return batches

@@ -55,7 +55,6 @@ class StepLoader:
         self._index = index
         self._planned = {"resolution": options.resolution, "seed": seed, "images_per_step": images_per_step}
         self._batch_size, self._rank, self._world = options.batch_size, rank, world
-        self._bad: dict[str, BadFile] = {}
         self._order = _Order()
         workers = worker_count(index, options)
         self._loader = DataLoader(
@@ -73,7 +72,7 @@ class StepLoader:
     @property
     def bad(self) -> tuple[BadFile, ...]:
         """Return the files that could not be read during the run, each once, in the order they were met."""
-        return tuple(self._bad.values())
+        return tuple(self.images.bad.values())
 
     def steps_in(self, epoch: int) -> int:
         """Return the number of optimizer steps of one epoch; it varies where images are shown a fraction of the time."""
@@ -100,11 +99,12 @@ class StepLoader:
         for micros in slices:
             step = list(islice(batches, len(micros)))
             for batch in step:
-                self._bad.update((file.name, file) for file in batch.failed if file.name not in self._bad)
+                for file in batch.failed:
+                    self.images.bad.setdefault(file.name, file)
             real = [batch for batch in step if not batch.filler]
             read += sum(len(batch) for batch in real)
             yield real or step[:1]
-        if self._bad and not read:
+        if self.images.bad and not read:
             raise DataError(["none of the epoch's images could be read", *(str(file) for file in self.bad[:10])])
 
 

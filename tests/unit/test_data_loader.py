@@ -186,6 +186,9 @@ def test_plain_images_never_vary(folder):
     assert [batch.captions for batch in batches] == [("image 9, a, b, c, d",), ("image 0, a, b, c, d",)]
     assert [tuple(batch.pixels_BCHW.shape) for batch in batches] == [(1, 3, 64, 256), (1, 3, 128, 128)]
     assert contents([batches]) == contents([loader_of(folder).images.plain([9, 0])])
+    (folder / "9.png").write_bytes(b"")
+    assert [batch.records for batch in loader.images.plain([9, 0])] == [(0,)]
+    assert [str(file) for file in loader.bad] == ["9.png: it is empty (0 bytes)"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
