@@ -89,7 +89,7 @@ class StepLoader:
         step is left for this process, it holds one filler batch of weight 0.
 
         Raises:
-            DataError: none of the files of the epoch could be read.
+            DataError: by the end of the epoch there is no image left that can be read.
         """
         plan = plan_epoch(self._index, epoch=epoch, **self._planned)
         slices = [slice_step(step, self._batch_size, self._rank, self._world) for step in plan[first_step:]]
@@ -104,8 +104,8 @@ class StepLoader:
             real = [batch for batch in step if not batch.filler]
             read += sum(len(batch) for batch in real)
             yield real or step[:1]
-        if self.images.bad and not read:
-            raise DataError(["none of the epoch's images could be read", *(str(file) for file in self.bad[:10])])
+        if not read and all(record.name in self.images.bad for record in self._index.records if record.multiply > 0):
+            raise DataError(["none of the images can be read any more", *(str(file) for file in self.bad[:10])])
 
 
 def worker_count(index: Index, options: DataOptions) -> int:
