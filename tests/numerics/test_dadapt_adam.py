@@ -1,0 +1,386 @@
+"""DAdaptAdam against the published optimizer, and what must hold of it by itself."""
+
+import contextlib
+import io
+import itertools
+import math
+
+import pytest
+import torch
+from dadaptation import DAdaptAdam as Published
+
+from trainer.optim.dadapt_adam import DAdaptAdam
+from trainer.state import read_state, write_state
+
+SHAPES = [(3, 700), (5,), (41, 100), (2, 3, 4)]
+
+
+def published(groups, **options):
+    with contextlib.redirect_stdout(io.StringIO()):
+        return Published(groups, **options)
+
+
+def parameters(seed=0, dtype=torch.float64, shapes=SHAPES):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in shapes]
+
+
+def gentle(params, step, seed=7):
+    """Gradients that lead d up by orders of magnitude, and depend on p too weakly for rounding errors to grow."""
+    generator = torch.Generator().manual_seed(seed * 100_003 + step)
+    for index, p in enumerate(params):
+        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        scale = torch.logspace(-3, 1, p.numel(), dtype=torch.float64).view(p.shape)
+        p.grad = (scale * (0.1 * (-1) ** index + noise + 0.1 * torch.tanh(p.detach().double() / 10))).to(p.dtype)
+
+
+def always(params, step):
+    pass
+
+
+def some_missing(params, step):
+    if step % 3 == 0:
+        params[step % len(params)].grad = None
+    if step % 50 == 49:
+        for p in params:
+            p.grad = None
+    params[1].grad = None if step < 5 else params[1].grad
+
+
+def some_zero(params, step):
+    if step < 3 or step % 20 == 0:
+        for p in params:
+            p.grad.zero_()
+    params[0].grad.zero_()
+    if step > 10:
+        params[step % len(params)].grad.zero_()
+
+
+def alone_and_zero(params, step):
+    """Every tenth step has a gradient for the first parameter alone, which has never been anything but zero."""
+    params[0].grad.zero_()
+    if step % 10 == 9:
+        for p in params[1:]:
+            p.grad = None
+
+
+def constant(step, total):
+    return [1.0, 1.0]
+
+
+def warm_up_and_holes(step, total):
+    rate = 0.0 if step in (0, 1, 90, 91) else min(1.0, step / 20) * 0.5 * (1 + math.cos(math.pi * step / total))
+    return [rate, rate]
+
+
+def second_group_rests(step, total):
+    return [0.5, 0.0 if 30 <= step < 60 or step == 0 else 0.5]
+
+
+def both(build, edit, rates, steps, **options):
+    """Run the published optimizer and ours side by side; return per step (published d, our d) and the final parameters of both."""
+    ours, theirs = parameters(), parameters()
+    scales = options.pop("scales")
+    eps = options.pop("eps", (1e-8, 1e-8))
+
+    def groups(params):
+        return [
+            {"params": params[:2], "layer_scale": scales[0], "eps": eps[0]},
+            {"params": params[2:], "layer_scale": scales[1], "eps": eps[1]},
+        ]
+
+    a, b = published(groups(theirs), **options), build(groups(ours), **options)
+    ds = []
+    for step in range(steps):
+        for params, optimizer in ((theirs, a), (ours, b)):
+            for group, lr in zip(optimizer.param_groups, rates(step, steps), strict=True):
+                group["lr"] = lr
+            gentle(params, step)
+            edit(params, step)
+            optimizer.step()
+        ds.append((a.param_groups[0]["d"], b.param_groups[0]["d"]))
+    return ds, theirs, ours, a, b
+
+
+EDITS = (always, some_missing, some_zero, alone_and_zero)
+RATES = (constant, warm_up_and_holes, second_group_rests)
+
+
+def assert_parity(edit, rates, decouple, decay, bias, growth, scales, steps):
+    ds, theirs, ours, a, b = both(
+        DAdaptAdam, edit, rates, steps, decouple=decouple, weight_decay=decay, use_bias_correction=bias, growth_rate=growth, scales=scales
+    )
+    assert ds[-1][0] > 2e-6, "d has to move for this to show anything"
+    for expected, found in ds:
+        assert found == pytest.approx(expected, rel=1e-12, abs=0)
+    for expected, found in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert b.param_groups[0]["k"] == a.param_groups[0]["k"]
+    assert b.param_groups[0]["numerator_weighted"] == pytest.approx(a.param_groups[0]["numerator_weighted"], rel=1e-10)
+
+
+@pytest.mark.parametrize("rates", RATES)
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("decouple", [False, True])
+def test_parity_with_the_published_optimizer(edit, rates, decouple):
+    assert_parity(edit, rates, decouple, 0.1, False, 1.05, (1.0, 0.5), 200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("edit", "rates", "decouple", "decay", "bias", "growth", "scales"),
+    itertools.product(EDITS, RATES, (False, True), (0.0, 0.1), (False, True), (math.inf, 1.05), ((1.0, 1.0), (1.0, 0.5))),
+)
+def test_parity_on_every_combination(edit, rates, decouple, decay, bias, growth, scales):
+    assert_parity(edit, rates, decouple, decay, bias, growth, scales, 200)
+
+
+def snapshot(optimizer, params):
+    """Return copies of everything a step may change."""
+    saved = [p.detach().clone() for p in params]
+    for p in params:
+        saved += [value.clone() for value in optimizer.state[p].values()]
+    return saved + [value.clone() for value in optimizer.state_dict()["state"]["adaptation"].values()]
+
+
+def train(optimizer, params, steps, first=0, edit=always):
+    for step in range(first, first + steps):
+        gentle(params, step)
+        edit(params, step)
+        optimizer.step()
+
+
+def assert_same(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad):
+    params = parameters(dtype=torch.float32)
+    optimizer = DAdaptAdam(params, decouple=True, weight_decay=0.1)
+    train(optimizer, params, 5)
+    before = snapshot(optimizer, params)
+    gentle(params, 5)
+    params[2].grad[3, 7] = bad
+    optimizer.step()
+    assert_same(snapshot(optimizer, params), before)
+    train(optimizer, params, 1, first=6)
+    assert not torch.equal(params[0], before[0])
+
+
+def test_found_inf_leaves_weights_state_and_d_as_they_are():
+    params = parameters(dtype=torch.float32)
+    optimizer = DAdaptAdam(params, decouple=True, weight_decay=0.1)
+    train(optimizer, params, 5)
+    before = snapshot(optimizer, params)
+    gentle(params, 5)
+    params[0].grad.fill_(math.nan)
+    optimizer.found_inf, optimizer.grad_scale = torch.tensor(1.0), None
+    optimizer.step()
+    assert_same(snapshot(optimizer, params), before)
+    gentle(params, 6)
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    assert all(not torch.equal(now, then) for now, then in zip(snapshot(optimizer, params)[:8], before[:8], strict=True))
+
+
+def test_grad_scale_divides_the_gradients():
+    plain, scaled = parameters(), parameters()
+    a, b = DAdaptAdam(plain), DAdaptAdam(scaled)
+    for step in range(10):
+        gentle(plain, step)
+        gentle(scaled, step)
+        for p in scaled:
+            p.grad *= 2.0 ** (10 + step)
+        b.found_inf, b.grad_scale = torch.tensor(0.0), torch.tensor(2.0 ** (10 + step))
+        a.step()
+        b.step()
+    assert_same(snapshot(b, scaled), snapshot(a, plain))
+
+
+def test_the_overflow_of_a_sum_does_not_reach_d():
+    params = parameters(dtype=torch.float32)
+    optimizer = DAdaptAdam(params, eps=1e-38, d0=1.0)
+    train(optimizer, params, 3)
+    before = optimizer.d.clone()
+    state = optimizer.state[params[0]]
+    state["exp_avg_sq"].zero_()  # <g, s / eps> overflows fp32
+    train(optimizer, params, 1, first=3)
+    assert torch.equal(optimizer.d, before)
+
+
+def test_steps_are_reproducible_bit_for_bit():
+    runs = []
+    for _ in range(2):
+        params = parameters(dtype=torch.float32)
+        optimizer = DAdaptAdam(params, decouple=True, weight_decay=0.1, use_bias_correction=True)
+        train(optimizer, params, 30)
+        runs.append(snapshot(optimizer, params))
+    assert_same(*runs)
+
+
+def test_state_goes_to_disk_and_back_bit_for_bit(tmp_path):
+    kinds = (torch.float32, torch.bfloat16, torch.float64, torch.float32)
+    params = [torch.nn.Parameter(p.detach().to(kind)) for p, kind in zip(parameters(), kinds, strict=True)]
+    optimizer = DAdaptAdam(params, decouple=True, weight_decay=0.1)
+    train(optimizer, params, 12, edit=some_missing)
+    write_state(optimizer.state_dict()["state"], tmp_path / "state")
+    weights = [p.detach().clone() for p in params]
+    train(optimizer, params, 12, first=12, edit=some_missing)
+
+    again = [torch.nn.Parameter(weight) for weight in weights]
+    resumed = DAdaptAdam(again, decouple=True, weight_decay=0.2)
+    resumed.load_state_dict({"state": read_state(tmp_path / "state"), "param_groups": []})
+    assert resumed.param_groups[0]["weight_decay"] == 0.2, "hyper-parameters are the configuration's"
+    resumed.param_groups[0]["weight_decay"] = 0.1
+    train(resumed, again, 12, first=12, edit=some_missing)
+    assert_same(snapshot(resumed, again), snapshot(optimizer, params))
+
+
+def test_loading_its_own_state_changes_nothing():
+    params = parameters(dtype=torch.float32)
+    optimizer = DAdaptAdam(params)
+    train(optimizer, params, 3)
+    before = snapshot(optimizer, params)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert_same(snapshot(optimizer, params), before)
+
+
+def test_state_of_another_precision_is_refused_and_changes_nothing():
+    optimizer = DAdaptAdam(parameters(dtype=torch.float64))
+    other = DAdaptAdam(parameters(dtype=torch.float32))
+    with pytest.raises(ValueError, match=r"0\.exp_avg is torch\.float32"):
+        optimizer.load_state_dict(other.state_dict())
+
+
+def test_groups_read_as_numbers():
+    params = parameters()
+    optimizer = DAdaptAdam(params, d0=1e-5)
+    assert optimizer.param_groups[0]["d"] == 1e-5
+    train(optimizer, params, 4)
+    group = optimizer.param_groups[0]
+    assert isinstance(group["d"], float) and group["d"] == optimizer.d.item() > 1e-5
+    assert type(group["k"]) is int and group["k"] == 4
+    assert isinstance(group["numerator_weighted"], float) and group["numerator_weighted"] != 0
+
+
+def test_a_step_reads_nothing_back():
+    params = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in SHAPES]
+    optimizer = DAdaptAdam([{"params": params[:2]}, {"params": params[2:], "lr": 0.0}], decouple=True, weight_decay=0.1)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.empty_like(p)
+        optimizer.found_inf = torch.empty((), device="meta")
+        optimizer.step()
+    del optimizer.found_inf
+    optimizer.step()
+
+
+def test_state_takes_twelve_bytes_for_each_parameter():
+    params = [torch.nn.Parameter(torch.zeros(640, 320, 3, 3)), torch.nn.Parameter(torch.zeros(640))]
+    optimizer = DAdaptAdam(params)
+    params[0].grad = torch.zeros_like(params[0])
+    optimizer.step()
+    stored = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for p in params for value in optimizer.state[p].values()}
+    assert sum(stored.values()) / sum(p.numel() for p in params) == pytest.approx(12, rel=1e-3)
+
+
+def test_layouts_that_are_not_contiguous_train_the_same():
+    plain = parameters(shapes=[(6, 4, 3, 3)])
+    strided = [torch.nn.Parameter(plain[0].detach().clone().to(memory_format=torch.channels_last))]
+    a, b = DAdaptAdam(plain), DAdaptAdam(strided)
+    for step in range(5):
+        gentle(plain, step)
+        gentle(strided, step)
+        strided[0].grad = strided[0].grad.to(memory_format=torch.channels_last)
+        a.step()
+        b.step()
+    assert strided[0].is_contiguous(memory_format=torch.channels_last)
+    assert_same(snapshot(b, strided), snapshot(a, plain))
+
+
+def distance_problem(optimizer_of, steps=400):
+    """Minimise |p - target|_1 from a distance of 1 in every coordinate; return the optimizer and the mean distance at the end."""
+    torch.manual_seed(0)
+    target = torch.sign(torch.randn(3000))
+    p = torch.nn.Parameter(torch.zeros(3000))
+    optimizer = optimizer_of([p])
+    ds = []
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1 - step / steps
+        loss = (p - target).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        ds.append(optimizer.param_groups[0]["d"])
+        optimizer.step()
+    return ds, (p - target).abs().mean().item()
+
+
+def test_it_converges_and_d_never_falls():
+    ds, distance = distance_problem(lambda params: DAdaptAdam(params))
+    assert distance < 0.05
+    assert all(later >= earlier for earlier, later in itertools.pairwise(ds))
+    assert ds[0] == 1e-6 and ds[-1] > 1e-3, "the rate was found, not given"
+
+
+def test_d_max_holds():
+    ds, _ = distance_problem(lambda params: DAdaptAdam(params, d_max=1e-4), steps=200)
+    assert max(ds) == 1e-4
+
+
+def test_growth_rate_holds():
+    ds, _ = distance_problem(lambda params: DAdaptAdam(params, growth_rate=1.02), steps=100)
+    assert max(later / earlier for earlier, later in itertools.pairwise(ds)) == pytest.approx(1.02)
+
+
+def test_a_constant_scale_of_the_loss_leaves_the_path_unchanged():
+    """With eps out of the way, g -> 1024 * g scales m and sqrt(v) alike: all of it is exact in binary."""
+    paths = []
+    for scale in (1.0, 1024.0):
+        params = parameters()
+        optimizer = DAdaptAdam(params, eps=1e-300)
+        for step in range(40):
+            gentle(params, step)
+            for p in params:
+                p.grad *= scale
+            optimizer.step()
+        paths.append([p.detach() for p in params] + [optimizer.d])
+    for a, b in zip(*paths, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0.0}, "lr is 0"),
+        ({"lr": -1.0}, "lr is -1"),
+        ({"betas": (1.0, 0.999)}, "betas"),
+        ({"eps": 0.0}, "eps"),
+        ({"d0": 0.0}, "d0"),
+        ({"d0": 1e-3, "d_max": 1e-4}, "d_max"),
+        ({"growth_rate": 0.9}, "growth_rate"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DAdaptAdam(parameters(), **options)
+
+
+def test_what_cannot_be_trained_is_refused():
+    with pytest.raises(ValueError, match="float16"):
+        DAdaptAdam(parameters(dtype=torch.float16))
+    a, b = parameters()[:2], parameters()[2:]
+    with pytest.raises(ValueError, match="growth_rate"):
+        DAdaptAdam([{"params": a, "growth_rate": 1.02}, {"params": b}])
+    optimizer = DAdaptAdam([{"params": a, "lr": 0.5}, {"params": b, "lr": 0.25}])
+    with pytest.raises(ValueError, match="layer_scale"):
+        train(optimizer, a + b, 1)
+
+
+def test_state_of_low_precision_weights_is_fp32():
+    params = parameters(dtype=torch.bfloat16)
+    optimizer = DAdaptAdam(params, d0=1e-3)
+    train(optimizer, params, 3)
+    assert {value.dtype for p in params for value in optimizer.state[p].values()} == {torch.float32}

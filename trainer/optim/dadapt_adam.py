@@ -1,0 +1,510 @@
+"""Adam with D-Adaptation (Defazio & Mishchenko 2023, arXiv 2301.07733) in one pass over the parameters, without host syncs.
+
+With g the gradient, r the group's layer_scale, bc the bias correction or 1, q = sqrt(beta2) and dlr = d * lr * bc, a step is
+
+    num += r * dlr * <g, s / (sqrt(v) + eps)>           the old s, v and d
+    m    = beta1 * m + r * dlr * (1 - beta1) * g
+    v    = beta2 * v + (1 - beta2) * g * g
+    s    = q * s + dlr * (1 - q) * g
+    l1  += r * |s|_1
+    p    = p - decay * dlr * p - m / (sqrt(v) + eps)    decay: decoupled; coupled, decay * p is added to g first
+
+and, after all parameters, W = q * W + (1 - q) * num, d_hat = W / ((1 - q) * l1), d = max(d, min(d_hat, d * growth_rate, d_max)).
+
+Nothing in the update uses the new d. So every parameter is visited once, whenever its gradient is there, even inside backward; only
+the two sums wait for the end of the step. They are kept for each row of `ROW` elements of a parameter and added in a fixed order, so
+they do not depend on the order in which the parameters came.
+
+Three rules of the published optimizer are kept: a parameter without a gradient takes no part in a step; a group at lr 0 (while
+another has lr > 0) keeps its state but goes on along its old momentum; and where l1 stays 0 (every lr 0, or no gradient but zeros
+ever since the start) the step leaves the parameters, k, W and d alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+ROW = 2048
+"""Elements of one row of the flat state. A parameter starts on a new row; the rest of its last row stays zero."""
+
+_CACHED_ROWS = 32
+"""Rows that the eager path works on at a time on the CPU: few enough for the cache, enough to hide each call."""
+
+_LEARNED = ("d", "k", "numerator_weighted")
+_SHARED = ("betas", "decouple", "use_bias_correction", "d0", "growth_rate", "d_max")
+
+
+class DAdaptAdam(Optimizer):
+    """Adam whose rate is d * lr, d being a lower bound of the distance to the solution that only grows.
+
+    A drop-in for `dadaptation.DAdaptAdam`, with the same defaults. Scalars live in fp64 on the parameters' device and are read by
+    nobody but the caller: `group["d"]`, `group["k"]` and `group["numerator_weighted"]` are tensors inside and become numbers when
+    they are looked up. State is kept in fp32 (fp64 for fp64 parameters) whatever the parameters' precision.
+
+    Gradients that are not finite: if `found_inf` (and `grad_scale`) are set on the optimizer before `step()`, as torch's GradScaler
+    does for optimizers with `_step_supports_amp_scaling`, they decide; otherwise the step looks for itself. Either way the whole step
+    then changes neither parameters nor state nor d. The answer stays on the device. A gradient whose 2-norm overflows counts as not
+    finite.
+
+    Args:
+        params: parameters, or groups of them. A group may have its own `lr` (0, or the value of the others), `eps`, `weight_decay`
+            and `layer_scale`, a fixed factor on its rate; everything else holds for all groups.
+        lr: a factor on d. 1.0 is the method's own.
+        betas: decays of the running means of the gradient and of its square.
+        eps: added to the root of the second moment.
+        weight_decay: decay of the weights: each step by weight_decay * d * lr if decoupled, else added to the gradient.
+        decouple: decay the weights beside the gradient, as AdamW does.
+        use_bias_correction: correct the moments' start at zero, as Adam does.
+        d0: where d starts.
+        growth_rate: the most that d may grow by in one step, as a factor.
+        d_max: d does not grow beyond this.
+
+    Raises:
+        ValueError: an argument is out of range, groups differ in what they must share, or a parameter is neither fp32, fp64 nor bf16.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decouple: bool = False,
+        use_bias_correction: bool = False,
+        d0: float = 1e-6,
+        growth_rate: float = math.inf,
+        d_max: float = math.inf,
+    ) -> None:
+        if not lr > 0:
+            raise ValueError(f"lr is {lr}; it must be above 0")
+        self._layout: _Layout | None = None
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "layer_scale": 1.0, "decouple": decouple,
+            "use_bias_correction": use_bias_correction, "d0": d0, "growth_rate": growth_rate, "d_max": d_max,
+            "d": d0, "k": 0, "numerator_weighted": 0.0,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; only before the first step, since the state is one block of memory."""
+        if self._layout is not None:
+            raise RuntimeError("a parameter group can only be added before the first step")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1] = _Group(self.param_groups[-1])
+        _check(group, self.param_groups[0])
+
+    # ---- what the optimizer has found out: 0-d tensors on the device ----
+
+    @property
+    def d(self) -> Tensor:
+        """The estimate d: 0-d, fp64, on the parameters' device."""
+        return self._ready().scalars["d"]
+
+    @property
+    def d_hat(self) -> Tensor:
+        """What the last step estimated, which d follows upwards: 0-d, fp64, on the parameters' device."""
+        return self._ready().scalars["d_hat"]
+
+    @property
+    def l1(self) -> Tensor:
+        """|s|_1 of the last step, each group weighted by its layer_scale: 0-d, fp64, on the parameters' device."""
+        return self._ready().scalars["l1"]
+
+    def rate(self) -> Tensor:
+        """Return d * lr * bias correction, the rate of the coming step: 0-d, fp64, on the parameters' device."""
+        return self._rate(max(group["lr"] for group in self.param_groups))
+
+    # ---- the step ----
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update the parameters that have a gradient, their state, and d; return what `closure` returned.
+
+        Raises:
+            ValueError: groups have different rates, none of them 0.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        layout = self._ready()
+        lr = self._common_lr()
+        work = [(segment, parameter) for segment, parameter in self._segments() if parameter.grad is not None]
+        moving = [pair for pair in work if self.param_groups[pair[0].group]["lr"] > 0]
+        if not moving:
+            return loss
+
+        gradients = [parameter.grad for _, parameter in moving if parameter.grad is not None]
+        found_inf = getattr(self, "found_inf", None)
+        finite = _all_finite(gradients, layout.device) if found_inf is None else found_inf.to(layout.device) == 0
+        grad_scale = getattr(self, "grad_scale", None)
+        inverse_scale = None if grad_scale is None else grad_scale.double().reciprocal()
+        acts = finite & self._acts(moving)
+
+        dlr = self._rate(lr)
+        for bank in layout.banks:
+            bank.clear_sums()
+        for number, group in enumerate(self.param_groups):
+            if group["lr"] > 0:
+                coefficients = _coefficients(group, dlr, finite, acts)
+                for bank in layout.banks:
+                    here = [(segment, p) for segment, p in moving if segment.group == number and segment.bank is bank]
+                    if here:
+                        tuned = _Coefficients(*coefficients.to(bank.device, bank.dtype))
+                        if group["decouple"] or group["weight_decay"] == 0:
+                            tuned = tuned._replace(coupled=None)
+                        for segment, parameter in here:
+                            assert parameter.grad is not None
+                            self._advance(segment, parameter, parameter.grad, tuned, True, inverse_scale)
+        for segment, parameter in work:
+            group = self.param_groups[segment.group]
+            if group["lr"] == 0:
+                _drift(segment, parameter, group, dlr, acts)
+        self._adapt(dlr, finite)
+        return loss
+
+    # ---- state ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of each parameter in its own shape, and under state["adaptation"] d, k, W, d_hat and l1 as tensors.
+
+        All of them are the live tensors, not copies. The groups hold hyper-parameters only.
+        """
+        layout = self._ready()
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            for key in _LEARNED:
+                del group[key]
+        saved["state"]["adaptation"] = dict(layout.scalars)
+        return saved
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Restore the state bit for bit, in the precision it was saved in. Hyper-parameters stay those of this optimizer.
+
+        Raises:
+            ValueError: the state is of other parameters or of another precision.
+        """
+        layout = self._ready()
+        state = dict(state_dict["state"])
+        adaptation = state.pop("adaptation")
+        segments = list(self._segments())
+        if sorted(state) != list(range(len(segments))):
+            raise ValueError(f"the state is of {len(state)} parameters, this optimizer has {len(segments)}")
+        copies = [(f"adaptation.{key}", layout.scalars[key], adaptation[key]) for key in layout.scalars]
+        for number, (_, parameter) in enumerate(segments):
+            own = self.state[parameter]
+            if set(own) != set(state[number]):
+                raise ValueError(f"the state of parameter {number} has {sorted(state[number])}, this optimizer keeps {sorted(own)}")
+            copies += [(f"{number}.{key}", own[key], state[number][key]) for key in own]
+        for name, target, source in copies:
+            if target.shape != source.shape or target.dtype != source.dtype:
+                raise ValueError(
+                    f"state {name} is {source.dtype} {tuple(source.shape)}, this optimizer keeps {target.dtype} {tuple(target.shape)}"
+                )
+        for _, target, source in copies:
+            target.copy_(source)
+        self._proven.clear()
+
+    # ---- inside ----
+
+    def _ready(self) -> _Layout:
+        """Return the layout; the first call allocates the state, on the device where the parameters are by then."""
+        if self._layout is None:
+            self._layout = _Layout(self.param_groups)
+            self._proven: set[int] = set()
+            for segment, parameter in self._segments():
+                self.state[parameter] = segment.bank.views(segment, parameter.shape)
+            for group in self.param_groups:
+                group.update({key: self._layout.scalars[key] for key in _LEARNED})
+        return self._layout
+
+    def _segments(self) -> Iterator[tuple[_Segment, Tensor]]:
+        assert self._layout is not None
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        return zip(self._layout.segments, parameters, strict=True)
+
+    def _common_lr(self) -> float:
+        rates = {group["lr"] for group in self.param_groups}
+        if len(rates - {0.0}) > 1 or min(rates) < 0:
+            raise ValueError(
+                f"the groups have the rates {sorted(rates)}; there is one d, so every lr is 0 or the same: use layer_scale to scale groups"
+            )
+        return max(rates)
+
+    def _rate(self, lr: float) -> Tensor:
+        scalars = self._ready().scalars
+        rate = scalars["d"] * lr
+        if self.param_groups[0]["use_bias_correction"]:
+            beta1, beta2 = self.param_groups[0]["betas"]
+            steps = (scalars["k"] + 1).double()
+            rate = rate * (1 - beta2**steps).sqrt() / (1 - beta1**steps)
+        return rate
+
+    def _acts(self, moving: Sequence[tuple[_Segment, Tensor]]) -> Tensor:
+        """Return whether l1 will be above 0 after this step, without which nothing decays or drifts: 0-d bool on the device.
+
+        It is once a parameter has s != 0, or a gradient != 0. The first is looked up (the one value that is ever read back) until it
+        is true for a parameter of the step: in practice in the first two steps.
+        """
+        layout = self._ready()
+        yes = torch.ones((), dtype=torch.bool, device=layout.device)
+        if layout.device.type == "meta":
+            return yes
+        counting = [pair for pair in moving if self.param_groups[pair[0].group]["layer_scale"] != 0]
+        if not counting:
+            return ~yes
+        if not any(segment.index in self._proven for segment, _ in counting):
+            started = torch.stack([segment.bank.started(segment).to(layout.device) for segment, _ in counting]).tolist()
+            self._proven.update(segment.index for (segment, _), yes in zip(counting, started, strict=True) if yes)
+        if any(segment.index in self._proven for segment, _ in counting):
+            return yes
+        coupled = not self.param_groups[0]["decouple"]
+        touched: list[Tensor] = []
+        for segment, parameter in counting:
+            assert parameter.grad is not None
+            any_gradient = parameter.grad.any()
+            if coupled and self.param_groups[segment.group]["weight_decay"] != 0:
+                any_gradient = any_gradient | parameter.any()
+            touched.append(any_gradient.to(layout.device))
+        return torch.stack(touched).any()
+
+    def _advance(
+        self, segment: _Segment, parameter: Tensor, gradient: Tensor, c: _Coefficients, guarded: bool, inverse_scale: Tensor | None
+    ) -> None:
+        bank = segment.bank
+        weights, grads = _flat(parameter), _flat(gradient)
+        for row, (p, g, m, v, s) in segment.tiles(weights, grads):
+            work = p.to(bank.dtype)
+            g = g.to(bank.dtype)
+            if inverse_scale is not None:
+                g = g * inverse_scale.to(bank.device)
+            if guarded:
+                g = torch.nan_to_num(g, 0.0, 0.0, 0.0)  # the coefficients then leave everything as it is, but 0 * nan is nan
+            num, l1 = advance(work, g, m, v, s, c)
+            bank.num[row : row + len(num)] = num
+            bank.l1[row : row + len(l1)] = l1
+            if work is not p:
+                p.copy_(work)
+        if weights.data_ptr() != parameter.data_ptr():
+            parameter.copy_(weights.view(parameter.shape))
+
+    def _adapt(self, dlr: Tensor, finite: Tensor) -> None:
+        """Add the sums up in their fixed order and move W, d and k."""
+        layout = self._ready()
+        now = layout.scalars
+        first = self.param_groups[0]
+        num, l1 = torch.zeros_like(now["d"]), torch.zeros_like(now["d"])
+        for number, group in enumerate(self.param_groups):
+            for bank in layout.banks:
+                rows = bank.rows_of.get(number)
+                if rows is not None and group["lr"] > 0:
+                    num += group["layer_scale"] * dlr * bank.num[rows].sum().to(layout.device)
+                    l1 += group["layer_scale"] * bank.l1[rows].sum().to(layout.device)
+        root = math.sqrt(first["betas"][1])
+        w = root * now["numerator_weighted"] + (1 - root) * num
+        d_hat = w / ((1 - root) * l1)
+        d = torch.maximum(now["d"], (now["d"] * first["growth_rate"]).clamp(max=first["d_max"]).minimum(d_hat))
+        # An overflow of the sums must not reach d, from which nothing comes back: such a step counts as one that learned nothing.
+        learns = finite & (l1 > 0) & d_hat.isfinite()
+        for key, value in (("numerator_weighted", w), ("d_hat", d_hat), ("d", d), ("l1", l1), ("k", now["k"] + 1)):
+            now[key].copy_(torch.where(learns, value, now[key]))
+
+
+class _Coefficients(NamedTuple):
+    """The scalars of one group in one step, as 0-d tensors; `_NEUTRAL` ones leave everything as it is."""
+
+    keep_m: Tensor
+    gain_m: Tensor
+    keep_v: Tensor
+    gain_v: Tensor
+    keep_s: Tensor
+    gain_s: Tensor
+    eps: Tensor
+    decay: Tensor
+    coupled: Tensor | None
+
+
+_NEUTRAL = (1.0, 0.0, 1.0, 0.0, 1.0, 0.0, math.inf, 0.0, 0.0)
+
+
+def advance(p: Tensor, g: Tensor, m: Tensor, v: Tensor, s: Tensor, c: _Coefficients) -> tuple[Tensor, Tensor]:
+    """Update p, m, v, s (rows, width) in place by the gradient g; return for each row <g, s / (sqrt(v) + eps)> of before and |s|_1."""
+    if c.coupled is not None:
+        g = torch.addcmul(g, p, c.coupled)
+    denominator = v.sqrt().add_(c.eps)
+    num = torch.div(s, denominator, out=denominator).mul_(g).sum(-1)
+    m.mul_(c.keep_m).addcmul_(g, c.gain_m)
+    v.mul_(c.keep_v).addcmul_(g * c.gain_v, g)
+    s.mul_(c.keep_s).addcmul_(g, c.gain_s)
+    l1 = s.abs().sum(-1)
+    denominator = v.sqrt().add_(c.eps)
+    change = torch.div(m, denominator, out=denominator).addcmul_(p, c.decay)
+    p.sub_(change)
+    return num, l1
+
+
+def _coefficients(group: Mapping[str, Any], dlr: Tensor, finite: Tensor, acts: Tensor) -> Tensor:
+    beta1, beta2 = group["betas"]
+    root, decay = math.sqrt(beta2), group["weight_decay"]
+    decoupled, coupled = (decay, 0.0) if group["decouple"] else (0.0, decay)
+    fixed = torch.tensor([beta1, beta2, 1 - beta2, root, group["eps"], coupled], dtype=dlr.dtype).to(dlr.device, non_blocking=True)
+    keep_m, keep_v, gain_v, keep_s, eps, coupling = fixed.unbind()
+    gain_m, gain_s = (1 - beta1) * group["layer_scale"] * dlr, (1 - root) * dlr
+    values = torch.stack([keep_m, gain_m, keep_v, gain_v, keep_s, gain_s, eps, torch.where(acts, decoupled * dlr, 0.0), coupling])
+    neutral = torch.tensor(_NEUTRAL, dtype=dlr.dtype).to(dlr.device, non_blocking=True)
+    return torch.where(finite, values, neutral)
+
+
+def _drift(segment: _Segment, parameter: Tensor, group: Mapping[str, Any], dlr: Tensor, acts: Tensor) -> None:
+    """Move a parameter whose lr is 0 along its old momentum, as the published optimizer does."""
+    bank = segment.bank
+    weights = _flat(parameter)
+    decay = torch.where(acts, (group["weight_decay"] if group["decouple"] else 0.0) * dlr, 0.0).to(bank.device, bank.dtype)
+    eps = torch.where(acts, group["eps"], math.inf).to(bank.device, bank.dtype)
+    for _, (p, m, v, _) in segment.tiles(weights):
+        work = p.to(bank.dtype)
+        p.copy_(work - (m / (v.sqrt() + eps) + work * decay))
+    if weights.data_ptr() != parameter.data_ptr():
+        parameter.copy_(weights.view(parameter.shape))
+
+
+def _all_finite(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.stack([torch.linalg.vector_norm(g).isfinite().to(device) for g in gradients]).all()
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Return the tensor's elements in the order of its indices: a view if it is contiguous, else a copy."""
+    return tensor.detach().reshape(-1)
+
+
+class _Group(dict[str, Any]):
+    """A parameter group whose learned numbers are tensors on the device that read as plain numbers."""
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        return value.item() if key in _LEARNED and isinstance(value, Tensor) else value
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        own = super().get(key)
+        if key in _LEARNED and isinstance(own, Tensor):
+            own.fill_(value)
+        else:
+            super().__setitem__(key, value)
+
+
+class _Bank:
+    """The flat state of all parameters of one precision on one device."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, rows: int) -> None:
+        self.device, self.dtype = device, dtype
+        self.m, self.v, self.s = (torch.zeros(rows, ROW, dtype=dtype, device=device) for _ in range(3))
+        self.num, self.l1 = (torch.zeros(rows, dtype=torch.float64, device=device) for _ in range(2))
+        self.rows_of: dict[int, slice] = {}
+        """The rows of each group."""
+
+    def clear_sums(self) -> None:
+        self.num.zero_()
+        self.l1.zero_()
+
+    @property
+    def state(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.m, self.v, self.s
+
+    def started(self, segment: _Segment) -> Tensor:
+        return self.s[segment.row : segment.row + segment.rows].any()
+
+    def views(self, segment: _Segment, shape: torch.Size) -> dict[str, Tensor]:
+        def view(flat: Tensor) -> Tensor:
+            return flat[segment.row : segment.row + segment.rows].view(-1)[: segment.numel].view(shape)
+
+        return {"exp_avg": view(self.m), "exp_avg_sq": view(self.v), "s": view(self.s)}
+
+
+@dataclass(frozen=True, eq=False)
+class _Segment:
+    """Where one parameter's state is."""
+
+    index: int
+    group: int
+    bank: _Bank
+    row: int
+    numel: int
+
+    @property
+    def rows(self) -> int:
+        return -(-self.numel // ROW)
+
+    def tiles(self, *flats: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """Yield the first row and matching views (rows, width) of the flat tensors and of the state: whole rows, then what is left."""
+        state = [flat[self.row : self.row + self.rows] for flat in self.bank.state]
+        whole, rest = divmod(self.numel, ROW)
+        if whole:
+            most = _CACHED_ROWS if self.bank.device.type == "cpu" else whole
+            parts = [flat[: whole * ROW].view(whole, ROW).split(most) for flat in flats] + [flat[:whole].split(most) for flat in state]
+            yield from zip(range(self.row, self.row + whole, most), zip(*parts, strict=True), strict=True)
+        if rest:
+            tail = [flat[whole * ROW :].view(1, rest) for flat in flats] + [flat[whole:, :rest] for flat in state]
+            yield self.row + whole, tuple(tail)
+
+
+class _Layout:
+    """The flat state of all parameters, and the scalars."""
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        kinds: dict[tuple[torch.device, torch.dtype], int] = {}
+        places: list[tuple[int, tuple[torch.device, torch.dtype], int, int]] = []
+        spans: dict[tuple[tuple[torch.device, torch.dtype], int], slice] = {}
+        for number, group in enumerate(groups):
+            for parameter in group["params"]:
+                kind = (parameter.device, torch.float64 if parameter.dtype == torch.float64 else torch.float32)
+                row = kinds.get(kind, 0)
+                places.append((number, kind, row, parameter.numel()))
+                kinds[kind] = row + -(-parameter.numel() // ROW)
+                first = spans[kind, number].start if (kind, number) in spans else row
+                spans[kind, number] = slice(first, kinds[kind])
+        banks = {kind: _Bank(*kind, rows) for kind, rows in kinds.items()}
+        for (kind, number), span in spans.items():
+            banks[kind].rows_of[number] = span
+        self.banks: tuple[_Bank, ...] = tuple(banks.values())
+        self.segments = tuple(_Segment(index, number, banks[kind], row, numel) for index, (number, kind, row, numel) in enumerate(places))
+        self.device: torch.device = groups[0]["params"][0].device
+        first_group = groups[0]
+        self.scalars: dict[str, Tensor] = {
+            "d": torch.full((), first_group["d"], dtype=torch.float64, device=self.device),
+            "k": torch.full((), first_group["k"], dtype=torch.int64, device=self.device),
+            "numerator_weighted": torch.full((), first_group["numerator_weighted"], dtype=torch.float64, device=self.device),
+            "d_hat": torch.zeros((), dtype=torch.float64, device=self.device),
+            "l1": torch.zeros((), dtype=torch.float64, device=self.device),
+        }
+
+
+def _check(group: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    beta1, beta2 = group["betas"]
+    if not 0 <= beta1 < 1 or not 0 <= beta2 < 1:
+        raise ValueError(f"betas are {group['betas']}; both must be at least 0 and below 1")
+    for key in ("eps", "d0"):
+        if not 0 < group[key] < math.inf:
+            raise ValueError(f"{key} is {group[key]}; it must be above 0")
+    for key in ("lr", "weight_decay", "layer_scale"):
+        if not 0 <= group[key] < math.inf:
+            raise ValueError(f"{key} is {group[key]}; it must be 0 or above")
+    if not group["growth_rate"] >= 1:
+        raise ValueError(f"growth_rate is {group['growth_rate']}; d never falls, so it must be 1 or above")
+    if not group["d_max"] >= group["d0"]:
+        raise ValueError(f"d_max is {group['d_max']}, below d0, {group['d0']}, where d starts")
+    for key in _SHARED:
+        if group[key] != first[key]:
+            raise ValueError(f"{key} is {group[key]} in one group and {first[key]} in another; all groups share it")
+    for parameter in group["params"]:
+        if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+            raise ValueError(f"a parameter is {parameter.dtype}; DAdaptAdam trains fp32, fp64 and bf16 parameters")
