@@ -18,6 +18,9 @@ from trainer.config.schema import CommandOptions, OptimizerConfig, TrainConfig, 
 from trainer.errors import UserError
 
 _FREEZE = "; to leave a network as it is, set disable_unet_training or disable_textenc_training"
+_NAMES_FILES = ("data_root", "optimizer_config")
+"""Keys whose defaults are looked for, and so only taken if the file was understood far enough to know that they are absent."""
+
 _LARGEST = 4 * 1024 * 1024
 """Bytes; a configuration beyond that is some other file."""
 
@@ -50,11 +53,14 @@ def load_config(argv: Sequence[str]) -> Loaded:
     file = shown_path(source)
     report.files.append(file)
     document = _read(source, file, Place(COMMAND_LINE, None, "config"), report)
+    if document and BASE in document.values and "resume_ckpt" not in document.values:
+        report.error(Place(file), "is an optimizer file, not a train.json; name it with --optimizer_config or in a train.json")
+        document = None
     written = _written(document, source.parent, file, report) if document else {}
     for name, value in arguments.values.items():
         written[name] = Written(value, Place(COMMAND_LINE, None, name))
     settings = _settings(written, document, Place(file), report)
-    optimizers, optimizer_source = _optimizers(settings, source, known=document is not None, report=report)
+    optimizers, optimizer_source = _optimizers(settings, source, report)
     apply_rules(settings, report)
     if report.errors or optimizers is None:
         raise UserError(report.errors)
@@ -92,11 +98,6 @@ def _read(path: Path, file: str, named: Place, report: Report) -> Document | Non
 
 def _written(document: Document, folder: Path, file: str, report: Report) -> dict[str, Written]:
     """Return what train.json says in this program's keys; foreign, unknown and unreadable keys are dealt with and absent."""
-    if BASE in document.values and "resume_ckpt" not in document.values:
-        report.error(
-            Place(file), "is an optimizer file, not a train.json; name it in train.json's optimizer_config or with --optimizer_config"
-        )
-        return {}
     known = train_keys()
     result: dict[str, Written] = {}
     for name, value in document.values.items():
@@ -124,6 +125,7 @@ def _unknown_key(name: str) -> str:
 
 def _settings(written: dict[str, Written], document: Document | None, default: Place, report: Report) -> Settings:
     """Check every value and input path; a key whose value is wrong is absent from the settings' values."""
+    complete = document is not None and not document.hides_keys
     unread = {path[0] for path in document.unread if len(path) == 1} if document else set()
     values: dict[str, Any] = {}
     given = {name: entry for name, entry in written.items() if entry.value is not None}
@@ -135,18 +137,13 @@ def _settings(written: dict[str, Written], document: Document | None, default: P
                 values[name] = value
                 given[name] = replace(given[name], value=value)
         elif key.required:
-            if document is not None and name not in unread and not _hides_keys(document):
+            if complete and name not in unread:
                 report.error(default, f"{name} is missing: name the model to start from, for instance models/mini-sd")
-        elif name not in unread:
+        elif name not in unread and (complete or name not in _NAMES_FILES):
             values[name] = key.default
     settings = Settings(values, given, default)
     _resolve_paths(values, settings, report)
     return settings
-
-
-def _hides_keys(document: Document) -> bool:
-    """Whether keys may be missing only because the text around them could not be read."""
-    return any(not issue.path for issue in document.issues)
 
 
 def _resolve_paths(values: dict[str, Any], settings: Settings, report: Report) -> None:
@@ -173,9 +170,9 @@ def _resolve_paths(values: dict[str, Any], settings: Settings, report: Report) -
         values["data_root"] = found[0] if isinstance(root, str) else tuple(path for path in found if path)
 
 
-def _optimizers(settings: Settings, source: Path, *, known: bool, report: Report) -> tuple[OptimizerConfig | None, Path]:
-    """Read the optimizer file; `known` is whether train.json could be read, which may name it."""
-    if "optimizer_config" not in settings.values or (not known and "optimizer_config" not in settings.written):
+def _optimizers(settings: Settings, source: Path, report: Report) -> tuple[OptimizerConfig | None, Path]:
+    """Read the optimizer file where it is known which it is."""
+    if "optimizer_config" not in settings.values:
         return None, source
     entry = settings.written.get("optimizer_config") or Written(
         settings["optimizer_config"], replace(settings.default, key="optimizer_config"), source.parent
@@ -192,10 +189,9 @@ def _optimizers(settings: Settings, source: Path, *, known: bool, report: Report
     document = _read(path, file, entry.place, report)
     if document is None:
         return None, path
+    taken = ("lr", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps")
     rates = Rates(
-        written={
-            name: settings.written[name] for name in ("lr", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps") if name in settings.written
-        },
+        written={name: settings.written[name] for name in taken if name in settings.written and name in settings.values},
         unet=not settings.values.get("disable_unet_training"),
         text_encoder=not settings.values.get("disable_textenc_training"),
     )

@@ -77,7 +77,7 @@ def read_optimizers(document: Document, file: str, rates: Rates, report: Report)
         report.note(
             Place(file, document.lines[("text_encoder_lr_scale",)], "text_encoder_lr_scale"), f"has no effect: {OVERRIDES}.lr is set"
         )
-    lr = _base_lr(base, rates, Place(file, document.lines.get((BASE,)), f"{BASE}.lr"), report)
+    lr = _base_lr(base, overrides, rates, Place(file, document.lines.get((BASE,)), f"{BASE}.lr"), report)
     text_lr = _text_lr(base, overrides, lr, scale, rates, Place(file, document.lines.get((OVERRIDES,)), f"{OVERRIDES}.lr"), report)
     return OptimizerConfig(
         unet=_build(base, lr, rates, rates.unet, report),
@@ -214,13 +214,14 @@ def _inherit(base: _Section, overrides: _Section, report: Report) -> dict[str, W
     return merged
 
 
-def _base_lr(base: _Section, rates: Rates, place: Place, report: Report) -> float:
+def _base_lr(base: _Section, own: _Section, rates: Rates, place: Place, report: Report) -> float:
     if "lr" in base.values:
         _differs(base, rates, rates.unet, report)
         return base.values["lr"].value
     if _adapts(base):
         return 1.0
-    return _train_lr(rates, place, rates.unet, report)
+    inherited = rates.text_encoder and "lr" not in own.values and not _adapts(own)
+    return _train_lr(rates, place, rates.unet or inherited, report)
 
 
 def _text_lr(base: _Section, own: _Section, base_lr: float, scale: float, rates: Rates, place: Place, report: Report) -> float:
@@ -232,11 +233,11 @@ def _text_lr(base: _Section, own: _Section, base_lr: float, scale: float, rates:
     # A rate and a multiplier of a found rate have nothing in common: 0.1 is usual for one and ruin for the other.
     lr = 1.0 if _adapts(own) else _train_lr(rates, place, rates.text_encoder, report)
     if "lr" in base.values and rates.text_encoder:
-        what = {True: "a multiplier of the rate it finds", False: "the rate itself"}
+        what = {True: "lr multiplies the rate that it finds", False: "lr is the rate"}
         report.note(
             place,
-            f"{lr * scale:g} is used; {BASE}.lr {base_lr:g} is not inherited, because lr is {what[_adapts(base)]} for {base.optimizer} "
-            f"and {what[_adapts(own)]} for {own.optimizer}",
+            f"{lr * scale:g} is used; {BASE}.lr {base_lr:g} is not inherited: for {base.optimizer} {what[_adapts(base)]}, "
+            f"for {own.optimizer} {what[_adapts(own)]}",
         )
     return lr * scale
 
@@ -252,7 +253,7 @@ def _train_lr(rates: Rates, place: Place, learns: bool, report: Report) -> float
 def _differs(section: _Section, rates: Rates, learns: bool, report: Report) -> None:
     own, train = section.values["lr"], rates.written.get("lr")
     if learns and train is not None and not _adapts(section) and own.value != train.value:
-        report.note(own.place, f"{own.value:g} is used, not the {train.value:g} of {train.place}")
+        report.note(own.place, f"{own.value:g} is used, not the {train.value:g} of {train.place.origin}")
 
 
 def _build(section: _Section, lr: float, rates: Rates, learns: bool, report: Report) -> Any:

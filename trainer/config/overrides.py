@@ -14,7 +14,20 @@ from pydantic import ValidationError
 from trainer.config.ed2 import COMMAND_LATER
 from trainer.config.positions import read_json
 from trainer.config.report import COMMAND_LINE, Place, Report, closest
-from trainer.config.schema import CommandOptions, FileOptions, Key, accepts, keys_of, optimizer_keys, plain, sections, train_keys
+from trainer.config.schema import (
+    CommandOptions,
+    FileOptions,
+    FreezingOptions,
+    Key,
+    OptimizerFileOptions,
+    accepts,
+    keys_of,
+    optimizer_classes,
+    optimizer_keys,
+    plain,
+    sections,
+    train_keys,
+)
 
 
 @dataclass
@@ -87,30 +100,31 @@ def help_text(width: int = 100) -> str:
             width,
         ),
     ]
-    groups = [(CommandOptions, "--"), (sections()["model"], "--"), (FileOptions, "--")]
-    groups += [(options, "--") for options in sections().values() if options is not sections()["model"]]
-    for options, dashes in groups:
-        lines += ["", (getdoc(options) or "").splitlines()[0], *_rows(keys_of(options).values(), dashes, width)]
+    model, *rest = sections().values()
+    for options in (CommandOptions, model, FileOptions, *rest):
+        lines += ["", (getdoc(options) or "").splitlines()[0], *_rows(options, "--", width)]
     lines += ["", "Keys of the optimizer file's sections base and text_encoder_overrides:"]
-    for found in optimizer_keys().values():
-        key = next(iter(found.values()))
-        users = "" if key.name == "optimizer" or len(found) == len(optimizer_keys()["optimizer"]) else f" Used by {', '.join(found)}."
-        lines += _row(key, "", width, f"one of {', '.join(optimizer_keys()['optimizer'])}" if key.name == "optimizer" else None, users)
+    names = ", ".join(optimizer_classes())
+    for name, users in optimizer_keys().items():
+        key = next(iter(users.values()))
+        if name == "optimizer":
+            lines += _row(key, "", width, takes=f"one of {names}")
+        else:
+            lines += _row(key, "", width, more="" if len(users) == len(optimizer_classes()) else f" Used by {', '.join(users)}.")
+    lines += ["", "Keys of its text_encoder_freezing:", *_rows(FreezingOptions, "", width)]
+    lines += ["", "Keys beside its sections:", *_rows(OptimizerFileOptions, "", width)]
     return "\n".join(lines) + "\n"
 
 
-def _rows(keys: Any, dashes: str, width: int) -> list[str]:
-    return [line for key in keys for line in _row(key, dashes, width)]
+def _rows(options: type, dashes: str, width: int) -> list[str]:
+    return [line for key in keys_of(options).values() for line in _row(key, dashes, width)]
 
 
-def _row(key: Key, dashes: str, width: int, takes: str | None = None, more: str = "") -> list[str]:
-    default = "required" if key.required else f"default {str(value) if isinstance(value := plain(key.default), str) else json.dumps(value)}"
-    head = f"  {dashes}{key.name}"
-    indent = " " * 6
-    return [
-        f"{head}: {takes or accepts(key.annotation)}; {default}",
-        *textwrap.wrap(key.doc + more, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False),
-    ]
+def _row(key: Key, dashes: str, width: int, *, takes: str = "", more: str = "") -> list[str]:
+    default = plain(key.default) if not key.required else None
+    shown = "required" if key.required else f"default {default if isinstance(default, str) else json.dumps(default)}"
+    text = textwrap.wrap(key.doc + more, width - 6, break_on_hyphens=False)
+    return [f"  {dashes}{key.name}: {takes or accepts(key.annotation)}; {shown}", *(f"      {line}" for line in text)]
 
 
 def _find(name: str) -> tuple[Key | None, bool]:

@@ -110,7 +110,8 @@ def not_found(written: Written, kind: str) -> str:
     else:
         cwd = "" if written.folder == Path.cwd() else " and to the working directory"
         looked = f" (relative to {written.place.file}{cwd})"
-    return f"{kind} not found: {written.value}{looked}{close}"
+    default = ", the default" if written.folder is not None and written.place.line is None else ""
+    return f"{kind} not found: {written.value}{default}{looked}{close}"
 
 
 def _found(written: Written, report: Report, kind: str) -> Path | None:
@@ -136,9 +137,9 @@ def _model_path(written: Written, report: Report, what: str) -> Path | str | Non
         if find(owner) is None and owner.value.lower() not in _LOCAL:
             return value
     if value.strip() and find(written) is None and "/" not in value and "\\" not in value and not value.lower().endswith(_MODEL_FILES):
-        report.error(
-            written.place, f"{not_found(written, 'folder')}; {what} is a folder, a .safetensors file or a hub id such as owner/name"
-        )
+        sentence = not_found(written, "folder")
+        hint = "" if "did you mean" in sentence else f"; {what} is a folder, a .safetensors file or a hub id such as owner/name"
+        report.error(written.place, sentence + hint)
         return None
     return _found(written, report, "file" if value.lower().endswith(_MODEL_FILES) else "folder")
 

@@ -45,12 +45,14 @@ class Document:
         values: the top-level object; a value that could not be read is None and named in `unread`.
         lines: the line of every key, and of every list item.
         unread: where the text is no value, so that nothing more can be said about it.
+        hides_keys: whether there may be keys that were not found, because the text around them makes no sense.
         issues: what is wrong with the text, in order.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     lines: dict[KeyPath, int] = field(default_factory=dict)
     unread: set[KeyPath] = field(default_factory=set)
+    hides_keys: bool = False
     issues: list[Issue] = field(default_factory=list)
 
 
@@ -76,7 +78,7 @@ def read_json(content: bytes) -> Document:
 
 
 def _unreadable(sentence: str, line: int | None = None) -> Document:
-    return Document(issues=[Issue(line, (), sentence)])
+    return Document(hides_keys=True, issues=[Issue(line, (), sentence)])
 
 
 class _Stop(Exception):
@@ -113,7 +115,7 @@ class _Reader:
             if self._next():
                 self._note("text after the closing }: remove it, or move it before the brace")
         except _Stop:
-            pass
+            self.result.hides_keys = True
         return self.result
 
     def _value(self) -> Any:
@@ -162,8 +164,14 @@ class _Reader:
             self._bad_key()
         key = self._value()
         if isinstance(key, _Broken):
+            self.result.hides_keys = True
             raise _Stop
         self.path = (*here, key)
+        if key in values:
+            self._note(f"written twice, first in line {self.result.lines[self.path]}; keep one of the two", start)
+        else:
+            self.result.lines[self.path] = self._line(start)
+            self.result.unread.add(self.path)
         self._space()
         if self._next() != ":":
             found = f"found {self._next()}" if self._next() else "found the end of the file"
@@ -172,17 +180,13 @@ class _Reader:
         self._space()
         if self._next() in (",", "}", ""):
             self._note("the value after the : is missing; write one, or null for the default", start)
-        elif key in values:
-            self._note(f"written twice, first in line {self.result.lines[self.path]}; keep one of the two", start)
-            self._value()
-        else:
-            self.result.lines[self.path] = self._line(start)
-            values[key] = None  # so that a second one is noticed even where the first cannot be read
-            self.result.unread.add((*here, key))
-            value = self._value()
-            if not isinstance(value, _Broken):
-                self.result.unread.discard((*here, key))
-                values[key] = value
+            return self.path
+        first = key not in values
+        values.setdefault(key, None)  # so that a second one is noticed even where the first cannot be read
+        value = self._value()
+        if first and not isinstance(value, _Broken):
+            self.result.unread.discard((*here, key))
+            values[key] = value
         return (*here, key)
 
     def _list(self) -> list[Any] | _Broken:
@@ -339,6 +343,7 @@ class _Reader:
         return number
 
     def _bad_key(self) -> NoReturn:
+        self.result.hides_keys = True
         word = self._word()
         if not word:
             self._stop(f"found {self._next()} where a key in double quotes must stand")
@@ -387,7 +392,7 @@ class _Reader:
 
     def _deeper(self) -> None:
         if len(self.path) > _DEEPEST:
-            self.at = len(self.text)
+            self.at, self.path = len(self.text), self.path[:1]
             self._stop(f"brackets are nested more than {_DEEPEST} deep")
 
     def _note(self, sentence: str, position: int | None = None) -> None:

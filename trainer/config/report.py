@@ -31,6 +31,11 @@ class Place:
         file = self.file if self.line is None else f"{self.file}:{self.line}"
         return f"{file}: {self.key}" if self.key else file
 
+    @property
+    def origin(self) -> str:
+        """The place without the key: train.json:3, or the option on the command line."""
+        return str(self if self.file == COMMAND_LINE else self.at(""))
+
     def at(self, key: str) -> Place:
         """Return the place of something inside this one that has no line of its own."""
         return Place(self.file, self.line, key)
@@ -57,10 +62,12 @@ class Report:
 
     def error(self, place: Place, sentence: str) -> None:
         """Add a problem; the run is refused."""
+        self._know(place)
         self._errors.append((place, sentence))
 
     def note(self, place: Place, sentence: str) -> None:
         """Add a note; the run goes on."""
+        self._know(place)
         self._notes.append((place, sentence))
 
     @property
@@ -72,6 +79,10 @@ class Report:
     def notes(self) -> tuple[str, ...]:
         """The notes by file and line, each once."""
         return self._sorted(self._notes)
+
+    def _know(self, place: Place) -> None:
+        if place.file not in self.files:
+            self.files.append(place.file)
 
     def _sorted(self, entries: Iterable[tuple[Place, str]]) -> tuple[str, ...]:
         ordered = sorted(entries, key=lambda entry: (self.files.index(entry[0].file), entry[0].line or 0))
@@ -112,7 +123,8 @@ def _sentence(key: Key, value: Any, entry: Any) -> tuple[tuple[int | str, ...], 
         case "multiple_of":
             step = limits["multiple_of"]
             below = entry["input"] // step * step
-            return entry["loc"], f"must be a multiple of {step}, got {got}; the nearest are {below} and {below + step}"
+            nearest = f"the nearest are {below} and {below + step}" if below > 0 else f"the smallest is {step}"
+            return entry["loc"], f"must be a multiple of {step}, got {got}; {nearest}"
         case "extra_forbidden":
             return entry["loc"], "unknown key"
     sentence = f"must be {accepts(key.annotation)}; got {shown(value)}"
@@ -138,7 +150,7 @@ def did_you_mean(found: Any, known: Iterable[str]) -> str:
 def closest(found: str, known: Iterable[str]) -> str | None:
     """Return the known word that `found` is most likely a misspelling of."""
     spelled = {word.lower(): word for word in known}
-    close = get_close_matches(found.lower(), spelled, n=1, cutoff=0.6)
+    close = get_close_matches(found.lower(), spelled, n=1, cutoff=0.7)
     return spelled[close[0]] if close else None
 
 

@@ -1,0 +1,61 @@
+"""Case files: titles, the files of a case, its command line, and what is said about them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+GOOD_TRAIN = '{"resume_ckpt": "model"}\n'
+GOOD_OPTIMIZER = '{"base": {"optimizer": "adamw", "lr": 1e-6}}\n'
+
+
+@dataclass
+class Case:
+    """One case: what is there, and what is said."""
+
+    title: str
+    files: dict[str, str] = field(default_factory=dict)
+    command_line: list[str] = field(default_factory=list)
+    without: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def write(self, folder: Path) -> None:
+        """Write the case's files into `folder`, beside a model, two folders of images and prompts that are right."""
+        for name in ("model", "models/mini-sd"):
+            (folder / name).mkdir(parents=True)
+            (folder / name / "model_index.json").write_text("{}")
+        for name in ("input", "pictures/faces", "other", "data"):
+            (folder / name).mkdir(parents=True)
+        for name in ("prompts.txt", "old.ckpt", "data/__init__.py", "data/rng.py"):
+            (folder / name).write_text("a face\n")
+        for name, text in {"train.json": GOOD_TRAIN, "optimizer.json": GOOD_OPTIMIZER, **self.files}.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+        for name in self.without:
+            (folder / name).rmdir()
+
+
+def read_cases(path: Path) -> list[Case]:
+    """Return the cases of a file."""
+    cases = []
+    for block in re.split(r"^## ", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        title, _, rest = block.partition("\n")
+        case = Case(title)
+        for part in re.split(r"^--- ", rest, flags=re.MULTILINE)[1:]:
+            name, _, text = part.partition("\n")
+            lines = [line for line in text.splitlines() if line]
+            match name:
+                case "problems":
+                    case.problems = lines
+                case "notes":
+                    case.notes = lines
+                case "command line":
+                    case.command_line = text.split()
+                case "without":
+                    case.without = lines
+                case _:
+                    case.files[name] = text.rstrip("\n") + "\n" if text.strip() else ""
+        cases.append(case)
+    return cases

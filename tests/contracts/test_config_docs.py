@@ -1,0 +1,141 @@
+"""Help, schemas and tables are made of the same keys as the checks; and checking needs no library that trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from scripts.export_schema import FOLDER, schemas
+from tests.contracts.config_cases import Case, read_cases
+from trainer.config import ed2, load_config
+from trainer.config.export import optimizer_schema, train_schema
+from trainer.config.overrides import help_text
+from trainer.config.schema import (
+    CommandOptions,
+    FileOptions,
+    FreezingOptions,
+    OptimizerFileOptions,
+    keys_of,
+    optimizer_classes,
+    optimizer_keys,
+    sections,
+    train_keys,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = {
+    "train": [ROOT / "train.json", *sorted((ROOT / "configs").glob("*sd15*.json"))],
+    "optimizer": sorted(ROOT.glob("optimizer*.json")),
+}
+
+
+def test_help_lists_every_key_with_its_range_default_and_words(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        load_config(["--zzz", "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    for key in [*train_keys().values(), *keys_of(CommandOptions).values()]:
+        assert sum(line.startswith(f"  --{key.name}: ") for line in lines) == 1, key.name
+        assert " ".join(key.doc.split())[:40] in " ".join(text.split()), key.name
+    for name in [*optimizer_keys(), *keys_of(FreezingOptions), *keys_of(OptimizerFileOptions)]:
+        assert any(line.startswith(f"  {name}: ") for line in lines), name
+    assert "  --resolution: a whole number, at least 64, a multiple of 64; default 512" in lines
+    assert "  --resume_ckpt: text; required" in lines
+    assert max(map(len, lines)) <= 140
+
+
+def test_every_key_has_words_and_one_owner():
+    owners = [*sections().values(), FileOptions]
+    names = [entry.name for owner in owners for entry in dataclasses.fields(owner)]
+    assert sorted(names) == sorted(set(names)), "a key stands in two sections"
+    for owner in [*owners, CommandOptions, FreezingOptions, OptimizerFileOptions, *optimizer_classes().values()]:
+        for key in keys_of(owner).values():
+            assert key.doc.endswith("."), f"{owner.__name__}.{key.name} needs a docstring under the field"
+
+
+def test_keys_that_have_arrived_are_no_longer_listed_as_missing():
+    assert not set(ed2.foreign_schema()) & set(train_keys())
+    assert not (set(ed2.LATER_OPTIMIZER) | set(ed2.UNUSED_OPTIMIZER)) & set(optimizer_keys())
+    assert not (set(ed2.LATER_NAMES) | set(ed2.NEVER_NAMES)) & set(optimizer_classes())
+    assert set(ed2.LATER_NAMES.values()) | set(ed2.NEVER_NAMES.values()) <= set(optimizer_classes())
+
+
+def test_the_schema_files_are_up_to_date():
+    for name, schema in schemas().items():
+        assert json.loads((FOLDER / name).read_text(encoding="utf-8")) == schema, "run python scripts/export_schema.py"
+
+
+def test_the_schemas_are_schemas():
+    for schema in schemas().values():
+        jsonschema.Draft202012Validator.check_schema(schema)
+
+
+@pytest.mark.parametrize("kind", ["train", "optimizer"])
+def test_the_schemas_accept_the_shipped_files_which_name_them(kind: str):
+    assert SHIPPED[kind]
+    for path in SHIPPED[kind]:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        jsonschema.validate(content, train_schema() if kind == "train" else optimizer_schema())
+        assert next(iter(content)) == "$schema"
+        assert (path.parent / content["$schema"]).resolve() == FOLDER / f"{kind}.schema.json"
+
+
+def test_the_schemas_accept_what_the_checks_accept():
+    for case in read_cases(Path(__file__).parent / "good_configs" / "notes.txt"):
+        if "Infinity" in case.files.get("optimizer.json", ""):
+            continue  # no JSON, accepted for EveryDream2's sake
+        for name, schema in (("train.json", train_schema()), ("optimizer.json", optimizer_schema())):
+            if name in case.files:
+                jsonschema.validate(json.loads(case.files[name]), schema)
+
+
+@pytest.mark.parametrize(
+    ("schema", "content"),
+    [
+        (train_schema(), {"resume_ckpt": "model", "max_epoch": 3}),
+        (train_schema(), {"resume_ckpt": "model", "resolution": 500}),
+        (train_schema(), {"resume_ckpt": "model", "wandb": True}),
+        (train_schema(), {"max_epochs": 3}),
+        (optimizer_schema(), {"base": {"optimizer": "dadpt_adam"}}),
+        (optimizer_schema(), {"base": {"betas": [0.9, 1.0]}}),
+        (optimizer_schema(), {"base": {}, "text_encoder_freezing": {"freeze": 3}}),
+        (optimizer_schema(), {}),
+    ],
+)
+def test_the_schemas_refuse_what_the_checks_refuse(schema, content):
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(content, schema)
+
+
+IMPORTED = """
+import sys
+heavy = {"torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "dadaptation"}
+from trainer.config import load_config
+from trainer.errors import UserError
+try:
+    load_config(sys.argv[1:])
+except UserError as error:
+    print(*error.problems, sep="\\n")
+print(sorted(heavy & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("words", [[], ["--max_epoch", "3"]], ids=["right", "wrong"])
+def test_a_configuration_is_judged_before_any_library_that_trains_is_imported(tmp_path: Path, words: list[str]):
+    Case("").write(tmp_path)
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}){IMPORTED}", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    problems = ["--max_epoch: unknown option; did you mean --max_epochs?"] if words else []
+    assert done.stdout.splitlines() == [*problems, "[]"]
+    assert done.stderr == ""
+
+
+def test_help_ends_with_the_optimizer_files_keys():
+    assert help_text().index("--max_epochs") < help_text().index("Keys of the optimizer file")

@@ -1,0 +1,89 @@
+"""Every message of the configuration, word for word: the cases are in bad_configs and good_configs, one file a topic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.contracts.config_cases import GOOD_TRAIN, Case, read_cases
+from trainer.config import load_config
+from trainer.errors import UserError
+
+HERE = Path(__file__).parent
+BAD = {f"{path.stem}: {case.title}": case for path in sorted((HERE / "bad_configs").glob("*.txt")) for case in read_cases(path)}
+GOOD = {f"{path.stem}: {case.title}": case for path in sorted((HERE / "good_configs").glob("*.txt")) for case in read_cases(path)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(command_line: list[str] | None = None) -> UserError:
+    with pytest.raises(UserError) as error:
+        load_config(command_line or [])
+    return error.value
+
+
+@pytest.mark.parametrize("case", BAD.values(), ids=BAD.keys())
+def test_bad_configurations_are_refused_in_these_words(case: Case, folder: Path):
+    case.write(folder)
+    error = refused(case.command_line)
+    assert list(error.problems) == case.problems
+    assert case.problems
+    assert error.exit_code == 2
+
+
+@pytest.mark.parametrize("case", GOOD.values(), ids=GOOD.keys())
+def test_good_configurations_are_accepted_with_these_notes(case: Case, folder: Path):
+    case.write(folder)
+    assert list(load_config(case.command_line).notes) == case.notes
+
+
+def test_there_are_enough_cases():
+    assert len(BAD) >= 100 and len(GOOD) >= 20
+
+
+def test_a_byte_order_mark_and_dos_line_ends_are_accepted(folder: Path):
+    Case("", {}).write(folder)
+    (folder / "train.json").write_bytes(b'\xef\xbb\xbf{\r\n  "resume_ckpt": "model",\r\n  "max_epochs": 3\r\n}\r\n')
+    assert load_config([]).config.loop.max_epochs == 3
+
+
+def test_lines_are_counted_across_dos_line_ends(folder: Path):
+    Case("", {}).write(folder)
+    (folder / "train.json").write_bytes(b'{\r\n  "resume_ckpt": "model",\r\n  "max_epochs": 0\r\n}\r\n')
+    assert refused().problems == ("train.json:3: max_epochs: must be at least 1, got 0",)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (GOOD_TRAIN.encode("utf-16"), "train.json: the file is saved as UTF-16; save it as UTF-8"),
+        (b'{"resume_ckpt":\n"\xfc"}', "train.json:2: byte 0xfc is not UTF-8; save the file as UTF-8"),
+        (b"PK\x03\x04\x00\x00", "train.json: the file is not text (it holds zero bytes); name a JSON file saved as UTF-8"),
+        (b" " * 5_000_000, "--config: train.json is too large for a configuration; name a JSON file"),
+        (b'{"lora": ' + b"[" * 100_000, "train.json:1: lora: brackets are nested more than 40 deep"),
+    ],
+    ids=["UTF-16", "latin-1", "zip", "large", "deep"],
+)
+def test_files_that_are_no_text(folder: Path, content: bytes, problem: str):
+    Case("", {}).write(folder)
+    (folder / "train.json").write_bytes(content)
+    assert refused().problems == (problem,)
+
+
+def test_without_a_configuration_the_option_is_named(folder: Path):
+    assert refused().problems == ("--config: file not found: train.json; see --config",)
+
+
+def test_a_file_that_may_not_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    Case("", {}).write(folder)
+
+    def refuse(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert refused().problems == ("--config: train.json cannot be read: Permission denied",)
