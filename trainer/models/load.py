@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from trainer.errors import UserError
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -17,7 +21,7 @@ class ModelOptions:
 
     resume_ckpt: str
     """The model to start from: a diffusers folder, a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5, a
-    .safetensors file in the original layout, a run folder or a checkpoint folder of this program, or findlast."""
+    .safetensors or .ckpt file in the original layout, a run folder or a checkpoint folder of this program, or findlast."""
 
     vae: str | None = None
     """A VAE to use instead of the model's own: a diffusers folder, a hub id or a .safetensors file."""
@@ -34,6 +38,7 @@ class Models:
         tokenizer: text to token ids, `model_max_length` of them.
         scheduler_config: the base's scheduler settings as plain data: betas, prediction type, `_class_name`.
         source: where the weights came from, as it is shown to people.
+        notes: sentences for people about what was assumed.
     """
 
     unet: UNet2DConditionModel
@@ -42,3 +47,137 @@ class Models:
     tokenizer: CLIPTokenizer
     scheduler_config: dict[str, Any]
     source: str
+    notes: tuple[str, ...] = ()
+
+
+def load_models(options: ModelOptions) -> Models:
+    """Load the networks in fp32 on the CPU, whatever precision they have on disk; a hub id is downloaded unless it is cached.
+
+    Prints nothing but a download's progress. The safety checker and its image processor are never read.
+
+    Raises:
+        UserError: nothing is there, it is damaged, cannot be downloaded or is another kind of model.
+    """
+    return _load(options, weights=True)
+
+
+def describe(options: ModelOptions) -> Models:
+    """Return the same networks on the meta device, with shapes and no weights; nothing is downloaded.
+
+    A hub id that is not in the cache is described by SD 1.5's configurations, and `notes` says so.
+
+    Raises:
+        UserError: as `load_models`, as far as it shows without reading weights.
+    """
+    return _load(options, weights=False)
+
+
+def _load(options: ModelOptions, *, weights: bool) -> Models:
+    from trainer.models.quiet import quiet_libraries
+
+    quiet_libraries()
+    models = _base(options.resume_ckpt, weights=weights)
+    _check(models)
+    if options.vae is not None:
+        _replace_vae(models, options.vae, weights=weights)
+    return models
+
+
+def _base(name: str, *, weights: bool) -> Models:
+    from trainer.models.checkpoint_file import read_file
+    from trainer.models.folder import read_folder
+    from trainer.models.hub import cached_model, fetch_model
+
+    key = "resume_ckpt"
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return read_folder(path, key, weights=weights)
+    if path.is_file():
+        _check_kind(path, key)
+        return read_file(path, key, weights=weights)
+    _check_hub_id(name, key)
+    folder = fetch_model(name, key) if weights else cached_model(name)
+    return read_folder(folder, key, weights=weights, source=name) if folder else _assumed(name)
+
+
+def _replace_vae(models: Models, name: str, *, weights: bool) -> None:
+    from trainer.models.checkpoint_file import read_vae_file
+    from trainer.models.folder import read_vae_folder
+    from trainer.models.hub import cached_vae, fetch_vae
+
+    key = "vae"
+    path = Path(name).expanduser()
+    before: Any = models.vae.config
+    if path.is_dir():
+        models.vae = read_vae_folder(path, key, weights=weights)
+    elif path.is_file():
+        _check_kind(path, key)
+        models.vae = read_vae_file(path, key, before, weights=weights)
+    else:
+        _check_hub_id(name, key)
+        folder = fetch_vae(name, key) if weights else cached_vae(name)
+        if folder is None:
+            models.notes += (f"vae: {name} is not in the hub cache and is downloaded when training starts.",)
+            return
+        models.vae = read_vae_folder(folder, key, weights=weights)
+    after: Any = models.vae.config
+    for what, old, new in (
+        ("latent channels", before["latent_channels"], after["latent_channels"]),
+        ("levels", len(before["block_out_channels"]), len(after["block_out_channels"])),
+    ):
+        if old != new:
+            raise UserError(f"{key}: {name} has {new} {what} where this model's own VAE has {old}; name a VAE made for this kind of model.")
+
+
+def _assumed(name: str) -> Models:
+    """Return SD 1.5's shapes for a model that has yet to be downloaded."""
+    from trainer.models.networks import SD15, empty_text_encoder, empty_unet, empty_vae
+    from trainer.models.tokenizer import clip_tokenizer
+
+    return Models(
+        unet=empty_unet(SD15.unet),
+        text_encoder=empty_text_encoder(SD15.text_encoder),
+        vae=empty_vae(SD15.vae),
+        tokenizer=clip_tokenizer(),
+        scheduler_config=dict(SD15.scheduler),
+        source=name,
+        notes=(f"resume_ckpt: {name} is not in the hub cache and is downloaded when training starts; assumed here to have SD 1.5's size.",),
+    )
+
+
+def _check(models: Models) -> None:
+    """Raise UserError unless the parts fit together and are of the kind that is trained."""
+    unet: Any = models.unet.config
+    where = f"resume_ckpt: {models.source}"
+    taken, made = unet["in_channels"], models.vae.config["latent_channels"]
+    if taken != 4 or made != 4:
+        raise UserError(
+            f"{where}: the UNet takes {taken} channels and the VAE makes {made}; both must be 4 (inpainting and editing models are not "
+            "trained); name a text-to-image model."
+        )
+    extra = [part for part in ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type") if unet.get(part)]
+    if extra:
+        raise UserError(f"{where}: the UNet needs more than text ({extra[0]}), which this program does not give it; name an SD 1.x model.")
+    width: Any = models.text_encoder.config.hidden_size
+    read = unet["cross_attention_dim"]
+    if read != width:
+        raise UserError(f"{where}: the text encoder is {width} wide and the UNet reads {read}; the parts are of different models.")
+    entries: Any = models.text_encoder.config.vocab_size
+    known = len(models.tokenizer)
+    if known > entries:
+        raise UserError(f"{where}: the tokenizer has {known} entries and the text encoder {entries}; the parts are of different models.")
+
+
+def _check_kind(path: Path, key: str) -> None:
+    if path.suffix.lower() not in (".safetensors", ".ckpt"):
+        raise UserError(
+            f"{key}: {path} is a {path.suffix or 'nameless'} file; name a .safetensors or .ckpt file, a diffusers folder or a hub id."
+        )
+
+
+def _check_hub_id(name: str, key: str) -> None:
+    """Raise UserError where a name can only be a path at which nothing is."""
+    part = r"[A-Za-z0-9][\w.-]*"
+    owner = Path(name.partition("/")[0])
+    if re.fullmatch(rf"{part}/{part}", name) is None or Path(name).suffix.lower() in (".safetensors", ".ckpt") or owner.is_dir():
+        raise UserError(f"{key}: there is no folder or file {name}; name a diffusers folder, a .safetensors file or a hub id (owner/name).")

@@ -1,0 +1,167 @@
+"""Reading a single file in the original layout, without the hub and without any configuration beside it.
+
+What the file leaves out comes from its header where this program wrote it (`sd_dadapt.configs`, `sd_dadapt.tokenizer`), and
+otherwise from Stable Diffusion 1.5 as published. SD 2.x files are refused: nothing in them tells epsilon from v-prediction.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+from trainer.errors import UserError
+from trainer.models.load import Models
+from trainer.models.networks import SD15, Configs, empty_text_encoder, empty_unet, empty_vae, fill
+from trainer.models.single_file import TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, from_original, layout
+from trainer.models.tensor_file import TensorFile
+from trainer.models.tokenizer import clip_tokenizer, tokenizer_from_text
+
+CONFIGS = "sd_dadapt.configs"
+"""Header field: the four configurations as JSON."""
+
+TOKENIZER = "sd_dadapt.tokenizer"
+"""Header field: the tokenizer as JSON, where it is not CLIP's own."""
+
+PREDICTION_TYPE = "modelspec.prediction_type"
+
+_EMPTY: dict[str, Callable[[Mapping[str, Any]], Any]] = {"unet": empty_unet, "vae": empty_vae, "text_encoder": empty_text_encoder}
+_BARE_TEXT_PREFIX = TEXT_PREFIX.removesuffix("text_model.")
+"""Where files that were written with newer transformers have the text encoder."""
+
+_VAE_SIGN = "encoder.conv_in.weight"
+
+
+def read_file(path: Path, key: str, *, weights: bool) -> Models:
+    """Load a whole model from one file.
+
+    Args:
+        path: a .safetensors or .ckpt file.
+        key: the option that named it, for messages.
+        weights: False gives networks on the meta device without reading any weight.
+
+    Raises:
+        UserError: the file is damaged or holds something else.
+    """
+    file = TensorFile(path)
+    problem = what_else(file)
+    if problem:
+        raise UserError(f"{key}: {path} {problem}")
+    configs = _configs(file)
+    text_prefix = TEXT_PREFIX if any(name.startswith(TEXT_PREFIX) for name in file) else _BARE_TEXT_PREFIX
+    networks: dict[str, Any] = {}
+    for network, prefix in (("unet", UNET_PREFIX), ("vae", VAE_PREFIX), ("text_encoder", text_prefix)):
+        config = getattr(configs, network)
+        empty = _EMPTY[network](config)
+        problem = _misfit(file, network, config, empty, prefix)
+        if problem:
+            raise UserError(f"{key}: {path} is not a Stable Diffusion 1.x model: of its {network}, {problem}.")
+        if weights:
+            fill(empty, from_original(file, network, config, empty, prefix))
+            empty.eval()
+        networks[network] = empty
+    tokenizer = tokenizer_from_text(file.metadata[TOKENIZER]) if TOKENIZER in file.metadata else clip_tokenizer()
+    return Models(**networks, tokenizer=tokenizer, scheduler_config=dict(configs.scheduler), source=str(path))
+
+
+def read_vae_file(path: Path, key: str, base: Mapping[str, Any], *, weights: bool) -> AutoencoderKL:
+    """Load a VAE from a file: a VAE alone in the original layout or in diffusers' own, or a whole model's.
+
+    Args:
+        path: a .safetensors or .ckpt file.
+        key: the option that named it, for messages.
+        base: the configuration of the VAE that it replaces, tried where the file says nothing and is not of SD 1.5's size.
+        weights: False gives a network on the meta device without reading any weight.
+
+    Raises:
+        UserError: the file is damaged or holds no VAE that fits.
+    """
+    file = TensorFile(path)
+    prefix = next((start for start in (VAE_PREFIX, "", "vae.") if start + _VAE_SIGN in file.shapes), None)
+    if prefix is None:
+        raise UserError(f"{key}: {path} holds no VAE: there is no {_VAE_SIGN} in it; name a VAE's file or folder.")
+    configs: list[Mapping[str, Any]] = [_configs(file).vae] if CONFIGS in file.metadata else [SD15.vae, base]
+    problems = []
+    for config in configs:
+        empty = empty_vae(config)
+        shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+        if {name.removeprefix(prefix): shape for name, shape in file.shapes.items() if name.startswith(prefix)} == shapes:
+            state = {name: file[prefix + name].float() for name in shapes} if weights else None  # diffusers' own names
+        else:
+            problem = _misfit(file, "vae", config, empty, prefix)
+            if problem:
+                problems.append(problem)
+                continue
+            state = from_original(file, "vae", config, empty, prefix) if weights else None
+        if state is not None:
+            fill(empty, state)
+            empty.eval()
+        return empty
+    raise UserError(f"{key}: {path} is not a VAE of Stable Diffusion 1.x or of this model: {problems[0]}.")
+
+
+def what_else(file: TensorFile) -> str | None:
+    """Return what a file is and what to do, where it is no whole Stable Diffusion 1.x model; None where it looks like one."""
+    names = file.shapes
+
+    def has(*prefixes: str) -> bool:
+        return any(name.startswith(prefixes) for name in names)
+
+    whole = "name a whole Stable Diffusion 1.x checkpoint"
+    if any(".lora_" in name or "lora_down." in name or name.startswith(("lora_unet_", "lora_te")) for name in names):
+        return f"is a LoRA, a small change to a model; merge it into its base with the tool that made it, or {whole}."
+    if has("conditioner.embedders."):
+        return f"is an SDXL model, which this program does not train; {whole}."
+    if has("cond_stage_model.model."):
+        return "is an SD 2.x model; single files of SD 2.x are not read (they do not say how they predict): name its diffusers folder."
+    if has("control_model.", "controlnet_"):
+        return f"is a ControlNet; {whole}."
+    if has("model.diffusion_model.joint_blocks.", "model.diffusion_model.double_blocks.", "double_blocks.", "joint_blocks."):
+        return f"is a transformer model (SD 3, Flux or the like), which this program does not train; {whole}."
+    if set(names) <= {"emb_params", "*"} or has("string_to_param"):
+        return f"is a textual-inversion embedding; {whole}."
+    if has("down_blocks.", "text_model.", "encoder.down_blocks."):
+        return "holds one network in diffusers' names; name the folder that holds model_index.json above it."
+    has_unet, has_vae, has_text = has(UNET_PREFIX), has(VAE_PREFIX), has(_BARE_TEXT_PREFIX)
+    if not has_unet and (has_vae or _VAE_SIGN in names):
+        return f"is a VAE without a model; give it as `vae` and {whole} as `resume_ckpt`."
+    if not has_unet:
+        return f"is not a Stable Diffusion checkpoint: no tensor is named {UNET_PREFIX}...; {whole}."
+    absent = [what for what, found in (("the VAE", has_vae), ("the text encoder", has_text)) if not found]
+    if absent:
+        return f"lacks {' and '.join(absent)}; {whole}."
+    channels = names.get(UNET_PREFIX + "input_blocks.0.0.weight", (0, 4))[1]
+    if channels != 4:
+        return f"is an inpainting or editing model (its UNet takes {channels} channels instead of 4); {whole}."
+    return None
+
+
+def _configs(file: TensorFile) -> Configs:
+    if CONFIGS in file.metadata:
+        try:
+            return Configs(**json.loads(file.metadata[CONFIGS]))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{file.path}: the header field {CONFIGS} is damaged ({error}); export the file again.") from error
+    prediction = "v_prediction" if file.metadata.get(PREDICTION_TYPE) in ("v", "v_prediction") else "epsilon"
+    return Configs(
+        unet=SD15.unet, text_encoder=SD15.text_encoder, vae=SD15.vae, scheduler={**SD15.scheduler, "prediction_type": prediction}
+    )
+
+
+def _misfit(file: TensorFile, network: str, config: Mapping[str, Any], empty: Any, prefix: str) -> str | None:
+    """Return what keeps a network from being read from a file, None where every tensor is there in its shape."""
+    places = layout(network, config, empty.state_dict(), prefix=prefix)
+    shapes = {
+        place.name: (place.shape, tuple(tensor.shape)) for place, tensor in zip(places.values(), empty.state_dict().values(), strict=True)
+    }
+    missing = [name for name in shapes if name not in file.shapes]
+    if missing:
+        return f"{len(missing)} of {len(shapes)} tensors are missing, {missing[0]} among them"
+    wrong = [name for name, accepted in shapes.items() if file.shapes[name] not in accepted]
+    if wrong:
+        first, (expected, _) = file.shapes[wrong[0]], shapes[wrong[0]]
+        return f"{len(wrong)} of {len(shapes)} tensors have other shapes: {wrong[0]} is {first} instead of {expected}"
+    return None

@@ -1,0 +1,175 @@
+"""Reading a diffusers folder: `model_index.json` beside one folder each for UNet, text encoder, VAE, tokenizer and scheduler.
+
+The checkpoints of this program are such folders too, with more files beside, which are left alone here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from transformers import CLIPTextModel
+
+from trainer.errors import UserError
+from trainer.models.load import Models
+from trainer.models.networks import empty_text_encoder, empty_unet, empty_vae
+from trainer.models.tensor_file import TensorFile
+from trainer.models.tokenizer import read_tokenizer
+
+INDEX = "model_index.json"
+WEIGHTS = {
+    "unet": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
+    "vae": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
+    "text_encoder": ("model", "pytorch_model"),
+}
+"""How each network's file begins, as .safetensors and as the older .bin."""
+
+_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+_READERS: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+_EMPTY: dict[str, Any] = {"unet": empty_unet, "vae": empty_vae, "text_encoder": empty_text_encoder}
+_PRECISION = {"": 0, "fp32": 1, "bf16": 2, "fp16": 3, "non_ema": 9}
+"""Which variant of the weights is taken where a folder holds several: plain ones first, weights without averaging last."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One form of a network's weights among those in a folder."""
+
+    variant: str | None
+    safe: bool
+    files: tuple[str, ...]
+
+
+def read_folder(folder: Path, key: str, *, weights: bool, source: str | None = None) -> Models:
+    """Load a diffusers folder.
+
+    Args:
+        folder: with a `model_index.json`.
+        key: the option that named it, for messages.
+        weights: False gives networks on the meta device without reading any weight.
+        source: what people call it, where that is not the folder.
+
+    Raises:
+        UserError: something is missing, damaged or another kind of model.
+    """
+    check_index(folder, key)
+    networks = {network: read_network(folder / network, network, key, weights=weights) for network in WEIGHTS}
+    return Models(
+        **networks,
+        tokenizer=read_tokenizer(folder / "tokenizer"),
+        scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json", key),
+        source=source or str(folder),
+    )
+
+
+def read_vae_folder(folder: Path, key: str, *, weights: bool) -> AutoencoderKL:
+    """Load a VAE's own folder, or the one inside a model's folder."""
+    if (folder / INDEX).is_file():
+        folder = folder / "vae"
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{key}: {folder} is not a VAE's folder: it holds no config.json; name a folder with config.json and weights.")
+    return read_network(folder, "vae", key, weights=weights)
+
+
+def check_index(folder: Path, key: str) -> None:
+    """Raise UserError unless the folder holds the index of a model that this program trains."""
+    if not (folder / INDEX).is_file():
+        raise UserError(f"{key}: {_what_else(folder)}")
+    index = read_json(folder / INDEX, key)
+    if "text_encoder_2" in index or "transformer" in index or "XL" in str(index.get("_class_name")):
+        raise UserError(
+            f"{key}: {folder} is a {index.get('_class_name')}, which this program does not train; name a Stable Diffusion 1.x model."
+        )
+    for network, accepted in _CLASSES.items():
+        found = (index.get(network) or [None, None])[1]
+        if found != accepted:
+            raise UserError(
+                f"{key}: {folder / INDEX} names {found or 'nothing'} as {network}; a Stable Diffusion 1.x model has {accepted} there."
+            )
+
+
+def read_network(folder: Path, network: str, key: str, *, weights: bool) -> Any:
+    """Load one network in fp32 (on the meta device without weights), or raise UserError."""
+    config = read_json(folder / "config.json", key)
+    found = config.get("_class_name") or (config.get("architectures") or [_CLASSES[network]])[0]
+    if found != _CLASSES[network]:
+        raise UserError(f"{key}: {folder} holds a {found}; {_CLASSES[network]} is the only class that is trained as {network}.")
+    choice = choose_weights([path.name for path in folder.iterdir() if path.is_file()], network)
+    if choice is None:
+        stem = WEIGHTS[network][0]
+        raise UserError(f"{key}: {folder} holds no weights ({stem}.safetensors or the like); download the model again.")
+    if not weights:
+        return _EMPTY[network](config)
+    for name in choice.files:
+        if name.endswith(".safetensors"):
+            TensorFile(folder / name)  # says plainly that a file is cut short, which the libraries do not
+    try:
+        loaded, notes = _READERS[network].from_pretrained(
+            str(folder),
+            dtype=torch.float32,
+            variant=choice.variant,
+            use_safetensors=choice.safe,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{key}: {folder}: the weights do not fit config.json ({reason}); download the model again.") from error
+    missing = sorted(notes["missing_keys"])
+    if missing:  # the libraries would train random numbers in their place
+        raise UserError(
+            f"{key}: {folder}: {len(missing)} tensors are missing from the weights, {missing[0]} among them; download the model again."
+        )
+    return loaded
+
+
+def choose_weights(names: Collection[str], network: str) -> Choice | None:
+    """Return which of a folder's files hold the weights: full precision before variants, .safetensors before .bin; None if none does."""
+    found: dict[tuple[int, int, str], list[str]] = {}
+    for order, (stem, suffix) in enumerate(zip(WEIGHTS[network], ("safetensors", "bin"), strict=True)):
+        pattern = re.compile(rf"{stem}(?:\.(\w+))?(?:-\d{{5}}-of-\d{{5}})?(?:\.(\w+))?\.{suffix}")
+        for name in names:
+            match = pattern.fullmatch(name)
+            if match:
+                variant = match[1] or match[2] or ""
+                found.setdefault((_PRECISION.get(variant, 5), order, variant), []).append(name)
+    if not found:
+        return None
+    best = min(found)
+    return Choice(best[2] or None, best[1] == 0, tuple(sorted(found[best])))
+
+
+def read_json(path: Path, key: str) -> dict[str, Any]:
+    """Return a JSON object from a file, or raise UserError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{key}: {path} is missing or cannot be read ({error.strerror}); download the model again.") from error
+    except ValueError as error:
+        raise UserError(f"{key}: {path} is not valid JSON ({error}); download the model again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{key}: {path} holds no JSON object; download the model again.")
+    return content
+
+
+def _what_else(folder: Path) -> str:
+    """Say what a folder without an index is, and what to name instead."""
+    if (folder.parent / INDEX).is_file():
+        return f"{folder} is one part of a model; name the folder above it, which holds {INDEX}."
+    if folder.is_dir():
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{INDEX}"))
+        if inside:
+            return f"{folder} holds no {INDEX} itself, but {inside[0]} in it does; name {folder / inside[0]}."
+        files = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in (".safetensors", ".ckpt"))
+        if files:
+            return f"{folder} holds no {INDEX}; to load a single file, name the file: {folder / files[0]}."
+        if not any(folder.iterdir()):
+            return f"{folder} is empty; name a diffusers folder, which holds {INDEX}."
+    return f"{folder} is not a model: it holds no {INDEX}; name a diffusers folder, a hub id or a .safetensors file."

@@ -1,0 +1,120 @@
+"""Models by hub id: a complete copy in the cache is taken as it is, otherwise what training needs is downloaded, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from trainer.errors import UserError
+from trainer.models.folder import INDEX, WEIGHTS, choose_weights
+
+_SETTINGS = (INDEX, "scheduler/*.json", "tokenizer/*", "unet/*.json", "vae/*.json", "text_encoder/*.json")
+
+
+def cached_model(name: str) -> Path | None:
+    """Return the folder of a model that the cache holds whole, None where it does not. Asks no network."""
+    folder = _cached(name, INDEX)
+    if folder is None or any(_choice(folder / network, network) is None for network in WEIGHTS):
+        return None
+    return folder
+
+
+def cached_vae(name: str) -> Path | None:
+    """Return the folder of a VAE, or of a model with one, that the cache holds; None where it does not. Asks no network."""
+    for config, inside in (("config.json", "."), ("vae/config.json", "vae")):
+        found = _cached(name, config)
+        if found is not None and _choice(found / inside, "vae") is not None:
+            return found / inside
+    return None
+
+
+def fetch_model(name: str, key: str) -> Path:
+    """Return a model's folder, downloaded unless the cache holds it.
+
+    Raises:
+        UserError: the hub cannot be reached, does not know the id, or the id is no Stable Diffusion model.
+    """
+    cached = cached_model(name)
+    if cached is not None:
+        return cached
+    files = _listed(name, key)
+    if INDEX not in files:
+        raise UserError(f"{key}: {name} on the hub is no diffusers model: it holds no {INDEX}; name another, or download its single file.")
+    wanted = [*_SETTINGS]
+    for network in WEIGHTS:
+        choice = choose_weights([file.removeprefix(f"{network}/") for file in files if file.startswith(f"{network}/")], network)
+        if choice is None:
+            raise UserError(f"{key}: {name} on the hub holds no weights of the {network}; name another model.")
+        wanted += [f"{network}/{file}" for file in choice.files]
+    return _downloaded(name, key, wanted)
+
+
+def fetch_vae(name: str, key: str) -> Path:
+    """Return the folder of a VAE, downloaded unless the cache holds it; from a whole model, only its VAE.
+
+    Raises:
+        UserError: the hub cannot be reached, does not know the id, or the id holds no VAE.
+    """
+    cached = cached_vae(name)
+    if cached is not None:
+        return cached
+    files = _listed(name, key)
+    inside = "vae/" if "vae/config.json" in files else ""
+    choice = choose_weights([file.removeprefix(inside) for file in files if file.startswith(inside)], "vae")
+    if choice is None or f"{inside}config.json" not in files:
+        raise UserError(f"{key}: {name} on the hub holds no VAE in diffusers' layout; name another, or download its single file.")
+    folder = _downloaded(name, key, [f"{inside}{file}" for file in ("config.json", *choice.files)])
+    return folder / inside
+
+
+def _cached(name: str, file: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, file)
+    if not isinstance(found, str):
+        return None
+    return Path(found).parents[file.count("/")]
+
+
+def _choice(folder: Path, network: str) -> object | None:
+    return choose_weights([path.name for path in folder.iterdir() if path.is_file()], network) if folder.is_dir() else None
+
+
+def _listed(name: str, key: str) -> Collection[str]:
+    from huggingface_hub import HfApi
+
+    try:
+        return {sibling.rfilename for sibling in HfApi().model_info(name, timeout=20).siblings or ()}
+    except Exception as error:  # several HTTP libraries' errors come through, by version and kind of failure
+        raise _unavailable(name, key, error) from error
+
+
+def _downloaded(name: str, key: str, wanted: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # several HTTP libraries' errors come through, by version and kind of failure
+        raise _unavailable(name, key, error) from error
+
+
+def _unavailable(name: str, key: str, error: Exception) -> UserError:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    local = f"or give {key} the path of a local diffusers folder or .safetensors file."
+    if isinstance(error, GatedRepoError):
+        return UserError(f"{key}: {name} on the hub asks for consent: accept its terms on its page and run `hf auth login`, {local}")
+    if isinstance(error, RepositoryNotFoundError):
+        return UserError(f"{key}: the hub knows no model {name} (or it is private: run `hf auth login`); correct the id, {local}")
+    if isinstance(error, HFValidationError):
+        return UserError(f"{key}: {name} is neither a folder, a file nor a possible hub id; correct it, {local}")
+    reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else _first_line(error)
+    return UserError(
+        f"{key}: {name} is not complete in the hub cache ({constants.HF_HUB_CACHE}) and cannot be downloaded ({reason}); "
+        f"run `hf download {name}` where there is internet and copy the cache, {local}"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
