@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _PAPER, _INK, _FAINT, _MISSING = (255, 255, 255), (32, 32, 32), (110, 110, 110), (238, 228, 228)
-_SMALLEST_SIDE = 192  # smaller pictures are enlarged by a whole factor
+_SMALLEST_SIDE = 256  # smaller pictures are enlarged by a whole factor
 _MOST_LINES = 4
 
 
@@ -32,7 +32,7 @@ def labelled_row(pictures: Sequence[Image.Image | str], labels: Sequence[str], c
     width, height = made[0].size if made else (_SMALLEST_SIDE, _SMALLEST_SIDE)
     factor = max(1, -(-_SMALLEST_SIDE // min(width, height)))
     width, height = width * factor, height * factor
-    size, gap = max(13, width // 24), max(4, width // 48)
+    size, gap = max(14, width // 24), max(4, width // 48)
     full_width = len(pictures) * (width + gap) - gap
 
     font = _font(size)

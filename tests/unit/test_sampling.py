@@ -218,8 +218,8 @@ def test_sizes(models: Any):
     )
     samples = draw(models, prompts)
     assert samples.problems == ()
-    widths = [row.width for _, row in samples.rows]  # enlarged to at least 192 on the shorter side: by 3, 5, 4 and 3
-    assert widths == [3 * 64, 5 * 96, 4 * 88, 3 * 64]
+    widths = [row.width for _, row in samples.rows]  # enlarged to at least 256 on the shorter side: by 4, 7, 6 and 4
+    assert widths == [4 * 64, 7 * 96, 6 * 88, 4 * 64]
     assert draw(models, replace(prompts, resolution=128)).rows[0][1].width == 2 * 128
 
 
@@ -378,11 +378,14 @@ def test_files_and_tags(models: Any, tmp_path: Path):
     assert [tag for tag, _ in samples.rows] == ["sample_prompts/0 a red circle", "sample_prompts/1 a blue square"]
 
 
+SIDE = 256  # what 64 px pictures are enlarged to
+
+
 def test_three_scales_make_three_columns_and_one_makes_a_wall(models: Any):
     three = draw(models, replace(QUICK, cfgs=(7.0, 4.0, 1.01)))
     one = draw(models, replace(QUICK, samples=tuple(SamplePrompt(prompt="ab"[i % 2]) for i in range(5))))
-    assert three.rows[0][1].width > 3 * 192 and three.grid.height > 2 * 192
-    assert 4 * 192 < one.grid.width < 5 * 192 and one.grid.height > 2 * 192
+    assert three.rows[0][1].width > 3 * SIDE and three.grid.height > 2 * SIDE
+    assert 4 * SIDE < one.grid.width < 5 * SIDE and one.grid.height > 2 * SIDE
 
 
 RED, BLUE = Image.new("RGB", (64, 64), (255, 0, 0)), Image.new("RGB", (64, 64), (0, 0, 255))
@@ -390,8 +393,8 @@ RED, BLUE = Image.new("RGB", (64, 64), (255, 0, 0)), Image.new("RGB", (64, 64), 
 
 def test_pictures_are_enlarged_and_stand_in_order():
     row = labelled_row([RED, BLUE], ["", ""], "two")
-    assert row.getpixel((96, 96)) == (255, 0, 0) and row.getpixel((row.width - 96, 96)) == (0, 0, 255)
-    assert row.width == 2 * 192 + 4
+    assert row.getpixel((128, 128)) == (255, 0, 0) and row.getpixel((row.width - 128, 128)) == (0, 0, 255)
+    assert row.width == 2 * SIDE + 5
 
 
 def test_a_large_picture_is_not_resized():
@@ -407,10 +410,10 @@ def ink(picture: Image.Image, box: tuple[int, int, int, int]) -> int:
 def test_captions_are_written_and_wrapped():
     short, long = labelled_row([RED], [""], "a red square"), labelled_row([RED], [""], "a very long caption " * 6)
     longest = labelled_row([RED], [""], "a very long caption " * 60)
-    assert ink(short, (0, 192, 192, short.height)) > 50
-    assert short.height < long.height <= longest.height < 192 + 100
+    assert ink(short, (0, SIDE, SIDE, short.height)) > 50
+    assert short.height < long.height <= longest.height < SIDE + 100
     unbroken = labelled_row([RED], [""], "x" * 200)
-    assert unbroken.width == 192 and unbroken.height > short.height
+    assert unbroken.width == SIDE and unbroken.height > short.height
 
 
 def test_letters_beyond_ascii_have_shapes_of_their_own():
@@ -421,11 +424,11 @@ def test_letters_beyond_ascii_have_shapes_of_their_own():
 
 def test_a_reason_stands_in_the_place_of_a_picture():
     row = labelled_row([RED, "out of memory: " + "x" * 300], ["cfg 7", "cfg 4"], "a")
-    assert ink(row, (192, 20, row.width, 200)) > 50
+    assert ink(row, (SIDE, 20, row.width, SIDE)) > 50
     alone = labelled_row(["out of memory"], [""], "a")
-    assert ink(alone, (0, 0, 192, 192)) > 50
+    assert ink(alone, (0, 0, SIDE, SIDE)) > 50
 
 
 def test_rows_of_different_widths_share_a_grid():
     grid = tiled([labelled_row([RED], [""], "a"), labelled_row([RED, BLUE], ["", ""], "b")], columns=1, title="step 1")
-    assert grid.width >= 2 * 192 and ink(grid, (0, 0, grid.width, 30)) > 20
+    assert grid.width >= 2 * SIDE and ink(grid, (0, 0, grid.width, 30)) > 20

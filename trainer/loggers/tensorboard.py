@@ -152,12 +152,8 @@ def layout(*, networks: Sequence[str], adaptive: Collection[str]) -> Layout:
         adaptive: those that D-Adaptation trains.
     """
     losses = {
-        "loss: the training batches, and the same images, noise and timesteps every time": [
-            "loss/log_step",
-            "loss/epoch",
-            "loss/stabilize-train",
-            "loss/val",
-        ]
+        "loss of the batches trained": ["loss/log_step", "loss/epoch"],
+        "loss at fixed images, noise and timesteps": ["loss/stabilize-train", "loss/val"],
     }
     rates = {"rate that acts": [f"hyperparameter/lr {network}" for network in networks]}
     dadapt = {"d, the found step size": [f"dadapt/d {network}" for network in networks if network in adaptive]}
