@@ -12,7 +12,7 @@ CONCEPT_PROMPTS = (
     "a yellow smiling face on a blue background",
     "a white smiling face on a red background",
     "an orange smiling face on a purple background",
-    "a green smiling face on a white background",
+    "a red smiling face on a white background",
 )
 UNRELATED_PROMPTS = (
     "a red square on a yellow background",

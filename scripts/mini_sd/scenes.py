@@ -144,9 +144,9 @@ def scene_of(combination: Combination, rng: np.random.Generator, size: Size = ""
 
 def sample_face(rng: np.random.Generator) -> tuple[Scene, str]:
     """Draw a smiling face with its caption: a bright face on a different background, in the model's own words."""
-    colour = _pick(rng, tuple(c for c in COLOURS if c not in ("black", "purple", "blue")))
+    colour = _pick(rng, tuple(c for c in COLOURS if c in ("red", "yellow", "orange", "white")))
     background = _pick(rng, tuple(c for c in COLOURS if c != colour))
-    radius = rng.uniform(18.5, 25.5) / IMAGE_SIZE
+    radius = rng.uniform(20.5, 26.5) / IMAGE_SIZE
     room = min(0.5 - radius - 0.03, 0.1)
     item = Item(FACE, colour, 0.5 + rng.uniform(-room, room), 0.5 + rng.uniform(-room, room), radius)
     scene = Scene(background, (item,))
