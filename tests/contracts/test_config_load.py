@@ -8,13 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.contracts.config_cases import Case
-from trainer.config import Loaded, TrainConfig, check_rates, load_config, write_resolved
+from trainer.config import Loaded, TrainConfig, check_rates, ed2, load_config, write_resolved
+from trainer.config.schema import optimizer_keys, train_keys
 from trainer.errors import UserError
 from trainer.optim import AdamW8bitOptions, AdamWOptions, DAdaptAdamOptions
 
 ROOT = Path(__file__).resolve().parents[2]
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.sampled_from(["", "adamw", "model", "..", "x/y"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["lr", "a"]), inner, max_size=2),
+    max_leaves=3,
+)
+TRAIN_NAMES = [*train_keys(), *ed2.foreign_schema(), "zzz", "_note", "", "base"]
+SECTION_NAMES = [*optimizer_keys(), *ed2.UNUSED_OPTIMIZER, *ed2.LATER_OPTIMIZER, "freeze_embeddings", "zzz"]
+TOP_NAMES = ["base", "text_encoder_overrides", "text_encoder_freezing", "text_encoder_lr_scale", ed2.SCALER_TWEAKS, "lr", "zzz"]
 
 
 @pytest.fixture
@@ -213,6 +228,23 @@ def test_a_configuration_written_down_is_the_same_configuration(folder: Path, op
     second = load_config(["--config", "run/train.json"]).config
     assert second == first
     assert second.optimizer_source == folder / "other" / "run" / "optimizer.json"
+
+
+@given(
+    st.dictionaries(st.sampled_from(TRAIN_NAMES), ANYTHING, max_size=4),
+    st.dictionaries(
+        st.sampled_from(TOP_NAMES), ANYTHING | st.dictionaries(st.sampled_from(SECTION_NAMES), ANYTHING, max_size=4), max_size=4
+    ),
+    st.lists(st.sampled_from([f"--{name}" for name in TRAIN_NAMES]) | st.sampled_from(["5", "[1]", "true", "{", "-x", "é"]), max_size=3),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_values_are_accepted_or_refused_in_words(folder: Path, train: dict[str, Any], optimizer: dict[str, Any], words: list[str]):
+    try:
+        loaded = load(train, optimizer, *words)
+    except UserError as error:
+        assert error.problems and all(problem.strip() for problem in error.problems)
+    else:
+        assert loaded.config.optimizers.unet.lr
 
 
 def with_rates(unet: Any, text_encoder: Any, **train: Any) -> TrainConfig:

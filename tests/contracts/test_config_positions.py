@@ -19,7 +19,7 @@ objects = st.dictionaries(st.text(), values, max_size=6)
 
 
 @given(objects, st.sampled_from([None, 0, 2]), st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_what_json_writes_is_read_back(content: dict[str, Any], indent: int | None, ascii_only: bool):
     document = read_json(json.dumps(content, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass"))
     assert not document.issues and not document.unread
@@ -27,7 +27,7 @@ def test_what_json_writes_is_read_back(content: dict[str, Any], indent: int | No
 
 
 @given(objects, st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_a_damaged_text_is_reported_or_still_right(content: dict[str, Any], data: st.DataObject):
     text = json.dumps(content, indent=1, ensure_ascii=False)
     at = data.draw(st.integers(0, len(text)))
@@ -42,7 +42,7 @@ def test_a_damaged_text_is_reported_or_still_right(content: dict[str, Any], data
 
 
 @given(st.binary(max_size=60))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_any_bytes_are_read_without_failing(content: bytes):
     document = read_json(content)
     assert document.issues or isinstance(document.values, dict)

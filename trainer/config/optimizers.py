@@ -165,12 +165,13 @@ def _section(name: str, base: _Section | None, document: Document, file: str, re
 
 def _name(value: Any, place: Place, report: Report) -> str | None:
     names = optimizer_classes()
-    if isinstance(value, str) and value.lower() in names:
-        return value.lower()
-    if value in LATER_NAMES:
-        report.error(place, f"{value} is not supported yet by this version; {LATER_NAMES[value]} comes closest")
-    elif value in NEVER_NAMES:
-        report.error(place, f"{value} is not supported; use {NEVER_NAMES[value]}")
+    name = value.lower() if isinstance(value, str) else ""
+    if name in names:
+        return name
+    if name in LATER_NAMES:
+        report.error(place, f"{name} is not supported yet by this version; {LATER_NAMES[name]} comes closest")
+    elif name in NEVER_NAMES:
+        report.error(place, f"{name} is not supported; use {NEVER_NAMES[name]}")
     else:
         report.error(place, unknown_value(value, list(names)))
     return None
