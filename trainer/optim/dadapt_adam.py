@@ -23,8 +23,9 @@ ever since the start) the step leaves the parameters, k, W and d alone.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +66,11 @@ class DAdaptAdam(Optimizer):
         d0: where d starts.
         growth_rate: the most that d may grow by in one step, as a factor.
         d_max: d does not grow beyond this.
+        fused_backward: update each parameter inside `loss.backward()`, as soon as its gradient is complete, and drop the gradient, so that
+            the gradients never exist together. `step()` closes the step: it moves d. Bit-equal to the plain step. One backward a step:
+            gradient accumulation, clipping by a norm over all parameters, a loss scaler and gradients averaged over processes all need
+            the gradients after backward. Rates are set before backward. A gradient that is not finite then gates its own parameter
+            only, and is counted in `not_finite`; the whole step can be gated before backward by `gate`.
 
     Raises:
         ValueError: an argument is out of range, groups differ in what they must share, or a parameter is neither fp32, fp64 nor bf16.
@@ -84,10 +90,14 @@ class DAdaptAdam(Optimizer):
         d0: float = 1e-6,
         growth_rate: float = math.inf,
         d_max: float = math.inf,
+        fused_backward: bool = False,
     ) -> None:
         if not lr > 0:
             raise ValueError(f"lr is {lr}; it must be above 0")
+        self.fused_backward = fused_backward
         self._layout: _Layout | None = None
+        self._pass: _Pass | None = None
+        self._gate: Tensor | None = None
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "layer_scale": 1.0, "decouple": decouple,
             "use_bias_correction": use_bias_correction, "d0": d0, "growth_rate": growth_rate, "d_max": d_max,
@@ -102,6 +112,11 @@ class DAdaptAdam(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1] = _Group(self.param_groups[-1])
         _check(group, self.param_groups[0])
+        if self.fused_backward:
+            hook = _arrival_hook(weakref.ref(self))
+            for parameter in group["params"]:
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(hook)
 
     # ---- what the optimizer has found out: 0-d tensors on the device ----
 
@@ -120,58 +135,152 @@ class DAdaptAdam(Optimizer):
         """|s|_1 of the last step, each group weighted by its layer_scale: 0-d, fp64, on the parameters' device."""
         return self._ready().scalars["l1"]
 
+    @property
+    def not_finite(self) -> Tensor:
+        """How many gradients were not finite, and left out, since this optimizer was made (fused backward): 0-d, int64."""
+        return self._ready().not_finite
+
     def rate(self) -> Tensor:
         """Return d * lr * bias correction, the rate of the coming step: 0-d, fp64, on the parameters' device."""
         return self._rate(max(group["lr"] for group in self.param_groups))
 
     # ---- the step ----
 
+    def gate(self, finite: Tensor) -> None:
+        """Tell a fused backward, before it runs, whether the loss is finite: 0-d, bool or number. If not, the step changes nothing."""
+        self._gate = finite != 0
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update the parameters that have a gradient, their state, and d; return what `closure` returned.
 
+        After a fused backward only d is left to be updated.
+
         Raises:
             ValueError: groups have different rates, none of them 0.
+            RuntimeError: with fused backward, what has happened since backward does not fit it.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         layout = self._ready()
-        lr = self._common_lr()
         work = [(segment, parameter) for segment, parameter in self._segments() if parameter.grad is not None]
-        moving = [pair for pair in work if self.param_groups[pair[0].group]["lr"] > 0]
-        if not moving:
-            return loss
-
-        gradients = [parameter.grad for _, parameter in moving if parameter.grad is not None]
         found_inf = getattr(self, "found_inf", None)
-        finite = _all_finite(gradients, layout.device) if found_inf is None else found_inf.to(layout.device) == 0
         grad_scale = getattr(self, "grad_scale", None)
-        inverse_scale = None if grad_scale is None else grad_scale.double().reciprocal()
-        acts = finite & self._acts(moving)
+        if self.fused_backward:
+            if grad_scale is not None:
+                raise RuntimeError("fused backward cannot undo a loss scale after backward: use bf16 or fp32, or the plain step")
+            for segment, parameter in work:  # gradients that did not come from a backward pass
+                self._arrive(segment, parameter)
+        elif work:
+            self._pass = self._begin()
+            gradients = [(segment, p, p.grad) for segment, p in work if p.grad is not None]
+            finite = _all_finite(gradients, layout.device) if found_inf is None else found_inf.to(layout.device) == 0
+            inverse_scale = None if grad_scale is None else grad_scale.double().reciprocal()
+            self._pass.tables.gate(finite, self._acts(gradients))
+            for segment, parameter, gradient in gradients:
+                if self._pass.rates[segment.group] == 0:
+                    self._pass.resting.append((segment, parameter, finite))
+                else:
+                    self._take(segment, parameter, gradient, self._pass.tables.of(segment), inverse_scale)
+        if self._pass is not None:
+            self._close(self._pass, found_inf)
+        self._pass = self._gate = None
+        return loss
 
-        dlr = self._rate(lr)
+    def _begin(self) -> _Pass:
+        layout = self._ready()
+        rates = tuple(group["lr"] for group in self.param_groups)
+        if len({*rates} - {0.0}) > 1 or min(rates) < 0:
+            raise ValueError(f"the groups have the rates {rates}; there is one d, so every lr is 0 or the same: use layer_scale instead")
         for bank in layout.banks:
             bank.clear_sums()
+        dlr = self._rate(max(rates))
+        return _Pass(rates=rates, dlr=dlr, tables=_Tables(self.param_groups, dlr))
+
+    def _arrive(self, segment: _Segment, parameter: Tensor) -> None:
+        """Take the gradient of one parameter in whatever order they come, and drop it."""
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
+            return
+        if self._pass is None:
+            self._pass = self._begin()
+            self._prove_now_and_then()
+        now = self._pass
+        if segment.index in now.seen:
+            raise RuntimeError("a parameter got a second gradient before step(): fused backward takes one backward pass a step")
+        now.seen.add(segment.index)
+        device = self._ready().device
+        finite = torch.linalg.vector_norm(gradient).isfinite()
+        gate = torch.ones_like(finite) if self._gate is None else self._gate.to(finite.device)
+        self._ready().not_finite.add_((gate & ~finite).to(device))
+        finite &= gate
+        if now.rates[segment.group] == 0:
+            now.resting.append((segment, parameter, finite))
+            return
+        group = self.param_groups[segment.group]
+        acts = None
+        if segment.index not in self._proven and group["decouple"] and group["weight_decay"] != 0:
+            # Whether any parameter moves at all is only known at the end. One that moves by itself decays now, else at the end.
+            acts = finite & (gradient.any() | segment.bank.started(segment)) & (group["layer_scale"] != 0)
+            now.undecided.append((segment, parameter, finite & ~acts))
+        self._take(segment, parameter, gradient, now.tables.of(segment, finite, acts), None)
+        rows = slice(segment.row, segment.row + segment.rows)
+        segment.bank.l1[rows] *= finite  # the rows of an untouched s are not part of this step
+
+    def _take(self, segment: _Segment, parameter: Tensor, gradient: Tensor, table: Tensor, inverse_scale: Tensor | None) -> None:
+        """Advance one parameter and its state."""
+        bank = segment.bank
+        group = self.param_groups[segment.group]
+        c = _Coefficients(*table)
+        if group["decouple"] or group["weight_decay"] == 0:
+            c = c._replace(coupled=None)
+        weights, grads = _flat(parameter), _flat(gradient)
+        for row, (p, g, m, v, s) in segment.tiles(weights, grads):
+            work = p.to(bank.dtype)
+            g = g.to(bank.dtype)
+            if inverse_scale is not None:
+                g = g * inverse_scale.to(bank.device)
+            g = torch.nan_to_num(g, 0.0, 0.0, 0.0)  # such a gradient's coefficients change nothing, but 0 * nan is nan
+            num, l1 = advance(work, g, m, v, s, c)
+            bank.num[row : row + len(num)] = num
+            bank.l1[row : row + len(l1)] = l1
+            if work is not p:
+                p.copy_(work)
+        _write_back(weights, parameter)
+
+    def _close(self, now: _Pass, found_inf: Tensor | None) -> None:
+        """Add the sums up in their fixed order; move what waited for them, then W, d and k."""
+        layout = self._ready()
+        if now.rates != tuple(group["lr"] for group in self.param_groups):
+            raise RuntimeError("lr was changed between backward and step(): with fused backward it is set before backward")
+        scalars = layout.scalars
+        num, l1 = torch.zeros_like(now.dlr), torch.zeros_like(now.dlr)
         for number, group in enumerate(self.param_groups):
-            if group["lr"] > 0:
-                coefficients = _coefficients(group, dlr, finite, acts)
-                for bank in layout.banks:
-                    here = [(segment, p) for segment, p in moving if segment.group == number and segment.bank is bank]
-                    if here:
-                        tuned = _Coefficients(*coefficients.to(bank.device, bank.dtype))
-                        if group["decouple"] or group["weight_decay"] == 0:
-                            tuned = tuned._replace(coupled=None)
-                        for segment, parameter in here:
-                            assert parameter.grad is not None
-                            self._advance(segment, parameter, parameter.grad, tuned, True, inverse_scale)
-        for segment, parameter in work:
-            group = self.param_groups[segment.group]
-            if group["lr"] == 0:
-                _drift(segment, parameter, group, dlr, acts)
-        self._adapt(dlr, finite)
-        return loss
+            for bank in layout.banks:
+                rows = bank.rows_of.get(number)
+                if rows is not None and group["lr"] > 0:
+                    num += group["layer_scale"] * now.dlr * bank.num[rows].sum().to(layout.device)
+                    l1 += group["layer_scale"] * bank.l1[rows].sum().to(layout.device)
+        acts = l1 > 0 if now.tables.finite is None else (l1 > 0) & now.tables.finite
+        for segment, parameter, waits in now.undecided:
+            decay = now.tables.of(segment)[_Coefficients._fields.index("decay")]
+            _decay_alone(segment, parameter, torch.where(waits & acts.to(waits.device), decay, 0.0))
+        for segment, parameter, finite in now.resting if max(now.rates) > 0 else ():
+            _drift(segment, parameter, self.param_groups[segment.group], now.dlr, acts & finite.to(layout.device))
+
+        first = self.param_groups[0]
+        root = math.sqrt(first["betas"][1])
+        w = root * scalars["numerator_weighted"] + (1 - root) * num
+        d_hat = w / ((1 - root) * l1)
+        d = torch.maximum(scalars["d"], (scalars["d"] * first["growth_rate"]).clamp(max=first["d_max"]).minimum(d_hat))
+        # An overflow of the sums must not reach d, from which nothing comes back: such a step counts as one that learned nothing.
+        learns = acts & d_hat.isfinite()
+        if found_inf is not None:
+            learns &= found_inf.to(layout.device) == 0
+        for key, value in (("numerator_weighted", w), ("d_hat", d_hat), ("d", d), ("l1", l1), ("k", scalars["k"] + 1)):
+            scalars[key].copy_(torch.where(learns, value, scalars[key]))
 
     # ---- state ----
 
@@ -214,6 +323,7 @@ class DAdaptAdam(Optimizer):
         for _, target, source in copies:
             target.copy_(source)
         self._proven.clear()
+        self._backwards = 0
 
     # ---- inside ----
 
@@ -222,6 +332,8 @@ class DAdaptAdam(Optimizer):
         if self._layout is None:
             self._layout = _Layout(self.param_groups)
             self._proven: set[int] = set()
+            self._backwards = 0
+            self._segment_of = {parameter: segment for segment, parameter in self._segments()}
             for segment, parameter in self._segments():
                 self.state[parameter] = segment.bank.views(segment, parameter.shape)
             for group in self.param_groups:
@@ -233,14 +345,6 @@ class DAdaptAdam(Optimizer):
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
         return zip(self._layout.segments, parameters, strict=True)
 
-    def _common_lr(self) -> float:
-        rates = {group["lr"] for group in self.param_groups}
-        if len(rates - {0.0}) > 1 or min(rates) < 0:
-            raise ValueError(
-                f"the groups have the rates {sorted(rates)}; there is one d, so every lr is 0 or the same: use layer_scale to scale groups"
-            )
-        return max(rates)
-
     def _rate(self, lr: float) -> Tensor:
         scalars = self._ready().scalars
         rate = scalars["d"] * lr
@@ -250,74 +354,102 @@ class DAdaptAdam(Optimizer):
             rate = rate * (1 - beta2**steps).sqrt() / (1 - beta1**steps)
         return rate
 
-    def _acts(self, moving: Sequence[tuple[_Segment, Tensor]]) -> Tensor:
+    def _acts(self, gradients: Sequence[tuple[_Segment, Tensor, Tensor]]) -> Tensor:
         """Return whether l1 will be above 0 after this step, without which nothing decays or drifts: 0-d bool on the device.
 
-        It is once a parameter has s != 0, or a gradient != 0. The first is looked up (the one value that is ever read back) until it
-        is true for a parameter of the step: in practice in the first two steps.
+        It is, once a parameter of the step has s != 0 or a gradient != 0. The first is looked up until it is true, in practice in the
+        first two steps: the only values that are ever read back.
         """
         layout = self._ready()
         yes = torch.ones((), dtype=torch.bool, device=layout.device)
         if layout.device.type == "meta":
             return yes
-        counting = [pair for pair in moving if self.param_groups[pair[0].group]["layer_scale"] != 0]
+        groups = self.param_groups
+        counting = [entry for entry in gradients if groups[entry[0].group]["lr"] > 0 and groups[entry[0].group]["layer_scale"] != 0]
         if not counting:
             return ~yes
-        if not any(segment.index in self._proven for segment, _ in counting):
-            started = torch.stack([segment.bank.started(segment).to(layout.device) for segment, _ in counting]).tolist()
-            self._proven.update(segment.index for (segment, _), yes in zip(counting, started, strict=True) if yes)
-        if any(segment.index in self._proven for segment, _ in counting):
+        if not any(segment.index in self._proven for segment, _, _ in counting):
+            self._prove([segment for segment, _, _ in counting])
+        if any(segment.index in self._proven for segment, _, _ in counting):
             return yes
-        coupled = not self.param_groups[0]["decouple"]
         touched: list[Tensor] = []
-        for segment, parameter in counting:
-            assert parameter.grad is not None
-            any_gradient = parameter.grad.any()
-            if coupled and self.param_groups[segment.group]["weight_decay"] != 0:
+        for segment, parameter, gradient in counting:
+            any_gradient = gradient.any()
+            if not groups[segment.group]["decouple"] and groups[segment.group]["weight_decay"] != 0:
                 any_gradient = any_gradient | parameter.any()
             touched.append(any_gradient.to(layout.device))
         return torch.stack(touched).any()
 
-    def _advance(
-        self, segment: _Segment, parameter: Tensor, gradient: Tensor, c: _Coefficients, guarded: bool, inverse_scale: Tensor | None
-    ) -> None:
-        bank = segment.bank
-        weights, grads = _flat(parameter), _flat(gradient)
-        for row, (p, g, m, v, s) in segment.tiles(weights, grads):
-            work = p.to(bank.dtype)
-            g = g.to(bank.dtype)
-            if inverse_scale is not None:
-                g = g * inverse_scale.to(bank.device)
-            if guarded:
-                g = torch.nan_to_num(g, 0.0, 0.0, 0.0)  # the coefficients then leave everything as it is, but 0 * nan is nan
-            num, l1 = advance(work, g, m, v, s, c)
-            bank.num[row : row + len(num)] = num
-            bank.l1[row : row + len(l1)] = l1
-            if work is not p:
-                p.copy_(work)
-        if weights.data_ptr() != parameter.data_ptr():
-            parameter.copy_(weights.view(parameter.shape))
+    def _prove(self, segments: Sequence[_Segment]) -> None:
+        """Read back which of these parameters have s != 0."""
+        device = self._ready().device
+        if device.type == "meta" or not segments:
+            return
+        started = torch.stack([segment.bank.started(segment).to(device) for segment in segments]).tolist()
+        self._proven.update(segment.index for segment, yes in zip(segments, started, strict=True) if yes)
 
-    def _adapt(self, dlr: Tensor, finite: Tensor) -> None:
-        """Add the sums up in their fixed order and move W, d and k."""
-        layout = self._ready()
-        now = layout.scalars
-        first = self.param_groups[0]
-        num, l1 = torch.zeros_like(now["d"]), torch.zeros_like(now["d"])
-        for number, group in enumerate(self.param_groups):
-            for bank in layout.banks:
-                rows = bank.rows_of.get(number)
-                if rows is not None and group["lr"] > 0:
-                    num += group["layer_scale"] * dlr * bank.num[rows].sum().to(layout.device)
-                    l1 += group["layer_scale"] * bank.l1[rows].sum().to(layout.device)
-        root = math.sqrt(first["betas"][1])
-        w = root * now["numerator_weighted"] + (1 - root) * num
-        d_hat = w / ((1 - root) * l1)
-        d = torch.maximum(now["d"], (now["d"] * first["growth_rate"]).clamp(max=first["d_max"]).minimum(d_hat))
-        # An overflow of the sums must not reach d, from which nothing comes back: such a step counts as one that learned nothing.
-        learns = finite & (l1 > 0) & d_hat.isfinite()
-        for key, value in (("numerator_weighted", w), ("d_hat", d_hat), ("d", d), ("l1", l1), ("k", now["k"] + 1)):
-            now[key].copy_(torch.where(learns, value, now[key]))
+    def _prove_now_and_then(self) -> None:
+        """Before a fused backward, look for s != 0 at every step whose number is a power of two: few parameters stay unproven."""
+        self._backwards += 1
+        if self._backwards & (self._backwards - 1) == 0:
+            self._prove([segment for segment, _ in self._segments() if segment.index not in self._proven])
+
+
+@dataclass
+class _Pass:
+    """What one step knows between its first gradient and its end."""
+
+    rates: tuple[float, ...]
+    dlr: Tensor
+    tables: _Tables
+    seen: set[int] = field(default_factory=set)
+    undecided: list[tuple[_Segment, Tensor, Tensor]] = field(default_factory=list)
+    """Parameters that moved nowhere, and whether they decay if others move."""
+    resting: list[tuple[_Segment, Tensor, Tensor]] = field(default_factory=list)
+    """Parameters whose lr is 0, and whether their gradient is finite."""
+
+
+class _Tables:
+    """The coefficients of each group in one step, on each device and in each precision they are needed in."""
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]], dlr: Tensor) -> None:
+        self._groups, self._dlr = groups, dlr
+        self._ready: dict[tuple[int, _Bank], Tensor] = {}
+        self._neutral: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self.finite: Tensor | None = None
+        self._acts: Tensor | None = None
+
+    def gate(self, finite: Tensor, acts: Tensor) -> None:
+        """Change nothing in this step unless `finite`, and decay nothing unless `acts`: 0-d bools."""
+        self.finite, self._acts = finite, acts
+
+    def of(self, segment: _Segment, finite: Tensor | None = None, acts: Tensor | None = None) -> Tensor:
+        """Return the values of `_Coefficients`, gated as the step is, and by what is given here for one parameter."""
+        key = segment.group, segment.bank
+        if key not in self._ready:
+            self._ready[key] = self._gated(self._values(segment.group), self.finite, self._acts).to(segment.bank.device, segment.bank.dtype)
+        return self._gated(self._ready[key], finite, acts)
+
+    def _values(self, number: int) -> Tensor:
+        group, dlr = self._groups[number], self._dlr
+        beta1, beta2 = group["betas"]
+        root, decay = math.sqrt(beta2), group["weight_decay"]
+        decoupled, coupled = (decay, 0.0) if group["decouple"] else (0.0, decay)
+        values = [beta1, (1 - beta1) * group["layer_scale"], beta2, 1 - beta2, root, 1 - root, group["eps"], decoupled, coupled]
+        by_rate = torch.stack([torch.ones_like(dlr), dlr])[[0, 1, 0, 0, 0, 1, 0, 1, 0]]
+        return torch.tensor(values, dtype=dlr.dtype).to(dlr.device, non_blocking=True) * by_rate
+
+    def _gated(self, values: Tensor, finite: Tensor | None, acts: Tensor | None) -> Tensor:
+        if acts is not None:
+            factors = torch.ones_like(values)
+            factors[_Coefficients._fields.index("decay")] = acts.to(values.device)
+            values = values * factors
+        if finite is not None:
+            kind = values.device, values.dtype
+            if kind not in self._neutral:
+                self._neutral[kind] = torch.tensor(_NEUTRAL, dtype=values.dtype).to(values.device, non_blocking=True)
+            values = torch.where(finite.to(values.device), values, self._neutral[kind])
+        return values
 
 
 class _Coefficients(NamedTuple):
@@ -353,16 +485,12 @@ def advance(p: Tensor, g: Tensor, m: Tensor, v: Tensor, s: Tensor, c: _Coefficie
     return num, l1
 
 
-def _coefficients(group: Mapping[str, Any], dlr: Tensor, finite: Tensor, acts: Tensor) -> Tensor:
-    beta1, beta2 = group["betas"]
-    root, decay = math.sqrt(beta2), group["weight_decay"]
-    decoupled, coupled = (decay, 0.0) if group["decouple"] else (0.0, decay)
-    fixed = torch.tensor([beta1, beta2, 1 - beta2, root, group["eps"], coupled], dtype=dlr.dtype).to(dlr.device, non_blocking=True)
-    keep_m, keep_v, gain_v, keep_s, eps, coupling = fixed.unbind()
-    gain_m, gain_s = (1 - beta1) * group["layer_scale"] * dlr, (1 - root) * dlr
-    values = torch.stack([keep_m, gain_m, keep_v, gain_v, keep_s, gain_s, eps, torch.where(acts, decoupled * dlr, 0.0), coupling])
-    neutral = torch.tensor(_NEUTRAL, dtype=dlr.dtype).to(dlr.device, non_blocking=True)
-    return torch.where(finite, values, neutral)
+def _decay_alone(segment: _Segment, parameter: Tensor, decay: Tensor) -> None:
+    weights = _flat(parameter)
+    for _, (p, *_) in segment.tiles(weights):
+        work = p.to(segment.bank.dtype)
+        p.copy_(work - work * decay)
+    _write_back(weights, parameter)
 
 
 def _drift(segment: _Segment, parameter: Tensor, group: Mapping[str, Any], dlr: Tensor, acts: Tensor) -> None:
@@ -374,17 +502,32 @@ def _drift(segment: _Segment, parameter: Tensor, group: Mapping[str, Any], dlr: 
     for _, (p, m, v, _) in segment.tiles(weights):
         work = p.to(bank.dtype)
         p.copy_(work - (m / (v.sqrt() + eps) + work * decay))
-    if weights.data_ptr() != parameter.data_ptr():
-        parameter.copy_(weights.view(parameter.shape))
+    _write_back(weights, parameter)
 
 
-def _all_finite(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    return torch.stack([torch.linalg.vector_norm(g).isfinite().to(device) for g in gradients]).all()
+def _all_finite(gradients: Sequence[tuple[_Segment, Tensor, Tensor]], device: torch.device) -> Tensor:
+    return torch.stack([torch.linalg.vector_norm(gradient).isfinite().to(device) for _, _, gradient in gradients]).all()
+
+
+def _arrival_hook(reference: weakref.ref[DAdaptAdam]) -> Callable[[Tensor], None]:
+    @torch.no_grad()
+    def arrive(parameter: Tensor) -> None:
+        optimizer = reference()
+        if optimizer is not None:
+            optimizer._ready()
+            optimizer._arrive(optimizer._segment_of[parameter], parameter)
+
+    return arrive
 
 
 def _flat(tensor: Tensor) -> Tensor:
     """Return the tensor's elements in the order of its indices: a view if it is contiguous, else a copy."""
     return tensor.detach().reshape(-1)
+
+
+def _write_back(weights: Tensor, parameter: Tensor) -> None:
+    if weights.data_ptr() != parameter.data_ptr():
+        parameter.copy_(weights.view(parameter.shape))
 
 
 class _Group(dict[str, Any]):
@@ -477,6 +620,7 @@ class _Layout:
             banks[kind].rows_of[number] = span
         self.banks: tuple[_Bank, ...] = tuple(banks.values())
         self.segments = tuple(_Segment(index, number, banks[kind], row, numel) for index, (number, kind, row, numel) in enumerate(places))
+        self.not_finite = torch.zeros((), dtype=torch.int64, device=groups[0]["params"][0].device)
         self.device: torch.device = groups[0]["params"][0].device
         first_group = groups[0]
         self.scalars: dict[str, Tensor] = {
