@@ -28,7 +28,7 @@ class Case:
             (folder / name / "model_index.json").write_text("{}")
         for name in ("input", "pictures/faces", "other", "data"):
             (folder / name).mkdir(parents=True)
-        for name in ("prompts.txt", "old.ckpt", "data/__init__.py", "data/rng.py"):
+        for name in ("prompts.txt", "old.ckpt", "old.pth", "data/__init__.py", "data/rng.py"):
             (folder / name).write_text("a face\n")
         for name, text in {"train.json": GOOD_TRAIN, "optimizer.json": GOOD_OPTIMIZER, **self.files}.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -119,9 +119,11 @@ def test_models_runs_and_checkpoints_are_recognised(folder: Path, inside: str):
     assert load({"resume_ckpt": "thing"}).config.model.resume_ckpt == str(folder / "thing")
 
 
-def test_a_single_file_is_a_model(folder: Path):
-    (folder / "v1-5.safetensors").write_bytes(b"")
-    assert load({"resume_ckpt": "v1-5.safetensors", "vae": "v1-5.safetensors"}).config.model.vae == str(folder / "v1-5.safetensors")
+@pytest.mark.parametrize("name", ["v1-5.safetensors", "old.ckpt"])
+def test_a_single_file_is_a_model(folder: Path, name: str):
+    (folder / name).write_bytes(b"")
+    model = load({"resume_ckpt": name, "vae": name}).config.model
+    assert (model.resume_ckpt, model.vae) == (str(folder / name), str(folder / name))
 
 
 def test_absent_and_null_inherit_while_zero_and_false_are_values(folder: Path):

@@ -14,6 +14,7 @@ from trainer.config.paths import find, not_found, resolve_folder, resolve_model,
 from trainer.config.positions import Document, read_json
 from trainer.config.report import COMMAND_LINE, Place, Report, Written, checked, closest, did_you_mean
 from trainer.config.rules import Settings, apply_rules, resolved
+from trainer.config.sample_file import read_sample_prompts
 from trainer.config.schema import CommandOptions, OptimizerConfig, TrainConfig, keys_of, optimizer_keys, sections, train_keys
 from trainer.errors import UserError
 
@@ -41,7 +42,7 @@ def load_config(argv: Sequence[str]) -> Loaded:
         argv: the command line without the program's name.
 
     Raises:
-        UserError: all problems of the command line and of both files, each with its place.
+        UserError: all problems of the command line and of all files, each with its place.
         SystemExit: after printing the help that was asked for.
     """
     report = Report()
@@ -61,6 +62,8 @@ def load_config(argv: Sequence[str]) -> Loaded:
         written[name] = Written(value, Place(COMMAND_LINE, None, name))
     settings = _settings(written, document, Place(file), report)
     optimizers, optimizer_source = _optimizers(settings, source, report)
+    if settings.values.get("sample_prompts"):
+        read_sample_prompts(Path(settings["sample_prompts"]), report)
     apply_rules(settings, report)
     if report.errors or optimizers is None:
         raise UserError(report.errors)

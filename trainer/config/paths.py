@@ -14,7 +14,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LOCAL = ("checkpoints", "ckpts", "input", "logs", "model", "models", "output")
 """First parts of paths that look like a hub id's owner, and never are one."""
 
-_MODEL_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+_READABLE = (".safetensors", ".ckpt")
+_MODEL_FILES = (*_READABLE, ".pt", ".pth", ".bin")
 _PROMPT_FILES = (".txt", ".json")
 
 
@@ -145,14 +146,12 @@ def _model_path(written: Written, report: Report, what: str) -> Path | str | Non
 
 
 def _model_file(path: Path, place: Place, report: Report) -> str | None:
-    if path.suffix.lower() == ".safetensors":
+    if path.suffix.lower() in _READABLE:
         return str(path)
-    if path.suffix.lower() in _MODEL_FILES:
-        report.error(place, f"{path.suffix} files are not supported yet by this version; convert it to .safetensors")
-    elif path.name == "model_index.json":
+    if path.name == "model_index.json":
         report.error(place, "name the folder that holds model_index.json, not the file")
     else:
-        report.error(place, f"not a model: {path.name}; a model's file ends in .safetensors")
+        report.error(place, f"not a model: {path.name}; a model's file ends in {' or '.join(_READABLE)}")
     return None
 
 
