@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from trainer.models.load import Models
     from trainer.models.trainable import TrainedParts
     from trainer.optim.optimizer_set import OptimizerSet
+    from trainer.sampling import Sampler
 
 UNET, TEXT_ENCODER = "unet", "text encoder"
 
@@ -41,8 +42,9 @@ def run_training(config: TrainConfig, notes: Sequence[str]) -> None:
         DataError: likewise, about the images.
     """
     from trainer.environment import check_cuda
-    from trainer.loggers.console import Console, quiet_libraries
+    from trainer.loggers.console import Console
     from trainer.loop import train
+    from trainer.models.quiet import quiet_libraries
 
     quiet_libraries()
     console = Console()
@@ -143,6 +145,7 @@ def build_run(config: TrainConfig, console: Console) -> Run:
     from trainer.check import plan_lines
     from trainer.checkpoint import TrainState
     from trainer.config import check_rates
+    from trainer.config.sample_file import load_sample_prompts
     from trainer.diffusion.objective import Networks
     from trainer.loggers import open_loggers
     from trainer.loop import EPOCH_LOSS, LOSS, Run
@@ -150,11 +153,15 @@ def build_run(config: TrainConfig, console: Console) -> Run:
     from trainer.models.load import load_models
     from trainer.models.trainable import apply_freezing
     from trainer.precision import resolve_precision
+    from trainer.sampling import Sampler
     from trainer.state import read_state
     from trainer.validation import FixedLoss, choose_images
 
     start = find_start(config)
+    if start.checkpoint is None and (problem := log_folder_problem(Path(config.logging.logdir))):
+        raise UserError(problem)
     config = replace(config, loop=replace(config.loop, seed=choose_seed(config.loop.seed, start)))
+    prompts = load_sample_prompts(Path(config.samples.sample_prompts) if config.samples.sample_prompts else None)
     index = build_index(config.data)
     precision = resolve_precision(config.precision, choose_device(config.loop.gpuid))
     device = precision.device
@@ -173,6 +180,14 @@ def build_run(config: TrainConfig, console: Console) -> Run:
     optimizers = make_optimizers(config, parts, total_steps)
     objective = make_objective(config, models, parts)
     meter = Meter(epoch_tags={LOSS: EPOCH_LOSS})
+    sampler = Sampler(
+        prompts,
+        resolution=config.data.resolution,
+        seed=config.loop.seed,
+        batch_size=config.data.batch_size,
+        captions=[record.caption.text for record in index.records],
+        clip_skip=config.objective.clip_skip,
+    )
     state = start.state or TrainState()
     if start.checkpoint is not None:
         saved = read_state(start.checkpoint / "resume" / "training")
@@ -211,7 +226,7 @@ def build_run(config: TrainConfig, console: Console) -> Run:
         precision=precision,
         cadence=Cadence(
             log_step=config.logging.log_step,
-            sample_steps=config.samples.sample_steps,
+            sample_steps=prompts.generate_samples_every_n_steps or config.samples.sample_steps,
             save_every_n_epochs=config.saving.save_every_n_epochs,
             save_ckpts_from_n_epochs=config.saving.save_ckpts_from_n_epochs,
             total_steps=total_steps,
@@ -226,9 +241,10 @@ def build_run(config: TrainConfig, console: Console) -> Run:
         meter=meter,
         fixed_loss=FixedLoss(loader.images.plain(fixed), objective) if fixed else None,
         sample=lambda step: None,
+        sample_first=prompts.generate_pretrain_samples,
         save=lambda last: [],
     )
-    run.sample = make_sampler(config, index, models, run)
+    run.sample = make_sampler(sampler, models, run)
     run.save = make_saver(config, models, about, run)
     return run
 
@@ -247,14 +263,14 @@ def choose_device(gpuid: int) -> torch.device:
         UserError: there is no CUDA device of that number.
     """
     import torch
-    from accelerate import PartialState
+    from accelerate import Accelerator
 
     count = torch.cuda.device_count()
     if count and gpuid >= count:
         raise UserError(f"gpuid: {gpuid} was asked for, and this machine has {count} CUDA device(s), numbered from 0; choose one of those.")
     if count:
         torch.cuda.set_device(gpuid)
-    device = PartialState().device
+    device = Accelerator().device
     return torch.device("cuda", gpuid) if device.type == "cuda" and device.index is None else device
 
 
@@ -388,8 +404,6 @@ def make_folder(config: TrainConfig) -> Path:
             folder.mkdir(parents=True)
             return folder.resolve()
         except FileExistsError:
-            if problem := log_folder_problem(logdir):
-                raise UserError(problem) from None
             time.sleep(0.2)  # another run began in the same second
         except OSError as error:
             raise UserError(f"logdir: no run folder can be made in {logdir} ({error.strerror}); choose another logdir.") from error
@@ -402,6 +416,32 @@ def record_configuration(config: TrainConfig, folder: Path, loggers: Loggers, st
     write_resolved(config, folder)
     for name in ("train.json", "optimizer.json"):
         loggers.text(f"config/{name}", (folder / name).read_text(encoding="utf-8"), step)
+
+
+def make_sampler(sampler: Sampler, models: Models, run: Run) -> Callable[[int], None]:
+    """Return the function that draws, saves and records the samples of a step."""
+
+    def sample(step: int) -> None:
+        samples = sampler.draw(
+            models.unet,
+            models.text_encoder,
+            models.vae,
+            models.tokenizer,
+            models.scheduler_config,
+            step=step,
+            device=run.precision.device,
+            autocast=run.precision.autocast,
+        )
+        for problem in samples.problems:
+            run.console.event(f"Note: {problem}.")
+        try:
+            run.console.event(f"step {step}: samples in {samples.save(run.folder / 'samples', step)}")
+        except OSError as error:
+            run.console.event(f"Note: the samples of step {step} could not be saved ({error.strerror or error}); training goes on.")
+        for tag, picture in samples.rows:
+            run.loggers.image(tag, picture, step)
+
+    return sample
 
 
 def make_saver(config: TrainConfig, models: Models, about: Mapping[str, Any], run: Run) -> Callable[[bool], list[Path]]:

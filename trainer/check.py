@@ -26,8 +26,8 @@ def check(config: TrainConfig, notes: Sequence[str]) -> None:
     from trainer.build import Tokenize, check_same_run, choose_device, choose_seed, describe, find_start, log_folder_problem, make_loader
     from trainer.config import check_rates
     from trainer.errors import UserError
-    from trainer.loggers.console import quiet_libraries
     from trainer.models.load import describe as describe_model
+    from trainer.models.quiet import quiet_libraries
     from trainer.models.trainable import apply_freezing
     from trainer.precision import resolve_precision
 

@@ -77,6 +77,8 @@ class Run:
     fixed_loss: FixedLoss | None
     sample: Callable[[int], None]
     """Draws, saves and records the samples of a step."""
+    sample_first: bool
+    """Whether samples are drawn before the first step too."""
     save: Callable[[bool], list[Path]]
     """Writes a checkpoint, the run's last or not, and returns what it wrote."""
     bad_files_named: int = 0
@@ -93,7 +95,8 @@ def train(run: Run) -> list[Path]:
     state, device, written = run.state, run.precision.device, []
     if state.step == 0:
         measure_fixed_loss(run)
-        draw_samples(run)
+        if run.sample_first:
+            draw_samples(run)
     due_stop = state.step >= run.cadence.total_steps
     while not due_stop:
         epoch = state.epoch

@@ -49,10 +49,12 @@ def _objective(models, **options):
     )
 
 
-def _setup(name="adamw", dtype=torch.float32, **options):
+def _setup(name="adamw", dtype=torch.float32, channels_last=False, **options):
     models = tiny_models(0)
     for module in (models.unet, models.text_encoder, models.vae):
         module.to(dtype)
+    if channels_last:
+        models.unet.to(memory_format=torch.channels_last)
     models.vae.requires_grad_(False)
     networks = Networks(models.unet, models.text_encoder, models.vae)
     parameters = {"unet": list(models.unet.parameters()), "text encoder": list(models.text_encoder.parameters())}
@@ -128,17 +130,18 @@ def test_a_gradient_that_is_not_finite_changes_no_weight_and_no_state(name, pois
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_state_on_disk_continues_the_run_to_the_bit(name, tmp_path):
-    networks, objective, optimizers = _setup(name)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_state_on_disk_continues_the_run_to_the_bit(name, channels_last, tmp_path):
+    networks, objective, optimizers = _setup(name, channels_last=channels_last)
     for step in range(3):
         train_step([objective.draw(_batch(range(4), step))], networks, objective, optimizers, step=step, images=4)
     write_state(optimizers.state_dict(), tmp_path / "optimizers")
     weights = {id: module.state_dict() for id, module in (("unet", networks.unet), ("text", networks.text_encoder))}
-    weights = {name: {key: tensor.clone() for key, tensor in module.items()} for name, module in weights.items()}
+    weights = {name: {key: tensor.contiguous().clone() for key, tensor in module.items()} for name, module in weights.items()}
     for step in range(3, 6):
         train_step([objective.draw(_batch(range(4), step))], networks, objective, optimizers, step=step, images=4)
 
-    others, objective, continued = _setup(name)
+    others, objective, continued = _setup(name, channels_last=channels_last)
     others.unet.load_state_dict(weights["unet"])
     others.text_encoder.load_state_dict(weights["text"])
     continued.load_state_dict(read_state(tmp_path / "optimizers"))

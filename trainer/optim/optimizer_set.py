@@ -120,13 +120,29 @@ class OptimizerSet:
             entry = saved[member.network]
             current = member.optimizer.state_dict()["param_groups"]
             groups = [{**group, **learned} for group, learned in zip(current, entry["groups"], strict=True)]
-            member.optimizer.load_state_dict({"state": entry["state"], "param_groups": groups})
+            state = {number: _laid_out_like(member.parameters[number], values) for number, values in entry["state"].items()}
+            member.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _rate(options: OptimizerOptions) -> float:
     if options.lr is None:
         raise ValueError("the learning rate is resolved when the configuration is loaded")
     return options.lr
+
+
+def _laid_out_like(parameter: nn.Parameter, value: Any) -> Any:
+    """Return saved state with the strides of its parameter wherever it has its shape.
+
+    Files hold tensors in logical order. Fused and 8-bit kernels walk parameter and state as plain memory, side by side, so state
+    beside channels-last weights must be channels last too; and sums are equal to the bit only in the same order.
+    """
+    import torch
+
+    if isinstance(value, dict):
+        return {key: _laid_out_like(parameter, item) for key, item in value.items()}
+    if isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+        return torch.empty_strided(parameter.shape, parameter.stride(), dtype=value.dtype, device=value.device).copy_(value)
+    return value
 
 
 def _listed(optimizers: Mapping[str, str]) -> str:
