@@ -43,7 +43,7 @@ def tiny_models(seed: int = 0, shape: Shape = "small") -> Models:
             text_encoder=_text_encoder(tokenizer),
             vae=_vae(2 if shape == "sd15" else 1),
             tokenizer=tokenizer,
-            scheduler_config=dict(tiny_scheduler().config),
+            scheduler_config={"_class_name": "PNDMScheduler", **tiny_scheduler().config},
             source=f"tiny ({shape}, seed {seed})",
         )
 

@@ -1,0 +1,115 @@
+"""Tensor files: what is written is what the safetensors library reads, and damage has a name."""
+
+import json
+import struct
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from trainer.errors import UserError
+from trainer.models.tensor_file import TensorFile, write_tensors
+
+
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "b.weight": torch.randn(3, 5, generator=generator),
+        "a.positions": torch.arange(7).unsqueeze(0),
+        "c.transposed": torch.randn(4, 6, generator=generator).T,
+        "d.channels_last": torch.randn(2, 3, 4, 4, generator=generator).to(memory_format=torch.channels_last),
+        "e.scalar": torch.tensor(2.5),
+        "f.half": torch.randn(3, generator=generator).half(),
+        "g.parameter": torch.nn.Parameter(torch.ones(2)),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_library_reads_what_is_written(dtype, tmp_path):
+    write_tensors(tmp_path / "x.safetensors", tensors(), dtype, {"format": "pt", "title": "ünï"})
+    read = safetensors.torch.load_file(tmp_path / "x.safetensors")
+    assert set(read) == set(tensors())
+    for name, tensor in tensors().items():
+        expected = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+        assert read[name].dtype == expected.dtype and torch.equal(read[name], expected), name
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "title": "ünï"}
+
+
+def test_what_the_library_writes_is_read(tmp_path):
+    written = {name: tensor.detach().contiguous() for name, tensor in tensors().items()}
+    safetensors.torch.save_file(written, tmp_path / "x.safetensors", metadata={"k": "v"})
+    file = TensorFile(tmp_path / "x.safetensors")
+    assert file.metadata == {"k": "v"}
+    assert set(file) == set(written) and len(file) == len(written)
+    for name, tensor in written.items():
+        assert torch.equal(file[name], tensor) and file.shapes[name] == tuple(tensor.shape)
+    with pytest.raises(KeyError):
+        file["nothing"]
+
+
+def test_every_tensor_starts_at_a_multiple_of_its_size(tmp_path):
+    write_tensors(tmp_path / "x.safetensors", tensors(), torch.float16, {})
+    content = (tmp_path / "x.safetensors").read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    sizes = {"I64": 8, "F16": 2}
+    assert length % 8 == 0
+    assert all(entry["data_offsets"][0] % sizes[entry["dtype"]] == 0 for name, entry in header.items() if name != "__metadata__")
+
+
+@given(st.integers(min_value=0, max_value=10_000))
+def test_every_truncation_is_noticed(cut):
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.safetensors"
+        write_tensors(path, tensors(), torch.float32, {})
+        content = path.read_bytes()
+        path.write_bytes(content[: cut % len(content)])
+        with pytest.raises(UserError, match=r"cut short|not a \.safetensors file"):
+            TensorFile(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 10\n", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html>Not found</html>", "not a .safetensors file"),
+        (b"", "not a .safetensors file"),
+        (struct.pack("<Q", 2) + b"[]", "not a .safetensors file"),
+        (struct.pack("<Q", 14) + b'{"a":{"x": 1}}', "not a .safetensors file"),
+        (struct.pack("<Q", 100) + b'{"a"', "cut short after 12 bytes"),
+    ],
+)
+def test_other_files_are_named_for_what_they_are(content, said, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        TensorFile(tmp_path / "x.safetensors")
+    assert said in str(caught.value)
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("ran",))
+
+
+def test_a_ckpt_gives_its_tensors_and_runs_nothing(tmp_path, capsys):
+    state = {"weight": torch.ones(2, 3)}
+    torch.save({"state_dict": state, "global_step": 3}, tmp_path / "wrapped.ckpt")
+    torch.save(state, tmp_path / "bare.ckpt")
+    torch.save(state, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    for name in ("wrapped.ckpt", "bare.ckpt", "old.ckpt"):
+        file = TensorFile(tmp_path / name)
+        assert file.shapes == {"weight": (2, 3)} and torch.equal(file["weight"], state["weight"])
+    torch.save({"state_dict": state, "callback": Evil()}, tmp_path / "evil.ckpt")
+    torch.save({"step": 3}, tmp_path / "empty.ckpt")
+    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "bare.ckpt").read_bytes()[:100])
+    for name, said in (("evil.ckpt", "cannot be read as plain tensors"), ("cut.ckpt", "cannot be read"), ("empty.ckpt", "no tensors")):
+        with pytest.raises(UserError, match=said):
+            TensorFile(tmp_path / name)
+    assert "ran" not in capsys.readouterr().out

@@ -1,0 +1,130 @@
+"""Writing a model so that other programs read it: a diffusers folder, or one .safetensors file in the original layout.
+
+Both write straight to the path that they are given; the caller writes beside and renames (`trainer.checkpoint`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainer.models.checkpoint_file import CONFIGS, PREDICTION_TYPE, TOKENIZER
+from trainer.models.folder import INDEX, WEIGHTS
+from trainer.models.single_file import to_original
+from trainer.models.tensor_file import write_tensors
+from trainer.models.tokenizer import is_clip_tokenizer, tokenizer_to_text, write_tokenizer
+
+if TYPE_CHECKING:
+    from trainer.models.load import Models
+
+_LIBRARIES = {
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+}
+
+
+def save_diffusers(models: Models, folder: Path, dtype: torch.dtype) -> None:
+    """Write a folder that `StableDiffusionPipeline.from_pretrained(folder)` loads, without safety checker.
+
+    Older diffusers and transformers read it too: the text encoder's names begin with `text_model.`, which newer ones accept, and the
+    tokenizer comes in both forms. Needs memory for one tensor beside the model.
+
+    Args:
+        models: on any device.
+        folder: made if absent; files of the same names are replaced.
+        dtype: of the weights in the files.
+    """
+    import diffusers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    version = {"_diffusers_version": diffusers.__version__}
+    scheduler_class = models.scheduler_config["_class_name"]
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        **version,
+        "feature_extractor": (None, None),
+        "requires_safety_checker": False,
+        "safety_checker": (None, None),
+        "scheduler": ("diffusers", scheduler_class),
+        **_LIBRARIES,
+    }
+    _write_json(folder / INDEX, index)
+    configs = _configs(models)
+    for network, (stem, _) in WEIGHTS.items():
+        part = folder / network
+        part.mkdir(exist_ok=True)
+        extra: dict[str, Any] = {"_class_name": _LIBRARIES[network][1], **version}
+        start = ""
+        if network == "text_encoder":
+            extra = {"architectures": ["CLIPTextModel"], "torch_dtype": str(dtype).removeprefix("torch.")}
+            start = "text_model."
+        _write_json(part / "config.json", {**configs[network], **extra})
+        weights = {start + name.removeprefix(start): tensor for name, tensor in getattr(models, network).state_dict().items()}
+        write_tensors(part / f"{stem}.safetensors", weights, dtype, {"format": "pt"})
+    (folder / "scheduler").mkdir(exist_ok=True)
+    _write_json(folder / "scheduler" / "scheduler_config.json", {**configs["scheduler"], **version})
+    write_tokenizer(models.tokenizer, folder / "tokenizer")
+
+
+def save_single_file(models: Models, path: Path, dtype: torch.dtype = torch.float16, metadata: Mapping[str, str] | None = None) -> None:
+    """Write one .safetensors file in the original layout, which Stable Diffusion programs and `from_single_file` read.
+
+    The header describes the model as the ModelSpec standard (https://github.com/Stability-AI/ModelSpec) has it, and holds the
+    configurations, so that this program loads the file alone whatever the networks' size; also the tokenizer where it is not CLIP's
+    own. Needs memory for one tensor beside the model.
+
+    Args:
+        models: on any device.
+        path: the file to write.
+        dtype: of the weights in the file.
+        metadata: further header fields; they win over those made here, `modelspec.title` and `modelspec.date` among them.
+    """
+    configs = _configs(models)
+    prediction = configs["scheduler"].get("prediction_type", "epsilon")
+    side = configs["unet"]["sample_size"] * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+    header = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-v1",
+        "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
+        "modelspec.title": path.stem,
+        "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "modelspec.resolution": f"{side}x{side}",
+        PREDICTION_TYPE: "v" if prediction == "v_prediction" else prediction,
+        CONFIGS: json.dumps(configs, separators=(",", ":")),
+    }
+    if not is_clip_tokenizer(models.tokenizer):
+        header[TOKENIZER] = tokenizer_to_text(models.tokenizer)
+    write_tensors(path, to_original(models), dtype, {**header, **(metadata or {})})
+
+
+def _configs(models: Models) -> dict[str, dict[str, Any]]:
+    """Return the four configurations as plain data, without what belongs to the machine and the libraries that loaded them."""
+    text_encoder = models.text_encoder.config.to_diff_dict()
+    configs = {
+        "unet": dict(models.unet.config),
+        "vae": dict(models.vae.config),
+        "text_encoder": text_encoder,
+        "scheduler": dict(models.scheduler_config),
+    }
+    dropped = (
+        "_name_or_path",
+        "_diffusers_version",
+        "_use_default_values",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "architectures",
+    )
+    return {part: {name: value for name, value in config.items() if name not in dropped} for part, config in configs.items()}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
