@@ -282,6 +282,21 @@ def test_a_terminal_shows_a_bar_and_events_above_it(monkeypatch: pytest.MonkeyPa
     assert text.count("\n") == 2  # the event's, and the bar's own at the end
 
 
+def test_a_narrow_terminal_shows_all_the_numbers(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "24")
+    stream = Terminal()
+    console = Console(stream=stream)
+    console.start(total_steps=7500, first_step=5554)
+    console.step(epoch=223, epochs=300, step=5555)
+    console.report(Report(loss=0.0412345, rates={"unet": 2.8e-05, "text encoder": 1.1e-05}, images_per_second=33.64, memory=3 * 2**29))
+    console.close()
+    bar = stream.getvalue().rstrip("\n").split("\r")[-1].strip()
+    assert bar.startswith("epoch 223/300 5555/7500 <")
+    assert bar.endswith("loss 0.04123 lr 2.8e-05/1.1e-05 33.6/s 1.5G") and len(bar) < 80
+
+
 def test_a_continued_run_starts_where_it_was(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()

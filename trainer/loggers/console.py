@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -31,13 +32,26 @@ class Report:
     def __str__(self) -> str:
         """Return the report as the end of a line."""
         parts = [f"loss {self.loss:.4g}"]
-        parts += [f"lr {' '.join(f'{_SHORT.get(network, network)} {rate:.2g}' for network, rate in self.rates.items())}"] * bool(self.rates)
-        parts += [f"{self.images_per_second:.3g} images/s"] * (self.images_per_second is not None)
-        parts += [f"{self.memory / 2**30:.2f} GiB"] * bool(self.memory)
+        if self.rates:
+            parts.append("lr " + " ".join(f"{_SHORT.get(network, network)} {rate:.2g}" for network, rate in self.rates.items()))
+        if self.images_per_second is not None:
+            parts.append(f"{self.images_per_second:.3g} images/s")
+        if self.memory:
+            parts.append(f"{self.memory / 2**30:.2f} GiB")
         return ", ".join(parts)
+
+    def compact(self) -> str:
+        """Return the same for a terminal of 80 columns; the rates stand in the order of the networks."""
+        rates = "/".join(f"{rate:.2g}" for rate in self.rates.values())
+        speed = "" if self.images_per_second is None else f" {self.images_per_second:.3g}/s"
+        memory = f" {self.memory / 2**30:.1f}G" if self.memory else ""
+        return f"loss {self.loss:.4g}" + (f" lr {rates}" if rates else "") + speed + memory
 
 
 _SHORT = {"text encoder": "text"}
+
+_WIDE = 116
+"""Columns that the whole bar takes; a narrower terminal is shown its numbers without the bar."""
 
 
 class Console:
@@ -59,6 +73,7 @@ class Console:
         self._warned = False
         self._total = self._first = self._step = 0
         self._began = 0.0
+        self._wide = True
         self._place = ""
 
     def record_to(self, path: Path) -> None:
@@ -80,6 +95,8 @@ class Console:
         """
         from tqdm import tqdm
 
+        self._wide = shutil.get_terminal_size().columns >= _WIDE
+        wide = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
         self._total, self._first, self._began = total_steps, first_step, time.monotonic()
         if self._enabled and self._terminal:
             self._bar = tqdm(
@@ -88,7 +105,7 @@ class Console:
                 file=self._stream,
                 dynamic_ncols=True,
                 smoothing=0.05,
-                bar_format="{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}",
+                bar_format=wide if self._wide else "{desc} {n_fmt}/{total_fmt} <{remaining}{postfix}",
             )
 
     def step(self, *, epoch: int, epochs: int, step: int) -> None:
@@ -104,7 +121,7 @@ class Console:
             return
         line = f"{self._place}, step {self._step}/{self._total}: {report}"
         if self._bar is not None:
-            self._bar.set_postfix_str(str(report))
+            self._bar.set_postfix_str(str(report) if self._wide else report.compact())
         else:
             self._print(f"{line}, {self._remaining()} left")
         self._record(line)

@@ -156,7 +156,7 @@ def layout(*, networks: Sequence[str], adaptive: Collection[str]) -> Layout:
         "loss at fixed images, noise and timesteps": ["loss/stabilize-train", "loss/val"],
     }
     rates = {"rate that acts": [f"hyperparameter/lr {network}" for network in networks]}
-    dadapt = {"d, the found step size": [f"dadapt/d {network}" for network in networks if network in adaptive]}
+    dadapt = {"d, the estimated distance to the solution": [f"dadapt/d {network}" for network in networks if network in adaptive]}
     for network in networks:
         if network in adaptive:
             dadapt[f"{network}: d and the estimate that raises it"] = [f"dadapt/d {network}", f"dadapt/d_hat {network}"]
