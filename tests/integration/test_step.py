@@ -1,5 +1,6 @@
 """One optimizer step: the same whatever the micro-batches, gated by the gradient, and nothing read back."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -77,7 +78,7 @@ def _gradients_of(cut):
 
     optimizers.step = keep  # type: ignore[method-assign]
     edges = [sum(cut[:number]) for number in range(len(cut) + 1)]
-    inputs = [objective.draw(_batch(range(start, end))) for start, end in zip(edges, edges[1:], strict=False)]
+    inputs = [objective.draw(_batch(range(start, end))) for start, end in itertools.pairwise(edges)]
     result = train_step(inputs, networks, objective, optimizers, step=0, images=8)
     return result.loss, gradients
 
