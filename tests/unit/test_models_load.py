@@ -1,0 +1,435 @@
+"""Loading: every form that a model comes in gives the same fp32 weights, and everything else is named for what it is."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from tests.tiny import tiny_models, tiny_tokenizer, write_tiny_folder
+from trainer.errors import UserError
+from trainer.export import save_single_file
+from trainer.models import checkpoint_file, tensor_file
+from trainer.models.checkpoint_file import CONFIGS, TOKENIZER
+from trainer.models.folder import choose_weights
+from trainer.models.load import ModelOptions, describe, load_models
+from trainer.models.networks import Configs
+from trainer.models.single_file import NETWORKS, to_original
+from trainer.models.tensor_file import TensorFile, write_tensors
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+TEXT = "text_encoder/model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    return write_tiny_folder(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def folder(written, tmp_path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(written, tmp_path / "model"))
+
+
+def load(path, vae=None):
+    return load_models(ModelOptions(resume_ckpt=str(path), vae=None if vae is None else str(vae)))
+
+
+def refused(path, vae=None):
+    """Return the sentence that both loading and describing answer with, which must be the same one."""
+    options = ModelOptions(resume_ckpt=str(path), vae=None if vae is None else str(vae))
+    sentences = []
+    for read in (load_models, describe):
+        with pytest.raises(UserError) as caught:
+            read(options)
+        assert len(caught.value.problems) == 1
+        sentences.append(str(caught.value))
+    assert sentences[0] == sentences[1]
+    return sentences[0]
+
+
+def assert_same(models, reference, networks=NETWORKS, through=torch.float32):
+    """Compare weights exactly, after a round trip of the reference through the precision on disk."""
+    for network in networks:
+        own, expected = getattr(models, network).state_dict(), getattr(reference, network).state_dict()
+        assert set(own) == set(expected)
+        for name, tensor in expected.items():
+            assert own[name].dtype == torch.float32 and not own[name].is_meta
+            assert torch.equal(own[name], tensor.to(through).float()), name
+
+
+# Diffusers folders
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_folder_loads_in_fp32_whatever_it_holds(dtype, variant, tmp_path):
+    folder = write_tiny_folder(tmp_path, dtype=dtype, variant=variant)
+    models = load(folder)
+    assert_same(models, tiny_models(), through=dtype)
+    assert models.tokenizer("a red circle").input_ids == tiny_tokenizer()("a red circle").input_ids
+    assert models.scheduler_config["beta_end"] == 0.012 and models.scheduler_config["prediction_type"] == "epsilon"
+    assert models.source == str(folder)
+
+
+def test_a_checkpoint_folder_of_this_program_is_a_model(folder):
+    (folder / "manifest.json").write_text("{}")
+    (folder / "resume").mkdir()
+    (folder / "resume" / "state.json").write_text("{}")
+    assert_same(load(folder), tiny_models())
+
+
+def test_a_folder_as_it_was_published_years_ago_loads(folder):
+    """SD 1.5's own: .bin files, prefixed text encoder with position ids, the VAE attention's old names, two tokenizer files."""
+    from trainer.models.tokenizer import write_tokenizer
+
+    text = safetensors.torch.load_file(folder / TEXT)
+    text = {"text_model." + name.removeprefix("text_model."): tensor for name, tensor in text.items()}
+    text["text_model.embeddings.position_ids"] = torch.arange(77).unsqueeze(0)
+    torch.save(text, folder / "text_encoder" / "pytorch_model.bin")
+    (folder / TEXT).unlink()
+    vae = safetensors.torch.load_file(folder / VAE)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for new, before in old.items():
+        vae = {name.replace(f"attentions.0.{new}.", f"attentions.0.{before}."): tensor for name, tensor in vae.items()}
+    assert "encoder.mid_block.attentions.0.query.weight" in vae
+    safetensors.torch.save_file(vae, folder / VAE)
+    write_tokenizer(tiny_tokenizer(), folder / "tokenizer")
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    models = load(folder)
+    assert_same(models, tiny_models())
+    assert models.tokenizer("a red circle").input_ids == tiny_tokenizer()("a red circle").input_ids
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"], ["diffusion_pytorch_model.safetensors"]),
+        (["diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors"], ["diffusion_pytorch_model.bin"]),
+        (["diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"], ["diffusion_pytorch_model.safetensors"]),
+        (
+            ["diffusion_pytorch_model.non_ema.safetensors", "diffusion_pytorch_model.fp16.safetensors"],
+            ["diffusion_pytorch_model.fp16.safetensors"],
+        ),
+        (
+            ["diffusion_pytorch_model-00002-of-00002.safetensors", "diffusion_pytorch_model-00001-of-00002.safetensors", "config.json"],
+            ["diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model-00002-of-00002.safetensors"],
+        ),
+        (["model.safetensors", "config.json"], None),
+    ],
+)
+def test_the_best_weights_of_a_folder_are_taken(names, chosen):
+    choice = choose_weights(names, "unet")
+    assert (list(choice.files) if choice else None) == chosen
+
+
+def spoil_json(path, **changes):
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda f: (f / "model_index.json").unlink(), "is not a model: it holds no model_index.json; name a diffusers folder"),
+        (lambda f: (f / "model_index.json").write_text("{"), "model_index.json is not valid JSON"),
+        (
+            lambda f: spoil_json(f / "model_index.json", _class_name="StableDiffusionXLPipeline"),
+            "is a StableDiffusionXLPipeline, which this",
+        ),
+        (lambda f: spoil_json(f / "model_index.json", vae=["diffusers", "AutoencoderTiny"]), "names AutoencoderTiny as vae"),
+        (lambda f: spoil_json(f / "model_index.json", text_encoder=[None, None]), "names nothing as text_encoder"),
+        (lambda f: spoil_json(f / "unet/config.json", _class_name="UNet2DModel"), "holds a UNet2DModel"),
+        (lambda f: (f / "unet/config.json").unlink(), "config.json is missing or cannot be read"),
+        (lambda f: (f / UNET).unlink(), "holds no weights (diffusion_pytorch_model.safetensors"),
+        (lambda f: (f / "tokenizer/tokenizer.json").unlink(), "the tokenizer is missing"),
+        (lambda f: (f / "scheduler/scheduler_config.json").unlink(), "scheduler_config.json is missing"),
+        (lambda f: spoil_json(f / "unet/config.json", in_channels=9), "takes 9 channels"),
+        (lambda f: spoil_json(f / "unet/config.json", cross_attention_dim=32), "16 wide and the UNet reads 32"),
+        (lambda f: spoil_json(f / "text_encoder/config.json", vocab_size=100), "has 547 entries and the text encoder 100"),
+    ],
+)
+def test_a_folder_that_is_no_model_is_named_for_what_it_is(folder, spoil, said):
+    spoil(folder)
+    with pytest.raises(UserError) as caught:
+        describe(ModelOptions(resume_ckpt=str(folder)))
+    assert said in str(caught.value)
+    assert str(folder) in str(caught.value)
+    with pytest.raises(UserError):
+        load(folder)
+
+
+def test_folders_near_a_model_point_to_it(folder, tmp_path):
+    assert refused(folder / "unet").endswith("is one part of a model; name the folder above it, which holds model_index.json.")
+    assert refused(tmp_path).endswith(f"name {folder}.")
+    files = tmp_path / "files"
+    files.mkdir()
+    assert "is empty" in refused(files)
+    (files / "anime.safetensors").write_bytes(b"")
+    assert refused(files).endswith(f"name the file: {files / 'anime.safetensors'}.")
+
+
+def test_weights_that_are_cut_short_missing_or_misshapen_are_refused(folder):
+    content = (folder / UNET).read_bytes()
+    (folder / UNET).write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"diffusion_pytorch_model.safetensors: the file is cut short: it holds 115,244 of 230,488 bytes"):
+        load(folder)
+    weights = safetensors.torch.load(content)
+    first = weights.pop("conv_in.bias")
+    safetensors.torch.save_file(weights, folder / UNET)
+    with pytest.raises(UserError, match=r"1 tensors are missing from the weights, conv_in.bias among them"):
+        load(folder)
+    safetensors.torch.save_file({**weights, "conv_in.bias": first[:3].clone()}, folder / UNET)
+    with pytest.raises(UserError, match=r"the weights do not fit config.json"):
+        load(folder)
+
+
+def test_text_encoder_weights_that_are_missing_are_refused(folder):
+    weights = safetensors.torch.load_file(folder / TEXT)
+    name = next(name for name in weights if "layers.2.mlp.fc1.weight" in name)
+    del weights[name]
+    safetensors.torch.save_file(weights, folder / TEXT, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 tensors are missing from the weights, .*layers.2.mlp.fc1.weight"):
+        load(folder)
+
+
+# Single files
+
+
+@pytest.fixture
+def sd15_is_tiny(monkeypatch):
+    """Let the built-in configurations be the tiny model's, so that a file without a header stands for SD 1.5's."""
+    models = tiny_models()
+    configs = Configs(
+        unet=dict(models.unet.config),
+        text_encoder=models.text_encoder.config.to_diff_dict(),
+        vae=dict(models.vae.config),
+        scheduler={**models.scheduler_config, "set_alpha_to_one": False},
+    )
+    monkeypatch.setattr(checkpoint_file, "SD15", configs)
+    # the tiny text encoder has no room for CLIP's 49408 entries
+    monkeypatch.setattr(checkpoint_file, "clip_tokenizer", tiny_tokenizer)
+
+
+@pytest.mark.parametrize("shape", ["small", "mini", "sd15"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_file_of_this_program_loads_alone(shape, dtype, tmp_path):
+    reference = tiny_models(3, shape)
+    save_single_file(reference, tmp_path / "x.safetensors", dtype)
+    models = load(tmp_path / "x.safetensors")
+    assert_same(models, reference, through=dtype)
+    assert models.tokenizer("a red circle").input_ids == reference.tokenizer("a red circle").input_ids
+    assert models.scheduler_config["_class_name"] == "PNDMScheduler"
+    for network in NETWORKS:
+        assert not getattr(models, network).training
+    tokens = torch.randint(0, 500, (1, 77))
+    with torch.no_grad():
+        assert torch.equal(
+            models.text_encoder(tokens).last_hidden_state,
+            torch.nn.Module.to(reference.text_encoder.eval(), dtype).float()(tokens).last_hidden_state,
+        )
+
+
+@pytest.mark.parametrize("form", ["safetensors", "ckpt", "with averages", "bare text prefix", "linear vae attention"])
+def test_files_of_other_programs_load(form, sd15_is_tiny, tmp_path):
+    reference = tiny_models(4)
+    tensors = {name: tensor.contiguous() for name, tensor in to_original(reference).items()}
+    path = tmp_path / ("x.ckpt" if form == "ckpt" else "x.safetensors")
+    if form == "with averages":
+        tensors |= {"model_ema.decay": torch.ones(1), "alphas_cumprod": torch.ones(1000), "cond_stage_model.logit_scale": torch.ones(1)}
+    if form == "bare text prefix":
+        tensors = {name.replace("transformer.text_model.", "transformer."): tensor for name, tensor in tensors.items()}
+    if form == "linear vae attention":
+        tensors = {name: t.reshape(t.shape[:2]) if ".attn_1." in name and t.ndim == 4 else t for name, t in tensors.items()}
+    if form == "ckpt":
+        torch.save({"state_dict": tensors, "global_step": 1}, path)
+    else:
+        safetensors.torch.save_file(tensors, path)
+    models = load(path)
+    assert_same(models, reference)
+    assert models.scheduler_config["prediction_type"] == "epsilon"
+
+
+def test_a_header_that_says_v_prediction_is_believed(sd15_is_tiny, tmp_path):
+    write_tensors(tmp_path / "x.safetensors", to_original(tiny_models()), torch.float16, {"modelspec.prediction_type": "v"})
+    assert load(tmp_path / "x.safetensors").scheduler_config["prediction_type"] == "v_prediction"
+
+
+def test_a_real_size_file_is_recognised_by_its_header(tmp_path, monkeypatch):
+    """A sparse file with SD 1.5's names and shapes: describing reads the header and nothing else."""
+    from tests.unit.test_models_single_file import full_size
+
+    path = tmp_path / "v1-5.safetensors"
+    header, end = {}, 0
+    for name, tensor in to_original(full_size()).items():
+        header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [end, end + 2 * tensor.numel()]}
+        end += 2 * tensor.numel()
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    monkeypatch.setattr(tensor_file.TensorFile, "__getitem__", None)
+    models = describe(ModelOptions(resume_ckpt=str(path)))
+    assert sum(p.numel() for p in models.unet.parameters()) == 859_520_964
+    assert models.tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+
+
+def renamed(start, end):
+    return lambda tensors: {name.replace(start, end): tensor for name, tensor in tensors.items()}
+
+
+def only(*starts):
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if name.startswith(starts)}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: {"lora_unet_down_blocks_0.lora_down.weight": torch.ones(1)}, "is a LoRA"),
+        (lambda t: {"unet.down_blocks.0.attn1.to_q.lora_A.weight": torch.ones(1)}, "is a LoRA"),
+        (renamed("cond_stage_model.", "conditioner.embedders.0."), "is an SDXL model"),
+        (renamed("cond_stage_model.transformer.", "cond_stage_model.model."), "is an SD 2.x model"),
+        (renamed("model.diffusion_model.", "control_model."), "is a ControlNet"),
+        (lambda t: {"model.diffusion_model.double_blocks.0.weight": torch.ones(1)}, "is a transformer model"),
+        (lambda t: {"emb_params": torch.ones(1, 16)}, "is a textual-inversion embedding"),
+        (lambda t: tiny_models().unet.state_dict(), "holds one network in diffusers' names"),
+        (only("first_stage_model."), "is a VAE without a model; give it as `vae`"),
+        (only("model.diffusion_model."), "lacks the VAE and the text encoder"),
+        (only("model.", "first_stage_model."), "lacks the text encoder"),
+        (lambda t: {"weight": torch.ones(1)}, "is not a Stable Diffusion checkpoint"),
+        (
+            lambda t: {**t, "model.diffusion_model.input_blocks.0.0.weight": torch.ones(8, 9, 3, 3)},
+            "is an inpainting or editing model (its UNet takes 9 channels instead of 4)",
+        ),
+        (
+            lambda t: {name: tensor for name, tensor in t.items() if "middle_block.1.proj_in" not in name},
+            "of its unet, 2 of 208 tensors are missing, model.diffusion_model.middle_block.1.proj_in.weight among them",
+        ),
+        (
+            lambda t: {**t, "first_stage_model.quant_conv.bias": torch.ones(3)},
+            "of its vae, 1 of 180 tensors have other shapes: first_stage_model.quant_conv.bias is (3,) instead of (8,)",
+        ),
+    ],
+)
+def test_files_that_hold_something_else_are_named_for_what_they_are(change, said, sd15_is_tiny, tmp_path):
+    tensors = {name: tensor.contiguous().clone() for name, tensor in change(to_original(tiny_models())).items()}
+    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
+    sentence = refused(tmp_path / "x.safetensors")
+    assert said in sentence
+    assert sentence.startswith(f"resume_ckpt: {tmp_path / 'x.safetensors'} ")
+
+
+def test_damaged_files_are_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_single_file(tiny_models(), path, metadata={CONFIGS: "{"})
+    assert "sd_dadapt.configs is damaged" in refused(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "the file is cut short" in refused(path)
+    (tmp_path / "x.pt").write_bytes(b"")
+    assert "is a .pt file; name a .safetensors or .ckpt file" in refused(tmp_path / "x.pt")
+
+
+def test_the_tokenizer_is_in_the_file_only_where_it_is_not_clips(tmp_path):
+    from trainer.models.tokenizer import clip_tokenizer
+
+    models = tiny_models()
+    save_single_file(models, tmp_path / "own.safetensors")
+    assert TOKENIZER in TensorFile(tmp_path / "own.safetensors").metadata
+    models.tokenizer = clip_tokenizer()
+    save_single_file(models, tmp_path / "clip.safetensors")
+    assert TOKENIZER not in TensorFile(tmp_path / "clip.safetensors").metadata
+
+
+# A VAE of its own
+
+
+@pytest.mark.parametrize(
+    "form", ["folder", "model folder", "original file", "prefixed file", "diffusers file", "whole checkpoint", "other program's file"]
+)
+def test_the_vae_is_replaced_from_every_form(form, written, tmp_path, sd15_is_tiny):
+    other = tiny_models(5)
+    other.vae.register_to_config(scaling_factor=0.5)
+    path = tmp_path / "vae.safetensors"
+    tensors = {name: tensor.contiguous() for name, tensor in to_original(other).items() if name.startswith("first_stage_model.")}
+    bare = {name.removeprefix("first_stage_model."): tensor for name, tensor in tensors.items()}
+    if form in ("folder", "model folder"):
+        path = write_tiny_folder(tmp_path / "other", 5) / ("vae" if form == "folder" else "")
+    elif form == "whole checkpoint":
+        save_single_file(other, path, torch.float32)
+    elif form == "diffusers file":
+        safetensors.torch.save_file(other.vae.state_dict(), path)
+    elif form == "other program's file":
+        safetensors.torch.save_file({**bare, "loss.logvar": torch.ones(1)}, path)
+    else:
+        safetensors.torch.save_file(bare if form == "original file" else tensors, path)
+    models = load(written, vae=path)
+    assert_same(models, other, networks=("vae",))
+    assert_same(models, tiny_models(), networks=("unet", "text_encoder"))
+    assert models.vae.config["scaling_factor"] == (0.5 if form == "whole checkpoint" else 0.18215)
+
+
+def test_a_vae_of_the_bases_own_size_loads_where_it_is_not_sd15s(written, tmp_path):
+    safetensors.torch.save_file(tiny_models(6).vae.state_dict(), tmp_path / "vae.safetensors")
+    assert_same(load(written, vae=tmp_path / "vae.safetensors"), tiny_models(6), networks=("vae",))
+
+
+def test_what_is_no_fitting_vae_is_named_for_what_it_is(written, folder, tmp_path):
+    spoil_json(folder / "vae/config.json", _class_name="AutoencoderTiny")
+    assert "holds a AutoencoderTiny" in refused(written, vae=folder / "vae")
+    (folder / "vae/config.json").unlink()
+    assert "is not a VAE's folder" in refused(written, vae=folder / "vae")
+    safetensors.torch.save_file({"weight": torch.ones(1)}, tmp_path / "x.safetensors")
+    assert "holds no VAE: there is no encoder.conv_in.weight in it" in refused(written, vae=tmp_path / "x.safetensors")
+    safetensors.torch.save_file(tiny_models(0, "sd15").vae.state_dict(), tmp_path / "y.safetensors")
+    assert "is not a VAE of Stable Diffusion 1.x or of this model" in refused(written, vae=tmp_path / "y.safetensors")
+    assert refused(written, vae="nothing.safetensors").startswith("vae: there is no folder or file nothing.safetensors")
+
+
+# Without weights
+
+
+def test_describing_reads_no_weights_and_gives_the_same_shapes(written, monkeypatch):
+    monkeypatch.setattr(tensor_file.TensorFile, "__getitem__", None)
+    monkeypatch.setattr(safetensors.torch, "load_file", None)
+    models, reference = describe(ModelOptions(resume_ckpt=str(written))), tiny_models()
+    for network in NETWORKS:
+        own, expected = getattr(models, network).state_dict(), getattr(reference, network).state_dict()
+        assert {name: tensor.shape for name, tensor in own.items()} == {name: tensor.shape for name, tensor in expected.items()}
+        assert all(tensor.is_meta for tensor in own.values())
+    assert models.tokenizer("red").input_ids == reference.tokenizer("red").input_ids
+
+
+# Hub ids, without a hub: tests/integration/test_hub.py talks to one
+
+
+def test_a_hub_id_that_cannot_be_had_says_what_was_tried_and_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError) as caught:
+        load("someone/some-model")
+    assert str(caught.value) == (
+        f"resume_ckpt: someone/some-model is not complete in the hub cache ({tmp_path}) and cannot be downloaded (HF_HUB_OFFLINE is set); "
+        "run `hf download someone/some-model` where there is internet and copy the cache, or give resume_ckpt the path of a local "
+        "diffusers folder or .safetensors file."
+    )
+
+
+def test_a_hub_id_that_is_not_cached_is_described_as_sd15_with_a_note(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    models = describe(ModelOptions(resume_ckpt="someone/some-model", vae="someone/some-vae"))
+    assert sum(p.numel() for p in models.unet.parameters()) == 859_520_964
+    assert models.source == "someone/some-model"
+    assert len(models.notes) == 2 and "assumed here to have SD 1.5's size" in models.notes[0] and "some-vae" in models.notes[1]
+
+
+@pytest.mark.parametrize("name", ["nothing.safetensors", "tests/nothing", "a/b/c", "x", r"C:\models\sd", "", "a b/c"])
+def test_names_that_can_only_be_paths_are_not_looked_up(name, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    if name == "":
+        assert "holds no model_index.json" in refused(name)  # the working directory
+    else:
+        assert refused(name).startswith(f"resume_ckpt: there is no folder or file {name};")
