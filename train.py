@@ -10,7 +10,8 @@ from trainer.errors import UserError
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line and return the exit code: 0 done, 1 the run failed, 2 something must be put right before it can begin."""
+    """Run the command line and return the exit code: 0 done, 1 the run failed, 2 something must be put right
+    before it can begin, 130 interrupted."""
     try:
         notes = check_environment()
         from trainer.config import load_config
@@ -24,6 +25,9 @@ def main(arguments: list[str]) -> int:
             from trainer.build import run_training
 
             run_training(loaded.config, [*notes, *loaded.notes])
+    except KeyboardInterrupt:
+        print("Interrupted; the last checkpoint is whole: --resume_ckpt findlast goes on from it.", file=sys.stderr)
+        return 130
     except (UserError, DataError) as error:
         print(*error.problems, sep="\n", file=sys.stderr)
         return getattr(error, "exit_code", 2)

@@ -260,7 +260,7 @@ def choose_device(gpuid: int) -> torch.device:
     """Return the device that accelerate finds: CUDA device `gpuid`, another accelerator, or the CPU.
 
     Raises:
-        UserError: there is no CUDA device of that number.
+        UserError: there is no CUDA device of that number, or several processes were launched.
     """
     import torch
     from accelerate import Accelerator
@@ -270,7 +270,12 @@ def choose_device(gpuid: int) -> torch.device:
         raise UserError(f"gpuid: {gpuid} was asked for, and this machine has {count} CUDA device(s), numbered from 0; choose one of those.")
     if count:
         torch.cuda.set_device(gpuid)
-    device = Accelerator().device
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise UserError(
+            f"{accelerator.num_processes} processes were launched, and this version trains in one; start it with python train.py."
+        )
+    device = accelerator.device
     return torch.device("cuda", gpuid) if device.type == "cuda" and device.index is None else device
 
 

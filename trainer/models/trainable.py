@@ -29,7 +29,7 @@ class TrainableOptions:
     """Freeze the whole UNet."""
 
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: much less memory for about a quarter more time."""
+    """Recompute activations in the backward pass: much less memory for one more forward pass a step."""
 
     attn_type: Literal["sdp", "slice", "xformers"] = "sdp"
     """Attention: sdp is torch's fused attention, slice computes it in slices with less memory; xformers is answered by sdp."""
