@@ -10,8 +10,10 @@ from trainer.errors import UserError
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line and return the exit code: 0 done, 1 the run failed, 2 something must be put right
-    before it can begin, 130 interrupted."""
+    """Run the command line and return the exit code.
+
+    0 is done, 1 a run that failed, 2 something that must be put right before it can begin, 130 interrupted.
+    """
     try:
         notes = check_environment()
         from trainer.config import load_config
