@@ -52,6 +52,7 @@ def export(work: Path, folder: Path) -> int:
     _prefix_text_keys(partial / "text_encoder" / "model.safetensors")
     for name in ("vocab.json", "merges.txt"):
         shutil.copyfile(work / "tokenizer" / name, partial / "tokenizer" / name)
+    _add_settings(partial / "scheduler" / "scheduler_config.json", clip_sample=False)
     for config in partial.rglob("*config.json"):
         _forget_paths(config)
     shutil.rmtree(folder, ignore_errors=True)
@@ -71,8 +72,15 @@ def _prefix_text_keys(path: Path) -> None:
     save_file(prefixed, path, metadata={"format": "pt"})
 
 
+def _add_settings(config: Path, **settings: object) -> None:
+    """Add settings that the saved class lacks: without `clip_sample`, DDIM would clip latents to -1..1."""
+    values = json.loads(config.read_text(encoding="utf-8")) | settings
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _forget_paths(config: Path) -> None:
-    """Drop the folder that a component was loaded from: it belongs to the machine that made the model."""
+    """Drop what the loading of a component left behind: it belongs to the machine that made the model."""
     values = json.loads(config.read_text(encoding="utf-8"))
-    if values.pop("_name_or_path", None) is not None:
+    gone = [values.pop(key, None) for key in ("_name_or_path", "is_local", "local_files_only")]
+    if any(value is not None for value in gone):
         config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -26,7 +26,7 @@ class Generator:
             options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
             model = StableDiffusionPipeline.from_pretrained(model, **options)
         self.pipeline = model
-        self._schedule = DDIMScheduler.from_config(model.scheduler.config)
+        self._schedule = DDIMScheduler.from_config(model.scheduler.config, clip_sample=False)
         self._steps, self._guidance, self._batch = steps, guidance, batch
 
     def __call__(self, prompts: list[str], seed: int = 0) -> list[Image.Image]:

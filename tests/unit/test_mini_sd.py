@@ -179,6 +179,7 @@ def test_the_model_loads_with_the_classes_and_schedule_of_sd_1_5():
     schedule = pipeline.scheduler.config
     assert (schedule.beta_start, schedule.beta_end, schedule.beta_schedule) == (0.00085, 0.012, "scaled_linear")
     assert (schedule.num_train_timesteps, schedule.prediction_type) == (1000, "epsilon")
+    assert schedule["clip_sample"] is False  # DDIM made from this configuration would clip latents otherwise
     assert pipeline.unet.dtype == torch.float32
     state = pipeline.unet.state_dict()
     assert all(torch.isfinite(value).all() for value in state.values())
