@@ -29,6 +29,9 @@ _DTYPES = {
 _LONGEST_HEADER = 100_000_000
 """The safetensors library refuses longer ones."""
 
+_LINE = 64
+"""Bytes of a cache line."""
+
 
 class TensorFile(Mapping[str, Tensor]):
     """The tensors of a .safetensors or .ckpt file by name, each read when it is asked for.
@@ -79,15 +82,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype,
         metadata: text fields for the header.
     """
     stored = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
-    # Wide numbers first, as the safetensors library does: every tensor then starts at a multiple of its number's size.
-    order = sorted(tensors, key=lambda name: (-stored[name].itemsize, name))
+    # Readers compute on the mapped file, and matrix products are slower, and round differently, where a tensor does not start at a
+    # whole cache line: so the numbers begin at one, tensors of whole lines come first, and the rest by the width of their numbers.
+    lines = {name: tensors[name].numel() * stored[name].itemsize % _LINE == 0 for name in tensors}
+    order = sorted(tensors, key=lambda name: (not lines[name], -stored[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name in order:
         start, end = end, end + tensors[name].numel() * stored[name].itemsize
         header[name] = {"dtype": _DTYPES[stored[name]], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % _LINE)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)

@@ -54,7 +54,7 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
 def write_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Write the tokenizer as this transformers does, plus the `vocab.json` and `merges.txt` that older ones need."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
+    _save(tokenizer, folder)
     model = _model(tokenizer)
     (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False) + "\n", encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
@@ -76,9 +76,9 @@ def is_clip_tokenizer(tokenizer: CLIPTokenizer) -> bool:
 
 
 def tokenizer_to_text(tokenizer: CLIPTokenizer) -> str:
-    """Return the tokenizer as compact JSON: the files that `save_pretrained` writes, by name."""
+    """Return the tokenizer as compact JSON: its files by name."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        _save(tokenizer, Path(folder))
         files = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))}
     return json.dumps(files, ensure_ascii=False, separators=(",", ":"))
 
@@ -101,6 +101,16 @@ def _clip_vocabulary() -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
     characters = [chr(byte) for byte in printing] + [chr(256 + n) for n in range(256 - len(printing))]
     pieces = [*characters, *(c + "</w>" for c in characters), *(left + right for left, right in merges), START, END]
     return {piece: number for number, piece in enumerate(pieces)}, merges
+
+
+def _save(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Save as transformers does, without what it remembers of where the tokenizer was loaded from."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("is_local", "local_files_only", "name_or_path", "special_tokens_map_file"):
+        config.pop(name, None)
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _model(tokenizer: CLIPTokenizer) -> dict[str, Any]:

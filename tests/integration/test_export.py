@@ -1,0 +1,212 @@
+"""Exports: diffusers' own pipeline loads them and draws, to the bit, what the trained networks draw."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+
+from tests.tiny import StableDiffusionPipeline, tiny_models, tiny_scheduler, tiny_tokenizer, write_tiny_folder
+from trainer.export import save_diffusers, save_single_file
+from trainer.models.load import ModelOptions, Models, load_models
+from trainer.models.networks import AutoencoderKL, CLIPTextConfig, CLIPTextModel, UNet2DConditionModel
+from trainer.models.single_file import NETWORKS
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS = ["a red circle on a blue background", ""]
+
+
+def embedded_models() -> Models:
+    """Return untrained networks of the embedded model's size: 4.2 M UNet parameters, all levels with attention."""
+    tokenizer = tiny_tokenizer()
+    text: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "projection_dim": 64,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 4,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vae: dict[str, Any] = {
+        "block_out_channels": (16, 16, 32, 64),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "sample_size": 64,
+        "scaling_factor": 0.347,
+    }
+    unet: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (64, 128),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+        "layers_per_block": 1,
+        "cross_attention_dim": 64,
+        "attention_head_dim": 4,
+        "norm_num_groups": 16,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Models(
+            unet=UNet2DConditionModel(**unet),
+            text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
+            vae=AutoencoderKL(**vae),
+            tokenizer=tokenizer,
+            scheduler_config={"_class_name": "PNDMScheduler", **tiny_scheduler().config},
+            source="embedded size",
+        )
+
+
+CASES = {
+    "small": lambda: tiny_models(1, "small"),
+    "mini": lambda: tiny_models(1, "mini"),
+    "sd15": lambda: tiny_models(1, "sd15"),
+    "embedded": embedded_models,
+}
+
+
+def draw(pipeline) -> np.ndarray:
+    """Return pictures (2, 64, 64, 3) of a fixed seed, with guidance so that both prompts matter."""
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(PROMPTS, num_inference_steps=2, guidance_scale=3.0, height=64, width=64, generator=generator, output_type="np").images
+
+
+def draw_here(models) -> np.ndarray:
+    parts: dict[str, Any] = {name: getattr(models, name).eval() for name in NETWORKS}
+    parts |= {"tokenizer": models.tokenizer, "scheduler": tiny_scheduler(), "safety_checker": None, "feature_extractor": None}
+    return draw(StableDiffusionPipeline(**parts, requires_safety_checker=False))
+
+
+def from_pretrained(folder):
+    arguments: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
+    return StableDiffusionPipeline.from_pretrained(str(folder), **arguments)
+
+
+def from_single_file(path, folder):
+    arguments: dict[str, Any] = {"config": str(folder), "local_files_only": True, "dtype": torch.float32}
+    return StableDiffusionPipeline.from_single_file(str(path), **arguments)
+
+
+@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_both_exports_draw_the_same_pixels(case, dtype, tmp_path):
+    models = CASES[case]()
+    save_diffusers(models, tmp_path / "folder", dtype)
+    save_single_file(models, tmp_path / "x.safetensors", dtype)
+    for network in NETWORKS:  # the precision on disk is all that may change
+        torch.nn.Module.to(getattr(models, network), dtype).float()
+    expected = draw_here(models)
+    assert expected.std() > 0.01
+    assert np.array_equal(draw(from_pretrained(tmp_path / "folder")), expected)
+    pipeline = from_single_file(tmp_path / "x.safetensors", tmp_path / "folder")
+    if case != "embedded":
+        # Matrices narrower than a cache line lie at odd addresses of the mapped file, where some processors round differently.
+        for network in NETWORKS:
+            for parameter in getattr(pipeline, network).parameters():
+                parameter.data = parameter.data.clone()
+    assert np.array_equal(draw(pipeline), expected)
+
+
+def test_training_goes_on_from_an_export_exactly(tmp_path):
+    models = tiny_models(2)
+    for parameter in models.unet.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    save_diffusers(models, tmp_path / "folder", torch.float32)
+    save_single_file(models, tmp_path / "x.safetensors", torch.float32)
+    for path in (tmp_path / "folder", tmp_path / "x.safetensors"):
+        again = load_models(ModelOptions(resume_ckpt=str(path)))
+        for network in NETWORKS:
+            expected = getattr(models, network).state_dict()
+            assert all(torch.equal(tensor, expected[name]) for name, tensor in getattr(again, network).state_dict().items())
+        assert again.scheduler_config["beta_schedule"] == "scaled_linear" and again.scheduler_config["skip_prk_steps"] is True
+
+
+def test_an_export_of_an_export_is_the_same_file(tmp_path):
+    save_single_file(tiny_models(), tmp_path / "a.safetensors", metadata={"modelspec.date": "2026", "modelspec.title": "t"})
+    again = load_models(ModelOptions(resume_ckpt=str(tmp_path / "a.safetensors")))
+    save_single_file(again, tmp_path / "b.safetensors", metadata={"modelspec.date": "2026", "modelspec.title": "t"})
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_the_networks_are_left_as_they_were(tmp_path):
+    models = tiny_models()
+    models.unet.train()
+    before = {name: (tensor.data_ptr(), tensor.dtype) for name, tensor in models.unet.state_dict().items()}
+    save_diffusers(models, tmp_path / "folder", torch.float16)
+    save_single_file(models, tmp_path / "x.safetensors")
+    assert {name: (tensor.data_ptr(), tensor.dtype) for name, tensor in models.unet.state_dict().items()} == before
+    assert models.unet.training
+
+
+def test_the_header_describes_the_model(tmp_path):
+    models = tiny_models()
+    models.scheduler_config["prediction_type"] = "v_prediction"
+    save_single_file(models, tmp_path / "smile.safetensors", metadata={"modelspec.resolution": "512x768", "steps": "100"})
+    with safe_open(tmp_path / "smile.safetensors", framework="pt") as file:
+        header = file.metadata()
+        kinds = {str(file.get_slice(name).get_dtype()) for name in file.keys() if "position_ids" not in name}  # noqa: SIM118
+        assert file.get_tensor("cond_stage_model.transformer.text_model.embeddings.position_ids").tolist() == [list(range(77))]
+    assert kinds == {"F16"}
+    assert header["modelspec.sai_model_spec"] == "1.0.0"
+    assert header["modelspec.architecture"] == "stable-diffusion-v1"
+    assert header["modelspec.title"] == "smile"
+    assert header["modelspec.prediction_type"] == "v"
+    assert (header["modelspec.resolution"], header["steps"]) == ("512x768", "100")
+
+
+def test_the_folder_suits_older_readers(tmp_path):
+    save_diffusers(tiny_models(), tmp_path, torch.float16)
+    names = safetensors.torch.load_file(tmp_path / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in names)
+    assert {path.name for path in (tmp_path / "tokenizer").iterdir()} == {
+        "merges.txt",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+    }
+    assert json.loads((tmp_path / "text_encoder" / "config.json").read_text())["torch_dtype"] == "float16"
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["safety_checker"] == [None, None] and index["requires_safety_checker"] is False
+
+
+def test_no_file_tells_where_it_was_made(tmp_path):
+    folder = write_tiny_folder(tmp_path / "somewhere-private")
+    models = load_models(ModelOptions(resume_ckpt=str(folder)))
+    save_diffusers(models, tmp_path / "out", torch.float16)
+    save_single_file(models, tmp_path / "out" / "x.safetensors")
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and b"somewhere-private" in path.read_bytes()]
+
+
+def test_loading_is_silent_and_exports_give_libraries_nothing_to_say(tmp_path):
+    """In a process of its own, since notices are given once a process."""
+    code = f"""
+import sys
+from pathlib import Path
+import torch
+from trainer.models.load import ModelOptions, load_models
+models = load_models(ModelOptions(resume_ckpt={str(write_tiny_folder(tmp_path / "in", dtype=torch.float16))!r}))
+from trainer.export import save_diffusers
+save_diffusers(models, Path({str(tmp_path / "out")!r}), torch.float32)
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+diffusers_logging.set_verbosity_warning()
+transformers_logging.set_verbosity_warning()
+StableDiffusionPipeline.from_pretrained({str(tmp_path / "out")!r}, dtype=torch.float32)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
