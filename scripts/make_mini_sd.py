@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     names = STAGES if options.stage == "all" else (options.stage,)
     for name in names:
         _run_stage(name, options)
+    if options.stage == "all":
+        _report_time(options.work)
     return 0
 
 
@@ -100,11 +102,24 @@ def _judge(options: argparse.Namespace) -> None:
         grid(images).save(options.grid)
 
 
+def _report_time(work: Path) -> None:
+    """Print the CPU time that each training stage has taken over all of its processes."""
+    import torch
+
+    spent = {name: torch.load(work / f"{name}.pt", weights_only=True)["cpu_s"] for name in STAGES[1:5]}
+    parts = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in spent.items())
+    print(f"CPU minutes: {parts}; together {sum(spent.values()) / 60:.1f}")
+
+
 def _quieten() -> None:
     """Silence the libraries' remarks about packages that are not needed here."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger().setLevel(logging.ERROR)
+    for name in ("", "bitsandbytes", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from diffusers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
