@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from trainer.models.load import Models
     from trainer.models.trainable import TrainedParts
     from trainer.optim.optimizer_set import OptimizerSet
-    from trainer.sampling import Sampler
+    from trainer.sampling import SamplePrompts, Sampler
 
 UNET, TEXT_ENCODER = "unet", "text encoder"
 
@@ -145,7 +145,6 @@ def build_run(config: TrainConfig, console: Console) -> Run:
     from trainer.check import plan_lines
     from trainer.checkpoint import TrainState
     from trainer.config import check_rates
-    from trainer.config.sample_file import load_sample_prompts
     from trainer.diffusion.objective import Networks
     from trainer.loggers import open_loggers
     from trainer.loop import EPOCH_LOSS, LOSS, Run
@@ -161,7 +160,7 @@ def build_run(config: TrainConfig, console: Console) -> Run:
     if start.checkpoint is None and (problem := log_folder_problem(Path(config.logging.logdir))):
         raise UserError(problem)
     config = replace(config, loop=replace(config.loop, seed=choose_seed(config.loop.seed, start)))
-    prompts = load_sample_prompts(Path(config.samples.sample_prompts) if config.samples.sample_prompts else None)
+    config, prompts = read_prompts(config)
     index = build_index(config.data)
     precision = resolve_precision(config.precision, choose_device(config.loop.gpuid))
     device = precision.device
@@ -226,7 +225,7 @@ def build_run(config: TrainConfig, console: Console) -> Run:
         precision=precision,
         cadence=Cadence(
             log_step=config.logging.log_step,
-            sample_steps=prompts.generate_samples_every_n_steps or config.samples.sample_steps,
+            sample_steps=config.samples.sample_steps,
             save_every_n_epochs=config.saving.save_every_n_epochs,
             save_ckpts_from_n_epochs=config.saving.save_ckpts_from_n_epochs,
             total_steps=total_steps,
@@ -247,6 +246,19 @@ def build_run(config: TrainConfig, console: Console) -> Run:
     run.sample = make_sampler(sampler, models, run)
     run.save = make_saver(config, models, about, run)
     return run
+
+
+def read_prompts(config: TrainConfig) -> tuple[TrainConfig, SamplePrompts]:
+    """Return the sample prompts, and the configuration with the number of steps between samples that their file may set.
+
+    Raises:
+        UserError: the file of prompts has mistakes.
+    """
+    from trainer.config.sample_file import load_sample_prompts
+
+    prompts = load_sample_prompts(Path(config.samples.sample_prompts) if config.samples.sample_prompts else None)
+    steps = prompts.generate_samples_every_n_steps or config.samples.sample_steps
+    return replace(config, samples=replace(config.samples, sample_steps=steps)), prompts
 
 
 def choose_seed(seed: int, start: Start) -> int:

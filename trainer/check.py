@@ -23,7 +23,17 @@ def check(config: TrainConfig, notes: Sequence[str]) -> None:
     """
     from data.index import build_index
     from data.report import report
-    from trainer.build import Tokenize, check_same_run, choose_device, choose_seed, describe, find_start, log_folder_problem, make_loader
+    from trainer.build import (
+        Tokenize,
+        check_same_run,
+        choose_device,
+        choose_seed,
+        describe,
+        find_start,
+        log_folder_problem,
+        make_loader,
+        read_prompts,
+    )
     from trainer.config import check_rates
     from trainer.errors import UserError
     from trainer.models.load import describe as describe_model
@@ -35,6 +45,7 @@ def check(config: TrainConfig, notes: Sequence[str]) -> None:
     for note in notes:
         print(f"Note: {note}")
     start = find_start(config)
+    config, _ = read_prompts(config)
     config = replace(config, loop=replace(config.loop, seed=choose_seed(config.loop.seed, start)))
     index = build_index(config.data)
     models = describe_model(replace(config.model, resume_ckpt=start.model))

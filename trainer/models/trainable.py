@@ -104,7 +104,7 @@ def apply_freezing(models: Models, parts: TrainableOptions, freezing: FreezingOp
         # The text encoder's gradient passes through the UNet, so the UNet's activations count even where it is frozen.
         models.unet.enable_gradient_checkpointing()
         if text_encoder_trains:
-            models.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+            models.text_encoder.activation_checkpointing_enable({"use_reentrant": False})
     if parts.attn_type == "slice":
         models.unet.set_attention_slice("auto")
 
