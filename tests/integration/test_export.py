@@ -12,67 +12,20 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from tests.tiny import StableDiffusionPipeline, tiny_models, tiny_scheduler, tiny_tokenizer, write_tiny_folder
+from tests.tiny import StableDiffusionPipeline, tiny_models, tiny_scheduler, write_tiny_folder
 from trainer.export import save_diffusers, save_single_file
-from trainer.models.load import ModelOptions, Models, load_models
-from trainer.models.networks import AutoencoderKL, CLIPTextConfig, CLIPTextModel, UNet2DConditionModel
+from trainer.models.load import ModelOptions, load_models
 from trainer.models.single_file import NETWORKS
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["a red circle on a blue background", ""]
 
 
-def embedded_models() -> Models:
-    """Return untrained networks of the embedded model's size: 4.2 M UNet parameters, all levels with attention."""
-    tokenizer = tiny_tokenizer()
-    text: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 256,
-        "projection_dim": 64,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 4,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    vae: dict[str, Any] = {
-        "block_out_channels": (16, 16, 32, 64),
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "layers_per_block": 1,
-        "latent_channels": 4,
-        "norm_num_groups": 4,
-        "sample_size": 64,
-        "scaling_factor": 0.347,
-    }
-    unet: dict[str, Any] = {
-        "sample_size": 8,
-        "block_out_channels": (64, 128),
-        "down_block_types": ("CrossAttnDownBlock2D",) * 2,
-        "up_block_types": ("CrossAttnUpBlock2D",) * 2,
-        "layers_per_block": 1,
-        "cross_attention_dim": 64,
-        "attention_head_dim": 4,
-        "norm_num_groups": 16,
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Models(
-            unet=UNet2DConditionModel(**unet),
-            text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
-            vae=AutoencoderKL(**vae),
-            tokenizer=tokenizer,
-            scheduler_config={"_class_name": "PNDMScheduler", **tiny_scheduler().config},
-            source="embedded size",
-        )
-
-
 CASES = {
     "small": lambda: tiny_models(1, "small"),
     "mini": lambda: tiny_models(1, "mini"),
     "sd15": lambda: tiny_models(1, "sd15"),
-    "embedded": embedded_models,
+    "embedded": lambda: load_models(ModelOptions(resume_ckpt=str(ROOT / "models" / "mini-sd"))),
 }
 
 
