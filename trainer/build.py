@@ -207,6 +207,8 @@ def build_run(config: TrainConfig, console: Console) -> Run:
     record_configuration(config, folder, loggers, state.step)
     console.record_to(folder / "run.log")
     count = Tokenize(models.tokenizer).count
+    for note in models.notes:
+        console.event(f"Note: {note}")
     for note in report(index, resolution=config.data.resolution, batch_size=config.data.batch_size, count_tokens=count).notes():
         console.event(f"Note: {note}.")
     for line in plan_lines(config, models.source, parts.counts, precision, loader.steps_in(0), total_steps):

@@ -49,6 +49,8 @@ def check(config: TrainConfig, notes: Sequence[str]) -> None:
     config = replace(config, loop=replace(config.loop, seed=choose_seed(config.loop.seed, start)))
     index = build_index(config.data)
     models = describe_model(replace(config.model, resume_ckpt=start.model))
+    for note in models.notes:
+        print(f"Note: {note}")
     parts = apply_freezing(models, config.parts, config.optimizers.freezing)
     check_rates(config, {network: part.trained for network, part in parts.counts.items()})
     if start.about is not None:
