@@ -52,7 +52,8 @@ def loss_of(net, step, scale=1.0):
 def everything(net, optimizer):
     values = [p.detach() for p in net.parameters()]
     values += [value for p in net.parameters() for value in optimizer.state[p].values()]
-    return [value.clone() for value in values + list(optimizer.state_dict()["state"]["adaptation"].values())]
+    values += [optimizer.d, optimizer.d_hat, optimizer.l1]
+    return [value.clone() for value in values]
 
 
 def assert_same(found, expected):
@@ -61,11 +62,17 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "decouple", "rests"),
-    [(torch.float32, True, False), (torch.float32, False, True), (torch.float32, True, True), (torch.bfloat16, True, False)],
+    ("dtype", "bits", "decouple", "rests"),
+    [
+        (torch.float32, 32, True, False),
+        (torch.float32, 32, False, True),
+        (torch.float32, 8, True, False),
+        (torch.bfloat16, 32, True, False),
+        (torch.bfloat16, 8, True, True),
+    ],
 )
-def test_bit_equal_to_the_plain_step_over_a_hundred_steps(dtype, decouple, rests):
-    (plain, a), (fused, b) = (build(way, dtype, decouple=decouple, use_bias_correction=True) for way in (False, True))
+def test_bit_equal_to_the_plain_step_over_a_hundred_steps(dtype, bits, decouple, rests):
+    (plain, a), (fused, b) = (build(way, dtype, decouple=decouple, state_bits=bits, use_bias_correction=True) for way in (False, True))
     for step in range(100):
         for net, optimizer in ((plain, a), (fused, b)):
             lr = 0.0 if step == 3 else min(1.0, step / 20)
@@ -93,8 +100,9 @@ def test_backward_itself_updates_and_leaves_no_gradient():
         assert optimizer.param_groups[0]["k"] == step - 1
 
 
-def test_a_loss_that_is_not_finite_gates_everything():
-    net, optimizer = build(True)
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_loss_that_is_not_finite_gates_everything(bits):
+    net, optimizer = build(True, state_bits=bits)
     for step in range(2, 6):
         loss_of(net, step).backward()
         optimizer.step()
@@ -112,14 +120,14 @@ def test_a_loss_that_is_not_finite_gates_everything():
     assert not torch.equal(everything(net, optimizer)[3], before[3]), "the gate holds for one step"
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_gates_its_own_parameter_and_is_counted(bad):
+@pytest.mark.parametrize(("bad", "bits"), [(math.nan, 32), (math.inf, 32), (math.nan, 8)])
+def test_a_gradient_that_is_not_finite_gates_its_own_parameter_and_is_counted(bad, bits):
     def spoil(gradient):
         gradient = gradient.clone()
         gradient[3, 5] = bad
         return gradient
 
-    (missing, a), (fused, b) = build(False), build(True)
+    (missing, a), (fused, b) = build(False, state_bits=bits), build(True, state_bits=bits)
     for step in range(2, 8):
         loss_of(missing, step).backward()
         handle = fused.shared.weight.register_hook(spoil) if step == 6 else None
@@ -139,11 +147,11 @@ def test_found_inf_at_the_end_keeps_d():
     for step in range(2, 6):
         loss_of(net, step).backward()
         optimizer.step()
-    before = {key: value.clone() for key, value in optimizer.state_dict()["state"]["adaptation"].items()}
+    before = {key: value.clone() for key, value in optimizer.state_dict()["state"]["adaptation"].items() if key != "steps"}
     loss_of(net, 6).backward()
     optimizer.found_inf, optimizer.grad_scale = torch.tensor(1.0), None
     optimizer.step()
-    assert all(torch.equal(value, before[key]) for key, value in optimizer.state_dict()["state"]["adaptation"].items())
+    assert all(torch.equal(optimizer.state_dict()["state"]["adaptation"][key], value) for key, value in before.items())
 
 
 def test_what_does_not_fit_is_refused():
@@ -174,10 +182,11 @@ def test_an_optimizer_that_is_gone_updates_nothing():
     assert torch.equal(net.first.weight, before) and net.first.weight.grad is not None
 
 
-def test_a_fused_backward_reads_nothing_back():
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_fused_backward_reads_nothing_back(bits):
     net, _ = build(False)
     net = net.to("meta")
-    optimizer = DAdaptAdam(net.parameters(), fused_backward=True, decouple=True, weight_decay=0.1)
+    optimizer = DAdaptAdam(net.parameters(), fused_backward=True, state_bits=bits, decouple=True, weight_decay=0.1)
     for _ in range(3):
         loss = net(torch.empty(16, 60, device="meta"), True).sum()
         optimizer.gate(loss.isfinite())

@@ -24,13 +24,17 @@ from __future__ import annotations
 
 import math
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from trainer.optim.quantized import BLOCK, decode, encode
 
 ROW = 2048
 """Elements of one row of the flat state. A parameter starts on a new row; the rest of its last row stays zero."""
@@ -47,7 +51,9 @@ class DAdaptAdam(Optimizer):
 
     A drop-in for `dadaptation.DAdaptAdam`, with the same defaults. Scalars live in fp64 on the parameters' device and are read by
     nobody but the caller: `group["d"]`, `group["k"]` and `group["numerator_weighted"]` are tensors inside and become numbers when
-    they are looked up. State is kept in fp32 (fp64 for fp64 parameters) whatever the parameters' precision.
+    they are looked up. State is kept in fp32 (fp64 for fp64 parameters, or 8 bits) whatever the parameters' precision; bf16 parameters
+    are rounded stochastically, since most steps are smaller than what separates two of their values. Rounding draws from the number
+    of the step and the place of the element alone.
 
     Gradients that are not finite: if `found_inf` (and `grad_scale`) are set on the optimizer before `step()`, as torch's GradScaler
     does for optimizers with `_step_supports_amp_scaling`, they decide; otherwise the step looks for itself. Either way the whole step
@@ -66,6 +72,7 @@ class DAdaptAdam(Optimizer):
         d0: where d starts.
         growth_rate: the most that d may grow by in one step, as a factor.
         d_max: d does not grow beyond this.
+        state_bits: 32, or 8 for one byte for each of m, v and s (trainer.optim.quantized), 3.05 bytes for a parameter instead of 12.
         fused_backward: update each parameter inside `loss.backward()`, as soon as its gradient is complete, and drop the gradient, so that
             the gradients never exist together. `step()` closes the step: it moves d. Bit-equal to the plain step. One backward a step:
             gradient accumulation, clipping by a norm over all parameters, a loss scaler and gradients averaged over processes all need
@@ -90,11 +97,16 @@ class DAdaptAdam(Optimizer):
         d0: float = 1e-6,
         growth_rate: float = math.inf,
         d_max: float = math.inf,
+        state_bits: int = 32,
         fused_backward: bool = False,
     ) -> None:
         if not lr > 0:
             raise ValueError(f"lr is {lr}; it must be above 0")
+        if state_bits not in (8, 32):
+            raise ValueError(f"state_bits is {state_bits}; it must be 8 or 32")
+        self.state_bits = state_bits
         self.fused_backward = fused_backward
+        self._steps = 0
         self._layout: _Layout | None = None
         self._pass: _Pass | None = None
         self._gate: Tensor | None = None
@@ -111,7 +123,7 @@ class DAdaptAdam(Optimizer):
             raise RuntimeError("a parameter group can only be added before the first step")
         super().add_param_group(param_group)
         group = self.param_groups[-1] = _Group(self.param_groups[-1])
-        _check(group, self.param_groups[0])
+        _check(group, self.param_groups[0], self.state_bits)
         if self.fused_backward:
             hook = _arrival_hook(weakref.ref(self))
             for parameter in group["params"]:
@@ -183,7 +195,7 @@ class DAdaptAdam(Optimizer):
                 if self._pass.rates[segment.group] == 0:
                     self._pass.resting.append((segment, parameter, finite))
                 else:
-                    self._take(segment, parameter, gradient, self._pass.tables.of(segment), inverse_scale)
+                    self._take(segment, parameter, gradient, self._pass.tables.of(segment), finite, inverse_scale)
         if self._pass is not None:
             self._close(self._pass, found_inf)
         self._pass = self._gate = None
@@ -195,7 +207,8 @@ class DAdaptAdam(Optimizer):
         if len({*rates} - {0.0}) > 1 or min(rates) < 0:
             raise ValueError(f"the groups have the rates {rates}; there is one d, so every lr is 0 or the same: use layer_scale instead")
         for bank in layout.banks:
-            bank.clear_sums()
+            bank.begin(self._steps)
+        self._steps += 1
         dlr = self._rate(max(rates))
         return _Pass(rates=rates, dlr=dlr, tables=_Tables(self.param_groups, dlr))
 
@@ -225,29 +238,31 @@ class DAdaptAdam(Optimizer):
             # Whether any parameter moves at all is only known at the end. One that moves by itself decays now, else at the end.
             acts = finite & (gradient.any() | segment.bank.started(segment)) & (group["layer_scale"] != 0)
             now.undecided.append((segment, parameter, finite & ~acts))
-        self._take(segment, parameter, gradient, now.tables.of(segment, finite, acts), None)
+        self._take(segment, parameter, gradient, now.tables.of(segment, finite, acts), finite, None)
         rows = slice(segment.row, segment.row + segment.rows)
         segment.bank.l1[rows] *= finite  # the rows of an untouched s are not part of this step
 
-    def _take(self, segment: _Segment, parameter: Tensor, gradient: Tensor, table: Tensor, inverse_scale: Tensor | None) -> None:
-        """Advance one parameter and its state."""
+    def _take(
+        self, segment: _Segment, parameter: Tensor, gradient: Tensor, table: Tensor, finite: Tensor, inverse_scale: Tensor | None
+    ) -> None:
+        """Advance one parameter and its state; where not `finite`, `table` and `finite` together leave both as they are."""
         bank = segment.bank
         group = self.param_groups[segment.group]
         c = _Coefficients(*table)
         if group["decouple"] or group["weight_decay"] == 0:
             c = c._replace(coupled=None)
-        weights, grads = _flat(parameter), _flat(gradient)
-        for row, (p, g, m, v, s) in segment.tiles(weights, grads):
+        weights = _flat(parameter)
+        for row, p, g in segment.tiles(weights, _flat(gradient)):
+            rows = len(p)
             work = p.to(bank.dtype)
             g = g.to(bank.dtype)
             if inverse_scale is not None:
                 g = g * inverse_scale.to(bank.device)
             g = torch.nan_to_num(g, 0.0, 0.0, 0.0)  # such a gradient's coefficients change nothing, but 0 * nan is nan
-            num, l1 = advance(work, g, m, v, s, c)
-            bank.num[row : row + len(num)] = num
-            bank.l1[row : row + len(l1)] = l1
-            if work is not p:
-                p.copy_(work)
+            m, v, s = bank.load(row, rows)
+            bank.num[row : row + rows], bank.l1[row : row + rows] = advance(work, g, m, v, s, c)
+            bank.store(row, m, v, s, finite)
+            segment.put(weights, row, work if work.dtype == p.dtype else bank.narrowed(work, row))
         _write_back(weights, parameter)
 
     def _close(self, now: _Pass, found_inf: Tensor | None) -> None:
@@ -285,7 +300,7 @@ class DAdaptAdam(Optimizer):
     # ---- state ----
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of each parameter in its own shape, and under state["adaptation"] d, k, W, d_hat and l1 as tensors.
+        """Return the state of each parameter in its own shape, and under state["adaptation"] d, k, W, d_hat, l1 and the number of steps.
 
         All of them are the live tensors, not copies. The groups hold hyper-parameters only.
         """
@@ -294,7 +309,7 @@ class DAdaptAdam(Optimizer):
         for group in saved["param_groups"]:
             for key in _LEARNED:
                 del group[key]
-        saved["state"]["adaptation"] = dict(layout.scalars)
+        saved["state"]["adaptation"] = {**layout.scalars, "steps": self._steps}
         return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
@@ -322,6 +337,7 @@ class DAdaptAdam(Optimizer):
                 )
         for _, target, source in copies:
             target.copy_(source)
+        self._steps = adaptation["steps"]
         self._proven.clear()
         self._backwards = 0
 
@@ -330,7 +346,7 @@ class DAdaptAdam(Optimizer):
     def _ready(self) -> _Layout:
         """Return the layout; the first call allocates the state, on the device where the parameters are by then."""
         if self._layout is None:
-            self._layout = _Layout(self.param_groups)
+            self._layout = _Layout(self.param_groups, self.state_bits)
             self._proven: set[int] = set()
             self._backwards = 0
             self._segment_of = {parameter: segment for segment, parameter in self._segments()}
@@ -486,22 +502,24 @@ def advance(p: Tensor, g: Tensor, m: Tensor, v: Tensor, s: Tensor, c: _Coefficie
 
 
 def _decay_alone(segment: _Segment, parameter: Tensor, decay: Tensor) -> None:
-    weights = _flat(parameter)
-    for _, (p, *_) in segment.tiles(weights):
-        work = p.to(segment.bank.dtype)
-        p.copy_(work - work * decay)
+    bank, weights = segment.bank, _flat(parameter)
+    for row, p in segment.tiles(weights):
+        work = p.to(bank.dtype)
+        work = work - work * decay
+        segment.put(weights, row, work if work.dtype == p.dtype else bank.narrowed(work, row))
     _write_back(weights, parameter)
 
 
 def _drift(segment: _Segment, parameter: Tensor, group: Mapping[str, Any], dlr: Tensor, acts: Tensor) -> None:
     """Move a parameter whose lr is 0 along its old momentum, as the published optimizer does."""
-    bank = segment.bank
-    weights = _flat(parameter)
+    bank, weights = segment.bank, _flat(parameter)
     decay = torch.where(acts, (group["weight_decay"] if group["decouple"] else 0.0) * dlr, 0.0).to(bank.device, bank.dtype)
     eps = torch.where(acts, group["eps"], math.inf).to(bank.device, bank.dtype)
-    for _, (p, m, v, _) in segment.tiles(weights):
+    for row, p in segment.tiles(weights):
+        m, v, _ = bank.load(row, len(p))
         work = p.to(bank.dtype)
-        p.copy_(work - (m / (v.sqrt() + eps) + work * decay))
+        work = work - (m / (v.sqrt() + eps) + work * decay)
+        segment.put(weights, row, work if work.dtype == p.dtype else bank.narrowed(work, row))
     _write_back(weights, parameter)
 
 
@@ -545,32 +563,121 @@ class _Group(dict[str, Any]):
             super().__setitem__(key, value)
 
 
-class _Bank:
-    """The flat state of all parameters of one precision on one device."""
+class _Bank(ABC):
+    """The flat state of all parameters of one precision on one device, and what the rows of a step need beside it.
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, rows: int) -> None:
-        self.device, self.dtype = device, dtype
-        self.m, self.v, self.s = (torch.zeros(rows, ROW, dtype=dtype, device=device) for _ in range(3))
+    Args:
+        noisy: whether anything is rounded stochastically.
+    """
+
+    dtype: torch.dtype
+    """What is computed in."""
+
+    def __init__(self, device: torch.device, rows: int, noisy: bool) -> None:
+        self.device, self.rows, self.noisy = device, rows, noisy
         self.num, self.l1 = (torch.zeros(rows, dtype=torch.float64, device=device) for _ in range(2))
         self.rows_of: dict[int, slice] = {}
         """The rows of each group."""
 
-    def clear_sums(self) -> None:
+    def begin(self, step: int) -> None:
+        """Clear the sums and draw the step's noise: the fractional part of one number for the row and one for the column.
+
+        Any two of its elements are independent and uniform, for the price of two vectors.
+        """
         self.num.zero_()
         self.l1.zero_()
+        if self.noisy:
+            generator = None if self.device.type == "meta" else torch.Generator(self.device).manual_seed(step)
+            draw = partial(torch.rand, generator=generator, device=self.device)
+            self._columns, self._rows = draw(2, 1, ROW), draw(self.rows, 1)
 
-    @property
-    def state(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.m, self.v, self.s
+    def noise(self, row: int, rows: int, of_weights: bool = False) -> Tensor:
+        """Return the step's noise for these rows, uniform in [0, 1): (rows, ROW)."""
+        return (self._rows[row : row + rows] + self._columns[int(of_weights)]).frac()
+
+    def narrowed(self, weights: Tensor, row: int) -> Tensor:
+        """Return fp32 weights (rows, ROW) rounded stochastically to bf16."""
+        kept = -(1 << 16)  # the upper 16 bits of fp32 are bf16
+        steps = (self.noise(row, len(weights), of_weights=True) * (1 << 16)).to(torch.int32)
+        return ((weights.view(torch.int32) + steps) & kept).view(torch.float32).to(torch.bfloat16)
+
+    @abstractmethod
+    def load(self, row: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return m, v and s (rows, ROW) to be changed in place and stored."""
+
+    @abstractmethod
+    def store(self, row: int, m: Tensor, v: Tensor, s: Tensor, finite: Tensor) -> None:
+        """Keep what `load` gave; where not `finite` it has not been changed."""
+
+    @abstractmethod
+    def started(self, segment: _Segment) -> Tensor:
+        """Return whether s is not 0 somewhere: 0-d bool."""
+
+    @abstractmethod
+    def views(self, segment: _Segment, shape: torch.Size) -> dict[str, Tensor]:
+        """Return the state of one parameter by name."""
+
+
+class _FloatBank(_Bank):
+    def __init__(self, device: torch.device, rows: int, noisy: bool, dtype: torch.dtype) -> None:
+        super().__init__(device, rows, noisy)
+        self.dtype = dtype
+        self._m, self._v, self._s = (torch.zeros(rows, ROW, dtype=dtype, device=device) for _ in range(3))
+
+    def load(self, row: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        here = slice(row, row + rows)
+        return self._m[here], self._v[here], self._s[here]
+
+    def store(self, row: int, m: Tensor, v: Tensor, s: Tensor, finite: Tensor) -> None:
+        pass
 
     def started(self, segment: _Segment) -> Tensor:
-        return self.s[segment.row : segment.row + segment.rows].any()
+        return self._s[segment.row : segment.row + segment.rows].any()
 
     def views(self, segment: _Segment, shape: torch.Size) -> dict[str, Tensor]:
-        def view(flat: Tensor) -> Tensor:
-            return flat[segment.row : segment.row + segment.rows].view(-1)[: segment.numel].view(shape)
+        flats = {"exp_avg": self._m, "exp_avg_sq": self._v, "s": self._s}
+        return {name: _of(segment, flat, segment.numel).view(shape) for name, flat in flats.items()}
 
-        return {"exp_avg": view(self.m), "exp_avg_sq": view(self.v), "s": view(self.s)}
+
+class _ByteBank(_Bank):
+    dtype = torch.float32
+
+    def __init__(self, device: torch.device, rows: int) -> None:
+        super().__init__(device, rows, noisy=True)
+        self._codes = tuple(torch.zeros(rows, ROW, dtype=dtype, device=device) for dtype in (torch.int8, torch.uint8, torch.int8))
+        self._scales = tuple(torch.zeros(rows, ROW // BLOCK, dtype=torch.float32, device=device) for _ in range(3))
+
+    def load(self, row: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        here, blocks = slice(row, row + rows), (rows, ROW // BLOCK, BLOCK)
+        m, v, s = (
+            decode(codes[here].view(blocks), scales[here].unsqueeze(-1)).view(rows, ROW)
+            for codes, scales in zip(self._codes, self._scales, strict=True)
+        )
+        return m, v, s
+
+    def store(self, row: int, m: Tensor, v: Tensor, s: Tensor, finite: Tensor) -> None:
+        here, blocks = slice(row, row + len(m)), (len(m), ROW // BLOCK, BLOCK)
+        finite = finite.to(self.device)
+        # Rounding to nearest gives every unchanged value its own code back.
+        noise = torch.where(finite, self.noise(row, len(m)), 0.5).view(blocks)
+        for values, codes, scales in zip((m, v, s), self._codes, self._scales, strict=True):
+            new_codes, new_scales = encode(values.view(blocks), noise, signed=codes.dtype == torch.int8)
+            codes[here] = new_codes.view(-1, ROW).to(codes.dtype)
+            scales[here] = torch.where(finite, new_scales.squeeze(-1), scales[here])
+
+    def started(self, segment: _Segment) -> Tensor:
+        return self._codes[2][segment.row : segment.row + segment.rows].any()
+
+    def views(self, segment: _Segment, shape: torch.Size) -> dict[str, Tensor]:
+        views: dict[str, Tensor] = {}
+        for name, codes, scales in zip(("exp_avg", "exp_avg_sq", "s"), self._codes, self._scales, strict=True):
+            views[name] = _of(segment, codes, segment.numel).view(shape)
+            views[f"{name}_scale"] = _of(segment, scales, -(-segment.numel // BLOCK))
+        return views
+
+
+def _of(segment: _Segment, flat: Tensor, numel: int) -> Tensor:
+    return flat[segment.row : segment.row + segment.rows].view(-1)[:numel]
 
 
 @dataclass(frozen=True, eq=False)
@@ -587,35 +694,46 @@ class _Segment:
     def rows(self) -> int:
         return -(-self.numel // ROW)
 
-    def tiles(self, *flats: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-        """Yield the first row and matching views (rows, width) of the flat tensors and of the state: whole rows, then what is left."""
-        state = [flat[self.row : self.row + self.rows] for flat in self.bank.state]
+    def tiles(self, *flats: Tensor) -> Iterator[Any]:
+        """Yield the first row, and for each of the parameter's flat tensors the elements (rows, ROW): views, or a last row filled up."""
         whole, rest = divmod(self.numel, ROW)
         if whole:
             most = _CACHED_ROWS if self.bank.device.type == "cpu" else whole
-            parts = [flat[: whole * ROW].view(whole, ROW).split(most) for flat in flats] + [flat[:whole].split(most) for flat in state]
-            yield from zip(range(self.row, self.row + whole, most), zip(*parts, strict=True), strict=True)
+            parts = [flat[: whole * ROW].view(whole, ROW).split(most) for flat in flats]
+            yield from zip(range(self.row, self.row + whole, most), *parts, strict=True)
         if rest:
-            tail = [flat[whole * ROW :].view(1, rest) for flat in flats] + [flat[whole:, :rest] for flat in state]
-            yield self.row + whole, tuple(tail)
+            yield self.row + whole, *(torch.nn.functional.pad(flat[whole * ROW :], (0, ROW - rest)).view(1, ROW) for flat in flats)
+
+    def put(self, flat: Tensor, row: int, values: Tensor) -> None:
+        """Write values (rows, ROW), beginning at this row, to the parameter's flat tensor, unless they are its own elements."""
+        start = (row - self.row) * ROW
+        target = flat[start : start + values.numel()]
+        if target.data_ptr() != values.data_ptr():
+            target.copy_(values.view(-1)[: target.numel()])
 
 
 class _Layout:
     """The flat state of all parameters, and the scalars."""
 
-    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, groups: Sequence[Mapping[str, Any]], state_bits: int) -> None:
         kinds: dict[tuple[torch.device, torch.dtype], int] = {}
+        noisy: set[tuple[torch.device, torch.dtype]] = set()
         places: list[tuple[int, tuple[torch.device, torch.dtype], int, int]] = []
         spans: dict[tuple[tuple[torch.device, torch.dtype], int], slice] = {}
         for number, group in enumerate(groups):
             for parameter in group["params"]:
                 kind = (parameter.device, torch.float64 if parameter.dtype == torch.float64 else torch.float32)
+                if parameter.dtype == torch.bfloat16:
+                    noisy.add(kind)
                 row = kinds.get(kind, 0)
                 places.append((number, kind, row, parameter.numel()))
                 kinds[kind] = row + -(-parameter.numel() // ROW)
                 first = spans[kind, number].start if (kind, number) in spans else row
                 spans[kind, number] = slice(first, kinds[kind])
-        banks = {kind: _Bank(*kind, rows) for kind, rows in kinds.items()}
+        banks: dict[tuple[torch.device, torch.dtype], _Bank] = {
+            (device, dtype): _ByteBank(device, rows) if state_bits == 8 else _FloatBank(device, rows, (device, dtype) in noisy, dtype)
+            for (device, dtype), rows in kinds.items()
+        }
         for (kind, number), span in spans.items():
             banks[kind].rows_of[number] = span
         self.banks: tuple[_Bank, ...] = tuple(banks.values())
@@ -632,7 +750,7 @@ class _Layout:
         }
 
 
-def _check(group: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+def _check(group: Mapping[str, Any], first: Mapping[str, Any], state_bits: int) -> None:
     beta1, beta2 = group["betas"]
     if not 0 <= beta1 < 1 or not 0 <= beta2 < 1:
         raise ValueError(f"betas are {group['betas']}; both must be at least 0 and below 1")
@@ -652,3 +770,5 @@ def _check(group: Mapping[str, Any], first: Mapping[str, Any]) -> None:
     for parameter in group["params"]:
         if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
             raise ValueError(f"a parameter is {parameter.dtype}; DAdaptAdam trains fp32, fp64 and bf16 parameters")
+        if parameter.dtype == torch.float64 and state_bits == 8:
+            raise ValueError("a parameter is torch.float64, whose state cannot be kept in 8 bits; use state_bits=32")
