@@ -2,8 +2,7 @@
 
     python scripts/make_examples.py
 
-writes `examples/faces/*.png` with `.txt` captions beside them, and `examples/sample_prompts.txt` outside the data root:
-four prompts for the concept and four that show what was kept. The same seed gives the same files.
+writes `examples/faces/*.png` with `.txt` captions beside them. The same seed gives the same files.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the pictures, their captions and the sample prompts."""
+    """Write the pictures and their captions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "examples")
     parser.add_argument("--count", type=int, default=60)

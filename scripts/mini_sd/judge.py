@@ -159,9 +159,7 @@ def judge_concept(
     )
 
 
-def judge_pipeline(
-    generate: Callable[[list[str], int], list[Image.Image]], seed: int = 0
-) -> tuple[Figures, list[Image.Image]]:
+def judge_pipeline(generate: Callable[[list[str], int], list[Image.Image]], seed: int = 0) -> tuple[Figures, list[Image.Image]]:
     """Ask for the held-out prompts and judge the pictures.
 
     Args:
@@ -225,9 +223,7 @@ def _object_colour(pixels_HWC: Floats, distance_HW: Floats) -> tuple[str, Floats
 
     Blurred borders are mixtures of two colours and may carry any name, so pixels whose neighbours differ do not vote.
     """
-    steps = [
-        np.linalg.norm(pixels_HWC - np.roll(pixels_HWC, shift, axis), axis=2) for shift in (-1, 1) for axis in (0, 1)
-    ]
+    steps = [np.linalg.norm(pixels_HWC - np.roll(pixels_HWC, shift, axis), axis=2) for shift in (-1, 1) for axis in (0, 1)]
     away = distance_HW > max(_FAINT, 0.25 * float(np.percentile(distance_HW, 97)))
     calm = away & (np.max(steps, axis=0) < 30.0)
     votes_NC = pixels_HWC[calm if calm.sum() >= 12 else away]

@@ -116,9 +116,7 @@ def render(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:
     draw = ImageDraw.Draw(canvas)
     for item in scene.items:
         if item.shape == "ring":
-            _ring(
-                draw, item.x * side, item.y * side, item.radius * side, PALETTE[item.colour], PALETTE[scene.background]
-            )
+            _ring(draw, item.x * side, item.y * side, item.radius * side, PALETTE[item.colour], PALETTE[scene.background])
         else:
             draw_item(draw, item, side)
     return canvas.reduce(_SUPERSAMPLING)

@@ -55,9 +55,7 @@ class Run:
         torch.save(state, partial)
         partial.replace(self.path)
 
-    def advance(
-        self, total: int, train_step: Callable[[int], float], stop_at: int | None = None, label: str = ""
-    ) -> bool:
+    def advance(self, total: int, train_step: Callable[[int], float], stop_at: int | None = None, label: str = "") -> bool:
         """Run `train_step(step)` until `total` (or `stop_at`, for tests), saving every two minutes and at the end.
 
         Returns:

@@ -41,9 +41,7 @@ def load_tokenizer(work: Path) -> CLIPTokenizer:
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str], tokens: int) -> Tensor:
     """Return token ids (B, tokens), padded as SD pads."""
-    ids: Tensor = tokenizer(
-        captions, padding="max_length", truncation=True, max_length=tokens, return_tensors="pt"
-    ).input_ids
+    ids: Tensor = tokenizer(captions, padding="max_length", truncation=True, max_length=tokens, return_tensors="pt").input_ids
     return ids
 
 

@@ -115,9 +115,7 @@ def encode_latents(work: Path, options: LatentOptions) -> None:
     print(f"latents {len(scenes)} scaling factor {1 / total:.4f} cpu {cpu_s:.0f} s", flush=True)
 
 
-def train_unet(
-    work: Path, options: UnetOptions, latents: LatentOptions, stop_at: int | None = None, save_every_s: float = 120.0
-) -> bool:
+def train_unet(work: Path, options: UnetOptions, latents: LatentOptions, stop_at: int | None = None, save_every_s: float = 120.0) -> bool:
     """Train the UNet and the text encoder, or go on with them; returns whether they are complete."""
     torch.manual_seed(options.seed)
     tokenizer = load_tokenizer(work)

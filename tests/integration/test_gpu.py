@@ -21,7 +21,7 @@ def _on_cuda(name="adamw"):
     models.vae.requires_grad_(False)
     networks = Networks(models.unet, models.text_encoder, models.vae)
     parameters = {"unet": list(models.unet.parameters()), "text encoder": list(models.text_encoder.parameters())}
-    optimizers = OptimizerSet({network: OPTIONS[name] for network in parameters}, parameters, total_steps=10)
+    optimizers = OptimizerSet(dict.fromkeys(parameters, OPTIONS[name]), parameters, total_steps=10)
     objective = _objective(models)
     objective.schedule.to(device)
     return networks, objective, optimizers, device
