@@ -29,6 +29,6 @@ def test_the_first_command_learns_smiling_faces_and_keeps_the_rest(tmp_path, opt
     faces = generate([f"{article(face)} {face} smiling face on {article(ground)} {ground} background" for face, ground in FACES], 1)
     unrelated = list(held_out())[:30]
     figures = judge_concept(faces, FACES, generate([each.prompt for each in unrelated], 2), unrelated)
-    print(optimizer, figures)
+    print(optimizer, max(fixed), fixed[0], fixed[max(fixed)], figures)
     assert figures.faces >= 0.8 and figures.face_background >= 0.8
     assert figures.kept_background >= 0.8
