@@ -114,7 +114,7 @@ def assert_parity(edit, rates, decouple, decay, bias, growth, scales, steps):
     for expected, found in ds:
         assert found == pytest.approx(expected, rel=1e-12, abs=0)
     for expected, found in zip(theirs, ours, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        assert (found - expected).abs().max() < 1e-10 * expected.abs().max()
     assert b.param_groups[0]["k"] == a.param_groups[0]["k"]
     assert b.param_groups[0]["numerator_weighted"] == pytest.approx(a.param_groups[0]["numerator_weighted"], rel=1e-10)
 
@@ -258,7 +258,7 @@ def test_state_of_another_precision_is_refused_and_changes_nothing():
     with pytest.raises(ValueError, match=r"0\.exp_avg is torch\.float32"):
         optimizer.load_state_dict(other.state_dict())
     eight = DAdaptAdam(parameters(dtype=torch.float32), state_bits=8)
-    with pytest.raises(ValueError, match="exp_avg_scale"):
+    with pytest.raises(ValueError, match="exp_avg_exponent"):
         eight.load_state_dict(other.state_dict())
 
 
@@ -286,7 +286,7 @@ def test_a_step_reads_nothing_back(bits):
     optimizer.step()
 
 
-@pytest.mark.parametrize(("bits", "size"), [(32, 12), (8, 3.047)])
+@pytest.mark.parametrize(("bits", "size"), [(32, 12), (8, 3.012)])
 def test_bytes_of_state_for_each_parameter(bits, size):
     params = [torch.nn.Parameter(torch.zeros(640, 320, 3, 3)), torch.nn.Parameter(torch.zeros(640))]
     optimizer = DAdaptAdam(params, state_bits=bits)
@@ -311,9 +311,9 @@ def test_layouts_that_are_not_contiguous_train_the_same():
 
 
 def distance_problem(optimizer_of, steps=400):
-    """Minimise |p - target|_1 from a distance of 1 in every coordinate; return the optimizer and the mean distance at the end."""
+    """Minimise |p - target|_1; return the optimizer and the mean distance at the end."""
     torch.manual_seed(0)
-    target = torch.sign(torch.randn(3000))
+    target = torch.randn(3000)
     p = torch.nn.Parameter(torch.zeros(3000))
     optimizer = optimizer_of([p])
     ds = []

@@ -27,7 +27,6 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +37,8 @@ from trainer.optim.quantized import BLOCK, decode, encode
 
 ROW = 2048
 """Elements of one row of the flat state. A parameter starts on a new row; the rest of its last row stays zero."""
+
+_BLOCKS = ROW // BLOCK
 
 _CACHED_ROWS = 32
 """Rows that the eager path works on at a time on the CPU: few enough for the cache, enough to hide each call."""
@@ -72,7 +73,7 @@ class DAdaptAdam(Optimizer):
         d0: where d starts.
         growth_rate: the most that d may grow by in one step, as a factor.
         d_max: d does not grow beyond this.
-        state_bits: 32, or 8 for one byte for each of m, v and s (trainer.optim.quantized), 3.05 bytes for a parameter instead of 12.
+        state_bits: 32, or 8 for one byte for each of m, v and s (trainer.optim.quantized), 3.01 bytes for a parameter instead of 12.
         fused_backward: update each parameter inside `loss.backward()`, as soon as its gradient is complete, and drop the gradient, so that
             the gradients never exist together. `step()` closes the step: it moves d. Bit-equal to the plain step. One backward a step:
             gradient accumulation, clipping by a norm over all parameters, a loss scaler and gradients averaged over processes all need
@@ -580,7 +581,7 @@ class _Bank(ABC):
         """The rows of each group."""
 
     def begin(self, step: int) -> None:
-        """Clear the sums and draw the step's noise: the fractional part of one number for the row and one for the column.
+        """Clear the sums and draw the step's noise: the fractional part of one number for the block and one for the place in it.
 
         Any two of its elements are independent and uniform, for the price of two vectors.
         """
@@ -588,12 +589,14 @@ class _Bank(ABC):
         self.l1.zero_()
         if self.noisy:
             generator = None if self.device.type == "meta" else torch.Generator(self.device).manual_seed(step)
-            draw = partial(torch.rand, generator=generator, device=self.device)
-            self._columns, self._rows = draw(2, 1, ROW), draw(self.rows, 1)
+            # Multiples of 2^-16: their sums are exact, so every device and every order agrees.
+            shapes = ((2, 1, BLOCK), (self.rows * _BLOCKS, 1))
+            draws = [torch.randint(1 << 16, shape, generator=generator, device=self.device) for shape in shapes]
+            self._columns, self._blocks = (draw.to(torch.float32) * 2**-16 for draw in draws)
 
     def noise(self, row: int, rows: int, of_weights: bool = False) -> Tensor:
         """Return the step's noise for these rows, uniform in [0, 1): (rows, ROW)."""
-        return (self._rows[row : row + rows] + self._columns[int(of_weights)]).frac()
+        return (self._blocks[row * _BLOCKS : (row + rows) * _BLOCKS] + self._columns[int(of_weights)]).frac().view(rows, ROW)
 
     def narrowed(self, weights: Tensor, row: int) -> Tensor:
         """Return fp32 weights (rows, ROW) rounded stochastically to bf16."""
@@ -644,40 +647,38 @@ class _ByteBank(_Bank):
 
     def __init__(self, device: torch.device, rows: int) -> None:
         super().__init__(device, rows, noisy=True)
-        self._codes = tuple(torch.zeros(rows, ROW, dtype=dtype, device=device) for dtype in (torch.int8, torch.uint8, torch.int8))
-        self._scales = tuple(torch.zeros(rows, ROW // BLOCK, dtype=torch.float32, device=device) for _ in range(3))
+        kinds = (torch.int8, torch.uint8, torch.int8)
+        self._codes = tuple(torch.zeros(rows * _BLOCKS, BLOCK, dtype=kind, device=device) for kind in kinds)
+        self._exponents = tuple(torch.zeros(rows * _BLOCKS, 1, dtype=torch.uint8, device=device) for _ in range(3))
 
     def load(self, row: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        here, blocks = slice(row, row + rows), (rows, ROW // BLOCK, BLOCK)
-        m, v, s = (
-            decode(codes[here].view(blocks), scales[here].unsqueeze(-1)).view(rows, ROW)
-            for codes, scales in zip(self._codes, self._scales, strict=True)
-        )
+        here = slice(row * _BLOCKS, (row + rows) * _BLOCKS)
+        stored = zip(self._codes, self._exponents, strict=True)
+        m, v, s = (decode(codes[here], exponents[here]).view(rows, ROW) for codes, exponents in stored)
         return m, v, s
 
     def store(self, row: int, m: Tensor, v: Tensor, s: Tensor, finite: Tensor) -> None:
-        here, blocks = slice(row, row + len(m)), (len(m), ROW // BLOCK, BLOCK)
-        finite = finite.to(self.device)
-        # Rounding to nearest gives every unchanged value its own code back.
-        noise = torch.where(finite, self.noise(row, len(m)), 0.5).view(blocks)
-        for values, codes, scales in zip((m, v, s), self._codes, self._scales, strict=True):
-            new_codes, new_scales = encode(values.view(blocks), noise, signed=codes.dtype == torch.int8)
-            codes[here] = new_codes.view(-1, ROW).to(codes.dtype)
-            scales[here] = torch.where(finite, new_scales.squeeze(-1), scales[here])
+        here = slice(row * _BLOCKS, (row + len(m)) * _BLOCKS)
+        finite, noise = finite.to(self.device), self.noise(row, len(m)).view(-1, BLOCK)
+        for values, codes, exponents in zip((m, v, s), self._codes, self._exponents, strict=True):
+            new_codes, new_exponents = encode(values.view(-1, BLOCK), noise, signed=codes.dtype == torch.int8)
+            codes[here] = torch.where(finite, new_codes.to(codes.dtype), codes[here])
+            exponents[here] = torch.where(finite, new_exponents.to(torch.uint8), exponents[here])
 
     def started(self, segment: _Segment) -> Tensor:
-        return self._codes[2][segment.row : segment.row + segment.rows].any()
+        return _of(segment, self._codes[2], segment.numel).any()
 
     def views(self, segment: _Segment, shape: torch.Size) -> dict[str, Tensor]:
         views: dict[str, Tensor] = {}
-        for name, codes, scales in zip(("exp_avg", "exp_avg_sq", "s"), self._codes, self._scales, strict=True):
+        for name, codes, exponents in zip(("exp_avg", "exp_avg_sq", "s"), self._codes, self._exponents, strict=True):
             views[name] = _of(segment, codes, segment.numel).view(shape)
-            views[f"{name}_scale"] = _of(segment, scales, -(-segment.numel // BLOCK))
+            first = segment.row * _BLOCKS
+            views[f"{name}_exponent"] = exponents[first : first - (-segment.numel // BLOCK)].view(-1)
         return views
 
 
 def _of(segment: _Segment, flat: Tensor, numel: int) -> Tensor:
-    return flat[segment.row : segment.row + segment.rows].view(-1)[:numel]
+    return flat.view(-1)[segment.row * ROW :][:numel]
 
 
 @dataclass(frozen=True, eq=False)

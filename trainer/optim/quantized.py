@@ -1,9 +1,9 @@
-"""Eight-bit storage of optimizer state: one byte for each element and one fp32 scale for each block of `BLOCK` elements.
+"""Eight-bit storage of optimizer state: one byte for each element, and one for the exponent of each block of `BLOCK` elements.
 
-A code k of n levels stands for y(k / n) times the block's scale, where y is the fourth power with straight lines between the powers of
-two: the bits of a float, read as an integer, are its logarithm in straight pieces, and four times that is the fourth power's. So
-neither direction needs a root or a table. Steps are 1 to 3% of the value for the upper four octaves of an unsigned block (3 to 6%
-signed), twice that for the next four, and so on down to 2^-32 (2^-28) of the largest value.
+A code k of n levels stands for y(k / n) * 2^e, where e is the block's exponent and y is the fourth power with straight lines between
+the powers of two: the bits of a float, read as an integer, are its logarithm in straight pieces, and four times that is the fourth
+power's. So neither direction needs a root or a table, only shifts and additions. Steps are 1 to 3% of the value in the upper four
+octaves of an unsigned block (3 to 6% signed), twice that in the next four, and so on down to 2^-32 (2^-28) of 2^e.
 
 Rounding is stochastic, since a running mean with beta 0.999 moves by less than a step at a time and would never leave its code. The
 straight pieces make it unbiased: between neighbouring codes above 2^-20 of the largest value, the mean of what is stored is the value.
@@ -15,42 +15,49 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
-"""Elements that share a scale."""
+"""Elements that share an exponent."""
 
-_ONE = 127 << 23
-"""The bits of 1.0 in fp32."""
+_BIAS = 127
+_FRACTION = 23
+"""fp32: 1.0 has the exponent bits 127, above 23 bits of fraction."""
 
-# What the largest code stands for: y(127 / 128) and y(255 / 256).
-_TOP_SIGNED = 31 / 32
-_TOP_UNSIGNED = 63 / 64
+_ONE = _BIAS << _FRACTION
+_FOURTH_POWER = ((-3 * _ONE + (1 << 31)) % (1 << 32)) - (1 << 31)
+"""4 * (bits - _ONE) + _ONE is (bits << 2) plus this, in 32 bits that wrap around."""
+_FOURTH_ROOT = _ONE - (_ONE >> 2)
+"""((bits - _ONE) >> 2) + _ONE is (bits >> 2) plus this."""
+
+_SMALLEST_EXPONENT = 40
+"""Biased: a block's unit is at least 2^-87, below which its smallest codes would leave fp32."""
 
 
-def decode(codes: Tensor, scales: Tensor) -> Tensor:
-    """Return codes (..., blocks, BLOCK), int8 or uint8, as fp32, each block times its scale (..., blocks, 1)."""
+def decode(codes: Tensor, exponents: Tensor) -> Tensor:
+    """Return codes (..., BLOCK), int8 or uint8, of blocks with biased exponents (..., 1), uint8, as fp32."""
     signed = codes.dtype == torch.int8
-    values = codes.to(torch.float32)
-    root = values.abs() * (1 / 128) if signed else values * (1 / 256)
-    power = ((root.view(torch.int32) - _ONE) * 4 + _ONE).view(torch.float32)
-    power = torch.where(values == 0, 0.0, power)
-    return power * (torch.where(values < 0, -scales, scales) if signed else scales)
+    levels = codes.to(torch.int32)
+    unit = (exponents.to(torch.int32) << _FRACTION).view(torch.float32)
+    root = (levels.abs() if signed else levels).to(torch.float32) * (1 / 128 if signed else 1 / 256)
+    power = ((root.view(torch.int32) << 2) + _FOURTH_POWER).view(torch.float32)
+    power = torch.where(levels == 0, 0.0, power)
+    return power * (torch.where(levels < 0, -unit, unit) if signed else unit)
 
 
 def encode(values: Tensor, noise: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Return codes, still in fp32, and scales of fp32 values (..., blocks, BLOCK).
+    """Return codes and biased exponents, in int32, of fp32 values (..., BLOCK).
 
     Args:
         values: what to store, finite; not negative if unsigned.
-        noise: uniform in [0, 1) for stochastic rounding, 0.5 for rounding to nearest, which gives decoded values their own codes back.
-        signed: whether the codes are int8 or uint8. Unsigned, a positive value never becomes 0.
+        noise: uniform in [0, 1 - 2^-20] for stochastic rounding; 0.5 rounds to nearest.
+        signed: whether the codes are for int8, -127 to 127, or for uint8, 1 to 255: an unsigned 0 becomes the smallest value, since
+            first moments are divided by the roots of second ones.
     """
     size = values.abs() if signed else values
-    top = _TOP_SIGNED if signed else _TOP_UNSIGNED
-    largest = size.amax(-1, keepdim=True).clamp(min=1e-30)  # whose reciprocal does not overflow
-    part = size * (top / largest)
-    root = (((part.view(torch.int32) - _ONE) >> 2) + _ONE).view(torch.float32)
-    if signed:
-        codes = (root * 128 + noise).floor().clamp(max=127)
-        codes = torch.where(values < 0, -codes, codes)
-    else:
-        codes = torch.where(part > 0, (root * 256 + noise).floor().clamp(1, 255), 0.0)
-    return codes, largest * (1 / top)
+    largest = size.amax(-1, keepdim=True)
+    # The largest code stands for 31/32 (unsigned 63/64) of the unit: the largest value must not be above it, but for the last bits.
+    above = largest * ((32 / 31 if signed else 64 / 63) * (1 - 1e-6))
+    exponents = ((above.view(torch.int32) >> _FRACTION) + 1).clamp(min=_SMALLEST_EXPONENT)
+    part = size * ((2 * _BIAS - exponents) << _FRACTION).view(torch.float32)
+    root = ((part.view(torch.int32) >> 2) + _FOURTH_ROOT).view(torch.float32)
+    codes = (root * (128 if signed else 256) + noise).to(torch.int32).clamp(max=127 if signed else 255)
+    codes = torch.where(values < 0, -codes, codes) if signed else codes.clamp(min=1)
+    return codes, exponents
