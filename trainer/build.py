@@ -294,12 +294,20 @@ def choose_device(gpuid: int) -> torch.device:
 
 
 def place(models: Models, device: torch.device, *, channels_last: bool) -> None:
-    """Move the networks to the device, convolution weights channels last if asked."""
+    """Move the networks to the device, convolution weights channels last if asked, each tensor in memory of its own.
+
+    Loaded tensors may be windows on a mapped file, at any address. Kernels add up in another order where an address is not aligned,
+    so a continued run would differ from an unbroken one in the last bits; and a mapped file cannot be replaced on Windows.
+    """
     import torch
 
     for network in (models.unet, models.vae):
         network.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)  # type: ignore[call-overload]
     models.text_encoder.to(device)  # type: ignore[arg-type]
+    if device.type == "cpu":
+        for network in (models.unet, models.vae, models.text_encoder):
+            for tensor in (*network.parameters(), *network.buffers()):
+                tensor.data = tensor.data.clone()
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def _from_tree(tree: Any, file: Any) -> Any:
     if not isinstance(tree, dict):
         return tree
     if _TENSOR in tree:
-        return file.get_tensor(tree[_TENSOR])
+        return file.get_tensor(tree[_TENSOR]).clone()  # out of the mapped file, into aligned memory
     if _TUPLE in tree:
         return tuple(_from_tree(item, file) for item in tree[_TUPLE])
     if _FLOAT in tree:

@@ -140,8 +140,8 @@ class Objective:
             pixels_BCHW=batch.pixels_BCHW,
             tokens_BT=batch.tokens_BT,
             scale_B=batch.loss_scale_B,
-            posterior_BCHW=torch.from_numpy(np.stack(posterior)),
-            noise_BCHW=torch.from_numpy(np.stack(noises)),
+            posterior_BCHW=torch.tensor(np.stack(posterior)),  # copied: numpy aligns its memory less than torch does
+            noise_BCHW=torch.tensor(np.stack(noises)),
             t_B=torch.tensor(timesteps, dtype=torch.int64),
         )
 
