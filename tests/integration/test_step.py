@@ -10,7 +10,7 @@ from data.batch import Batch
 from tests.tiny import tiny_models
 from trainer.diffusion.objective import Inputs, Networks, Objective, ObjectiveOptions
 from trainer.diffusion.schedule import NoiseSchedule
-from trainer.optim import AdamW8bitOptions, AdamWOptions, DAdaptAdamOptions
+from trainer.optim import AdamW8bitOptions, AdamWOptions, DAdaptAdam8bitOptions, DAdaptAdamOptions, DAdaptAdamReferenceOptions
 from trainer.optim.optimizer_set import OptimizerSet
 from trainer.state import read_state, write_state
 from trainer.step import train_step
@@ -19,6 +19,8 @@ OPTIONS = {
     "adamw": AdamWOptions(lr=1e-3),
     "adamw8bit": AdamW8bitOptions(lr=1e-3),
     "dadapt_adam": DAdaptAdamOptions(lr=1.0, weight_decay=0.1),
+    "dadapt_adam8bit": DAdaptAdam8bitOptions(lr=1.0, weight_decay=0.1),
+    "dadapt_adam_reference": DAdaptAdamReferenceOptions(lr=1.0, weight_decay=0.1),
 }
 
 

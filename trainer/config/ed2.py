@@ -47,7 +47,6 @@ LATER_OPTIMIZER: Mapping[str, tuple[Any, ...]] = {
 """The same for the sections of an optimizer file."""
 
 LATER_NAMES: Mapping[str, str] = {
-    "dadapt_adam8bit": "dadapt_adam",
     "dadapt_lion": "dadapt_adam",
     "dadapt_sgd": "dadapt_adam",
     "lion": "adamw",

@@ -120,7 +120,10 @@ class OptimizerSet:
             entry = saved[member.network]
             current = member.optimizer.state_dict()["param_groups"]
             groups = [{**group, **learned} for group, learned in zip(current, entry["groups"], strict=True)]
-            state = {number: _laid_out_like(member.parameters[number], values) for number, values in entry["state"].items()}
+            state = {
+                key: _laid_out_like(member.parameters[key], values) if isinstance(key, int) else values
+                for key, values in entry["state"].items()
+            }
             member.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
