@@ -179,7 +179,8 @@ def test_clipping_bounds_each_network_by_itself():
     assert norms["text encoder"] == pytest.approx(min(1e-3, result.norms["text encoder"].item()), rel=1e-3)
 
 
-def test_the_step_reads_nothing_back():
+@pytest.mark.parametrize("name", ["adamw", "dadapt_adam", "dadapt_adam8bit"])
+def test_the_step_reads_nothing_back(name):
     """On the meta device every read-back raises."""
     networks, objective, optimizers = _setup("adamw")
     meta = torch.device("meta")
@@ -188,8 +189,8 @@ def test_the_step_reads_nothing_back():
         module.to(meta)
     objective.schedule.to(meta)
     parameters = {"unet": list(networks.unet.parameters()), "text encoder": list(networks.text_encoder.parameters())}
-    optimizers = OptimizerSet(dict.fromkeys(parameters, OPTIONS["adamw"]), parameters, total_steps=10)
-    for member in optimizers.members:  # torch's fused kernel does not run there; everything around it does
+    optimizers = OptimizerSet(dict.fromkeys(parameters, OPTIONS[name]), parameters, total_steps=10)
+    for member in optimizers.members if name == "adamw" else ():  # torch's fused kernel does not run there; everything around it does
         member.optimizer.step = lambda: None  # type: ignore[method-assign]
     moved = Inputs(**{name: tensor.to(meta) for name, tensor in vars(inputs).items()})
     result = train_step([moved, moved], networks, objective, optimizers, step=0, images=4, clip=1.0)
@@ -209,7 +210,7 @@ def _assert_same(found, expected, path="state"):
         assert torch.equal(found, expected), path
     elif isinstance(expected, dict):
         assert list(found) == list(expected), path
-        for key in expected:
+        for key in expected.keys() - {"steps"}:  # the calls of step(), skipped ones too: they key the rounding and count on
             _assert_same(found[key], expected[key], f"{path}.{key}")
     elif isinstance(expected, list):
         for number, (left, right) in enumerate(zip(found, expected, strict=True)):

@@ -39,7 +39,6 @@ LATER: Mapping[str, tuple[Any, ...]] = {
 
 LATER_OPTIMIZER: Mapping[str, tuple[Any, ...]] = {
     "d_coef": (1,),
-    "d_max": (),
     "fused_backward": (False,),
     "layer_scale": (1,),
     "slice_p": (1,),
