@@ -24,24 +24,19 @@ from __future__ import annotations
 
 import math
 import weakref
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from trainer.optim.quantized import BLOCK, decode, encode
+from trainer.optim.dadapt_kernels import NEUTRAL, ROW, Coefficients, Kernel, advance, compiled_kernel
+from trainer.optim.flat_state import PACK_ROWS, Bank, Layout, Pack, Segment, is_large
 
-ROW = 2048
-"""Elements of one row of the flat state. A parameter starts on a new row; the rest of its last row stays zero."""
-
-_BLOCKS = ROW // BLOCK
-
-_CACHED_ROWS = 32
-"""Rows that the eager path works on at a time on the CPU: few enough for the cache, enough to hide each call."""
+_WORTH_COMPILING = 1 << 22
+"""Parameters from which on compiling, which takes seconds to minutes once, is tried without being asked for."""
 
 _LEARNED = ("d", "k", "numerator_weighted")
 _SHARED = ("betas", "decouple", "use_bias_correction", "d0", "growth_rate", "d_max")
@@ -73,6 +68,9 @@ class DAdaptAdam(Optimizer):
         d0: where d starts.
         growth_rate: the most that d may grow by in one step, as a factor.
         d_max: d does not grow beyond this.
+        compile: run through torch.compile, True or False; None does so if there are four million parameters or more. Where it does not
+            work, or for fp64, the step runs eagerly, which gives the same results but for the last bits. A saved state remembers the
+            choice made for None.
         state_bits: 32, or 8 for one byte for each of m, v and s (trainer.optim.quantized), 3.01 bytes for a parameter instead of 12.
         fused_backward: update each parameter inside `loss.backward()`, as soon as its gradient is complete, and drop the gradient, so that
             the gradients never exist together. `step()` closes the step: it moves d. Bit-equal to the plain step. One backward a step:
@@ -100,6 +98,7 @@ class DAdaptAdam(Optimizer):
         d_max: float = math.inf,
         state_bits: int = 32,
         fused_backward: bool = False,
+        compile: bool | None = None,
     ) -> None:
         if not lr > 0:
             raise ValueError(f"lr is {lr}; it must be above 0")
@@ -107,8 +106,10 @@ class DAdaptAdam(Optimizer):
             raise ValueError(f"state_bits is {state_bits}; it must be 8 or 32")
         self.state_bits = state_bits
         self.fused_backward = fused_backward
+        self.compile = compile
         self._steps = 0
-        self._layout: _Layout | None = None
+        self._layout: Layout | None = None
+        self._scalars: dict[str, Tensor] = {}
         self._pass: _Pass | None = None
         self._gate: Tensor | None = None
         defaults = {
@@ -136,22 +137,29 @@ class DAdaptAdam(Optimizer):
     @property
     def d(self) -> Tensor:
         """The estimate d: 0-d, fp64, on the parameters' device."""
-        return self._ready().scalars["d"]
+        return self._scalar("d")
 
     @property
     def d_hat(self) -> Tensor:
         """What the last step estimated, which d follows upwards: 0-d, fp64, on the parameters' device."""
-        return self._ready().scalars["d_hat"]
+        return self._scalar("d_hat")
 
     @property
     def l1(self) -> Tensor:
         """|s|_1 of the last step, each group weighted by its layer_scale: 0-d, fp64, on the parameters' device."""
-        return self._ready().scalars["l1"]
+        return self._scalar("l1")
 
     @property
     def not_finite(self) -> Tensor:
         """How many gradients were not finite, and left out, since this optimizer was made (fused backward): 0-d, int64."""
-        return self._ready().not_finite
+        self._ready()
+        return self._not_finite
+
+    @property
+    def compiled(self) -> bool:
+        """Whether steps run through torch.compile."""
+        self._ready()
+        return any(kernel is not None for kernel in self._kernels.values())
 
     def rate(self) -> Tensor:
         """Return d * lr * bias correction, the rate of the coming step: 0-d, fp64, on the parameters' device."""
@@ -190,13 +198,13 @@ class DAdaptAdam(Optimizer):
             self._pass = self._begin()
             gradients = [(segment, p, p.grad) for segment, p in work if p.grad is not None]
             finite = _all_finite(gradients, layout.device) if found_inf is None else found_inf.to(layout.device) == 0
-            inverse_scale = None if grad_scale is None else grad_scale.double().reciprocal()
+            self._pass.inverse_scale = None if grad_scale is None else grad_scale.double().reciprocal()
             self._pass.tables.gate(finite, self._acts(gradients))
             for segment, parameter, gradient in gradients:
                 if self._pass.rates[segment.group] == 0:
                     self._pass.resting.append((segment, parameter, finite))
                 else:
-                    self._take(segment, parameter, gradient, self._pass.tables.of(segment), finite, inverse_scale)
+                    self._take(_Arrival(segment, parameter, gradient, finite), self._pass.tables.of(segment))
         if self._pass is not None:
             self._close(self._pass, found_inf)
         self._pass = self._gate = None
@@ -213,7 +221,7 @@ class DAdaptAdam(Optimizer):
         dlr = self._rate(max(rates))
         return _Pass(rates=rates, dlr=dlr, tables=_Tables(self.param_groups, dlr))
 
-    def _arrive(self, segment: _Segment, parameter: Tensor) -> None:
+    def _arrive(self, segment: Segment, parameter: Tensor) -> None:
         """Take the gradient of one parameter in whatever order they come, and drop it."""
         gradient, parameter.grad = parameter.grad, None
         if gradient is None:
@@ -228,7 +236,7 @@ class DAdaptAdam(Optimizer):
         device = self._ready().device
         finite = torch.linalg.vector_norm(gradient).isfinite()
         gate = torch.ones_like(finite) if self._gate is None else self._gate.to(finite.device)
-        self._ready().not_finite.add_((gate & ~finite).to(device))
+        self._not_finite.add_((gate & ~finite).to(device))
         finite &= gate
         if now.rates[segment.group] == 0:
             now.resting.append((segment, parameter, finite))
@@ -239,39 +247,120 @@ class DAdaptAdam(Optimizer):
             # Whether any parameter moves at all is only known at the end. One that moves by itself decays now, else at the end.
             acts = finite & (gradient.any() | segment.bank.started(segment)) & (group["layer_scale"] != 0)
             now.undecided.append((segment, parameter, finite & ~acts))
-        self._take(segment, parameter, gradient, now.tables.of(segment, finite, acts), finite, None)
-        rows = slice(segment.row, segment.row + segment.rows)
-        segment.bank.l1[rows] *= finite  # the rows of an untouched s are not part of this step
+        # Where it is not finite, an eager step is held still by its coefficients, a compiled one row by row.
+        eager = self._kernels[segment.bank] is None
+        table = now.tables.of(segment, finite if eager else None, acts)
+        self._take(_Arrival(segment, parameter, gradient, finite), table, alone=acts is not None)
 
-    def _take(
-        self, segment: _Segment, parameter: Tensor, gradient: Tensor, table: Tensor, finite: Tensor, inverse_scale: Tensor | None
-    ) -> None:
-        """Advance one parameter and its state; where not `finite`, `table` and `finite` together leave both as they are."""
-        bank = segment.bank
-        group = self.param_groups[segment.group]
-        c = _Coefficients(*table)
-        if group["decouple"] or group["weight_decay"] == 0:
-            c = c._replace(coupled=None)
-        weights = _flat(parameter)
-        for row, p, g in segment.tiles(weights, _flat(gradient)):
-            rows = len(p)
+    def _take(self, arrival: _Arrival, table: Tensor, alone: bool = False) -> None:
+        """Advance one parameter and its state, or keep it until the pack it belongs to is complete, unless it has its own table."""
+        now, segment = self._pass, arrival.segment
+        assert now is not None
+        kernel = self._kernels[segment.bank]
+        if kernel is None:
+            self._advance_eagerly(arrival, table)
+        elif is_large(segment.numel):
+            self._advance_large(kernel, arrival, table)
+        else:
+            pack = self._ready().pack_of[segment.index]
+            if alone:
+                now.away[pack] = now.away.get(pack, 0) + 1
+                self._advance_together(kernel, Pack(pack.bank, pack.group, (segment,)), [arrival], table)
+                table = now.tables.of(segment)
+            else:
+                now.waiting.setdefault(pack, []).append(arrival)
+            if pack in now.waiting and len(now.waiting[pack]) + now.away.get(pack, 0) == len(pack.segments):
+                self._advance_together(kernel, pack, now.waiting.pop(pack), table)
+
+    def _gradient(self, segment: Segment, weights: Tensor, gradient: Tensor) -> Tensor:
+        """Return what the step sees of a gradient: unscaled, and with the coupled decay of the weights."""
+        assert self._pass is not None
+        group, bank = self.param_groups[segment.group], segment.bank
+        gradient = gradient.to(bank.dtype)
+        if self._pass.inverse_scale is not None:
+            gradient = gradient * self._pass.inverse_scale.to(bank.device)
+        if group["weight_decay"] != 0 and not group["decouple"]:
+            gradient = gradient + weights.to(bank.dtype) * group["weight_decay"]
+        return gradient
+
+    def _advance_eagerly(self, arrival: _Arrival, table: Tensor) -> None:
+        segment, bank = arrival.segment, arrival.segment.bank
+        c = Coefficients(*table)
+        weights = _flat(arrival.parameter)
+        for row, p, g in segment.tiles(weights, _flat(arrival.gradient)):
+            here = slice(row, row + len(p))
             work = p.to(bank.dtype)
-            g = g.to(bank.dtype)
-            if inverse_scale is not None:
-                g = g * inverse_scale.to(bank.device)
-            g = torch.nan_to_num(g, 0.0, 0.0, 0.0)  # such a gradient's coefficients change nothing, but 0 * nan is nan
-            m, v, s = bank.load(row, rows)
-            bank.num[row : row + rows], bank.l1[row : row + rows] = advance(work, g, m, v, s, c)
-            bank.store(row, m, v, s, finite)
+            g = torch.nan_to_num(self._gradient(segment, p, g), 0.0, 0.0, 0.0)  # neutral coefficients do the rest, but 0 * nan is nan
+            m, v, s = bank.load(row, len(p))
+            bank.num[here], bank.l1[here] = advance(work, g, m, v, s, c)
+            bank.store(row, m, v, s, arrival.finite)
             segment.put(weights, row, work if work.dtype == p.dtype else bank.narrowed(work, row))
-        _write_back(weights, parameter)
+        _write_back(weights, arrival.parameter)
+        # The rows of an s that was left as it was are not part of this step.
+        bank.l1[segment.row : segment.row + segment.rows] *= arrival.finite.to(bank.device)
+
+    def _advance_large(self, kernel: Kernel, arrival: _Arrival, table: Tensor) -> None:
+        """Run the kernel on a large parameter: in place if its elements are fp32 and in order, else piece by piece on a copy."""
+        segment, bank = arrival.segment, arrival.segment.bank
+        weights, gradient = _flat(arrival.parameter), _flat(arrival.gradient)
+        whole = segment.numel // ROW
+        done = 0
+        if weights.dtype == torch.float32 and weights.data_ptr() == arrival.parameter.data_ptr():
+            done = whole * ROW
+            p = weights[:done].view(whole, ROW)
+            g = self._gradient(segment, weights[:done], gradient[:done]).view(whole, ROW)
+            live = arrival.finite.to(bank.device).expand(whole, 1).contiguous()
+            here = slice(segment.row, segment.row + whole)
+            bank.num[here], bank.l1[here] = bank.call(kernel, segment.row, p, g, live, table)
+        for start in range(done, segment.numel, PACK_ROWS * ROW):
+            piece = slice(start, min(start + PACK_ROWS * ROW, segment.numel))
+            row = segment.row + start // ROW
+            self._staged(kernel, segment, row, [(0, weights[piece], gradient[piece], arrival.finite)], table)
+        _write_back(weights, arrival.parameter)
+
+    def _advance_together(self, kernel: Kernel, pack: Pack, arrivals: Sequence[_Arrival], table: Tensor) -> None:
+        """Run the kernel once on copies of small parameters; those of the pack that have not arrived keep still."""
+        pieces: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        for arrival in arrivals:
+            first = arrival.segment.row - pack.row
+            pieces.append((first, _flat(arrival.parameter), _flat(arrival.gradient), arrival.finite))
+        self._staged(kernel, pack.segments[0], pack.row, pieces, table)
+        for arrival, (_, weights, _, _) in zip(arrivals, pieces, strict=True):
+            _write_back(weights, arrival.parameter)
+
+    def _staged(self, kernel: Kernel, like: Segment, row: int, pieces: Sequence[tuple[int, Tensor, Tensor, Tensor]], table: Tensor) -> None:
+        """Run the kernel on flat pieces (first row, weights, gradient, whether finite), copied to one buffer and back."""
+        bank = like.bank
+        rows = max(first + -(-weights.numel() // ROW) for first, weights, _, _ in pieces)
+        stage = self._stages[bank]
+        p, g, live = (buffer[: max(rows, 2)].zero_() for buffer in stage)
+        places = [slice(first * ROW, first * ROW + weights.numel()) for first, weights, _, _ in pieces]
+        gradients = [self._gradient(like, weights, gradient) for _, weights, gradient, _ in pieces]
+        for place, (_, weights, _, _), gradient in zip(places, pieces, gradients, strict=True):
+            p.view(-1)[place].copy_(weights)
+            g.view(-1)[place].copy_(gradient)
+        for first, weights, _, finite in pieces:
+            live[first : first - (-weights.numel() // ROW)] = finite.to(bank.device)
+        num, l1 = bank.call(kernel, row, p, g, live, table)
+        # Rows that are nobody's here may be somebody's elsewhere.
+        bank.num[row : row + rows] += num[:rows]
+        bank.l1[row : row + rows] += l1[:rows]
+        moved = rounded = p.view(-1)
+        if any(weights.dtype == torch.bfloat16 for _, weights, _, _ in pieces):
+            rounded = bank.narrowed(p[:rows], row).view(-1)
+        for place, (_, weights, _, _) in zip(places, pieces, strict=True):
+            weights.copy_((rounded if weights.dtype == torch.bfloat16 else moved)[place])
 
     def _close(self, now: _Pass, found_inf: Tensor | None) -> None:
         """Add the sums up in their fixed order; move what waited for them, then W, d and k."""
         layout = self._ready()
+        for pack, arrivals in now.waiting.items():
+            kernel = self._kernels[pack.bank]
+            assert kernel is not None
+            self._advance_together(kernel, pack, arrivals, now.tables.of(pack.segments[0]))
         if now.rates != tuple(group["lr"] for group in self.param_groups):
             raise RuntimeError("lr was changed between backward and step(): with fused backward it is set before backward")
-        scalars = layout.scalars
+        scalars = self._scalars
         num, l1 = torch.zeros_like(now.dlr), torch.zeros_like(now.dlr)
         for number, group in enumerate(self.param_groups):
             for bank in layout.banks:
@@ -281,7 +370,7 @@ class DAdaptAdam(Optimizer):
                     l1 += group["layer_scale"] * bank.l1[rows].sum().to(layout.device)
         acts = l1 > 0 if now.tables.finite is None else (l1 > 0) & now.tables.finite
         for segment, parameter, waits in now.undecided:
-            decay = now.tables.of(segment)[_Coefficients._fields.index("decay")]
+            decay = now.tables.of(segment)[Coefficients._fields.index("decay")]
             _decay_alone(segment, parameter, torch.where(waits & acts.to(waits.device), decay, 0.0))
         for segment, parameter, finite in now.resting if max(now.rates) > 0 else ():
             _drift(segment, parameter, self.param_groups[segment.group], now.dlr, acts & finite.to(layout.device))
@@ -305,12 +394,12 @@ class DAdaptAdam(Optimizer):
 
         All of them are the live tensors, not copies. The groups hold hyper-parameters only.
         """
-        layout = self._ready()
+        self._ready()
         saved = super().state_dict()
         for group in saved["param_groups"]:
             for key in _LEARNED:
                 del group[key]
-        saved["state"]["adaptation"] = {**layout.scalars, "steps": self._steps}
+        saved["state"]["adaptation"] = {**self._scalars, "steps": self._steps, "compiled": self.compiled}
         return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
@@ -325,7 +414,7 @@ class DAdaptAdam(Optimizer):
         segments = list(self._segments())
         if sorted(state) != list(range(len(segments))):
             raise ValueError(f"the state is of {len(state)} parameters, this optimizer has {len(segments)}")
-        copies = [(f"adaptation.{key}", layout.scalars[key], adaptation[key]) for key in layout.scalars]
+        copies = [(f"adaptation.{key}", own, adaptation[key]) for key, own in self._scalars.items()]
         for number, (_, parameter) in enumerate(segments):
             own = self.state[parameter]
             if set(own) != set(state[number]):
@@ -339,31 +428,54 @@ class DAdaptAdam(Optimizer):
         for _, target, source in copies:
             target.copy_(source)
         self._steps = adaptation["steps"]
+        if self.compile is None and self.compiled != adaptation["compiled"]:
+            self._choose_kernels(layout, compile=adaptation["compiled"])
         self._proven.clear()
         self._backwards = 0
 
     # ---- inside ----
 
-    def _ready(self) -> _Layout:
+    def _ready(self) -> Layout:
         """Return the layout; the first call allocates the state, on the device where the parameters are by then."""
         if self._layout is None:
-            self._layout = _Layout(self.param_groups, self.state_bits)
+            layout = self._layout = Layout(self.param_groups, self.state_bits)
             self._proven: set[int] = set()
             self._backwards = 0
             self._segment_of = {parameter: segment for segment, parameter in self._segments()}
             for segment, parameter in self._segments():
                 self.state[parameter] = segment.bank.views(segment, parameter.shape)
+            first = dict(self.param_groups[0])
+            kinds = {"d": torch.float64, "k": torch.int64, "numerator_weighted": torch.float64, "d_hat": torch.float64, "l1": torch.float64}
+            self._scalars.update({key: torch.full((), first.get(key, 0), dtype=kind, device=layout.device) for key, kind in kinds.items()})
+            self._not_finite = torch.zeros((), dtype=torch.int64, device=layout.device)
             for group in self.param_groups:
-                group.update({key: self._layout.scalars[key] for key in _LEARNED})
+                group.update({key: self._scalars[key] for key in _LEARNED})
+            worth_it = sum(segment.numel for segment in layout.segments) >= _WORTH_COMPILING
+            self._choose_kernels(layout, compile=worth_it if self.compile is None else self.compile)
         return self._layout
 
-    def _segments(self) -> Iterator[tuple[_Segment, Tensor]]:
+    def _choose_kernels(self, layout: Layout, *, compile: bool) -> None:
+        self._kernels: dict[Bank, Kernel | None] = {}
+        self._stages: dict[Bank, tuple[Tensor, Tensor, Tensor]] = {}
+        for bank in layout.banks:
+            possible = compile and bank.dtype == torch.float32 and bank.device.type != "meta"
+            self._kernels[bank] = compiled_kernel(bank.device, self.state_bits) if possible else None
+            if self._kernels[bank] is not None:
+                weights, gradients = (torch.zeros(PACK_ROWS + 1, ROW, device=bank.device) for _ in range(2))
+                self._stages[bank] = weights, gradients, torch.zeros(PACK_ROWS + 1, 1, dtype=torch.bool, device=bank.device)
+
+    def _scalar(self, name: str) -> Tensor:
+        self._ready()
+        return self._scalars[name]
+
+    def _segments(self) -> Iterator[tuple[Segment, Tensor]]:
         assert self._layout is not None
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
         return zip(self._layout.segments, parameters, strict=True)
 
     def _rate(self, lr: float) -> Tensor:
-        scalars = self._ready().scalars
+        self._ready()
+        scalars = self._scalars
         rate = scalars["d"] * lr
         if self.param_groups[0]["use_bias_correction"]:
             beta1, beta2 = self.param_groups[0]["betas"]
@@ -371,7 +483,7 @@ class DAdaptAdam(Optimizer):
             rate = rate * (1 - beta2**steps).sqrt() / (1 - beta1**steps)
         return rate
 
-    def _acts(self, gradients: Sequence[tuple[_Segment, Tensor, Tensor]]) -> Tensor:
+    def _acts(self, gradients: Sequence[tuple[Segment, Tensor, Tensor]]) -> Tensor:
         """Return whether l1 will be above 0 after this step, without which nothing decays or drifts: 0-d bool on the device.
 
         It is, once a parameter of the step has s != 0 or a gradient != 0. The first is looked up until it is true, in practice in the
@@ -397,7 +509,7 @@ class DAdaptAdam(Optimizer):
             touched.append(any_gradient.to(layout.device))
         return torch.stack(touched).any()
 
-    def _prove(self, segments: Sequence[_Segment]) -> None:
+    def _prove(self, segments: Sequence[Segment]) -> None:
         """Read back which of these parameters have s != 0."""
         device = self._ready().device
         if device.type == "meta" or not segments:
@@ -419,11 +531,26 @@ class _Pass:
     rates: tuple[float, ...]
     dlr: Tensor
     tables: _Tables
+    inverse_scale: Tensor | None = None
     seen: set[int] = field(default_factory=set)
-    undecided: list[tuple[_Segment, Tensor, Tensor]] = field(default_factory=list)
+    undecided: list[tuple[Segment, Tensor, Tensor]] = field(default_factory=list)
     """Parameters that moved nowhere, and whether they decay if others move."""
-    resting: list[tuple[_Segment, Tensor, Tensor]] = field(default_factory=list)
+    resting: list[tuple[Segment, Tensor, Tensor]] = field(default_factory=list)
     """Parameters whose lr is 0, and whether their gradient is finite."""
+    waiting: dict[Pack, list[_Arrival]] = field(default_factory=dict)
+    """Small parameters that wait for the others of their pack."""
+    away: dict[Pack, int] = field(default_factory=dict)
+    """How many of a pack's parameters were advanced by themselves."""
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    """A parameter whose gradient is complete, and whether that is finite."""
+
+    segment: Segment
+    parameter: Tensor
+    gradient: Tensor
+    finite: Tensor
 
 
 class _Tables:
@@ -431,7 +558,7 @@ class _Tables:
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], dlr: Tensor) -> None:
         self._groups, self._dlr = groups, dlr
-        self._ready: dict[tuple[int, _Bank], Tensor] = {}
+        self._ready: dict[tuple[int, Bank], Tensor] = {}
         self._neutral: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self.finite: Tensor | None = None
         self._acts: Tensor | None = None
@@ -440,8 +567,8 @@ class _Tables:
         """Change nothing in this step unless `finite`, and decay nothing unless `acts`: 0-d bools."""
         self.finite, self._acts = finite, acts
 
-    def of(self, segment: _Segment, finite: Tensor | None = None, acts: Tensor | None = None) -> Tensor:
-        """Return the values of `_Coefficients`, gated as the step is, and by what is given here for one parameter."""
+    def of(self, segment: Segment, finite: Tensor | None = None, acts: Tensor | None = None) -> Tensor:
+        """Return the values of `Coefficients`, gated as the step is, and by what is given here for one parameter."""
         key = segment.group, segment.bank
         if key not in self._ready:
             self._ready[key] = self._gated(self._values(segment.group), self.finite, self._acts).to(segment.bank.device, segment.bank.dtype)
@@ -451,58 +578,25 @@ class _Tables:
         group, dlr = self._groups[number], self._dlr
         beta1, beta2 = group["betas"]
         root, decay = math.sqrt(beta2), group["weight_decay"]
-        decoupled, coupled = (decay, 0.0) if group["decouple"] else (0.0, decay)
-        values = [beta1, (1 - beta1) * group["layer_scale"], beta2, 1 - beta2, root, 1 - root, group["eps"], decoupled, coupled]
-        by_rate = torch.stack([torch.ones_like(dlr), dlr])[[0, 1, 0, 0, 0, 1, 0, 1, 0]]
+        decay = decay if group["decouple"] else 0.0
+        values = [beta1, (1 - beta1) * group["layer_scale"], beta2, 1 - beta2, root, 1 - root, group["eps"], decay]
+        by_rate = torch.stack([torch.ones_like(dlr), dlr])[[0, 1, 0, 0, 0, 1, 0, 1]]
         return torch.tensor(values, dtype=dlr.dtype).to(dlr.device, non_blocking=True) * by_rate
 
     def _gated(self, values: Tensor, finite: Tensor | None, acts: Tensor | None) -> Tensor:
         if acts is not None:
             factors = torch.ones_like(values)
-            factors[_Coefficients._fields.index("decay")] = acts.to(values.device)
+            factors[Coefficients._fields.index("decay")] = acts.to(values.device)
             values = values * factors
         if finite is not None:
             kind = values.device, values.dtype
             if kind not in self._neutral:
-                self._neutral[kind] = torch.tensor(_NEUTRAL, dtype=values.dtype).to(values.device, non_blocking=True)
+                self._neutral[kind] = torch.tensor(NEUTRAL, dtype=values.dtype).to(values.device, non_blocking=True)
             values = torch.where(finite.to(values.device), values, self._neutral[kind])
         return values
 
 
-class _Coefficients(NamedTuple):
-    """The scalars of one group in one step, as 0-d tensors; `_NEUTRAL` ones leave everything as it is."""
-
-    keep_m: Tensor
-    gain_m: Tensor
-    keep_v: Tensor
-    gain_v: Tensor
-    keep_s: Tensor
-    gain_s: Tensor
-    eps: Tensor
-    decay: Tensor
-    coupled: Tensor | None
-
-
-_NEUTRAL = (1.0, 0.0, 1.0, 0.0, 1.0, 0.0, math.inf, 0.0, 0.0)
-
-
-def advance(p: Tensor, g: Tensor, m: Tensor, v: Tensor, s: Tensor, c: _Coefficients) -> tuple[Tensor, Tensor]:
-    """Update p, m, v, s (rows, width) in place by the gradient g; return for each row <g, s / (sqrt(v) + eps)> of before and |s|_1."""
-    if c.coupled is not None:
-        g = torch.addcmul(g, p, c.coupled)
-    denominator = v.sqrt().add_(c.eps)
-    num = torch.div(s, denominator, out=denominator).mul_(g).sum(-1)
-    m.mul_(c.keep_m).addcmul_(g, c.gain_m)
-    v.mul_(c.keep_v).addcmul_(g * c.gain_v, g)
-    s.mul_(c.keep_s).addcmul_(g, c.gain_s)
-    l1 = s.abs().sum(-1)
-    denominator = v.sqrt().add_(c.eps)
-    change = torch.div(m, denominator, out=denominator).addcmul_(p, c.decay)
-    p.sub_(change)
-    return num, l1
-
-
-def _decay_alone(segment: _Segment, parameter: Tensor, decay: Tensor) -> None:
+def _decay_alone(segment: Segment, parameter: Tensor, decay: Tensor) -> None:
     bank, weights = segment.bank, _flat(parameter)
     for row, p in segment.tiles(weights):
         work = p.to(bank.dtype)
@@ -511,7 +605,7 @@ def _decay_alone(segment: _Segment, parameter: Tensor, decay: Tensor) -> None:
     _write_back(weights, parameter)
 
 
-def _drift(segment: _Segment, parameter: Tensor, group: Mapping[str, Any], dlr: Tensor, acts: Tensor) -> None:
+def _drift(segment: Segment, parameter: Tensor, group: Mapping[str, Any], dlr: Tensor, acts: Tensor) -> None:
     """Move a parameter whose lr is 0 along its old momentum, as the published optimizer does."""
     bank, weights = segment.bank, _flat(parameter)
     decay = torch.where(acts, (group["weight_decay"] if group["decouple"] else 0.0) * dlr, 0.0).to(bank.device, bank.dtype)
@@ -524,7 +618,7 @@ def _drift(segment: _Segment, parameter: Tensor, group: Mapping[str, Any], dlr: 
     _write_back(weights, parameter)
 
 
-def _all_finite(gradients: Sequence[tuple[_Segment, Tensor, Tensor]], device: torch.device) -> Tensor:
+def _all_finite(gradients: Sequence[tuple[Segment, Tensor, Tensor]], device: torch.device) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(gradient).isfinite().to(device) for _, _, gradient in gradients]).all()
 
 
@@ -562,193 +656,6 @@ class _Group(dict[str, Any]):
             own.fill_(value)
         else:
             super().__setitem__(key, value)
-
-
-class _Bank(ABC):
-    """The flat state of all parameters of one precision on one device, and what the rows of a step need beside it.
-
-    Args:
-        noisy: whether anything is rounded stochastically.
-    """
-
-    dtype: torch.dtype
-    """What is computed in."""
-
-    def __init__(self, device: torch.device, rows: int, noisy: bool) -> None:
-        self.device, self.rows, self.noisy = device, rows, noisy
-        self.num, self.l1 = (torch.zeros(rows, dtype=torch.float64, device=device) for _ in range(2))
-        self.rows_of: dict[int, slice] = {}
-        """The rows of each group."""
-
-    def begin(self, step: int) -> None:
-        """Clear the sums and draw the step's noise: the fractional part of one number for the block and one for the place in it.
-
-        Any two of its elements are independent and uniform, for the price of two vectors.
-        """
-        self.num.zero_()
-        self.l1.zero_()
-        if self.noisy:
-            generator = None if self.device.type == "meta" else torch.Generator(self.device).manual_seed(step)
-            # Multiples of 2^-16: their sums are exact, so every device and every order agrees.
-            shapes = ((2, 1, BLOCK), (self.rows * _BLOCKS, 1))
-            draws = [torch.randint(1 << 16, shape, generator=generator, device=self.device) for shape in shapes]
-            self._columns, self._blocks = (draw.to(torch.float32) * 2**-16 for draw in draws)
-
-    def noise(self, row: int, rows: int, of_weights: bool = False) -> Tensor:
-        """Return the step's noise for these rows, uniform in [0, 1): (rows, ROW)."""
-        return (self._blocks[row * _BLOCKS : (row + rows) * _BLOCKS] + self._columns[int(of_weights)]).frac().view(rows, ROW)
-
-    def narrowed(self, weights: Tensor, row: int) -> Tensor:
-        """Return fp32 weights (rows, ROW) rounded stochastically to bf16."""
-        kept = -(1 << 16)  # the upper 16 bits of fp32 are bf16
-        steps = (self.noise(row, len(weights), of_weights=True) * (1 << 16)).to(torch.int32)
-        return ((weights.view(torch.int32) + steps) & kept).view(torch.float32).to(torch.bfloat16)
-
-    @abstractmethod
-    def load(self, row: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return m, v and s (rows, ROW) to be changed in place and stored."""
-
-    @abstractmethod
-    def store(self, row: int, m: Tensor, v: Tensor, s: Tensor, finite: Tensor) -> None:
-        """Keep what `load` gave; where not `finite` it has not been changed."""
-
-    @abstractmethod
-    def started(self, segment: _Segment) -> Tensor:
-        """Return whether s is not 0 somewhere: 0-d bool."""
-
-    @abstractmethod
-    def views(self, segment: _Segment, shape: torch.Size) -> dict[str, Tensor]:
-        """Return the state of one parameter by name."""
-
-
-class _FloatBank(_Bank):
-    def __init__(self, device: torch.device, rows: int, noisy: bool, dtype: torch.dtype) -> None:
-        super().__init__(device, rows, noisy)
-        self.dtype = dtype
-        self._m, self._v, self._s = (torch.zeros(rows, ROW, dtype=dtype, device=device) for _ in range(3))
-
-    def load(self, row: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        here = slice(row, row + rows)
-        return self._m[here], self._v[here], self._s[here]
-
-    def store(self, row: int, m: Tensor, v: Tensor, s: Tensor, finite: Tensor) -> None:
-        pass
-
-    def started(self, segment: _Segment) -> Tensor:
-        return self._s[segment.row : segment.row + segment.rows].any()
-
-    def views(self, segment: _Segment, shape: torch.Size) -> dict[str, Tensor]:
-        flats = {"exp_avg": self._m, "exp_avg_sq": self._v, "s": self._s}
-        return {name: _of(segment, flat, segment.numel).view(shape) for name, flat in flats.items()}
-
-
-class _ByteBank(_Bank):
-    dtype = torch.float32
-
-    def __init__(self, device: torch.device, rows: int) -> None:
-        super().__init__(device, rows, noisy=True)
-        kinds = (torch.int8, torch.uint8, torch.int8)
-        self._codes = tuple(torch.zeros(rows * _BLOCKS, BLOCK, dtype=kind, device=device) for kind in kinds)
-        self._exponents = tuple(torch.zeros(rows * _BLOCKS, 1, dtype=torch.uint8, device=device) for _ in range(3))
-
-    def load(self, row: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        here = slice(row * _BLOCKS, (row + rows) * _BLOCKS)
-        stored = zip(self._codes, self._exponents, strict=True)
-        m, v, s = (decode(codes[here], exponents[here]).view(rows, ROW) for codes, exponents in stored)
-        return m, v, s
-
-    def store(self, row: int, m: Tensor, v: Tensor, s: Tensor, finite: Tensor) -> None:
-        here = slice(row * _BLOCKS, (row + len(m)) * _BLOCKS)
-        finite, noise = finite.to(self.device), self.noise(row, len(m)).view(-1, BLOCK)
-        for values, codes, exponents in zip((m, v, s), self._codes, self._exponents, strict=True):
-            new_codes, new_exponents = encode(values.view(-1, BLOCK), noise, signed=codes.dtype == torch.int8)
-            codes[here] = torch.where(finite, new_codes.to(codes.dtype), codes[here])
-            exponents[here] = torch.where(finite, new_exponents.to(torch.uint8), exponents[here])
-
-    def started(self, segment: _Segment) -> Tensor:
-        return _of(segment, self._codes[2], segment.numel).any()
-
-    def views(self, segment: _Segment, shape: torch.Size) -> dict[str, Tensor]:
-        views: dict[str, Tensor] = {}
-        for name, codes, exponents in zip(("exp_avg", "exp_avg_sq", "s"), self._codes, self._exponents, strict=True):
-            views[name] = _of(segment, codes, segment.numel).view(shape)
-            first = segment.row * _BLOCKS
-            views[f"{name}_exponent"] = exponents[first : first - (-segment.numel // BLOCK)].view(-1)
-        return views
-
-
-def _of(segment: _Segment, flat: Tensor, numel: int) -> Tensor:
-    return flat.view(-1)[segment.row * ROW :][:numel]
-
-
-@dataclass(frozen=True, eq=False)
-class _Segment:
-    """Where one parameter's state is."""
-
-    index: int
-    group: int
-    bank: _Bank
-    row: int
-    numel: int
-
-    @property
-    def rows(self) -> int:
-        return -(-self.numel // ROW)
-
-    def tiles(self, *flats: Tensor) -> Iterator[Any]:
-        """Yield the first row, and for each of the parameter's flat tensors the elements (rows, ROW): views, or a last row filled up."""
-        whole, rest = divmod(self.numel, ROW)
-        if whole:
-            most = _CACHED_ROWS if self.bank.device.type == "cpu" else whole
-            parts = [flat[: whole * ROW].view(whole, ROW).split(most) for flat in flats]
-            yield from zip(range(self.row, self.row + whole, most), *parts, strict=True)
-        if rest:
-            yield self.row + whole, *(torch.nn.functional.pad(flat[whole * ROW :], (0, ROW - rest)).view(1, ROW) for flat in flats)
-
-    def put(self, flat: Tensor, row: int, values: Tensor) -> None:
-        """Write values (rows, ROW), beginning at this row, to the parameter's flat tensor, unless they are its own elements."""
-        start = (row - self.row) * ROW
-        target = flat[start : start + values.numel()]
-        if target.data_ptr() != values.data_ptr():
-            target.copy_(values.view(-1)[: target.numel()])
-
-
-class _Layout:
-    """The flat state of all parameters, and the scalars."""
-
-    def __init__(self, groups: Sequence[Mapping[str, Any]], state_bits: int) -> None:
-        kinds: dict[tuple[torch.device, torch.dtype], int] = {}
-        noisy: set[tuple[torch.device, torch.dtype]] = set()
-        places: list[tuple[int, tuple[torch.device, torch.dtype], int, int]] = []
-        spans: dict[tuple[tuple[torch.device, torch.dtype], int], slice] = {}
-        for number, group in enumerate(groups):
-            for parameter in group["params"]:
-                kind = (parameter.device, torch.float64 if parameter.dtype == torch.float64 else torch.float32)
-                if parameter.dtype == torch.bfloat16:
-                    noisy.add(kind)
-                row = kinds.get(kind, 0)
-                places.append((number, kind, row, parameter.numel()))
-                kinds[kind] = row + -(-parameter.numel() // ROW)
-                first = spans[kind, number].start if (kind, number) in spans else row
-                spans[kind, number] = slice(first, kinds[kind])
-        banks: dict[tuple[torch.device, torch.dtype], _Bank] = {
-            (device, dtype): _ByteBank(device, rows) if state_bits == 8 else _FloatBank(device, rows, (device, dtype) in noisy, dtype)
-            for (device, dtype), rows in kinds.items()
-        }
-        for (kind, number), span in spans.items():
-            banks[kind].rows_of[number] = span
-        self.banks: tuple[_Bank, ...] = tuple(banks.values())
-        self.segments = tuple(_Segment(index, number, banks[kind], row, numel) for index, (number, kind, row, numel) in enumerate(places))
-        self.not_finite = torch.zeros((), dtype=torch.int64, device=groups[0]["params"][0].device)
-        self.device: torch.device = groups[0]["params"][0].device
-        first_group = groups[0]
-        self.scalars: dict[str, Tensor] = {
-            "d": torch.full((), first_group["d"], dtype=torch.float64, device=self.device),
-            "k": torch.full((), first_group["k"], dtype=torch.int64, device=self.device),
-            "numerator_weighted": torch.full((), first_group["numerator_weighted"], dtype=torch.float64, device=self.device),
-            "d_hat": torch.zeros((), dtype=torch.float64, device=self.device),
-            "l1": torch.zeros((), dtype=torch.float64, device=self.device),
-        }
 
 
 def _check(group: Mapping[str, Any], first: Mapping[str, Any], state_bits: int) -> None:

@@ -1,0 +1,267 @@
+"""The path through compiled kernels: packs of small parameters, large ones in place. It equals the eager path up to last bits.
+
+Most tests run the kernels uncompiled, which shows everything but the compiler's own work; the slow ones compile.
+"""
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from trainer.optim import dadapt_adam, dadapt_kernels
+from trainer.optim.dadapt_adam import DAdaptAdam
+from trainer.optim.dadapt_kernels import ROW, advance_bytes, advance_float
+
+# Large and a multiple of a row; large and ragged; a pack that is full, and small ones, ragged, of one row and of one element.
+SHAPES = [(30,), (512, 1024), (7, 100_000), (40, 3), (ROW,), (300, 1000), (400, 600), (1,), (90, 70)]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Run kernels uncompiled; return the list of how many rows each call had."""
+    seen = []
+
+    def counted(device, state_bits):
+        def kernel(p, *arguments):
+            assert p.is_contiguous() and len(p) >= 2
+            seen.append(p.numel() // ROW)
+            return (advance_float if state_bits == 32 else advance_bytes)(p, *arguments)
+
+        return kernel
+
+    monkeypatch.setattr(dadapt_adam, "compiled_kernel", counted)
+    return seen
+
+
+def parameters(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+
+
+def optimizer_over(params, **options):
+    groups = [{"params": params[:5]}, {"params": params[5:], "layer_scale": 0.5, "weight_decay": 0.3}]
+    return DAdaptAdam(groups, **{"decouple": True, "weight_decay": 0.1, "d0": 1e-5, **options})
+
+
+def set_gradients(params, step):
+    generator = torch.Generator().manual_seed(step)
+    for index, p in enumerate(params):
+        p.grad = ((torch.randn(p.shape, generator=generator) + 1) * 10.0 ** -(index % 4)).to(p.dtype)
+
+
+def train(params, optimizer, steps, edit=lambda params, step: None):
+    for step in range(steps):
+        set_gradients(params, step)
+        edit(params, step)
+        optimizer.step()
+
+
+def missing_and_zero(params, step):
+    params[step % len(params)].grad = None
+    params[(step + 3) % len(params)].grad = torch.zeros_like(params[(step + 3) % len(params)])
+    if step < 2:
+        params[8].grad = torch.zeros_like(params[8])
+
+
+def everything(params, optimizer):
+    values = [p.detach() for p in params] + [value for p in params for value in optimizer.state[p].values()]
+    return [value.clone() for value in [*values, optimizer.d, optimizer.d_hat, optimizer.l1]]
+
+
+def assert_same(found, expected):
+    for number, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert torch.equal(a, b), number
+
+
+def assert_close(params, optimizer, other_params, other):
+    assert optimizer.param_groups[0]["d"] == pytest.approx(other.param_groups[0]["d"], rel=1e-5)
+    assert optimizer.param_groups[0]["d"] > 1.5e-5
+    rounds = optimizer.state_bits == 8 or params[0].dtype == torch.bfloat16
+    for a, b in zip(params, other_params, strict=True):
+        apart = (a - b).abs() > 1e-6 + 1e-5 * b.abs()
+        assert apart.float().mean() <= (1e-3 if rounds else 0), "last bits seldom decide how something is rounded"
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("decouple", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packs_and_large_parameters_give_what_the_eager_path_gives(calls, bits, decouple, dtype):
+    results = []
+    for compile in (True, False):
+        params = parameters(dtype)
+        optimizer = optimizer_over(params, compile=compile, state_bits=bits, decouple=decouple)
+        train(params, optimizer, 8, missing_and_zero)
+        results.append((params, optimizer))
+    assert results[0][1].compiled and not results[1][1].compiled and calls
+    assert_close(*results[0], *results[1])
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_other_layouts_and_scaled_gradients(calls, bits):
+    shape = (64, 100, 10, 10)
+    results = []
+    for channels_last, scale in ((False, 1.0), (True, 1024.0)):
+        p = nn.Parameter(torch.linspace(-1, 1, 640_000).view(shape).clone())
+        if channels_last:
+            p = nn.Parameter(p.detach().to(memory_format=torch.channels_last))
+        optimizer = DAdaptAdam([p], compile=True, state_bits=bits, d0=1e-3)
+        for step in range(4):
+            g = torch.randn(shape, generator=torch.Generator().manual_seed(step)) * scale
+            p.grad = g.to(memory_format=torch.channels_last) if channels_last else g
+            optimizer.found_inf, optimizer.grad_scale = torch.tensor(0.0), torch.tensor(scale) if scale != 1 else None
+            optimizer.step()
+        results.append(everything([p], optimizer))
+    assert_same(*results)
+
+
+def backward(params, step, spoil=None):
+    """Run a backward pass that gives exactly the gradients of `set_gradients`, but those in `spoil`, to all but two parameters."""
+    holders = [nn.Parameter(torch.empty_like(p)) for p in params]
+    set_gradients(holders, step)
+    out = [step % len(params), 4]
+    total = params[0].new_zeros(())
+    for index, (p, holder) in enumerate(zip(params, holders, strict=True)):
+        gradient = holder.grad
+        if spoil == index:
+            gradient.view(-1)[0] = math.nan
+        if index not in out:
+            total = total + _Gives.apply(p, gradient)
+    total.backward()
+
+
+class _Gives(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, p, gradient):
+        ctx.gradient = gradient
+        return p.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.gradient, None
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_backward_is_bit_equal(calls, bits, dtype):
+    (a, plain), (b, fused) = (
+        (params, optimizer_over(params, compile=True, state_bits=bits, fused_backward=way))
+        for way, params in ((False, parameters(dtype)), (True, parameters(dtype)))
+    )
+    for step in range(12):
+        backward(a, step)
+        backward(b, step)
+        plain.step()
+        plain.zero_grad()
+        fused.step()
+        assert_same(everything(b, fused), everything(a, plain))
+    assert fused.param_groups[0]["d"] > 1.5e-5
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("index", [0, 2, 8])
+def test_a_gradient_that_is_not_finite(calls, bits, index):
+    params = parameters()
+    optimizer = optimizer_over(params, compile=True, state_bits=bits)
+    train(params, optimizer, 3)
+    before = everything(params, optimizer)
+    set_gradients(params, 3)
+    params[index].grad.view(-1)[-1] = math.inf
+    optimizer.step()
+    assert_same(everything(params, optimizer), before)
+
+    (a, missing), (b, fused) = (
+        (params, optimizer_over(params, compile=True, state_bits=bits, fused_backward=way))
+        for way, params in ((False, parameters()), (True, parameters()))
+    )
+    for step in range(4, 8):
+        backward(a, step)
+        backward(b, step, spoil=index if step == 6 else None)
+        if step == 6:
+            a[index].grad = None
+        missing.step()
+        missing.zero_grad()
+        fused.step()
+    assert fused.not_finite == (0 if index in (6 % len(a), 4) else 1)
+    assert_same(everything(b, fused), everything(a, missing))
+
+
+def test_the_number_of_calls_does_not_follow_the_number_of_tensors(calls):
+    params = [nn.Parameter(torch.zeros(320)) for _ in range(400)] + [nn.Parameter(torch.zeros(1024, 1024)) for _ in range(2)]
+    optimizer = DAdaptAdam(params, compile=True)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert sorted(calls) == [144, 256, 512, 512]
+
+
+def test_compiling_is_chosen_by_size_and_saved(calls):
+    small = DAdaptAdam([nn.Parameter(torch.zeros(1000))])
+    assert not small.compiled and DAdaptAdam([nn.Parameter(torch.zeros(1 << 22))]).compiled
+    one = DAdaptAdam([nn.Parameter(torch.zeros(1000))], compile=True)
+    small.load_state_dict(one.state_dict())
+    assert small.compiled
+    fixed = DAdaptAdam([nn.Parameter(torch.zeros(1000))], compile=False)
+    fixed.load_state_dict(one.state_dict())
+    assert not fixed.compiled
+
+
+def test_where_compiling_does_not_work_one_line_says_so(monkeypatch):
+    def broken(*arguments, **options):
+        raise OSError("no compiler found\nand a second line")
+
+    monkeypatch.setattr(dadapt_kernels, "_compiled", {})
+    monkeypatch.setattr(torch, "compile", broken)
+    params = parameters()
+    with pytest.warns(UserWarning, match=r"torch\.compile does not work here \(no compiler found and a second line\)") as caught:
+        optimizer = optimizer_over(params, compile=True)
+        train(params, optimizer, 2)
+        train(parameters(), optimizer_over(parameters(), compile=True), 1)
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+    assert not optimizer.compiled and optimizer.param_groups[0]["k"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [32, 8])
+def test_compiled_for_real(bits, monkeypatch):
+    """Close to eager, bit-equal when fused, reproducible, and one graph for all shapes, groups and instances."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "torch.compile does not work")
+        results = []
+        for compile, fused in ((True, False), (True, True), (True, False), (False, False)):
+            params = parameters()
+            optimizer = optimizer_over(params, compile=compile, state_bits=bits, fused_backward=fused)
+            optimizer.state_dict()  # allocates, and compiles
+            if compile:
+                assert optimizer.compiled
+            with torch.compiler.set_stance("fail_on_recompile"):
+                for step in range(8):
+                    backward(params, step)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            results.append((params, optimizer))
+    assert_same(everything(*results[1]), everything(*results[0]))
+    assert_same(everything(*results[2]), everything(*results[0]))
+    assert_close(*results[0], *results[3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
+def test_compiled_state_round_trip(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        params = parameters()
+        optimizer = optimizer_over(params, compile=True, state_bits=8)
+        train(params, optimizer, 3)
+        copies = [nn.Parameter(p.detach().clone()) for p in params]
+        again = optimizer_over(copies, state_bits=8)
+        again.load_state_dict(optimizer.state_dict())
+        assert again.compiled
+        train(params, optimizer, 3)
+        train(copies, again, 3)
+        assert_same(everything(copies, again), everything(params, optimizer))
+    finally:
+        torch.set_num_threads(before)

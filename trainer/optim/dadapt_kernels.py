@@ -1,0 +1,133 @@
+"""The arithmetic of a D-Adaptation step on rows of elements: one function, which runs eagerly or inside a compiled kernel."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainer.optim.quantized import BLOCK, decode, encode
+
+ROW = 2048
+"""Elements of one row of the flat state."""
+
+Kernel = Callable[..., tuple[Tensor, Tensor]]
+
+
+class Coefficients(NamedTuple):
+    """The scalars of one group in one step, as 0-d tensors."""
+
+    keep_m: Tensor
+    gain_m: Tensor
+    keep_v: Tensor
+    gain_v: Tensor
+    keep_s: Tensor
+    gain_s: Tensor
+    eps: Tensor
+    decay: Tensor
+
+
+NEUTRAL = (1.0, 0.0, 1.0, 0.0, 1.0, 0.0, math.inf, 0.0)
+"""Coefficients that leave everything as it is."""
+
+
+def advance(p: Tensor, g: Tensor, m: Tensor, v: Tensor, s: Tensor, c: Coefficients) -> tuple[Tensor, Tensor]:
+    """Update p, m, v, s (rows, width) in place by the gradient g; return for each row <g, s / (sqrt(v) + eps)> of before and |s|_1."""
+    num = (s / v.sqrt().add_(c.eps)).mul_(g).sum(-1)
+    m.mul_(c.keep_m).addcmul_(g, c.gain_m)
+    v.mul_(c.keep_v).addcmul_(g * c.gain_v, g)
+    s.mul_(c.keep_s).addcmul_(g, c.gain_s)
+    p.sub_((m / v.sqrt().add_(c.eps)).addcmul_(p, c.decay))
+    return num, s.abs().sum(-1)
+
+
+def advance_float(p: Tensor, g: Tensor, live: Tensor, table: Tensor, m: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Run `advance` where `live` (rows, 1), whatever g is elsewhere; the sums of other rows are 0."""
+    held = (p, m, v, s)
+    moved_p, moved_m, moved_v, moved_s = moved = [tensor.clone() for tensor in held]
+    sums = advance(moved_p, g, moved_m, moved_v, moved_s, Coefficients(*table.unbind()))
+    for target, value in zip(held, moved, strict=True):
+        target.copy_(torch.where(live, value, target))
+    return _of_live(sums, live)
+
+
+def advance_bytes(
+    p: Tensor, g: Tensor, live: Tensor, table: Tensor,
+    codes_m: Tensor, codes_v: Tensor, codes_s: Tensor, exponents_m: Tensor, exponents_v: Tensor, exponents_s: Tensor,
+    blocks: Tensor, columns: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Run `advance` on state of 8 bits, a row being a block: codes (blocks, BLOCK), exponents and noise (blocks, 1), (1, BLOCK)."""
+    stored = ((codes_m, exponents_m), (codes_v, exponents_v), (codes_s, exponents_s))
+    weights, state = p.clone(), [decode(*pair) for pair in stored]
+    sums = advance(weights, g, state[0], state[1], state[2], Coefficients(*table.unbind()))
+    noise = blocks + columns
+    noise = noise - noise.floor()
+    # Everything is computed before anything is written: the compiler then keeps it to two loops.
+    writes = [(p, torch.where(live, weights, p))]
+    for values, (codes, exponents) in zip(state, stored, strict=True):
+        new_codes, new_exponents = encode(values, noise, signed=codes.dtype == torch.int8)
+        writes.append((codes, torch.where(live, new_codes, codes.to(torch.int32)).to(codes.dtype)))
+        writes.append((exponents, torch.where(live, new_exponents, exponents.to(torch.int32)).to(torch.uint8)))
+    for target, value in writes:
+        target.copy_(value)
+    return _of_live(sums, live)
+
+
+def _of_live(sums: tuple[Tensor, Tensor], live: Tensor) -> tuple[Tensor, Tensor]:
+    num, l1 = (torch.where(live.squeeze(-1), value, 0.0) for value in sums)
+    return num, l1
+
+
+_OPTIONS: dict[str, Any] = {"realize_opcount_threshold": 10_000, "realize_reads_threshold": 10_000}
+"""Inductor's: compute again what two loops need rather than store it, since the loops are bound by memory."""
+
+_compiled: dict[tuple[str, int], Kernel | None] = {}
+
+
+@torch.no_grad()  # as every step: the graph is for one of the two modes
+def compiled_kernel(device: torch.device, state_bits: int) -> Kernel | None:
+    """Return `advance_float` or `advance_bytes` compiled for fp32 rows on this kind of device, or None if that does not work here.
+
+    The first call compiles for any number of rows above one, in seconds to minutes (torch keeps the result on disk), and tries the
+    result out. One graph serves every shape, group and optimizer. If it fails, a warning of one line says so.
+    """
+    key = (device.type, state_bits)
+    if key not in _compiled:
+        try:
+            _compiled[key] = _tried(device, state_bits)
+        except Exception as error:  # a missing or broken compiler raises anything, from OSError to torch's InductorError
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            warnings.warn(f"torch.compile does not work here ({reason}): the optimizer runs without it, slower", stacklevel=2)
+            _compiled[key] = None
+    return _compiled[key]
+
+
+def _tried(device: torch.device, state_bits: int) -> Kernel:
+    import torch._dynamo
+
+    rows, width = 6, ROW if state_bits == 32 else BLOCK
+    function: Kernel = advance_float if state_bits == 32 else advance_bytes
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+
+    arguments: list[Any] = [torch.ones(rows, width, device=device), zeros(rows, width) + 0.5, zeros(rows, 1, dtype=torch.bool) | True]
+    if state_bits == 32:
+        arguments += [zeros(rows, width) for _ in range(3)]
+    else:
+        arguments += [zeros(rows, width, dtype=kind) for kind in (torch.int8, torch.uint8, torch.int8)]
+        arguments += [zeros(rows, 1, dtype=torch.uint8) for _ in range(3)] + [zeros(rows, 1)]
+    for tensor in arguments:
+        torch._dynamo.mark_dynamic(tensor, 0)
+    if state_bits == 8:
+        arguments.append(zeros(1, width))
+    table = torch.tensor([0.9, 0.1, 0.99, 0.01, 0.99, 0.01, 1e-8, 0.0], device=device)
+    kernel = torch.compile(function, fullgraph=True, options=_OPTIONS)
+    _, l1 = kernel(*arguments[:3], table, *arguments[3:])
+    if not torch.allclose(l1, torch.full_like(l1, 0.005 * width)) or not (arguments[0] < 1).all():
+        raise RuntimeError("the compiled kernel gives wrong results")
+    return kernel
