@@ -70,6 +70,7 @@ class DAdaptAdamOptions(AdaptationOptions):
             growth_rate=self.growth_rate,
             d_max=self.d_max,
             state_bits=self.state_bits,
+            compile=False,  # the eager path is the one that whole fine-tunes were measured with
         )
 
     def measure(self, optimizer: Optimizer) -> dict[str, Any]:
