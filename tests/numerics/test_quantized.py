@@ -17,12 +17,12 @@ def stored(values, noise, signed):
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_every_code_comes_back(signed):
-    codes = torch.arange(-127, 128).to(torch.int8) if signed else torch.arange(1, 256).to(torch.uint8)
-    codes = torch.cat([codes, codes[-1:]]).view(1, BLOCK)
+    codes = torch.arange(-126, 127).to(torch.int8) if signed else torch.arange(1, 255).to(torch.uint8)
+    codes = torch.cat([codes, codes[-BLOCK + len(codes) :]]).view(1, BLOCK)
     for exponent in (40, 100, 127, 200):
         exponents = torch.full((1, 1), exponent, dtype=torch.uint8)
         values = decode(codes, exponents)
-        assert values.unique().numel() == 255
+        assert values.unique().numel() == codes.unique().numel()
         again, back = stored(values, NEAREST, signed)
         assert torch.equal(again, codes) and torch.equal(back, exponents)
 
@@ -31,7 +31,7 @@ def test_every_code_comes_back(signed):
 def test_error_of_the_upper_four_octaves(signed, bound):
     values = torch.linspace(1 / 16, 0.96, 4 * BLOCK).view(4, BLOCK)
     values[:, 0] = 0.96
-    for noise in (0.0, 0.5, 0.999):
+    for noise in (0.0, 0.5, 1 - 2**-17):
         codes, exponents = stored(values, torch.tensor(noise), signed)
         assert ((decode(codes, exponents) - values).abs() / values).max() < bound
 
@@ -51,14 +51,14 @@ def test_rounding_is_unbiased(signed):
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_largest_value_is_never_cut_off(signed, largest):
     values = torch.full((1, BLOCK), largest)
-    seen = torch.stack([decode(*stored(values, torch.full((1, BLOCK), noise), signed)) for noise in torch.linspace(0, 0.999, 50)])
+    seen = torch.stack([decode(*stored(values, torch.full((1, BLOCK), noise), signed)) for noise in torch.linspace(0.01, 0.99, 50)])
     assert seen.mean().item() == pytest.approx(largest, rel=0.002)
 
 
 def test_zero_and_tiny_values():
     values = torch.zeros(2, BLOCK)
     values[0, :3] = torch.tensor([2.5, 0.0, 1e-37])
-    for noise in (0.0, 0.5, 0.999):
+    for noise in (0.0, 0.5, 1 - 2**-17):
         back = decode(*stored(values, torch.tensor(noise), signed=True))
         assert not back[0, 1:].any() and not back[1].any(), "a first moment or s of 0 stays 0"
         back = decode(*stored(values, torch.tensor(noise), signed=False))

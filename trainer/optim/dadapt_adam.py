@@ -292,7 +292,8 @@ class DAdaptAdam(Optimizer):
             work = p.to(bank.dtype)
             g = torch.nan_to_num(self._gradient(segment, p, g), 0.0, 0.0, 0.0)  # neutral coefficients do the rest, but 0 * nan is nan
             m, v, s = bank.load(row, len(p))
-            bank.num[here], bank.l1[here] = advance(work, g, m, v, s, c)
+            work, m, v, s, products = advance(work, g, m, v, s, c)
+            bank.num[here], bank.l1[here] = products.sum(-1), s.abs().sum(-1)
             bank.store(row, m, v, s, arrival.finite)
             segment.put(weights, row, work if work.dtype == p.dtype else bank.narrowed(work, row))
         _write_back(weights, arrival.parameter)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.optim.quantized import BLOCK, decode, encode
+from trainer.optim.quantized import BLOCK, decode, encode, give_hints, stored
 
 ROW = 2048
 """Elements of one row of the flat state."""
@@ -35,24 +35,36 @@ NEUTRAL = (1.0, 0.0, 1.0, 0.0, 1.0, 0.0, math.inf, 0.0)
 """Coefficients that leave everything as it is."""
 
 
-def advance(p: Tensor, g: Tensor, m: Tensor, v: Tensor, s: Tensor, c: Coefficients) -> tuple[Tensor, Tensor]:
-    """Update p, m, v, s (rows, width) in place by the gradient g; return for each row <g, s / (sqrt(v) + eps)> of before and |s|_1."""
-    num = (s / v.sqrt().add_(c.eps)).mul_(g).sum(-1)
-    m.mul_(c.keep_m).addcmul_(g, c.gain_m)
-    v.mul_(c.keep_v).addcmul_(g * c.gain_v, g)
-    s.mul_(c.keep_s).addcmul_(g, c.gain_s)
-    p.sub_((m / v.sqrt().add_(c.eps)).addcmul_(p, c.decay))
-    return num, s.abs().sum(-1)
+def advance(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, s: Tensor, c: Coefficients, settle: Callable[[str, Tensor], Tensor] = lambda _, value: value
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Update p, m, v, s (rows, width) in place by the gradient g; return them, and g * s / (sqrt(v) + eps) of before.
+
+    `settle` is shown each result by name before it is used further, and returns what to use.
+    """
+    products = settle("products", (s / v.sqrt().add_(c.eps)).mul_(g))
+    m = settle("m", m.mul_(c.keep_m).addcmul_(g, c.gain_m))
+    v = settle("v", v.mul_(c.keep_v).addcmul_(g * c.gain_v, g))
+    s = settle("s", s.mul_(c.keep_s).addcmul_(g, c.gain_s))
+    p = settle("p", p.sub_((m / v.sqrt().add_(c.eps)).addcmul_(p, c.decay)))
+    return p, m, v, s, products
 
 
 def advance_float(p: Tensor, g: Tensor, live: Tensor, table: Tensor, m: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Run `advance` where `live` (rows, 1), whatever g is elsewhere; the sums of other rows are 0."""
-    held = (p, m, v, s)
-    moved_p, moved_m, moved_v, moved_s = moved = [tensor.clone() for tensor in held]
-    sums = advance(moved_p, g, moved_m, moved_v, moved_s, Coefficients(*table.unbind()))
-    for target, value in zip(held, moved, strict=True):
-        target.copy_(torch.where(live, value, target))
-    return _of_live(sums, live)
+    """Run `advance` where `live` (rows, 1), whatever g is elsewhere; return the sums of products and |s| of each row, 0 elsewhere."""
+    held = {"p": p, "m": m, "v": v, "s": s}
+
+    def settle(name: str, value: Tensor) -> Tensor:
+        if name in held:
+            value = torch.where(live, value, held[name])
+        return value if name == "p" else stored(value)
+
+    *moved, products = advance(p.clone(), g, m.clone(), v.clone(), s.clone(), Coefficients(*table.unbind()), settle)
+    # Stored values and sums that read one of them together are what leads torch's compiler to a single loop: one pass over memory.
+    num, l1 = (products + 0.0 * moved[3]).sum(-1), moved[3].abs().sum(-1)
+    for target, value in zip(held.values(), moved, strict=True):
+        target.copy_(value)
+    return _of_live((num, l1), live)
 
 
 def advance_bytes(
@@ -60,21 +72,22 @@ def advance_bytes(
     codes_m: Tensor, codes_v: Tensor, codes_s: Tensor, exponents_m: Tensor, exponents_v: Tensor, exponents_s: Tensor,
     blocks: Tensor, columns: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Run `advance` on state of 8 bits, a row being a block: codes (blocks, BLOCK), exponents and noise (blocks, 1), (1, BLOCK)."""
-    stored = ((codes_m, exponents_m), (codes_v, exponents_v), (codes_s, exponents_s))
-    weights, state = p.clone(), [decode(*pair) for pair in stored]
-    sums = advance(weights, g, state[0], state[1], state[2], Coefficients(*table.unbind()))
+    """Do the same with state of 8 bits, a row being a block: codes (blocks, BLOCK), exponents and noise (blocks, 1), (1, BLOCK)."""
+    held = ((codes_m, exponents_m), (codes_v, exponents_v), (codes_s, exponents_s))
+    m, v, s = (decode(*pair) for pair in held)
+    weights, m, v, s, products = advance(p.clone(), g, m, v, s, Coefficients(*table.unbind()))
     noise = blocks + columns
     noise = noise - noise.floor()
-    # Everything is computed before anything is written: the compiler then keeps it to two loops.
+    # Everything is computed before anything is written: the compiler then keeps it to two loops, the second for the codes.
     writes = [(p, torch.where(live, weights, p))]
-    for values, (codes, exponents) in zip(state, stored, strict=True):
+    for values, (codes, exponents) in zip((m, v, s), held, strict=True):
         new_codes, new_exponents = encode(values, noise, signed=codes.dtype == torch.int8)
         writes.append((codes, torch.where(live, new_codes, codes.to(torch.int32)).to(codes.dtype)))
         writes.append((exponents, torch.where(live, new_exponents, exponents.to(torch.int32)).to(torch.uint8)))
+    num, l1 = products.sum(-1), s.abs().sum(-1)
     for target, value in writes:
         target.copy_(value)
-    return _of_live(sums, live)
+    return _of_live((num, l1), live)
 
 
 def _of_live(sums: tuple[Tensor, Tensor], live: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +122,8 @@ def compiled_kernel(device: torch.device, state_bits: int) -> Kernel | None:
 def _tried(device: torch.device, state_bits: int) -> Kernel:
     import torch._dynamo
 
-    rows, width = 6, ROW if state_bits == 32 else BLOCK
+    give_hints()
+    rows, width = 48, ROW if state_bits == 32 else BLOCK
     function: Kernel = advance_float if state_bits == 32 else advance_bytes
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

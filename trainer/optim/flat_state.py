@@ -55,7 +55,8 @@ class Bank(ABC):
             # Multiples of 2^-16: their sums are exact, so every device and every order agrees.
             shapes = ((2, 1, BLOCK), (self.rows * _BLOCKS, 1))
             draws = [torch.randint(1 << 16, shape, generator=generator, device=self.device) for shape in shapes]
-            self.columns, self.blocks = (draw.to(torch.float32) * 2**-16 for draw in draws)
+            columns, self.blocks = (draw.to(torch.float32) * 2**-16 for draw in draws)
+            self.columns = columns + 2**-17  # the middle between 0 and 1
 
     def noise(self, row: int, rows: int, of_weights: bool = False) -> Tensor:
         """Return the step's noise for these rows, uniform in [0, 1): (rows, ROW)."""

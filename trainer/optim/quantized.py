@@ -11,6 +11,8 @@ straight pieces make it unbiased: between neighbouring codes above 2^-20 of the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,24 +24,28 @@ _FRACTION = 23
 """fp32: 1.0 has the exponent bits 127, above 23 bits of fraction."""
 
 _ONE = _BIAS << _FRACTION
-_FOURTH_POWER = ((-3 * _ONE + (1 << 31)) % (1 << 32)) - (1 << 31)
-"""4 * (bits - _ONE) + _ONE is (bits << 2) plus this, in 32 bits that wrap around."""
-_FOURTH_ROOT = _ONE - (_ONE >> 2)
-"""((bits - _ONE) >> 2) + _ONE is (bits >> 2) plus this."""
+_SIGN = -(1 << 31)
+_SIGNED_LEVELS, _UNSIGNED_LEVELS = 7, 8
+"""The logarithms of how many levels there are."""
 
 _SMALLEST_EXPONENT = 40
 """Biased: a block's unit is at least 2^-87, below which its smallest codes would leave fp32."""
+
+_store: Callable[..., Tensor] | None = None
+"""The compiler's operator behind `stored`."""
 
 
 def decode(codes: Tensor, exponents: Tensor) -> Tensor:
     """Return codes (..., BLOCK), int8 or uint8, of blocks with biased exponents (..., 1), uint8, as fp32."""
     signed = codes.dtype == torch.int8
-    levels = codes.to(torch.int32)
-    unit = (exponents.to(torch.int32) << _FRACTION).view(torch.float32)
-    root = (levels.abs() if signed else levels).to(torch.float32) * (1 / 128 if signed else 1 / 256)
-    power = ((root.view(torch.int32) << 2) + _FOURTH_POWER).view(torch.float32)
-    power = torch.where(levels == 0, 0.0, power)
-    return power * (torch.where(levels < 0, -unit, unit) if signed else unit)
+    unit = stored((exponents.to(torch.int32) << _FRACTION).view(torch.float32))
+    level = codes.to(torch.int32)
+    bits = (level.abs() if signed else level).to(torch.float32).view(torch.int32)
+    # 4 * (bits - levels - _ONE) + _ONE, in 32 bits that wrap around.
+    shift = -3 * _ONE - (4 * (_SIGNED_LEVELS if signed else _UNSIGNED_LEVELS) << _FRACTION)
+    size = ((bits << 2) + _wrapped(shift)).view(torch.float32) * unit
+    # Of the unsigned codes only those of a fresh state are 0, with a unit of 0.
+    return size * level.clamp(-1, 1).to(torch.float32) if signed else size
 
 
 def encode(values: Tensor, noise: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
@@ -47,17 +53,38 @@ def encode(values: Tensor, noise: Tensor, signed: bool) -> tuple[Tensor, Tensor]
 
     Args:
         values: what to store, finite; not negative if unsigned.
-        noise: uniform in [0, 1 - 2^-20] for stochastic rounding; 0.5 rounds to nearest.
+        noise: uniform in [0, 1 - 2^-17] for stochastic rounding; 0.5 rounds to nearest.
         signed: whether the codes are for int8, -127 to 127, or for uint8, 1 to 255: an unsigned 0 becomes the smallest value, since
             first moments are divided by the roots of second ones.
     """
     size = values.abs() if signed else values
-    largest = size.amax(-1, keepdim=True)
-    # The largest code stands for 31/32 (unsigned 63/64) of the unit: the largest value must not be above it, but for the last bits.
-    above = largest * ((32 / 31 if signed else 64 / 63) * (1 - 1e-6))
-    exponents = ((above.view(torch.int32) >> _FRACTION) + 1).clamp(min=_SMALLEST_EXPONENT)
-    part = size * ((2 * _BIAS - exponents) << _FRACTION).view(torch.float32)
-    root = ((part.view(torch.int32) >> 2) + _FOURTH_ROOT).view(torch.float32)
-    codes = (root * (128 if signed else 256) + noise).to(torch.int32).clamp(max=127 if signed else 255)
-    codes = torch.where(values < 0, -codes, codes) if signed else codes.clamp(min=1)
-    return codes, exponents
+    # The largest code stands for 31/32 (unsigned 63/64) of the unit: with the largest value a little below it, no code is too large.
+    bound = size.amax(-1, keepdim=True) * ((32 / 31 if signed else 64 / 63) * (1 + 2e-5))
+    exponents = stored(((bound.view(torch.int32) >> _FRACTION) + 1).clamp(min=_SMALLEST_EXPONENT))
+    part = size * stored(((2 * _BIAS - exponents) << _FRACTION).view(torch.float32))
+    # ((bits - _ONE) >> 2) + _ONE + levels
+    shift = _ONE - (_ONE >> 2) + ((_SIGNED_LEVELS if signed else _UNSIGNED_LEVELS) << _FRACTION)
+    level = ((part.view(torch.int32) >> 2) + shift).view(torch.float32) + noise
+    if not signed:
+        return level.to(torch.int32).clamp(min=1), exponents
+    sign = values.view(torch.int32) & _SIGN
+    return (level.view(torch.int32) | sign).view(torch.float32).to(torch.int32), exponents
+
+
+def stored(value: Tensor) -> Tensor:
+    """Have torch's compiler for the CPU write this value once, where it would compute it again wherever it is used."""
+    if _store is None or value.device.type != "cpu" or not torch.compiler.is_compiling():
+        return value
+    return _store(value, value.stride())
+
+
+def give_hints() -> None:
+    """Let `stored` reach the compiler, if this torch has the operator for it: without it, kernels are slower and give the same."""
+    import torch._inductor.inductor_prims
+
+    global _store
+    _store = getattr(torch.ops.prims, "inductor_force_stride_order", None)
+
+
+def _wrapped(bits: int) -> int:
+    return (bits + (1 << 31)) % (1 << 32) - (1 << 31)
