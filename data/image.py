@@ -7,20 +7,27 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
+from contextlib import ExitStack, contextmanager
+from functools import cache, lru_cache
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from data.errors import FileError
 
-SUFFIXES = ("jpg", "jpeg", "png", "bmp", "webp", "jfif", "gif", "avif", "tif", "tiff")
+SUFFIXES = ("jpg", "jpeg", "png", "bmp", "webp", "jfif", "gif", "avif", "tif", "tiff", "heic", "heif")
 """Extensions of the files that are taken for images; the content decides how they are read."""
 
+READING = 1
+"""Counts the changes after which `read_pixels` gives other pixels for the same file, so that nothing computed from them is stale."""
+
+CENTRE = (0.5, 0.5)
+
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "AVIF", "TIFF")
+_HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 _SIXTEEN_BIT = frozenset({"I;16", "I;16L", "I;16B"})
 _MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}) | _SIXTEEN_BIT
 
@@ -41,6 +48,9 @@ _UPRIGHT = {
 }
 """EXIF orientation -> what turns the stored pixels upright; from 5 on, width and height change places."""
 
+Place = tuple[float, float]
+"""Where a crop lies in what there is to crop from: (0, 0) is the upper left corner, (1, 1) the lower right."""
+
 
 def displayed_size(path: Path) -> tuple[int, int]:
     """Return (width, height) as the image is looked at, EXIF orientation applied; only the header is read.
@@ -53,8 +63,8 @@ def displayed_size(path: Path) -> tuple[int, int]:
         return (height, width) if _orientation(image, path) >= 5 else (width, height)
 
 
-def read_pixels(path: Path, size: tuple[int, int], *, flip: bool = False) -> np.ndarray:
-    """Return the image upright, scaled to cover `size` and cropped around its centre, as uint8 sRGB (height, width, 3).
+def read_pixels(path: Path, size: tuple[int, int], *, flip: bool = False, crop: Place = CENTRE) -> np.ndarray:
+    """Return the image upright, scaled to cover `size` and cropped to it, as uint8 sRGB (height, width, 3).
 
     Transparent parts become white; a colour profile in the file is honoured; of an animation the first frame is taken.
     Scaling is Lanczos, antialiased where it makes smaller.
@@ -62,7 +72,8 @@ def read_pixels(path: Path, size: tuple[int, int], *, flip: bool = False) -> np.
     Args:
         path: the image file.
         size: (width, height) of the result.
-        flip: whether to mirror left to right.
+        flip: whether to mirror left to right, after cropping.
+        crop: the place of the crop in the upright image.
 
     Raises:
         FileError: the file cannot be read to its end, or is not an image.
@@ -76,9 +87,10 @@ def read_pixels(path: Path, size: tuple[int, int], *, flip: bool = False) -> np.
         with _decoding(path):
             image.load()
         profile = image.info.get("icc_profile")
-        pixels = _opaque(image)
-    pixels = pixels.resize(stored, Image.Resampling.LANCZOS, box=_centre(extent, stored))
-    pixels = _to_srgb(pixels, profile)
+        box = _box(extent, stored, _stored_place(crop, orientation))
+        # Transparent images are scaled with their colours weighted by their opacity.
+        pixels = _scalable(image).resize(stored, Image.Resampling.LANCZOS, box=box)
+    pixels = _to_srgb(_over_white(pixels), profile)
     if orientation in _UPRIGHT:
         pixels = pixels.transpose(_UPRIGHT[orientation])
     if flip:
@@ -88,12 +100,39 @@ def read_pixels(path: Path, size: tuple[int, int], *, flip: bool = False) -> np.
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    with _decoding(path):
-        image = Image.open(path, formats=_FORMATS)
-    with image:
+    with ExitStack() as stack:
+        with _decoding(path):
+            file = stack.enter_context(path.open("rb"))
+            image = stack.enter_context(Image.open(file, formats=_formats(file)))
         if image.mode not in _MODES:
             raise FileError(f"its pixel format {image.mode} is not supported; save it as 8-bit RGB")
         yield image
+
+
+def _formats(file: BinaryIO) -> tuple[str, ...]:
+    """Return what to open a file as; HEIC is looked for whatever the name says, for telephones send it as .jpg too.
+
+    Raises:
+        FileError: it is HEIC, and the package that decodes it is not installed.
+    """
+    start = file.read(12)
+    file.seek(0)
+    if start[4:8] != b"ftyp" or start[8:] not in _HEIF_BRANDS:
+        return _FORMATS
+    if not _heif_decoder():
+        raise FileError("it is a HEIC image, which the package pillow-heif reads: pip install pillow-heif, or save it as JPEG")
+    return ("HEIF",)
+
+
+@cache
+def _heif_decoder() -> bool:
+    """Add HEIC to the formats that Pillow opens, and return whether that could be done."""
+    try:
+        from pillow_heif import register_heif_opener  # type: ignore[import-not-found]
+    except ImportError:
+        return False
+    register_heif_opener(thumbnails=False)
+    return True
 
 
 @contextmanager
@@ -107,6 +146,8 @@ def _decoding(path: Path) -> Iterator[None]:
         warnings.simplefilter("ignore")
         try:
             yield
+        except FileError:
+            raise
         except Exception as error:
             raise FileError(_reason(error, path)) from error
 
@@ -137,25 +178,46 @@ def _orientation(image: Image.Image, path: Path) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _centre(extent: tuple[float, float], size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Return the largest box of the shape of `size` in the middle of `extent`: (left, top, right, bottom)."""
+def _box(extent: tuple[float, float], size: tuple[int, int], crop: Place) -> tuple[float, float, float, float]:
+    """Return the largest box of the shape of `size` at its place in `extent`: (left, top, right, bottom)."""
     scale = max(size[0] / extent[0], size[1] / extent[1])
     width, height = min(size[0] / scale, extent[0]), min(size[1] / scale, extent[1])
-    left, top = (extent[0] - width) / 2, (extent[1] - height) / 2
+    left, top = (extent[0] - width) * crop[0], (extent[1] - height) * crop[1]
     return left, top, min(left + width, extent[0]), min(top + height, extent[1])
 
 
-def _opaque(image: Image.Image) -> Image.Image:
-    """Return a copy in L, RGB or CMYK: palettes looked up, transparency over white, 16 bits brought to 8."""
+def _stored_place(crop: Place, orientation: int) -> Place:
+    """Return where a place of the upright image is in the stored one."""
+    x, y = crop
+    return {
+        2: (1 - x, y),
+        3: (1 - x, 1 - y),
+        4: (x, 1 - y),
+        5: (y, x),
+        6: (y, 1 - x),
+        7: (1 - y, 1 - x),
+        8: (1 - y, x),
+    }.get(orientation, crop)
+
+
+def _scalable(image: Image.Image) -> Image.Image:
+    """Return the image in L, RGB or CMYK, or LA or RGBA where it has transparency: palettes looked up, 16 bits brought to 8."""
     if image.mode in _SIXTEEN_BIT:
         return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if image.has_transparency_data:
-        colours = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, colours).convert("RGB")
-    if image.mode == "1":
-        return image.convert("L")
-    return image.copy() if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB")
+        wanted = "LA" if image.mode in ("LA", "La") else "RGBA"
+    else:
+        wanted = "L" if image.mode == "1" else image.mode if image.mode in ("L", "CMYK") else "RGB"
+    return image if image.mode == wanted else image.convert(wanted)
+
+
+def _over_white(pixels: Image.Image) -> Image.Image:
+    if pixels.mode not in ("LA", "RGBA"):
+        return pixels
+    colours = pixels.convert(pixels.mode[:-1])
+    white = Image.new(colours.mode, pixels.size, "white")
+    white.paste(colours, mask=pixels.getchannel("A"))
+    return white
 
 
 def _to_srgb(pixels: Image.Image, profile: bytes | None) -> Image.Image:
