@@ -43,7 +43,7 @@ LIBRARIES = {  # which modules may import a library; the scripts may import all,
 }
 
 ALL_IMPORTS = {  # everything that a package may import besides the standard library and itself
-    "data": ("numpy", "torch", "PIL", "yaml", "annotated_types"),
+    "data": ("numpy", "torch", "PIL", "pillow_heif", "yaml", "annotated_types", "safetensors"),
     "trainer.optim": ("torch", "diffusers", "bitsandbytes", "dadaptation", "annotated_types", "trainer.errors"),
     "trainer.errors": (),
 }

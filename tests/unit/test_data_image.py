@@ -1,4 +1,6 @@
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 
@@ -6,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms
 
+from data import image as image_module
 from data.errors import FileError
 from data.image import displayed_size, read_pixels
 
@@ -57,7 +60,7 @@ STORED = {
 """How a camera stores the upright picture under each EXIF orientation."""
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "avif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(tmp_path, orientation, suffix):
     exif = Image.Exif()
@@ -67,6 +70,47 @@ def test_exif_orientation(tmp_path, orientation, suffix):
     assert displayed_size(path) == (96, 64)
     assert near(seen_corners(read_pixels(path, (96, 64))), [RED, GREEN, BLUE, WHITE], tolerance=20)
     assert near(seen_corners(read_pixels(path, (64, 128))), [RED, GREEN, BLUE, WHITE], tolerance=20)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_crop_is_placed_in_the_upright_image(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = tmp_path / "picture.png"
+    STORED[orientation](corners((96, 64))).save(path, exif=exif)
+    for size in ((64, 64), (96, 32)):  # cut off at the sides; above and below
+        whole = np.asarray(corners((96, 64)))
+        right, below = 96 - size[0], 64 - size[1]
+        for crop, (left, top) in {(0, 0): (0, 0), (1, 1): (right, below), (0.25, 0.75): (right // 4, below * 3 // 4)}.items():
+            pixels = read_pixels(path, size, crop=crop)
+            assert near(pixels, whole[top : top + size[1], left : left + size[0]]), (size, crop)
+            mirrored = read_pixels(path, size, crop=crop, flip=True)
+            assert near(mirrored, whole[top : top + size[1], left : left + size[0]][:, ::-1]), (size, crop)
+
+
+def heif():
+    return pytest.importorskip("pillow_heif", reason="pip install pillow-heif")
+
+
+@pytest.mark.parametrize("name", ["picture.heic", "picture.jpg"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_heic_with_its_plug_in(tmp_path, orientation, name):
+    heif().register_heif_opener()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    # Saving turns the tag into HEIF's own rotation, which is what telephones write.
+    STORED[orientation](corners((96, 64))).save(tmp_path / name, format="HEIF", exif=exif.tobytes(), quality=95)
+    assert displayed_size(tmp_path / name) == (96, 64)
+    assert near(seen_corners(read_pixels(tmp_path / name, (96, 64))), [RED, GREEN, BLUE, WHITE], tolerance=20)
+
+
+def test_heic_without_its_plug_in_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    image_module._heif_decoder.cache_clear()
+    (tmp_path / "picture.heic").write_bytes(struct.pack(">I4s4s", 24, b"ftyp", b"heic") + bytes(100))
+    with pytest.raises(FileError, match="pip install pillow-heif"):
+        displayed_size(tmp_path / "picture.heic")
+    image_module._heif_decoder.cache_clear()
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
@@ -108,6 +152,15 @@ def test_transparency_is_white_whatever_colour_it_hides(tmp_path, mode):
     assert near(pixels[10, 10], (0, 0, 0)) and near(pixels[40, 40], WHITE) and near(pixels[60, 60], (127, 127, 127))
 
 
+def test_scaling_brings_no_hidden_colour_to_the_edges(tmp_path):
+    """What is transparent has a colour too; it must not shine through where scaling mixes neighbours."""
+    picture = Image.new("RGBA", (256, 256), (0, 255, 0, 0))
+    picture.paste((255, 0, 0, 255), (0, 0, 128, 256))
+    picture.save(tmp_path / "picture.png")
+    pixels = read_pixels(tmp_path / "picture.png", (96, 96)).astype(int)
+    assert (pixels[..., 1] <= pixels[..., 2] + 2).all(), "between red and white green and blue are equal"
+
+
 @pytest.mark.parametrize("mode", ["P", "L", "RGB"])
 def test_a_transparent_colour_is_white(tmp_path, mode):
     picture = Image.new(mode, (64, 64), 0)
@@ -128,6 +181,62 @@ def test_greys(tmp_path, mode, suffix):
     pixels = read_pixels(tmp_path / f"picture.{suffix}", (64, 64))
     assert near(pixels[10, 10], WHITE)
     assert near(pixels[50, 50], (0, 0, 0) if mode in "1L" else (128, 128, 128))
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize(
+    ("colour_type", "values"), [(2, (40_000, 20_000, 65_535)), (6, (40_000, 20_000, 65_535, 65_535)), (4, (30_000, 65_535))]
+)
+def test_colours_of_16_bits(tmp_path, colour_type, values):
+    rows = (b"\0" + struct.pack(f">{len(values)}H", *values) * 64) * 64
+    parts = [
+        chunk(b"IHDR", struct.pack(">IIBBBBB", 64, 64, 16, colour_type, 0, 0, 0)),
+        chunk(b"IDAT", zlib.compress(rows)),
+        chunk(b"IEND", b""),
+    ]
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    wanted = values[:3] if colour_type != 4 else values[:1] * 3
+    assert near(read_pixels(tmp_path / "picture.png", (64, 64))[30, 30], [value // 257 for value in wanted], tolerance=1)
+
+
+def cmyk_profile():
+    """A printer's profile, of version 2, whose cyan ink is red and whose magenta and yellow do nothing: 2 grid points for each ink."""
+
+    def text(kind, content):
+        return kind + bytes(4) + content
+
+    paper, red, black = (255, 128, 128), (138, 208, 195), (0, 128, 128)  # L*a*b* in 8 bits
+    nodes = b"".join(bytes(black if ink & 1 else red if ink & 8 else paper) for ink in range(16))
+    straight = bytes(range(256))
+    matrix = b"".join(struct.pack(">i", value << 16) for value in (1, 0, 0, 0, 1, 0, 0, 0, 1))
+    table = text(b"mft1", bytes((4, 3, 2, 0)) + matrix + straight * 4 + nodes + straight * 3)
+    named = text(b"desc", struct.pack(">I", 5) + b"test\0" + bytes(4 + 4 + 2 + 1 + 67))
+    tags = {
+        b"desc": named,
+        b"cprt": text(b"text", b"none\0"),
+        b"wtpt": text(b"XYZ ", struct.pack(">3I", 0xF6D6, 0x10000, 0xD32D)),
+        b"A2B0": table,
+    }
+    directory, body, start = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
+    for name, content in tags.items():
+        directory += name + struct.pack(">II", start + len(body), len(content))
+        body += content + bytes(-len(content) % 4)
+    head = struct.pack(">I4sI4s4s4s12s4s", start + len(body), bytes(4), 0x02400000, b"prtr", b"CMYK", b"Lab ", bytes(12), b"acsp")
+    head += bytes(68 - len(head)) + struct.pack(">3I", 0xF6D6, 0x10000, 0xD32D)
+    return head + bytes(128 - len(head)) + directory + body
+
+
+def test_cmyk_with_its_profile(tmp_path):
+    picture = Image.new("CMYK", (64, 64), (255, 0, 0, 0))
+    picture.paste((0, 0, 0, 0), (0, 0, 64, 32))
+    for suffix in ("jpg", "tif"):
+        picture.save(tmp_path / f"picture.{suffix}", quality=95, icc_profile=cmyk_profile())
+        pixels = read_pixels(tmp_path / f"picture.{suffix}", (64, 64))
+        assert near(pixels[50, 50], RED, tolerance=8), "without its profile cyan ink is cyan"
+        assert near(pixels[10, 10], WHITE, tolerance=3)
 
 
 def test_cmyk_without_a_profile(tmp_path):
@@ -197,12 +306,53 @@ def test_a_big_jpeg_is_decoded_small_without_a_shift(tmp_path, size):
 
 def bomb(path, side):
     """A PNG header that claims side x side pixels, with a few bytes of data."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(64))) + chunk(b"IEND", b""))
+
+
+SIDES = {  # where the header holds width and height, and how
+    "png": (">II", 16),
+    "gif": ("<HH", 6),
+    "bmp": ("<ii", 18),
+    "jpg": (">HH", None),
+}
+
+
+def bombs(folder, side):
+    """Small files of several formats whose headers claim side x side pixels."""
+    for suffix, (form, place) in SIDES.items():
+        path = folder / f"bomb.{suffix}"
+        Image.new("RGB", (64, 64), RED).save(path)
+        content = bytearray(path.read_bytes())
+        place = content.index(b"\xff\xc0") + 5 if place is None else place
+        struct.pack_into(form, content, place, side, side)
+        if suffix == "png":
+            struct.pack_into(">I", content, 29, zlib.crc32(content[12:29]))
+        path.write_bytes(content)
+        yield path
+
+
+def test_bombs_are_refused_by_their_header(tmp_path):
+    """In a process of its own, whose memory must not grow: 30 000 x 30 000 pixels would be 2.7 GB."""
+    paths = list(map(str, bombs(tmp_path, 30_000)))
+    code = f"""
+import resource
+from pathlib import Path
+from data.errors import FileError
+from data.image import displayed_size, read_pixels
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in map(Path, {paths!r}):
+    for read in (displayed_size, lambda path: read_pixels(path, (64, 64))):
+        try:
+            read(path)
+        except FileError as error:
+            assert "more than 178 million pixels" in error.reason, error.reason
+        else:
+            raise AssertionError(path)
+assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def damaged(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 import data
 
-ALLOWED = {"numpy", "torch", "PIL", "yaml", "annotated_types", "data"}
+ALLOWED = {"numpy", "torch", "PIL", "pillow_heif", "yaml", "annotated_types", "safetensors", "data"}
 
 
 def loaded_by(statement):

@@ -7,7 +7,7 @@ from data.report import report
 
 def record(name, width=512, height=512, caption="a cat", source=".txt", multiply=1.0):
     found = parse_caption(caption, source) if caption else Caption("", (), source)
-    return Record(path=Path(name), name=name, width=width, height=height, caption=found, multiply=multiply)
+    return Record(folder=Path(), file=name, name=name, width=width, height=height, caption=found, multiply=multiply)
 
 
 def words(text):

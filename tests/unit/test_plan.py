@@ -17,7 +17,9 @@ RESOLUTION = 128
 
 def record(number, width=100, height=100, multiply=1.0, batch_id=""):
     name = f"{number}.png"
-    return Record(path=Path(name), name=name, width=width, height=height, caption=Caption("x"), multiply=multiply, batch_id=batch_id)
+    return Record(
+        folder=Path(), file=name, name=name, width=width, height=height, caption=Caption("x"), multiply=multiply, batch_id=batch_id
+    )
 
 
 def index_of(records):
