@@ -38,17 +38,21 @@ LIBRARIES = {  # which modules may import a library; the scripts may import all,
     "pydantic": ("trainer.config",),
     "bitsandbytes": ("trainer.optim",),
     "dadaptation": ("trainer.optim",),
+    "prodigyopt": ("trainer.optim",),
     "tensorboard": ("trainer.loggers",),
     "tqdm": ("trainer.loggers",),
 }
 
 ALL_IMPORTS = {  # everything that a package may import besides the standard library and itself
     "data": ("numpy", "torch", "PIL", "pillow_heif", "yaml", "annotated_types", "safetensors"),
-    "trainer.optim": ("torch", "diffusers", "bitsandbytes", "dadaptation", "annotated_types", "trainer.errors"),
+    "trainer.optim": ("torch", "diffusers", "bitsandbytes", "dadaptation", "prodigyopt", "annotated_types", "trainer.errors"),
     "trainer.errors": (),
 }
 
-SLOW = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "dadaptation", "tensorboard", "matplotlib", "safetensors")
+SLOW = (
+    "torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "dadaptation", "prodigyopt", "tensorboard", "matplotlib",
+    "safetensors",
+)  # fmt: skip
 """Libraries that take seconds to import together: a configuration error is shown before any of them is."""
 
 SHAPELESS = ("utils", "util", "helpers", "helper", "manager", "common", "misc")

@@ -8,19 +8,24 @@ import torch
 
 from data.batch import Batch
 from tests.tiny import tiny_models
+from trainer.config.schema import optimizer_classes
 from trainer.diffusion.objective import Inputs, Networks, Objective, ObjectiveOptions
 from trainer.diffusion.schedule import NoiseSchedule
-from trainer.optim import AdamW8bitOptions, AdamWOptions, DAdaptAdam8bitOptions, DAdaptAdamOptions, DAdaptAdamReferenceOptions
+from trainer.optim import AdamWOptions, OptimizerOptions
 from trainer.optim.optimizer_set import OptimizerSet
 from trainer.state import read_state, write_state
 from trainer.step import train_step
 
-OPTIONS = {
-    "adamw": AdamWOptions(lr=1e-3),
-    "adamw8bit": AdamW8bitOptions(lr=1e-3),
-    "dadapt_adam": DAdaptAdamOptions(lr=1.0, weight_decay=0.1),
-    "dadapt_adam8bit": DAdaptAdam8bitOptions(lr=1.0, weight_decay=0.1),
-    "dadapt_adam_reference": DAdaptAdamReferenceOptions(lr=1.0, weight_decay=0.1),
+SETTINGS = {  # where 25 steps at the method's own rate and no decay would show nothing
+    "adamw": {"lr": 1e-3},
+    "adamw8bit": {"lr": 1e-3},
+    "lion": {"lr": 2e-4},
+    "lion8bit": {"lr": 2e-4},
+    "prodigy": {"d0": 1e-4},
+    **{name: {"weight_decay": 0.1} for name in ("dadapt_adam", "dadapt_adam8bit", "dadapt_adam_reference")},
+}
+OPTIONS: dict[str, OptimizerOptions] = {
+    name: options(**{"lr": 1.0, **SETTINGS.get(name, {})}) for name, options in optimizer_classes().items()
 }
 
 

@@ -38,21 +38,9 @@ LATER: Mapping[str, tuple[Any, ...]] = {
 """Keys of train.json that a later version takes, with the values, besides null, at which they change nothing."""
 
 LATER_OPTIMIZER: Mapping[str, tuple[Any, ...]] = {
-    "d_coef": (1,),
     "fused_backward": (False,),
-    "layer_scale": (1,),
-    "slice_p": (1,),
 }
 """The same for the sections of an optimizer file."""
-
-LATER_NAMES: Mapping[str, str] = {
-    "dadapt_lion": "dadapt_adam",
-    "dadapt_sgd": "dadapt_adam",
-    "lion": "adamw",
-    "lion8bit": "adamw8bit",
-    "prodigy": "dadapt_adam",
-}
-"""Optimizers that a later version has, and what comes closest until then."""
 
 NEVER_NAMES: Mapping[str, str] = {
     "adacoor": "dadapt_adam",
@@ -69,8 +57,8 @@ COMMAND_LATER = ("contact_sheets", "resume_weights_only", "vram")
 SCALER_TWEAKS = "apply_grad_scaler_step_tweaks"
 """EveryDream2's switch at the top of its optimizer files."""
 
-UNUSED_OPTIMIZER: Mapping[str, Any] = {"momentum": 0.0, "no_prox": False, "safeguard_warmup": True}
-"""Keys of optimizer sections that only EveryDream2's other optimizers use, with its defaults."""
+UNUSED_OPTIMIZER: Mapping[str, Any] = {"no_prox": False}
+"""Keys of optimizer sections that only optimizers use which this program leaves out, with EveryDream2's defaults."""
 
 _REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "load_settings_every_epoch": ((False,), 'stop the run, change the file and go on with "resume_ckpt": "findlast"'),

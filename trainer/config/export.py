@@ -10,6 +10,7 @@ from trainer.config.schema import (
     FreezingOptions,
     Key,
     OptimizerFileOptions,
+    described,
     keys_of,
     optimizer_keys,
     train_keys,
@@ -53,11 +54,12 @@ def _section_key(users: dict[str, Key]) -> dict[str, Any]:
     """Return one key of a section: what any of the optimizers takes, and which optimizers use it."""
     if next(iter(users.values())).name == "optimizer":
         return {"enum": [*users, None], "description": "The optimizer's name; null is adamw8bit, in text_encoder_overrides base's."}
-    described = list({str(schema): schema for key in users.values() if (schema := key.json_schema())}.values())
-    schema = described[0] if len(described) == 1 else {"anyOf": described, "description": described[0]["description"]}
-    if len(users) < len(optimizer_keys()["optimizer"]):
-        schema["description"] += f" Used by {', '.join(users)}."
-    return schema
+    schemas = [key.json_schema() for key in users.values()]
+    default = schemas[0]["default"]
+    for schema in schemas:
+        del schema["description"], schema["default"]
+    kinds = list({str(schema): schema for schema in schemas}.values())
+    return {**(kinds[0] if len(kinds) == 1 else {"anyOf": kinds}), "description": described(users), "default": default}
 
 
 def _object(properties: dict[str, Any]) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config.ed2 import LATER_NAMES, LATER_OPTIMIZER, NEVER_NAMES, SCALER_TWEAKS, UNUSED_OPTIMIZER, later, other_word
+from trainer.config.ed2 import LATER_OPTIMIZER, NEVER_NAMES, SCALER_TWEAKS, UNUSED_OPTIMIZER, later, other_word
 from trainer.config.positions import Document
 from trainer.config.report import Place, Report, Written, checked, did_you_mean, shown, unknown_value
 from trainer.config.schema import (
@@ -157,7 +157,8 @@ def _section(name: str, base: _Section | None, document: Document, file: str, re
             hint = _FREEZE[name] if key == "lr" and value == 0 else ""
             right, read = checked(users.get(optimizer or "") or next(iter(users.values())), value, places[key], report, hint)
             if right and optimizer and optimizer not in users:
-                report.note(places[key], f"has no effect: {optimizer} does not use it, only {' and '.join(users)}")
+                if read not in [user.default for user in users.values()]:  # which asks for nothing, and fills EveryDream2's files
+                    report.note(places[key], f"has no effect: {optimizer} does not use it, only {_listed(users)}")
             elif right:
                 values[key] = Written(read, places[key])
     return _Section(name, optimizer, values)
@@ -168,9 +169,7 @@ def _name(value: Any, place: Place, report: Report) -> str | None:
     name = value.lower() if isinstance(value, str) else ""
     if name in names:
         return name
-    if name in LATER_NAMES:
-        report.error(place, f"{name} is not supported yet by this version; {LATER_NAMES[name]} comes closest")
-    elif name in NEVER_NAMES:
+    if name in NEVER_NAMES:
         report.error(place, f"{name} is not supported; use {NEVER_NAMES[name]}")
     else:
         report.error(place, unknown_value(value, list(names)))
@@ -275,6 +274,11 @@ def _build(section: _Section, lr: float, rates: Rates, learns: bool, report: Rep
 
 def _adapts(section: _Section) -> bool:
     return optimizer_classes()[section.optimizer or ""].adapts
+
+
+def _listed(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _accepted(names: list[str]) -> str:

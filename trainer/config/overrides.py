@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import getdoc
 from typing import Any
 
@@ -15,12 +15,14 @@ from trainer.config.ed2 import COMMAND_LATER
 from trainer.config.positions import read_json
 from trainer.config.report import COMMAND_LINE, Place, Report, closest
 from trainer.config.schema import (
+    DEFAULT_OPTIMIZER,
     CommandOptions,
     FileOptions,
     FreezingOptions,
     Key,
     OptimizerFileOptions,
     accepts,
+    described,
     keys_of,
     optimizer_classes,
     optimizer_keys,
@@ -108,9 +110,9 @@ def help_text(width: int = 100) -> str:
     for name, users in optimizer_keys().items():
         key = next(iter(users.values()))
         if name == "optimizer":
-            lines += _row(key, "", width, takes=f"one of {names}")
+            lines += _row(replace(key, default=DEFAULT_OPTIMIZER), "", width, takes="text", words=f"One of {names}.")
         else:
-            lines += _row(key, "", width, more="" if len(users) == len(optimizer_classes()) else f" Used by {', '.join(users)}.")
+            lines += _row(key, "", width, words=described(users))
     lines += ["", "Keys of its text_encoder_freezing:", *_rows(FreezingOptions, "", width)]
     lines += ["", "Keys beside its sections:", *_rows(OptimizerFileOptions, "", width)]
     return "\n".join(lines) + "\n"
@@ -120,10 +122,10 @@ def _rows(options: type, dashes: str, width: int) -> list[str]:
     return [line for key in keys_of(options).values() for line in _row(key, dashes, width)]
 
 
-def _row(key: Key, dashes: str, width: int, *, takes: str = "", more: str = "") -> list[str]:
+def _row(key: Key, dashes: str, width: int, *, takes: str = "", words: str = "") -> list[str]:
     default = plain(key.default) if not key.required else None
     shown = "required" if key.required else f"default {default if isinstance(default, str) else json.dumps(default)}"
-    text = textwrap.wrap(key.doc + more, width - 6, break_on_hyphens=False)
+    text = textwrap.wrap(words or key.doc, width - 6, break_on_hyphens=False)
     return [f"  {dashes}{key.name}: {takes or accepts(key.annotation)}; {shown}", *(f"      {line}" for line in text)]
 
 

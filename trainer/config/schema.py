@@ -12,6 +12,7 @@ import inspect
 import json
 import textwrap
 import types
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -180,6 +181,21 @@ def optimizer_keys() -> dict[str, dict[str, Key]]:
         for key in keys_of(options).values():
             found.setdefault(key.name, {})[name] = key
     return found
+
+
+def described(users: Mapping[str, Key]) -> str:
+    """Return the words about a key of the optimizer file: its docstring, which optimizers use it, and for which it is another thing."""
+    names, first = list(users), next(iter(users.values()))
+    words = [first.doc]
+    if len(users) < len(optimizer_classes()):
+        words.append(f"Used by {', '.join(names)}.")
+    others: dict[tuple[str, str], list[str]] = {}
+    for name, key in users.items():
+        doc = "" if key.doc == first.doc else f"{key.doc} "
+        default = "" if key.default == first.default else f"Default {json.dumps(plain(key.default))}."
+        others.setdefault((doc, default), []).append(name)
+    words += [f"{', '.join(same)}: {doc}{default}".strip() for (doc, default), same in others.items() if doc or default]
+    return " ".join(words)
 
 
 @cache

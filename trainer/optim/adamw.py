@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Gt, Lt
 
+from trainer.optim.library import does_not_load
 from trainer.optim.schedules import ScheduleOptions
 
 if TYPE_CHECKING:
@@ -58,13 +59,8 @@ class AdamW8bitOptions(MomentOptions):
         Raises:
             UserError: bitsandbytes is not installed or does not load.
         """
-        from trainer.errors import UserError
-
         try:
             from bitsandbytes.optim.adamw import AdamW8bit
         except Exception as error:  # a broken CUDA set-up raises anything at import
-            raise UserError(
-                f"optimizer adamw8bit: bitsandbytes does not load ({error}); install it with "
-                "`pip install bitsandbytes`, or choose optimizer adamw or dadapt_adam."
-            ) from error
+            raise does_not_load(self.optimizer, "bitsandbytes", error, "adamw or dadapt_adam") from error
         return AdamW8bit(params, lr=lr, betas=self.betas, eps=self.epsilon, weight_decay=self.weight_decay)

@@ -1,0 +1,31 @@
+"""SGD with D-Adaptation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import dadaptation
+
+
+class DAdaptSGD(dadaptation.DAdaptSGD):
+    """The dadaptation library's, except that it rests where that one would divide by zero.
+
+    It divides by the norm of the first gradient and by |s|, the length of the sum of all. So the optimizer stays where it is, weights,
+    d and k included, as long as all gradients have been 0 or missing, and in a step whose gradients are all missing or of parameters
+    that have had none but 0. It rests at rate 0 too, with which every warm-up starts, instead of averaging on.
+    """
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+        for group in self.param_groups:
+            group["g0_norm"] = 0.0  # which the library adds in its first step
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update the parameters that have a gradient, their state, and d; return what `closure` returned."""
+        loss = None if closure is None else closure()
+        if any(group["lr"] > 0 for group in self.param_groups):
+            with suppress(ZeroDivisionError):  # raised before anything is written but the starting point and s = 0
+                super().step()
+        return loss

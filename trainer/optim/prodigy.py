@@ -1,0 +1,73 @@
+"""Prodigy, Adam that estimates the distance to the solution from how far it has come (Mishchenko & Defazio 2023, arXiv 2306.06101)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Gt
+
+from trainer.optim.dadapt import AdaptedMomentOptions
+from trainer.optim.library import does_not_load
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProdigyOptions(AdaptedMomentOptions):
+    """prodigyopt's Prodigy: D-Adaptation's Adam with an estimate that grows faster; 16 bytes of state for a parameter."""
+
+    optimizer: Literal["prodigy"] = "prodigy"
+    """The optimizer's name."""
+
+    use_bias_correction: bool = True  # as Prodigy's authors advise for diffusion models, and the next key's true
+
+    safeguard_warmup: bool = True
+    """Leave lr out of the denominator of d's estimate, so that a warm-up from 0 does not make d too large."""
+
+    d_coef: Annotated[float, Gt(0)] = 1.0
+    """A factor on d's estimate: 0.5 or 2 for a smaller or larger rate; the authors advise turning this rather than lr."""
+
+    slice_p: Annotated[int, Ge(1)] = 1
+    """Estimate d from every n-th element of each tensor alone: 11 keeps 8.7 bytes of state for a parameter instead of 16."""
+
+    learned_keys: ClassVar[tuple[str, ...]] = ("d", "d_max", "d_numerator", "d_hat", "k")
+
+    def build(self, params: Iterable[nn.Parameter], lr: float) -> Optimizer:
+        """Return the optimizer over `params`, its rate being d times `lr`.
+
+        Raises:
+            UserError: prodigyopt is not installed.
+        """
+        try:
+            from prodigyopt import Prodigy
+        except ImportError as error:
+            raise does_not_load(self.optimizer, "prodigyopt", error, "dadapt_adam") from error
+        with redirect_stdout(StringIO()):  # the library prints a line about decoupled weight decay
+            optimizer = Prodigy(
+                params,
+                lr=lr,
+                betas=self.betas,
+                eps=self.epsilon,
+                weight_decay=self.weight_decay,  # type: ignore[arg-type]  # the library's default, 0, reads as int
+                decouple=self.decouple,
+                use_bias_correction=self.use_bias_correction,
+                safeguard_warmup=self.safeguard_warmup,
+                d0=self.d0,
+                d_coef=self.d_coef,
+                growth_rate=self.growth_rate,
+                slice_p=self.slice_p,
+            )
+        for group in optimizer.param_groups:
+            group["d_hat"] = 0.0  # which the library adds in its first step
+        return optimizer
+
+    def measure(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return `d`, the estimate `d_hat` that d follows upwards, and `rate` = d * lr * bias correction, which really acts."""
+        group = optimizer.param_groups[0]
+        return {"rate": group["d"] * group["lr"] * self.correction(group["k"]), "d": group["d"], "d_hat": group["d_hat"]}
