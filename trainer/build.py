@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from trainer.sampling import SamplePrompts, Sampler
 
 UNET, TEXT_ENCODER = "unet", "text encoder"
+SECTIONS = {UNET: "base", TEXT_ENCODER: "text_encoder_overrides"}
 
 
 def run_training(config: TrainConfig, notes: Sequence[str]) -> None:
@@ -144,13 +145,15 @@ def build_run(config: TrainConfig, console: Console) -> Run:
     from trainer.cadence import Cadence
     from trainer.check import plan_lines
     from trainer.checkpoint import TrainState
-    from trainer.config import check_rates
+    from trainer.config import check_fused_backward, check_rates, check_schedules
     from trainer.diffusion.objective import Networks
     from trainer.loggers import open_loggers
     from trainer.loop import EPOCH_LOSS, LOSS, Run
     from trainer.metrics import Meter
     from trainer.models.load import load_models
     from trainer.models.trainable import apply_freezing
+    from trainer.optim.dadapt import EstimateOptions
+    from trainer.optim.watch import AdaptationWatch
     from trainer.precision import resolve_precision
     from trainer.sampling import Sampler
     from trainer.state import read_state
@@ -164,14 +167,16 @@ def build_run(config: TrainConfig, console: Console) -> Run:
     index = build_index(config.data)
     precision = resolve_precision(config.precision, choose_device(config.loop.gpuid))
     device = precision.device
+    check_fused_backward(config, precision)
+    total_steps = count_steps(config, index)
+    notes = check_schedules(config, total_steps)
 
     models = load_models(replace(config.model, resume_ckpt=start.model))
     parts = apply_freezing(models, config.parts, config.optimizers.freezing)
     check_rates(config, {network: part.trained for network, part in parts.counts.items()})
-    place(models, device, channels_last=config.precision.channels_last)
+    place(models, device, channels_last=config.precision.channels_last, weights=precision.weights)
 
     loader = make_loader(config, index, Tokenize(models.tokenizer), pin=device.type == "cuda")
-    total_steps = loader.steps_before(config.loop.max_epochs)
     about = describe(config, index, parts)
     if start.about is not None:
         check_same_run(about, start.about, str(start.checkpoint))
@@ -179,6 +184,8 @@ def build_run(config: TrainConfig, console: Console) -> Run:
     optimizers = make_optimizers(config, parts, total_steps)
     objective = make_objective(config, models, parts)
     meter = Meter(epoch_tags={LOSS: EPOCH_LOSS})
+    adaptive = {member.network: member.options.d0 for member in optimizers.members if isinstance(member.options, EstimateOptions)}
+    watch = AdaptationWatch(adaptive, SECTIONS)
     sampler = Sampler(
         prompts,
         resolution=config.data.resolution,
@@ -192,22 +199,22 @@ def build_run(config: TrainConfig, console: Console) -> Run:
         saved = read_state(start.checkpoint / "resume" / "training")
         optimizers.load_state_dict(saved["optimizers"])
         meter.load_state_dict(saved["meter"])
+        watch.load_state_dict(saved["watch"])
         if precision.scaler is not None and saved["scaler"]:
             precision.scaler.load_state_dict(saved["scaler"])
 
     folder = start.checkpoint.parent.parent if start.checkpoint else make_folder(config)
-    adaptive = [member.network for member in optimizers.members if member.options.adapts]
     loggers = open_loggers(
         folder,
         warn=console.event,
         networks=list(optimizers.parameters),
-        adaptive=adaptive,
+        adaptive=list(adaptive),
         first_step=state.step + 1 if start.checkpoint else None,
     )
     record_configuration(config, folder, loggers, state.step)
     console.record_to(folder / "run.log")
     count = Tokenize(models.tokenizer).count
-    for note in models.notes:
+    for note in [*notes, *models.notes]:
         console.event(f"Note: {note}")
     for note in report(index, resolution=config.data.resolution, batch_size=config.data.batch_size, count_tokens=count).notes():
         console.event(f"Note: {note}.")
@@ -240,6 +247,7 @@ def build_run(config: TrainConfig, console: Console) -> Run:
         console=console,
         loggers=loggers,
         meter=meter,
+        watch=watch,
         fixed_loss=FixedLoss(loader.images.plain(fixed), objective) if fixed else None,
         sample=lambda step: None,
         sample_first=prompts.generate_pretrain_samples,
@@ -293,14 +301,18 @@ def choose_device(gpuid: int) -> torch.device:
     return torch.device("cuda", gpuid) if device.type == "cuda" and device.index is None else device
 
 
-def place(models: Models, device: torch.device, *, channels_last: bool) -> None:
+def place(models: Models, device: torch.device, *, channels_last: bool, weights: torch.dtype) -> None:
     """Move the networks to the device, convolution weights channels last if asked, each tensor in memory of its own.
+
+    UNet and text encoder are kept in the format `weights`, the VAE in fp32.
 
     Loaded tensors may be windows on a mapped file, at any address. Kernels add up in another order where an address is not aligned,
     so a continued run would differ from an unbroken one in the last bits; and a mapped file cannot be replaced on Windows.
     """
     import torch
 
+    models.unet.to(weights)  # type: ignore[arg-type]
+    models.text_encoder.to(weights)  # type: ignore[arg-type]
     for network in (models.unet, models.vae):
         network.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)  # type: ignore[call-overload]
     models.text_encoder.to(device)  # type: ignore[arg-type]
@@ -339,6 +351,16 @@ def make_loader(config: TrainConfig, index: Index, tokenize: Tokenize, *, pin: b
         seed=config.loop.seed,
         images_per_step=config.data.batch_size * config.loop.grad_accum,
         pin=pin,
+    )
+
+
+def count_steps(config: TrainConfig, index: Index) -> int:
+    """Return the optimizer steps of the whole run."""
+    from data.plan import steps_before
+
+    images_per_step = config.data.batch_size * config.loop.grad_accum
+    return steps_before(
+        index, resolution=config.data.resolution, seed=config.loop.seed, epoch=config.loop.max_epochs, images_per_step=images_per_step
     )
 
 
@@ -488,6 +510,7 @@ def make_saver(config: TrainConfig, models: Models, about: Mapping[str, Any], ru
         training = {
             "optimizers": run.optimizers.state_dict(),
             "meter": run.meter.state_dict(),
+            "watch": run.watch.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         write_state(training, folder / "training")
@@ -499,7 +522,7 @@ def make_saver(config: TrainConfig, models: Models, about: Mapping[str, Any], ru
         folder = run.folder / "ckpts" / name
         save_checkpoint(
             folder,
-            write_model=lambda draft: save_diffusers(models, draft, torch.float32),
+            write_model=lambda draft: save_diffusers(models, draft),
             write_resume=write_resume,
             state=state,
             about=dict(about),

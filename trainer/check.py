@@ -28,13 +28,14 @@ def check(config: TrainConfig, notes: Sequence[str]) -> None:
         check_same_run,
         choose_device,
         choose_seed,
+        count_steps,
         describe,
         find_start,
         log_folder_problem,
         make_loader,
         read_prompts,
     )
-    from trainer.config import check_rates
+    from trainer.config import check_fused_backward, check_rates, check_schedules
     from trainer.errors import UserError
     from trainer.models.load import describe as describe_model
     from trainer.models.quiet import quiet_libraries
@@ -48,6 +49,11 @@ def check(config: TrainConfig, notes: Sequence[str]) -> None:
     config, _ = read_prompts(config)
     config = replace(config, loop=replace(config.loop, seed=choose_seed(config.loop.seed, start)))
     index = build_index(config.data)
+    precision = resolve_precision(config.precision, choose_device(config.loop.gpuid))
+    check_fused_backward(config, precision)
+    total_steps = count_steps(config, index)
+    for note in check_schedules(config, total_steps):
+        print(f"Note: {note}")
     models = describe_model(replace(config.model, resume_ckpt=start.model))
     for note in models.notes:
         print(f"Note: {note}")
@@ -57,7 +63,6 @@ def check(config: TrainConfig, notes: Sequence[str]) -> None:
         check_same_run(describe(config, index, parts), start.about, str(start.checkpoint))
     if problem := log_folder_problem(Path(config.logging.logdir)):
         raise UserError(problem)
-    precision = resolve_precision(config.precision, choose_device(config.loop.gpuid))
 
     tokenizer = models.tokenizer
     count_tokens = None if tokenizer is None else Tokenize(tokenizer).count
@@ -65,11 +70,7 @@ def check(config: TrainConfig, notes: Sequence[str]) -> None:
     loader = make_loader(config, index, Tokenize(tokenizer), pin=False)
     print("\n".join(dataset.lines()))
     print()
-    print(
-        "\n".join(
-            plan_lines(config, models.source, parts.counts, precision, loader.steps_in(0), loader.steps_before(config.loop.max_epochs))
-        )
-    )
+    print("\n".join(plan_lines(config, models.source, parts.counts, precision, loader.steps_in(0), total_steps)))
 
 
 def plan_lines(

@@ -30,7 +30,7 @@ _LIBRARIES = {
 }
 
 
-def save_diffusers(models: Models, folder: Path, dtype: torch.dtype) -> None:
+def save_diffusers(models: Models, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write a folder that `StableDiffusionPipeline.from_pretrained(folder)` loads, without safety checker.
 
     Older diffusers and transformers read it too: the text encoder's names begin with `text_model.`, which newer ones accept, and the
@@ -39,7 +39,7 @@ def save_diffusers(models: Models, folder: Path, dtype: torch.dtype) -> None:
     Args:
         models: on any device.
         folder: made if absent; files of the same names are replaced.
-        dtype: of the weights in the files.
+        dtype: of the weights in the files; None keeps each network's own.
     """
     import diffusers
 
@@ -60,14 +60,15 @@ def save_diffusers(models: Models, folder: Path, dtype: torch.dtype) -> None:
     for network, (stem, _) in WEIGHTS.items():
         part = folder / network
         part.mkdir(exist_ok=True)
+        kept = dtype or getattr(models, network).dtype
         extra: dict[str, Any] = {"_class_name": _LIBRARIES[network][1], **version}
         start = ""
         if network == "text_encoder":
-            extra = {"architectures": ["CLIPTextModel"], "torch_dtype": str(dtype).removeprefix("torch.")}
+            extra = {"architectures": ["CLIPTextModel"], "torch_dtype": str(kept).removeprefix("torch.")}
             start = "text_model."
         _write_json(part / "config.json", {**configs[network], **extra})
         weights = {start + name.removeprefix(start): tensor for name, tensor in getattr(models, network).state_dict().items()}
-        write_tensors(part / f"{stem}.safetensors", weights, dtype, {"format": "pt"})
+        write_tensors(part / f"{stem}.safetensors", weights, kept, {"format": "pt"})
     (folder / "scheduler").mkdir(exist_ok=True)
     _write_json(folder / "scheduler" / "scheduler_config.json", {**configs["scheduler"], **version})
     write_tokenizer(models.tokenizer, folder / "tokenizer")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trainer.loggers.console import Console
     from trainer.metrics import Meter
     from trainer.optim.optimizer_set import OptimizerSet
+    from trainer.optim.watch import AdaptationWatch
     from trainer.precision import Precision
     from trainer.validation import FixedLoss
 
@@ -29,6 +30,7 @@ LOSS = "loss/log_step"
 EPOCH_LOSS = "loss/epoch"
 FIXED_LOSS = "loss/stabilize-train"
 SKIPPED = "optimizer/skipped steps"
+NOT_FINITE = "optimizer/gradients not finite"
 NORM_TAGS = {"unet": "optimizer/unet_grad_norm", "text encoder": "optimizer/te_grad_norm"}
 MOST_SKIPPED = 50  # steps without a finite loss; fp16's scaler finds its scale within 20
 
@@ -74,6 +76,7 @@ class Run:
     console: Console
     loggers: Loggers
     meter: Meter
+    watch: AdaptationWatch
     fixed_loss: FixedLoss | None
     sample: Callable[[int], None]
     """Draws, saves and records the samples of a step."""
@@ -146,7 +149,7 @@ def report(run: Run) -> None:
     """Read the numbers since the last report, the only time that the host waits for the device, and record and show them.
 
     Raises:
-        UserError: no step has been finite for `MOST_SKIPPED` steps.
+        UserError: no step has been finite for `MOST_SKIPPED` steps, or a fused backward met a gradient that was not.
     """
     from trainer.loggers.console import Report
     from trainer.metrics import IMAGES_PER_SECOND, memory_in_use
@@ -158,6 +161,9 @@ def report(run: Run) -> None:
             latest[f"dadapt/d {network}"] = measures["d"]
             latest[f"dadapt/d_hat {network}"] = measures["d_hat"]
             latest[f"dadapt/d*lr {network}"] = measures["rate"]
+            latest[f"dadapt/decay so far {network}"] = measures["decayed"]
+        if "not finite" in measures:
+            latest[f"{NOT_FINITE} {network}"] = measures["not finite"]
     if run.precision.scaler is not None:
         latest["hyperparameter/grad scale"] = run.precision.scaler.get_scale()
     numbers = run.meter.read(latest)
@@ -166,12 +172,34 @@ def report(run: Run) -> None:
     run.loggers.scalars(numbers, run.state.step)
     rates = {network: numbers[f"hyperparameter/lr {network}"] for network in run.optimizers.parameters}
     run.console.report(Report(loss, rates, numbers.get(IMAGES_PER_SECOND), memory))
+    for network in run.watch.networks:
+        d, d_hat = numbers[f"dadapt/d {network}"], numbers[f"dadapt/d_hat {network}"]
+        for sentence in run.watch.look(network, step=run.state.step, d=d, d_hat=d_hat):
+            run.console.event(sentence)
+    check_gradients(run, numbers)
     if math.isfinite(loss):
         run.state.last_finite = run.state.step
     elif run.state.step - run.state.last_finite >= MOST_SKIPPED:
         raise UserError(
             f"no loss has been finite since step {run.state.last_finite} (now at step {run.state.step}), so no weight has changed since: "
             "lower the rate, or try mixed_precision: no; the last checkpoint is good.",
+            exit_code=1,
+        )
+
+
+def check_gradients(run: Run, numbers: Mapping[str, float]) -> None:
+    """Stop where a fused backward met gradients that were not finite: it had to leave them out one by one, not the whole step.
+
+    Raises:
+        UserError: there was such a gradient since the last report.
+    """
+    met = {network: int(numbers.get(f"{NOT_FINITE} {network}", 0)) for network in run.optimizers.parameters}
+    if any(met.values()):
+        where = " and ".join(f"{count} of the {network}" for network, count in met.items() if count)
+        raise UserError(
+            f"gradients were not finite although the loss was ({where}; now at step {run.state.step}): with fused_backward only these "
+            "weights were left out, the others of the same step have moved; go on from the last checkpoint with fused_backward false, "
+            "or with mixed_precision: no.",
             exit_code=1,
         )
 

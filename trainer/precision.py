@@ -12,10 +12,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionOptions:
-    """In which number format the networks compute; weights and optimizer state stay fp32."""
+    """In which number format the networks compute and are kept."""
 
     mixed_precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
     """Autocast type: auto is bf16 where the device computes it natively, else fp16 on CUDA, and no on the CPU."""
+
+    weights_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Format in which UNet and text encoder are kept. bf16 halves weights and gradients; D-Adaptation Adam rounds them stochastically,
+    so that small steps are not lost. Computes in bf16."""
 
     disable_amp: bool = False
     """Compute in fp32; the same as mixed_precision: no."""
@@ -35,11 +39,18 @@ class Precision:
     scaler: torch.amp.GradScaler | None
     """The loss scaler that fp16 needs."""
 
+    weights: torch.dtype
+    """In which UNet and text encoder are kept."""
+
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context in which the networks compute."""
+        """Return the context in which the networks compute.
+
+        Without the cache of cast weights: every weight is used once in a forward pass, so the cache would spare nothing and, under
+        gradient checkpointing, hold a second copy of all weights until the end of the pass.
+        """
         import torch
 
-        return nullcontext() if self.dtype is None else torch.autocast(self.device.type, dtype=self.dtype)
+        return nullcontext() if self.dtype is None else torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
 
     @property
     def name(self) -> str:
@@ -61,13 +72,17 @@ def resolve_precision(options: PrecisionOptions, device: torch.device) -> Precis
 
     kind = "no" if options.disable_amp else options.mixed_precision
     native_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind == "auto" and options.weights_dtype == "bf16":
+        kind = "bf16"
     if kind == "auto":
         kind = "no" if device.type != "cuda" else "bf16" if native_bf16 else "fp16"
     if kind == "fp16" and device.type != "cuda":
         raise UserError("mixed_precision: fp16 needs a CUDA device and this run is on the CPU; use auto, bf16 or no.")
     if kind == "bf16" and device.type == "cuda" and not native_bf16:
-        raise UserError(f"mixed_precision: {torch.cuda.get_device_name(device)} does not compute bf16 natively; use auto or fp16.")
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"mixed_precision: {name} does not compute bf16 natively; use auto or fp16, and weights_dtype fp32.")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[kind]
-    return Precision(device, dtype, torch.amp.GradScaler("cuda") if kind == "fp16" else None)
+    weights = torch.bfloat16 if options.weights_dtype == "bf16" else torch.float32
+    return Precision(device, dtype, torch.amp.GradScaler("cuda") if kind == "fp16" else None, weights)

@@ -28,7 +28,7 @@ class StepResult:
     """Gradient norm by network, before clipping."""
 
     skipped: Tensor
-    """1.0 where the gradient was not finite and no weight was changed, else 0.0."""
+    """1.0 where the loss or a gradient was not finite and no weight was changed, else 0.0."""
 
 
 def train_step(
@@ -65,11 +65,16 @@ def train_step(
                     stack.enter_context(getattr(network, "no_sync", nullcontext)())
             loss_B = objective.losses(networks, inputs, autocast)
             loss = (loss_B * inputs.scale_B).sum() * (processes / images)
+            optimizers.gate(loss)  # those that step inside backward cannot wait for the gradients
             (loss if scaler is None else scaler.scale(loss)).backward()
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None, "a step has at least one micro-batch"
 
     norms, found_inf = finish_gradients(optimizers.parameters, optimizers.optimizers, scaler=scaler, clip=clip)
+    if found_inf is None or optimizers.fused:  # what was updated inside backward was gated by the loss
+        not_finite = (~total.isfinite()).float()
+        found_inf = not_finite if found_inf is None else found_inf.maximum(not_finite)
+        norms |= optimizers.norms_in_backward()
     optimizers.step(found_inf)
     if scaler is not None:
         scaler.update()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -15,7 +16,7 @@ from tests.contracts.config_cases import Case
 from trainer.config import Loaded, TrainConfig, check_rates, ed2, load_config, write_resolved
 from trainer.config.schema import optimizer_keys, train_keys
 from trainer.errors import UserError
-from trainer.optim import AdamW8bitOptions, AdamWOptions, DAdaptAdamOptions
+from trainer.optim import AdamW8bitOptions, AdamWOptions, DAdaptAdam8bitOptions, DAdaptAdamOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 ANYTHING = st.recursive(
@@ -285,8 +286,14 @@ def test_rates_that_are_fine(folder: Path, unet: Any, train: dict[str, Any], par
     check_rates(with_rates(unet, {}, **train), parameters)
 
 
-@pytest.mark.parametrize("optimizer", ["optimizer.json", "optimizer_dadapt.json"])
-@pytest.mark.parametrize("name", ["train.json", "configs/sd15.json"])
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [
+        *itertools.product(["train.json", "configs/sd15.json"], ["optimizer.json", "optimizer_dadapt.json"]),
+        ("configs/sd15.json", "configs/optimizer_dadapt_sd15.json"),
+        ("configs/sd15.json", "configs/optimizer_dadapt_te_only.json"),
+    ],
+)
 def test_every_shipped_configuration_loads(folder: Path, name: str, optimizer: str):
     command_line = ["--config", str(ROOT / name), "--optimizer_config", str(ROOT / optimizer), "--resume_ckpt", "model"]
     loaded = load_config([*command_line, "--data_root", "input"])
@@ -302,8 +309,26 @@ def test_the_shipped_configurations_say_what_the_readme_says(folder: Path):
 
     sd15 = load_config(["--config", str(ROOT / "configs/sd15.json"), "--data_root", "input"]).config
     assert sd15.model.resume_ckpt == "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    assert (sd15.optimizers.unet.lr, sd15.optimizers.text_encoder.lr) == (1e-6, 5e-7)
+    unet, text_encoder = sd15.optimizers.unet, sd15.optimizers.text_encoder
+    assert isinstance(unet, DAdaptAdam8bitOptions) and isinstance(text_encoder, DAdaptAdam8bitOptions)
+    assert unet.fused_backward and text_encoder.fused_backward
+    assert (unet.lr or 0) * unet.d_max <= 1e-5 and (text_encoder.lr or 0) * text_encoder.d_max <= 5e-6
+    assert (unet.growth_rate, unet.weight_decay) == (1.02, 0.01)
     assert sd15.optimizers.freezing.freeze_embeddings is True
+
+    by_hand = load_config(
+        ["--config", str(ROOT / "configs/sd15.json"), "--optimizer_config", str(ROOT / "optimizer.json"), "--data_root", "input"]
+    ).config
+    assert (by_hand.optimizers.unet.lr, by_hand.optimizers.text_encoder.lr) == (1e-6, 5e-7)
+
+    split = load_config(
+        [
+            *("--config", str(ROOT / "configs/sd15.json"), "--data_root", "input"),
+            *("--optimizer_config", str(ROOT / "configs/optimizer_dadapt_te_only.json")),
+        ]
+    ).config.optimizers
+    assert isinstance(split.unet, AdamW8bitOptions) and split.unet.lr == 1e-6
+    assert isinstance(split.text_encoder, DAdaptAdam8bitOptions) and split.text_encoder.lr == 1.0
     check_rates(sd15, {"unet": 859_520_964, "text encoder": 123_060_480})
     demo = load_config(
         [

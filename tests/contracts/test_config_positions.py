@@ -26,6 +26,10 @@ def test_what_json_writes_is_read_back(content: dict[str, Any], indent: int | No
     assert document.values == content
 
 
+def test_an_escape_after_a_backslash_is_no_network_path():
+    assert read_json(json.dumps({"\\0\x1f": "\\1\n"}).encode()).values == {"\\0\x1f": "\\1\n"}
+
+
 @given(objects, st.data())
 @settings(max_examples=150, deadline=None)
 def test_a_damaged_text_is_reported_or_still_right(content: dict[str, Any], data: st.DataObject):

@@ -11,8 +11,9 @@ from tests.tiny import tiny_models
 from trainer.config.schema import optimizer_classes
 from trainer.diffusion.objective import Inputs, Networks, Objective, ObjectiveOptions
 from trainer.diffusion.schedule import NoiseSchedule
-from trainer.optim import AdamWOptions, OptimizerOptions
+from trainer.optim import AdamW8bitOptions, AdamWOptions, OptimizerOptions
 from trainer.optim.optimizer_set import OptimizerSet
+from trainer.precision import Precision
 from trainer.state import read_state, write_state
 from trainer.step import train_step
 
@@ -27,6 +28,8 @@ SETTINGS = {  # where 25 steps at the method's own rate and no decay would show 
 OPTIONS: dict[str, OptimizerOptions] = {
     name: options(**{"lr": 1.0, **SETTINGS.get(name, {})}) for name, options in optimizer_classes().items()
 }
+OPTIONS |= {f"{name} fused": replace(OPTIONS[name], fused_backward=True) for name in ("dadapt_adam", "dadapt_adam8bit")}
+BF16 = Precision(torch.device("cpu"), torch.bfloat16, None, torch.bfloat16)
 
 
 def _batch(positions, epoch=0):
@@ -184,7 +187,66 @@ def test_clipping_bounds_each_network_by_itself():
     assert norms["text encoder"] == pytest.approx(min(1e-3, result.norms["text encoder"].item()), rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["adamw", "dadapt_adam", "dadapt_adam8bit"])
+@pytest.mark.parametrize("name", ["dadapt_adam", "dadapt_adam8bit"])
+def test_a_fused_backward_changes_nothing_but_when(name):
+    plain, objective, optimizers = _setup(name)
+    fused, _, inside = _setup(f"{name} fused")
+    for step in range(4):
+        inputs = objective.draw(_batch(range(4), step))
+        one = train_step([inputs], plain, objective, optimizers, step=step, images=4)
+        other = train_step([inputs], fused, objective, inside, step=step, images=4)
+        assert torch.equal(one.loss, other.loss)
+        for network, norm in one.norms.items():
+            torch.testing.assert_close(other.norms[network], norm, rtol=1e-5, atol=0)
+        assert not any(p.grad is not None for p in fused.unet.parameters())
+    assert torch.equal(_weights(plain), _weights(fused))
+
+
+def test_one_network_may_step_inside_backward_and_the_other_after():
+    networks, objective, _ = _setup()
+    parameters = {"unet": list(networks.unet.parameters()), "text encoder": list(networks.text_encoder.parameters())}
+    options = {"unet": AdamW8bitOptions(lr=1e-3), "text encoder": OPTIONS["dadapt_adam8bit fused"]}
+    optimizers = OptimizerSet(options, parameters, total_steps=10)
+    inputs = objective.draw(_batch(range(4)))
+    before = _weights(networks)
+    results = [train_step([inputs], networks, objective, optimizers, step=step, images=4) for step in range(25)]
+    assert results[0].norms.keys() == {"unet", "text encoder"}
+    assert results[-1].loss < 0.9 * results[0].loss
+    changed = _weights(networks) != before
+    sizes = [sum(p.numel() for p in module.parameters()) for module in (networks.unet, networks.text_encoder)]
+    assert all(part.any() for part in changed.split(sizes))
+
+
+@pytest.mark.parametrize("name", ["dadapt_adam", "dadapt_adam8bit", "dadapt_adam8bit fused"])
+def test_bf16_weights_learn(name):
+    networks, objective, _ = _setup()
+    networks.unet.to(torch.bfloat16)
+    networks.text_encoder.to(torch.bfloat16)
+    parameters = {"unet": list(networks.unet.parameters()), "text encoder": list(networks.text_encoder.parameters())}
+    optimizers = OptimizerSet(dict.fromkeys(parameters, OPTIONS[name]), parameters, total_steps=10)
+    inputs = objective.draw(_batch(range(4)))
+    losses = [
+        float(train_step([inputs], networks, objective, optimizers, step=step, images=4, autocast=BF16.autocast).loss) for step in range(25)
+    ]
+    assert losses[-1] < 0.9 * losses[0]
+    assert {p.dtype for p in parameters["unet"]} == {torch.bfloat16}
+
+
+def test_the_decay_so_far_is_what_weights_without_a_gradient_have_lost():
+    networks, objective, optimizers = _setup("dadapt_adam")
+    idle = torch.nn.Parameter(torch.ones(4))
+    parameters = {"unet": [*networks.unet.parameters(), idle], "text encoder": list(networks.text_encoder.parameters())}
+    optimizers = OptimizerSet(dict.fromkeys(parameters, OPTIONS["dadapt_adam"]), parameters, total_steps=10)
+    inputs = objective.draw(_batch(range(4)))
+    for step in range(20):
+        idle.grad = torch.zeros(4)
+        train_step([inputs], networks, objective, optimizers, step=step, images=4)
+    lost = optimizers.measures()["unet"]["decayed"]
+    assert lost > 0
+    torch.testing.assert_close(1 - idle.detach(), lost.float().expand(4), rtol=1e-2, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["adamw", "dadapt_adam", "dadapt_adam8bit", "dadapt_adam fused", "dadapt_adam8bit fused"])
 def test_the_step_reads_nothing_back(name):
     """On the meta device every read-back raises."""
     networks, objective, optimizers = _setup("adamw")
@@ -198,7 +260,8 @@ def test_the_step_reads_nothing_back(name):
     for member in optimizers.members if name == "adamw" else ():  # torch's fused kernel does not run there; everything around it does
         member.optimizer.step = lambda: None  # type: ignore[method-assign]
     moved = Inputs(**{name: tensor.to(meta) for name, tensor in vars(inputs).items()})
-    result = train_step([moved, moved], networks, objective, optimizers, step=0, images=4, clip=1.0)
+    passes, clip = ([moved], None) if "fused" in name else ([moved, moved], 1.0)
+    result = train_step(passes, networks, objective, optimizers, step=0, images=4, clip=clip)
     assert result.loss.device == meta and result.skipped.device == meta
 
 

@@ -2,7 +2,16 @@
 
 from trainer.config.load import Loaded, load_config
 from trainer.config.resolved import write_resolved
-from trainer.config.rules import check_rates
+from trainer.config.rules import check_fused_backward, check_rates, check_schedules
 from trainer.config.schema import OptimizerConfig, TrainConfig
 
-__all__ = ["Loaded", "OptimizerConfig", "TrainConfig", "check_rates", "load_config", "write_resolved"]
+__all__ = [
+    "Loaded",
+    "OptimizerConfig",
+    "TrainConfig",
+    "check_fused_backward",
+    "check_rates",
+    "check_schedules",
+    "load_config",
+    "write_resolved",
+]

@@ -33,13 +33,10 @@ LATER: Mapping[str, tuple[Any, ...]] = {
     "stop_on_overfit": (False,),
     "validation_config": (),
     "wandb": (False,),
-    "weights_dtype": ("fp32",),
 }
 """Keys of train.json that a later version takes, with the values, besides null, at which they change nothing."""
 
-LATER_OPTIMIZER: Mapping[str, tuple[Any, ...]] = {
-    "fused_backward": (False,),
-}
+LATER_OPTIMIZER: Mapping[str, tuple[Any, ...]] = {}
 """The same for the sections of an optimizer file."""
 
 NEVER_NAMES: Mapping[str, str] = {

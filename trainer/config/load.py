@@ -13,7 +13,7 @@ from trainer.config.overrides import help_text, parse
 from trainer.config.paths import find, not_found, resolve_folder, resolve_model, resolve_prompts, resolve_vae, shown_path
 from trainer.config.positions import Document, read_json
 from trainer.config.report import COMMAND_LINE, Place, Report, Written, checked, closest, did_you_mean
-from trainer.config.rules import Settings, apply_rules, resolved
+from trainer.config.rules import Settings, apply_optimizer_rules, apply_rules, resolved
 from trainer.config.sample_file import read_sample_prompts
 from trainer.config.schema import CommandOptions, OptimizerConfig, TrainConfig, keys_of, optimizer_keys, sections, train_keys
 from trainer.errors import UserError
@@ -65,6 +65,8 @@ def load_config(argv: Sequence[str]) -> Loaded:
     if settings.values.get("sample_prompts"):
         read_sample_prompts(Path(settings["sample_prompts"]), report)
     apply_rules(settings, report)
+    if optimizers is not None:
+        apply_optimizer_rules(settings, optimizers, shown_path(optimizer_source), report)
     if report.errors or optimizers is None:
         raise UserError(report.errors)
     config = _config(resolved(settings.values), optimizers)

@@ -26,6 +26,9 @@ BASE, OVERRIDES, FREEZING = "base", "text_encoder_overrides", "text_encoder_free
 FALLBACK_LR = 1e-6
 """The rate where no file has one: EveryDream2's."""
 
+TINY_MULTIPLIER = 1e-4
+"""Multipliers of D-Adaptation below this are most likely meant as rates."""
+
 _FREEZE = {
     BASE: "; to leave the UNet as it is, set disable_unet_training in train.json",
     OVERRIDES: "; to leave the text encoder as it is, set disable_textenc_training in train.json",
@@ -79,6 +82,8 @@ def read_optimizers(document: Document, file: str, rates: Rates, report: Report)
         )
     lr = _base_lr(base, overrides, rates, Place(file, document.lines.get((BASE,)), f"{BASE}.lr"), report)
     text_lr = _text_lr(base, overrides, lr, scale, rates, Place(file, document.lines.get((OVERRIDES,)), f"{OVERRIDES}.lr"), report)
+    _tiny_multiplier(base, rates.unet, report)
+    _tiny_multiplier(overrides, rates.text_encoder, report)
     return OptimizerConfig(
         unet=_build(base, lr, rates, rates.unet, report),
         text_encoder=_build(merged, text_lr, rates, rates.text_encoder, report),
@@ -248,6 +253,17 @@ def _train_lr(rates: Rates, place: Place, learns: bool, report: Report) -> float
     if learns:
         report.note(place, f"no learning rate here nor in train.json; {FALLBACK_LR:g} is used")
     return FALLBACK_LR
+
+
+def _tiny_multiplier(section: _Section, learns: bool, report: Report) -> None:
+    """Note an lr that was meant as a rate: for D-Adaptation it multiplies the rate that is found."""
+    own = section.values.get("lr")
+    if learns and own is not None and _adapts(section) and own.value < TINY_MULTIPLIER:
+        report.note(
+            own.place,
+            f"{own.value:g} looks like a learning rate, but for {section.optimizer} lr multiplies the rate it finds, and d grows in "
+            "proportion to it; 1.0 is the method's own, 0.1 gentle",
+        )
 
 
 def _differs(section: _Section, rates: Rates, learns: bool, report: Report) -> None:

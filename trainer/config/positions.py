@@ -23,7 +23,7 @@ _WORD = re.compile(r"[^\s,:{}\[\]\"“”„‟/#]+")
 _REST = re.compile(r"[^,\]}\n]+")
 _KEY = re.compile(r'"(?:[^"\\\n]|\\.)*"\s*:')
 _CURLY = "“”„‟"
-_DRIVE = re.compile(r"[A-Za-z]:\\(?!\\)|\\\\(?!\\)[^\\]+\\(?!\\)")
+_DRIVE = re.compile(r"[A-Za-z]:\\(?!\\)|\\\\[A-Za-z][\w.-]{2,}\\(?!u[0-9A-Fa-f]{4})[A-Za-z]\w{2,}")
 _CONSTANTS = {"true": True, "false": False, "null": None}
 _MEANT = {"true": "true", "false": "false", "none": "null", "null": "null", "yes": "true", "no": "false", "on": "true", "off": "false"}
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.config.report import Place, Report, Written
-from trainer.config.schema import TrainConfig
+from trainer.config.schema import OptimizerConfig, TrainConfig, optimizer_classes
 from trainer.errors import UserError
+from trainer.optim import OptimizerOptions
+
+if TYPE_CHECKING:
+    from trainer.precision import Precision
 
 HIGH_LR = 1e-5
 """The largest AdamW rate that a full fine-tune of Stable Diffusion is known to bear."""
@@ -52,6 +56,26 @@ def apply_rules(settings: Settings, report: Report) -> None:
             continue
 
 
+def apply_optimizer_rules(settings: Settings, optimizers: OptimizerConfig, file: str, report: Report) -> None:
+    """Report what train.json and the optimizer file contradict each other in.
+
+    Args:
+        settings: of train.json.
+        optimizers: what the optimizer file asks for.
+        file: the optimizer file, as messages call it.
+        report: where problems go.
+    """
+    try:
+        sections = {
+            **({} if settings["disable_unet_training"] else {"base": optimizers.unet}),
+            **({} if settings["disable_textenc_training"] else {"text_encoder_overrides": optimizers.text_encoder}),
+        }
+        _fused_backward(settings, sections, file, report)
+        _weights(settings, sections, file, report)
+    except Unknown:
+        return
+
+
 def resolved(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values with every key that only says the same as another one applied to that other one."""
     return {
@@ -86,6 +110,64 @@ def check_rates(config: TrainConfig, trained_parameters: Mapping[str, int]) -> N
     ]
     if raise_for:
         raise UserError(raise_for)
+
+
+def check_fused_backward(config: TrainConfig, precision: Precision) -> None:
+    """Refuse fused backward where the device brings fp16's scaler.
+
+    Raises:
+        UserError: an optimizer has fused_backward, and mixed_precision auto has become fp16.
+    """
+    fused = [options for options in (config.optimizers.unet, config.optimizers.text_encoder) if getattr(options, "fused_backward", False)]
+    if fused and precision.scaler is not None:
+        raise UserError(
+            f"mixed_precision: auto is fp16 on {precision.device}, which has no native bf16, and fp16 contradicts fused_backward: "
+            f"whether a scaled gradient has overflowed is known too late; set fused_backward to false in {config.optimizer_source.name}, "
+            "or mixed_precision to no."
+        )
+
+
+def check_schedules(config: TrainConfig, total_steps: int) -> list[str]:
+    """Return notes about courses of the rate that fit the run badly.
+
+    Args:
+        config: the run.
+        total_steps: its optimizer steps.
+
+    Raises:
+        UserError: D-Adaptation would stand at lr 0 for part of the run, where its sums go stale.
+    """
+    from trainer.optim.schedules import rate_factor, warmup_steps
+
+    notes: list[str] = []
+    problems: list[str] = []
+    trained = {
+        "base": None if config.parts.disable_unet_training else config.optimizers.unet,
+        "text_encoder_overrides": None if config.parts.disable_textenc_training else config.optimizers.text_encoder,
+    }
+    for section, options in trained.items():
+        if options is None or options.lr_scheduler == "constant":
+            continue
+        where = f"{config.optimizer_source.name}: {section}"
+        factor = rate_factor(options, total_steps)
+        # A course may touch 0 for one step, where it begins or starts again.
+        still = next((step for step in range(total_steps - 1) if factor(step) == 0 and factor(step + 1) == 0), None)
+        if still is not None:
+            told = f"{where}: lr_scheduler {options.lr_scheduler} holds lr at 0 from step {still} on, of {total_steps} in all"
+            advice = f"set lr_decay_steps to at least {total_steps}, or null for 1.5 times the run"
+            if options.adapts:
+                problems.append(f"{told}, where D-Adaptation cannot stand still without harm; {advice}")
+            else:
+                notes.append(f"{told}, so nothing is learned from there; {advice}")
+        warmup = warmup_steps(options, total_steps)
+        if options.adapts and warmup > total_steps / 10:
+            notes.append(
+                f"{where}: the warm-up of {warmup} steps is more than a tenth of the run's {total_steps}; D-Adaptation begins at a tiny "
+                "rate and finds its own, so a long warm-up only holds d back; lr_warmup_steps 0 is usual"
+            )
+    if problems:
+        raise UserError(problems)
+    return notes
 
 
 def _timesteps(settings: Settings, report: Report) -> None:
@@ -131,6 +213,49 @@ def _cadence(settings: Settings, report: Report) -> None:
         report.note(settings.place("save_ckpts_from_n_epochs"), f"the only checkpoint is the one at the end: max_epochs is {epochs}")
     elif every is not None and every > epochs:
         report.note(settings.place("save_every_n_epochs"), f"the only checkpoint is the one at the end: max_epochs is {epochs}")
+
+
+def _fused_backward(settings: Settings, sections: Mapping[str, OptimizerOptions], file: str, report: Report) -> None:
+    fused = " and ".join(name for name, options in sections.items() if getattr(options, "fused_backward", False))
+    if not fused:
+        return
+    off = f"set fused_backward to false in {file} ({fused})"
+    if settings["grad_accum"] > 1:
+        report.error(
+            settings.place("grad_accum"),
+            f"{settings['grad_accum']} contradicts fused_backward, which updates the weights inside every backward pass, before "
+            f"the batches are averaged; raise batch_size instead and set grad_accum to 1, or {off}",
+        )
+    if settings["clip_grad_norm"] is not None:
+        report.error(
+            settings.place("clip_grad_norm"),
+            "contradicts fused_backward, which updates the first weights before the norm of the whole gradient is known; D-Adaptation "
+            f"seldom needs clipping: set it to null, or {off}",
+        )
+    if settings["mixed_precision"] == "fp16":
+        report.error(
+            settings.place("mixed_precision"),
+            "fp16 contradicts fused_backward, which updates weights before it is known whether the scaled gradient has overflowed; "
+            f"use bf16 or no, or {off}",
+        )
+
+
+def _weights(settings: Settings, sections: Mapping[str, OptimizerOptions], file: str, report: Report) -> None:
+    if settings["weights_dtype"] == "fp32":
+        return
+    if settings["mixed_precision"] in ("fp16", "no") or settings["disable_amp"]:
+        asked = "no" if settings["disable_amp"] else settings["mixed_precision"]
+        report.error(
+            settings.place("weights_dtype"), f"bf16 contradicts mixed_precision: {asked}; use mixed_precision auto or bf16 with it"
+        )
+    for name, options in sections.items():
+        if not options.rounds_bf16:
+            able = " or ".join(name for name, options in optimizer_classes().items() if options.rounds_bf16)
+            report.error(
+                settings.place("weights_dtype"),
+                f"bf16 needs an optimizer that rounds stochastically, since most steps are smaller than the spacing of bf16 numbers and "
+                f"would be lost with {options.optimizer} ({file}: {name}); use {able} there, or weights_dtype fp32",
+            )
 
 
 def _attention(settings: Settings, report: Report) -> None:

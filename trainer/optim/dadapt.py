@@ -30,6 +30,11 @@ class EstimateOptions(ScheduleOptions):
 
     adapts: ClassVar[bool] = True
 
+    def rate(self, optimizer: Optimizer) -> Any:
+        """Return d * lr, the rate of the coming step, a number or a 0-d tensor on the device."""
+        group = optimizer.param_groups[0]
+        return group["d"] * group["lr"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class GrowthOptions(EstimateOptions):
@@ -49,6 +54,14 @@ class AdaptedMomentOptions(MomentOptions, GrowthOptions):
     use_bias_correction: bool = False
     """Correct the moments' start at zero, as Adam does."""
 
+    def rate(self, optimizer: Optimizer) -> Any:
+        """Return d * lr * bias correction, the rate of the coming step, a number or a 0-d tensor on the device."""
+        return super().rate(optimizer) * self.correction(optimizer.param_groups[0]["k"])
+
+    def decay(self, optimizer: Optimizer) -> Any:
+        """Return the share of every weight that decoupled weight decay takes in the coming step, a number or a 0-d tensor."""
+        return self.weight_decay * self.rate(optimizer) if self.decouple else 0.0
+
     def correction(self, steps: int) -> float:
         """Return the factor of the bias correction on the rate of the step after `steps` others; 1 without it."""
         beta1, beta2 = self.betas
@@ -62,6 +75,14 @@ class AdaptationOptions(AdaptedMomentOptions):
     layer_scale: Annotated[float, Gt(0)] = 1.0
     """A factor on the steps of this network that the estimate of d does not see, nor weight decay; lr changes all three."""
 
+    def rate(self, optimizer: Optimizer) -> Any:
+        """Return d * lr * layer_scale * bias correction, the rate of the coming step, a number or a 0-d tensor on the device."""
+        return super().rate(optimizer) * self.layer_scale
+
+    def decay(self, optimizer: Optimizer) -> Any:
+        """Return the share of every weight that decoupled weight decay, which layer_scale leaves alone, takes in the coming step."""
+        return super().decay(optimizer) / self.layer_scale
+
 
 @dataclass(frozen=True, kw_only=True)
 class DAdaptAdamOptions(AdaptationOptions):
@@ -73,7 +94,12 @@ class DAdaptAdamOptions(AdaptationOptions):
     d_max: Annotated[float, Gt(0)] = math.inf
     """d does not grow beyond this; d_max * lr * layer_scale is the largest rate that can act."""
 
+    fused_backward: bool = False
+    """Update each weight inside the backward pass and drop its gradient: the same steps without memory for gradients. Not with
+    grad_accum above 1, clip_grad_norm, fp16 or several processes, which need all gradients after backward."""
+
     state_bits: ClassVar[int] = 32
+    rounds_bf16: ClassVar[bool] = True
 
     def build(self, params: Iterable[nn.Parameter], lr: float) -> Optimizer:
         """Return the optimizer over `params`, its rate being d times `lr`."""
@@ -91,18 +117,21 @@ class DAdaptAdamOptions(AdaptationOptions):
             growth_rate=self.growth_rate,
             d_max=self.d_max,
             state_bits=self.state_bits,
+            fused_backward=self.fused_backward,
             compile=False,  # the eager path is the one that whole fine-tunes were measured with
         )
 
-    def measure(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return `d`, the estimate `d_hat` that d follows upwards, and `rate`, which really acts: 0-d tensors on the device.
+    def rate(self, optimizer: Optimizer) -> Tensor:
+        """Return d * lr * layer_scale * bias correction, the rate of the coming step: 0-d, fp64, on the device."""
+        return optimizer.rate() * self.layer_scale  # type: ignore[attr-defined]
 
-        rate = d * lr * layer_scale * bias correction.
+    def measure(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return `d`, the estimate `d_hat` that d follows upwards, and `rate`; 0-d tensors on the device.
+
+        With fused backward also `not finite`, how many gradients were left out since the run began or went on.
         """
-        lr = optimizer.param_groups[0]["lr"] * self.layer_scale
-        d: Tensor = optimizer.d  # type: ignore[attr-defined]
-        steps = int(optimizer.param_groups[0]["k"]) if self.use_bias_correction else 0
-        return {"rate": d * (lr * self.correction(steps)), "d": d, "d_hat": optimizer.d_hat}  # type: ignore[attr-defined]
+        found = {"rate": self.rate(optimizer), "d": optimizer.d, "d_hat": optimizer.d_hat}  # type: ignore[attr-defined]
+        return {**found, "not finite": optimizer.not_finite} if self.fused_backward else found  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,11 +175,10 @@ class DAdaptAdamReferenceOptions(AdaptationOptions):
     def measure(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return `d`, the estimate `d_hat` that d follows upwards, and `rate`, which really acts.
 
-        rate = d * lr * layer_scale * bias correction; layer_scale weighs both sums of d_hat and cancels.
+        layer_scale weighs both sums of d_hat and cancels.
         """
         group = optimizer.param_groups[0]
-        rate = group["d"] * group["lr"] * self.layer_scale * self.correction(group["k"])
-        return {"rate": rate, "d": group["d"], "d_hat": _estimate(optimizer)}
+        return {"rate": self.rate(optimizer), "d": group["d"], "d_hat": _estimate(optimizer)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,10 +202,13 @@ class DAdaptLionOptions(SignOptions, EstimateOptions):
             raise does_not_load(self.optimizer, "dadaptation", error, "lion or dadapt_adam") from error
         return DAdaptLion(params, lr=lr, betas=self.betas, weight_decay=self.weight_decay, d0=self.d0)
 
+    def decay(self, optimizer: Optimizer) -> float:
+        """Return the share of every weight that weight decay takes in the coming step."""
+        return self.weight_decay * self.rate(optimizer)
+
     def measure(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return `d`, the estimate `d_hat` that d follows upwards, and `rate` = d * lr, which really acts."""
-        group = optimizer.param_groups[0]
-        return {"rate": group["d"] * group["lr"], "d": group["d"], "d_hat": _estimate(optimizer)}
+        """Return `d`, the estimate `d_hat` that d follows upwards, and `rate`, which really acts."""
+        return {"rate": self.rate(optimizer), "d": optimizer.param_groups[0]["d"], "d_hat": _estimate(optimizer)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,15 +238,17 @@ class DAdaptSGDOptions(GrowthOptions):
             raise does_not_load(self.optimizer, "dadaptation", error, "dadapt_adam") from error
         return DAdaptSGD(params, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay, d0=self.d0, growth_rate=self.growth_rate)
 
-    def measure(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return `d`, the estimate `d_hat` that d follows upwards, and `rate`, which really acts.
+    def rate(self, optimizer: Optimizer) -> float:
+        """Return d * lr over the norm of the first gradient, the rate of the coming step; 0 before the first."""
+        norm = optimizer.param_groups[0]["g0_norm"]
+        return super().rate(optimizer) / norm if norm > 0 else 0.0
 
-        d_hat = 2 W / |s| (arXiv 2301.07733, algorithm 4); rate = d * lr over the norm of the first gradient.
-        """
+    def measure(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return `d`, the estimate d_hat = 2 W / |s| that d follows upwards (arXiv 2301.07733, algorithm 4), and `rate`."""
         group = optimizer.param_groups[0]
         length = math.sqrt(_sum_over_s(optimizer, lambda s: s * s))
-        rate = group["d"] * group["lr"] / group["g0_norm"] if group["g0_norm"] > 0 else 0.0
-        return {"rate": rate, "d": group["d"], "d_hat": 2 * group["numerator_weighted"] / length if length > 0 else 0.0}
+        d_hat = 2 * group["numerator_weighted"] / length if length > 0 else 0.0
+        return {"rate": self.rate(optimizer), "d": group["d"], "d_hat": d_hat}
 
 
 def _estimate(optimizer: Optimizer) -> float:

@@ -156,6 +156,12 @@ class DAdaptAdam(Optimizer):
         return self._not_finite
 
     @property
+    def grad_norm(self) -> Tensor:
+        """The 2-norm of the last gradient, over all parameters (fused backward, which keeps no gradient to measure): 0-d, fp32."""
+        self._ready()
+        return self._squares.sqrt().float()
+
+    @property
     def compiled(self) -> bool:
         """Whether steps run through torch.compile."""
         self._ready()
@@ -228,15 +234,18 @@ class DAdaptAdam(Optimizer):
             return
         if self._pass is None:
             self._pass = self._begin()
+            self._squares.zero_()
             self._prove_now_and_then()
         now = self._pass
         if segment.index in now.seen:
             raise RuntimeError("a parameter got a second gradient before step(): fused backward takes one backward pass a step")
         now.seen.add(segment.index)
         device = self._ready().device
-        finite = torch.linalg.vector_norm(gradient).isfinite()
+        norm = torch.linalg.vector_norm(gradient)
+        finite = norm.isfinite()
         gate = torch.ones_like(finite) if self._gate is None else self._gate.to(finite.device)
         self._not_finite.add_((gate & ~finite).to(device))
+        self._squares.add_(norm.double().square().to(device))
         finite &= gate
         if now.rates[segment.group] == 0:
             now.resting.append((segment, parameter, finite))
@@ -449,6 +458,7 @@ class DAdaptAdam(Optimizer):
             kinds = {"d": torch.float64, "k": torch.int64, "numerator_weighted": torch.float64, "d_hat": torch.float64, "l1": torch.float64}
             self._scalars.update({key: torch.full((), first.get(key, 0), dtype=kind, device=layout.device) for key, kind in kinds.items()})
             self._not_finite = torch.zeros((), dtype=torch.int64, device=layout.device)
+            self._squares = torch.zeros((), dtype=torch.float64, device=layout.device)
             for group in self.param_groups:
                 group.update({key: self._scalars[key] for key in _LEARNED})
             worth_it = sum(segment.numel for segment in layout.segments) >= _WORTH_COMPILING

@@ -28,7 +28,7 @@ def finish_gradients(
     *,
     scaler: torch.amp.GradScaler | None,
     clip: float | None,
-) -> tuple[dict[str, Tensor], Tensor]:
+) -> tuple[dict[str, Tensor], Tensor | None]:
     """Unscale, measure and clip in place; return each network's norm before clipping and `found_inf`.
 
     Args:
@@ -38,7 +38,8 @@ def finish_gradients(
         clip: the norm to which each network's gradient is scaled down.
 
     Returns:
-        0-d device tensors: the 2-norms, and found_inf, 1.0 if any of them is not finite and 0.0 otherwise. Nothing is read back.
+        0-d device tensors: the 2-norms, and found_inf, 1.0 if any of them is not finite and 0.0 otherwise; None where there is no
+        gradient at all. Nothing is read back.
     """
     import torch
 
@@ -53,5 +54,7 @@ def finish_gradients(
         norms[name] = torch.nn.utils.get_total_norm(gradients)
         if clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip, norms[name])
+    if not norms:
+        return norms, None
     finite = torch.stack([norm.isfinite() for norm in norms.values()]).all()
     return norms, (~finite).to(torch.float32)

@@ -26,6 +26,11 @@ class Member:
     factor: Callable[[int], float]
     """The schedule: a factor on the rate for each optimizer step."""
 
+    @property
+    def fused(self) -> bool:
+        """Whether it updates its network inside the backward pass."""
+        return getattr(self.optimizer, "fused_backward", False)
+
 
 class OptimizerSet:
     """Separate optimizers for separate networks, each with its own rate, schedule and `d`.
@@ -50,6 +55,8 @@ class OptimizerSet:
             for network, trained in parameters.items()
             if trained
         )
+        self.fused = any(member.fused for member in self.members)
+        self._decayed: dict[str, Any] = {}
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -67,6 +74,16 @@ class OptimizerSet:
             for group in member.optimizer.param_groups:
                 group["lr"] = _rate(member.options) * member.factor(step)
 
+    def gate(self, loss: Tensor) -> None:
+        """Tell the optimizers that update inside backward, before it, to change nothing where the loss is not finite."""
+        for member in self.members:
+            if member.fused:
+                member.optimizer.gate(loss.detach().isfinite())  # type: ignore[attr-defined]
+
+    def norms_in_backward(self) -> dict[str, Tensor]:
+        """Return the 2-norm of the last gradient of each network that was updated inside backward, 0-d tensors."""
+        return {member.network: member.optimizer.grad_norm for member in self.members if member.fused}  # type: ignore[attr-defined]
+
     def step(self, found_inf: Tensor) -> None:
         """Update the weights, or leave weights and state of all networks as they are where `found_inf` is 1.
 
@@ -77,6 +94,9 @@ class OptimizerSet:
         if not gated and bool(found_inf):
             return
         for member in self.members:
+            if member.options.adapts:
+                share = member.options.decay(member.optimizer) * (1 - found_inf.double())
+                self._decayed[member.network] = self._decayed.get(member.network, 0.0) + share
             if gated:
                 member.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
                 member.optimizer.grad_scale = None  # type: ignore[attr-defined]
@@ -88,8 +108,14 @@ class OptimizerSet:
             member.optimizer.zero_grad(set_to_none=True)
 
     def measures(self) -> dict[str, dict[str, Any]]:
-        """Return by network what can be reported: `rate`, the rate that really acts, and for D-Adaptation `d` and `d_hat`."""
-        return {member.network: member.options.measure(member.optimizer) for member in self.members}
+        """Return by network what can be reported: `rate`, the rate that really acts; and of one that finds its own, what it found.
+
+        That is `d`, `d_hat` and `decayed`, the share of every weight that decay has taken since the run began.
+        """
+        found = {member.network: member.options.measure(member.optimizer) for member in self.members}
+        for network, total in self._decayed.items():
+            found[network]["decayed"] = 1 - (-total).exp()  # the product of all 1 - share, where shares are small
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Return all state by network; of the groups' entries only what the optimizer itself changes (d, k, ...)."""
@@ -97,7 +123,12 @@ class OptimizerSet:
         for member in self.members:
             state = member.optimizer.state_dict()
             groups = [{key: group[key] for key in member.options.learned_keys} for group in state["param_groups"]]
-            saved[member.network] = {"optimizer": member.options.optimizer, "state": state["state"], "groups": groups}
+            saved[member.network] = {
+                "optimizer": member.options.optimizer,
+                "state": state["state"],
+                "groups": groups,
+                "decayed": self._decayed.get(member.network),
+            }
         return saved
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -125,6 +156,7 @@ class OptimizerSet:
                 for key, values in entry["state"].items()
             }
             member.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._decayed = {network: entry["decayed"] for network, entry in saved.items() if entry["decayed"] is not None}
 
 
 def _rate(options: OptimizerOptions) -> float:

@@ -68,6 +68,6 @@ class ProdigyOptions(AdaptedMomentOptions):
         return optimizer
 
     def measure(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return `d`, the estimate `d_hat` that d follows upwards, and `rate` = d * lr * bias correction, which really acts."""
+        """Return `d`, the estimate `d_hat` that d follows upwards, and `rate`, which really acts."""
         group = optimizer.param_groups[0]
-        return {"rate": group["d"] * group["lr"] * self.correction(group["k"]), "d": group["d"], "d_hat": group["d_hat"]}
+        return {"rate": self.rate(optimizer), "d": group["d"], "d_hat": group["d_hat"]}

@@ -38,9 +38,20 @@ class ScheduleOptions:
     learned_keys: ClassVar[tuple[str, ...]] = ()
     """Entries of the optimizer's groups that it changes itself, and that a checkpoint therefore holds."""
 
+    rounds_bf16: ClassVar[bool] = False
+    """Whether bf16 weights learn from steps smaller than their spacing, by stochastic rounding."""
+
+    def rate(self, optimizer: Optimizer) -> Any:
+        """Return the rate of the coming step, a number or a 0-d tensor on the device, without reading anything back."""
+        return optimizer.param_groups[0]["lr"]
+
+    def decay(self, optimizer: Optimizer) -> Any:
+        """Return the share of every weight that decoupled weight decay takes in the coming step, a number or a 0-d tensor."""
+        return 0.0
+
     def measure(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return what can be reported of the optimizer, as numbers or 0-d tensors: `rate`, the rate that really acts."""
-        return {"rate": optimizer.param_groups[0]["lr"]}
+        return {"rate": self.rate(optimizer)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +85,19 @@ def rate_factor(options: ScheduleOptions, total_steps: int) -> Callable[[int], f
     from diffusers.optimization import get_scheduler
 
     name = options.lr_scheduler or "constant"
-    decay = options.lr_decay_steps or math.ceil(1.5 * total_steps)
-    warmup = math.ceil(decay / 50) if options.lr_warmup_steps is None else options.lr_warmup_steps
+    decay, warmup = _decay_steps(options, total_steps), warmup_steps(options, total_steps)
     dummy = torch.optim.SGD([torch.zeros(1)], lr=options.lr or 1.0)
     scheduler = get_scheduler(name, dummy, num_warmup_steps=warmup, num_training_steps=decay)
     factor = scheduler.lr_lambdas[0]  # type: ignore[attr-defined]
     return lambda step: float(factor(step))
+
+
+def warmup_steps(options: ScheduleOptions, total_steps: int) -> int:
+    """Return the steps of warm-up that really happen in a run of `total_steps`."""
+    if options.lr_scheduler in (None, "constant"):
+        return 0
+    return math.ceil(_decay_steps(options, total_steps) / 50) if options.lr_warmup_steps is None else options.lr_warmup_steps
+
+
+def _decay_steps(options: ScheduleOptions, total_steps: int) -> int:
+    return options.lr_decay_steps or math.ceil(1.5 * total_steps)

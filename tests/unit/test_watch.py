@@ -1,0 +1,59 @@
+"""What is said of a course of d, and that it is said once."""
+
+import pytest
+
+from trainer.optim.watch import PATIENCE, AdaptationWatch
+
+
+def told(course, *, every=10, network="unet", watch=None):
+    """Return (step, sentence) for a course: a function from the step to (d, d_hat)."""
+    watch = watch or AdaptationWatch({"unet": 1e-6}, {"unet": "base"})
+    return [
+        (step, sentence)
+        for step in range(every, 501, every)
+        for sentence in watch.look(network, step=step, d=course(step)[0], d_hat=course(step)[1])
+    ]
+
+
+def test_a_healthy_course_is_silent():
+    assert told(lambda step: (1e-6 * min(1.05**step, 300), 1e-6 * min(1.05**step, 300))) == []
+
+
+def test_d_that_never_left_its_start():
+    ((step, sentence),) = told(lambda step: (1e-6, 5e-7))
+    assert step == PATIENCE
+    for part in ("unet", "has not left d0 (1e-06)", "base.lr", "base.d0"):
+        assert part in sentence
+
+
+def test_a_late_start_is_not_told():
+    assert told(lambda step: (1e-6 if step < PATIENCE - 5 else 5e-6, 1e-6)) == []
+
+
+def test_d_hat_below_zero():
+    ((step, sentence),) = told(lambda step: (1e-5, 1e-6 if step < 200 else -1e-6))
+    assert step == 200 + PATIENCE and "since step 200" in sentence and "base.lr" in sentence
+
+
+def test_d_hat_that_comes_back_is_not_told():
+    assert told(lambda step: (1e-5, -1e-6 if step % 50 else 1e-6)) == []
+
+
+def test_d_that_runs_away_after_a_rest():
+    ((step, sentence),) = told(lambda step: (1e-5 if step < 300 else 1e-5 * 1.05 ** (step - 300), 1.0))
+    assert 340 <= step <= 360 and "1e-05" in sentence and "base.d_max" in sentence and "growth_rate" in sentence
+
+
+@pytest.mark.parametrize("stop", [50, 150, 250])
+def test_a_continued_run_says_the_rest(stop):
+    def course(step):
+        return (1e-5 if step < 300 else 2e-4, -1.0 if 40 < step < 280 else 1.0)
+
+    whole = told(course)
+    assert len(whole) == 2
+    first = AdaptationWatch({"unet": 1e-6}, {"unet": "base"})
+    said = [(s, t) for s in range(10, stop + 1, 10) for t in first.look("unet", step=s, d=course(s)[0], d_hat=course(s)[1])]
+    second = AdaptationWatch({"unet": 1e-6}, {"unet": "base"})
+    second.load_state_dict(first.state_dict())
+    said += [(s, t) for s in range(stop + 10, 501, 10) for t in second.look("unet", step=s, d=course(s)[0], d_hat=course(s)[1])]
+    assert said == whole

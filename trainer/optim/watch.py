@@ -1,0 +1,105 @@
+"""Watching d: says once, in words, what a curve of D-Adaptation means that is not as it should be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+PATIENCE = 100
+"""Optimizer steps for which d must stay where it began, d_hat below 0, or d flat, before that means anything."""
+
+FLAT = 1.01
+"""The growth over `PATIENCE` steps up to which d counts as flat."""
+
+RUNAWAY = 10.0
+"""The growth after having been flat that is told."""
+
+
+@dataclass
+class _Course:
+    """What is remembered of one network's d between reports."""
+
+    told: list[str] = field(default_factory=list)
+    negative_since: int | None = None
+    level: float = 0.0
+    """d where the present flat stretch began."""
+    level_since: int = 0
+    plateau: float = 0.0
+    """The last d that had been flat for long enough; 0 before there is one."""
+
+
+class AdaptationWatch:
+    """Follow d and d_hat of each network over the reports of a run.
+
+    Args:
+        d0: where d starts, by network.
+        sections: the section of the optimizer file that sets each network's keys, for the sentences.
+    """
+
+    def __init__(self, d0: Mapping[str, float], sections: Mapping[str, str]) -> None:
+        self._d0, self._sections = dict(d0), dict(sections)
+        self._courses = {network: _Course() for network in d0}
+        self.networks = tuple(d0)
+
+    def look(self, network: str, *, step: int, d: float, d_hat: float) -> list[str]:
+        """Return what is to be said at optimizer step `step`; each thing is said once for a network.
+
+        Args:
+            network: one of those with a d.
+            step: optimizer steps made so far.
+            d: the estimate that acts.
+            d_hat: what the last step estimated.
+        """
+        course, d0, where = self._courses[network], self._d0[network], self._sections[network]
+        sentences: list[str] = []
+
+        def say(what: str, sentence: str) -> None:
+            if what not in course.told:
+                course.told.append(what)
+                sentences.append(f"step {step}: {sentence}")
+
+        if d <= d0 and step >= PATIENCE:
+            say(
+                "stuck",
+                f"d of the {network} has not left d0 ({d0:g}): the gradients of successive steps agree too little to raise it, so the "
+                f"network learns next to nothing; raise {where}.lr towards 1.0, or the images per step, or "
+                f"set {where}.d0 ten times higher.",
+            )
+        if d_hat >= 0:
+            course.negative_since = None
+        elif course.negative_since is None:
+            course.negative_since = step
+        elif step - course.negative_since >= PATIENCE:
+            say(
+                "negative",
+                f"d_hat of the {network} has been below 0 since step {course.negative_since}: the gradients point back along the way "
+                f"the weights have come, so d no longer grows; that is the usual end of the search, "
+                f"and if the loss rises too, lower {where}.lr.",
+            )
+        self._follow(course, step, d, d0)
+        if course.plateau and d >= RUNAWAY * course.plateau:
+            say(
+                "runaway",
+                f"d of the {network} is {d:.3g}, ten times the {course.plateau:.3g} at which it had come to rest, and d never falls: look "
+                f"at the samples from before the rise, and "
+                f"set {where}.d_max to {course.plateau:.2g} or {where}.growth_rate to 1.02.",
+            )
+        return sentences
+
+    def _follow(self, course: _Course, step: int, d: float, d0: float) -> None:
+        """Find the stretches where d is flat; d0 itself is no rest that d has come to."""
+        if d > FLAT * course.level:
+            course.level, course.level_since = d, step
+        elif d > d0 and step - course.level_since >= PATIENCE and not course.plateau:
+            course.plateau = course.level
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is remembered, so that a continued run says what an unbroken one would have."""
+        return {network: vars(course).copy() for network, course in self._courses.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        for network, course in self._courses.items():
+            if network in state:
+                vars(course).update(state[network])
