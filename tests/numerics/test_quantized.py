@@ -11,7 +11,8 @@ NEAREST = torch.tensor(0.5)
 def stored(values, noise, signed):
     codes, exponents = encode(values, noise, signed)
     kind = torch.int8 if signed else torch.uint8
-    assert codes.to(kind).equal(codes.to(kind).to(torch.int32)) and exponents.min() >= 0 and exponents.max() <= 255
+    assert torch.equal(codes.to(kind).to(torch.int32), codes.to(torch.int32)), "no code is out of range"
+    assert exponents.min() >= 0 and exponents.max() <= 255
     return codes.to(kind), exponents.to(torch.uint8)
 
 

@@ -294,20 +294,24 @@ class DAdaptAdam(Optimizer):
 
     def _advance_eagerly(self, arrival: _Arrival, table: Tensor) -> None:
         segment, bank = arrival.segment, arrival.segment.bank
+        known = _on_host(bank.device)
+        if known and not arrival.finite:
+            return
         c = Coefficients(*table)
         weights = _flat(arrival.parameter)
         for row, p, g in segment.tiles(weights, _flat(arrival.gradient)):
             here = slice(row, row + len(p))
-            work = p.to(bank.dtype)
-            g = torch.nan_to_num(self._gradient(segment, p, g), 0.0, 0.0, 0.0)  # neutral coefficients do the rest, but 0 * nan is nan
+            work, g = p.to(bank.dtype), self._gradient(segment, p, g)
+            if not known:
+                g = torch.nan_to_num(g, 0.0, 0.0, 0.0)  # neutral coefficients do the rest, but 0 * nan is nan
             m, v, s = bank.load(row, len(p))
             work, m, v, s, products = advance(work, g, m, v, s, c)
             bank.num[here], bank.l1[here] = products.sum(-1), s.abs().sum(-1)
-            bank.store(row, m, v, s, arrival.finite)
+            bank.store(row, m, v, s, None if known else arrival.finite)
             segment.put(weights, row, work if work.dtype == p.dtype else bank.narrowed(work, row))
         _write_back(weights, arrival.parameter)
-        # The rows of an s that was left as it was are not part of this step.
-        bank.l1[segment.row : segment.row + segment.rows] *= arrival.finite.to(bank.device)
+        if not known:  # the rows of an s that was left as it was are not part of this step
+            bank.l1[segment.row : segment.row + segment.rows] *= arrival.finite.to(bank.device)
 
     def _advance_large(self, kernel: Kernel, arrival: _Arrival, table: Tensor) -> None:
         """Run the kernel on a large parameter: in place if its elements are fp32 and in order, else piece by piece on a copy."""
@@ -642,6 +646,11 @@ def _arrival_hook(reference: weakref.ref[DAdaptAdam]) -> Callable[[Tensor], None
             optimizer._arrive(optimizer._segment_of[parameter], parameter)
 
     return arrive
+
+
+def _on_host(device: torch.device) -> bool:
+    """Return whether a number there can be looked at without waiting for a device."""
+    return device.type == "cpu"
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -42,12 +42,17 @@ def advance(
 
     `settle` is shown each result by name before it is used further, and returns what to use.
     """
-    products = settle("products", (s / v.sqrt().add_(c.eps)).mul_(g))
+    products = settle("products", (s / _root(v).add_(c.eps)).mul_(g))
     m = settle("m", m.mul_(c.keep_m).addcmul_(g, c.gain_m))
     v = settle("v", v.mul_(c.keep_v).addcmul_(g * c.gain_v, g))
     s = settle("s", s.mul_(c.keep_s).addcmul_(g, c.gain_s))
-    p = settle("p", p.sub_((m / v.sqrt().add_(c.eps)).addcmul_(p, c.decay)))
+    p = settle("p", p.sub_((m / _root(v).add_(c.eps)).addcmul_(p, c.decay)))
     return p, m, v, s, products
+
+
+def _root(v: Tensor) -> Tensor:
+    """Return the square root, on the CPU by way of its reciprocal: there torch's own is a library's that starts threads for any size."""
+    return v.sqrt() if torch.compiler.is_compiling() or v.device.type != "cpu" else v.rsqrt().reciprocal_()
 
 
 def advance_float(p: Tensor, g: Tensor, live: Tensor, table: Tensor, m: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +87,7 @@ def advance_bytes(
     writes = [(p, torch.where(live, weights, p))]
     for values, (codes, exponents) in zip((m, v, s), held, strict=True):
         new_codes, new_exponents = encode(values, noise, signed=codes.dtype == torch.int8)
-        writes.append((codes, torch.where(live, new_codes, codes.to(torch.int32)).to(codes.dtype)))
+        writes.append((codes, torch.where(live, new_codes.to(torch.int32), codes.to(torch.int32)).to(codes.dtype)))
         writes.append((exponents, torch.where(live, new_exponents, exponents.to(torch.int32)).to(torch.uint8)))
     num, l1 = products.sum(-1), s.abs().sum(-1)
     for target, value in writes:

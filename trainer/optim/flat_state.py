@@ -19,8 +19,9 @@ from trainer.optim.quantized import BLOCK, decode, encode
 
 _BLOCKS = ROW // BLOCK
 
-_CACHED_ROWS = 32
-"""Rows that the eager path works on at a time on the CPU: few enough for the cache, enough to hide each call."""
+_CACHED_ROWS = 15
+"""Rows that the eager path works on at a time on the CPU: few enough for the cache, enough to hide each call. Torch spreads calls on
+32768 elements or more over its threads, which costs more than it saves on so few, and by orders of magnitude where a core is busy."""
 
 PACK_ROWS = 256
 """Rows of a compiled call that are worth its overhead of some 60 microseconds: half a million elements. Smaller parameters are copied
@@ -60,7 +61,7 @@ class Bank(ABC):
 
     def noise(self, row: int, rows: int, of_weights: bool = False) -> Tensor:
         """Return the step's noise for these rows, uniform in [0, 1): (rows, ROW)."""
-        return (self.blocks[row * _BLOCKS : (row + rows) * _BLOCKS] + self.columns[int(of_weights)]).frac().view(rows, ROW)
+        return (self.blocks[row * _BLOCKS : (row + rows) * _BLOCKS] + self.columns[int(of_weights)]).frac_().view(rows, ROW)
 
     def narrowed(self, weights: Tensor, row: int) -> Tensor:
         """Return fp32 weights (rows, ROW) rounded stochastically to bf16."""
@@ -73,8 +74,8 @@ class Bank(ABC):
         """Return m, v and s (rows, ROW) to be changed in place and stored."""
 
     @abstractmethod
-    def store(self, row: int, m: Tensor, v: Tensor, s: Tensor, finite: Tensor) -> None:
-        """Keep what `load` gave; where not `finite` it has not been changed."""
+    def store(self, row: int, m: Tensor, v: Tensor, s: Tensor, finite: Tensor | None) -> None:
+        """Keep what `load` gave, unless it is not `finite`: 0-d bool, None if that is known."""
 
     @abstractmethod
     def call(self, kernel: Kernel, row: int, p: Tensor, g: Tensor, live: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,8 +102,8 @@ class FloatBank(Bank):
         m, v, s = (flat[row : row + rows] for flat in self._state)
         return m, v, s
 
-    def store(self, row: int, m: Tensor, v: Tensor, s: Tensor, finite: Tensor) -> None:  # noqa: D102
-        pass
+    def store(self, row: int, m: Tensor, v: Tensor, s: Tensor, finite: Tensor | None) -> None:  # noqa: D102
+        pass  # changed in place, by nothing if not finite
 
     def call(self, kernel: Kernel, row: int, p: Tensor, g: Tensor, live: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         num, l1 = kernel(p, g, live, table, *self.load(row, len(p)))
@@ -132,13 +133,12 @@ class ByteBank(Bank):
         m, v, s = (decode(codes[here], exponents[here]).view(rows, ROW) for codes, exponents in stored)
         return m, v, s
 
-    def store(self, row: int, m: Tensor, v: Tensor, s: Tensor, finite: Tensor) -> None:  # noqa: D102
+    def store(self, row: int, m: Tensor, v: Tensor, s: Tensor, finite: Tensor | None) -> None:  # noqa: D102
         here = slice(row * _BLOCKS, (row + len(m)) * _BLOCKS)
-        finite, noise = finite.to(self.device), self.noise(row, len(m)).view(-1, BLOCK)
+        noise = self.noise(row, len(m)).view(-1, BLOCK)
         for values, codes, exponents in zip((m, v, s), self._codes, self._exponents, strict=True):
-            new_codes, new_exponents = encode(values.view(-1, BLOCK), noise, signed=codes.dtype == torch.int8)
-            codes[here] = torch.where(finite, new_codes.to(codes.dtype), codes[here])
-            exponents[here] = torch.where(finite, new_exponents.to(torch.uint8), exponents[here])
+            for target, value in zip((codes[here], exponents[here]), encode(values.view(-1, BLOCK), noise, codes.is_signed()), strict=True):
+                target.copy_(value if finite is None else torch.where(finite.to(self.device), value.to(target.dtype), target))
 
     def call(self, kernel: Kernel, row: int, p: Tensor, g: Tensor, live: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         rows = len(p)

@@ -39,17 +39,16 @@ def decode(codes: Tensor, exponents: Tensor) -> Tensor:
     """Return codes (..., BLOCK), int8 or uint8, of blocks with biased exponents (..., 1), uint8, as fp32."""
     signed = codes.dtype == torch.int8
     unit = stored((exponents.to(torch.int32) << _FRACTION).view(torch.float32))
-    level = codes.to(torch.int32)
-    bits = (level.abs() if signed else level).to(torch.float32).view(torch.int32)
-    # 4 * (bits - levels - _ONE) + _ONE, in 32 bits that wrap around.
-    shift = -3 * _ONE - (4 * (_SIGNED_LEVELS if signed else _UNSIGNED_LEVELS) << _FRACTION)
-    size = ((bits << 2) + _wrapped(shift)).view(torch.float32) * unit
+    level = codes.to(torch.float32)
+    # 4 * (bits - levels - _ONE) + _ONE, in 32 bits that wrap around; the sign is shifted out.
+    shift = _wrapped(-3 * _ONE - (4 * (_SIGNED_LEVELS if signed else _UNSIGNED_LEVELS) << _FRACTION))
+    size = (level.view(torch.int32) << 2).add_(shift).view(torch.float32).mul_(unit)
     # Of the unsigned codes only those of a fresh state are 0, with a unit of 0.
-    return size * level.clamp(-1, 1).to(torch.float32) if signed else size
+    return size.mul_(level.clamp_(-1, 1)) if signed else size
 
 
 def encode(values: Tensor, noise: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Return codes and biased exponents, in int32, of fp32 values (..., BLOCK).
+    """Return codes, in fp32 with a fraction that is to be cut off, and biased exponents, in int32, of fp32 values (..., BLOCK).
 
     Args:
         values: what to store, finite; not negative if unsigned.
@@ -64,11 +63,10 @@ def encode(values: Tensor, noise: Tensor, signed: bool) -> tuple[Tensor, Tensor]
     part = size * stored(((2 * _BIAS - exponents) << _FRACTION).view(torch.float32))
     # ((bits - _ONE) >> 2) + _ONE + levels
     shift = _ONE - (_ONE >> 2) + ((_SIGNED_LEVELS if signed else _UNSIGNED_LEVELS) << _FRACTION)
-    level = ((part.view(torch.int32) >> 2) + shift).view(torch.float32) + noise
-    if not signed:
-        return level.to(torch.int32).clamp(min=1), exponents
-    sign = values.view(torch.int32) & _SIGN
-    return (level.view(torch.int32) | sign).view(torch.float32).to(torch.int32), exponents
+    level = (part.view(torch.int32) >> 2).add_(shift).view(torch.float32).add_(noise)
+    if signed:
+        return (values.view(torch.int32) & _SIGN).bitwise_or_(level.view(torch.int32)).view(torch.float32), exponents
+    return level.clamp_(min=1), exponents
 
 
 def stored(value: Tensor) -> Tensor:
