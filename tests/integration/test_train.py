@@ -23,6 +23,7 @@ DADAPT = {
     "base": {"optimizer": "dadapt_adam", "lr": 0.1, "weight_decay": 0.8, "d0": 1e-6, "decouple": True},
     "text_encoder_freezing": {"freeze_front_n_layers": 2},
 }
+FUSED = {"base": {"optimizer": "dadapt_adam8bit", "lr": 1.0, "d0": 1e-5, "weight_decay": 0.1, "fused_backward": True}}
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +154,46 @@ def test_other_optimizers_run_and_continue_to_the_bit(workplace, optimizer):
         assert list(rate.values()) == [pytest.approx(0.0005)] * len(rate)
     else:
         assert rate[1] == 0.0 and max(rate.values()) > min(list(rate.values())[2:])
+
+
+def test_fused_backward_on_bf16_weights_continues_to_the_bit(workplace):
+    write(workplace, FUSED, weights_dtype="bf16", sample_prompts="prompts.json")
+    assert train.main(["--logdir", "whole"]) == 0
+    assert train.main(["--stop_after_steps", "5"]) == 0
+    assert train.main(["--resume_ckpt", "findlast"]) == 0
+    whole, stopped = next((workplace / "whole").iterdir()), run_of(workplace)
+    same_run(*(folder / "ckpts" / "last-tiny-ep03-gs00009" for folder in (whole, stopped)))
+    unet = load_file(checkpoints(stopped)[0] / "unet" / "diffusion_pytorch_model.safetensors")
+    vae = load_file(checkpoints(stopped)[0] / "vae" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in unet.values()} == {torch.bfloat16} and {tensor.dtype for tensor in vae.values()} == {torch.float32}
+    found = scalars(stopped)
+    assert {"dadapt/decay so far unet", "optimizer/unet_grad_norm", "optimizer/te_grad_norm"} <= set(found)
+    assert max(found["optimizer/gradients not finite unet"].values()) == 0
+
+
+def test_a_schedule_that_rests_at_zero_is_refused_and_a_long_warm_up_told(workplace, capsys):
+    def base(**changes):
+        return {"base": {**DADAPT["base"], "lr_scheduler": "linear", **changes}}
+
+    for arguments in ([], ["--check"]):
+        write(workplace, base(lr_warmup_steps=0, lr_decay_steps=5))
+        assert train.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert "optimizer.json: base: lr_scheduler linear holds lr at 0 from step 5 on, of 9 in all" in error
+        assert not (workplace / "logs").exists()
+    write(workplace, base(lr_warmup_steps=3))
+    assert train.main(["--check"]) == 0
+    assert "the warm-up of 3 steps is more than a tenth of the run's 9" in capsys.readouterr().out
+    write(workplace, {"base": {"optimizer": "adamw", "lr_scheduler": "linear", "lr_warmup_steps": 0, "lr_decay_steps": 5}})
+    assert train.main(["--check"]) == 0
+    assert "so nothing is learned from there" in capsys.readouterr().out
+
+
+def test_d_that_stays_at_its_start_is_said(workplace, capsys, monkeypatch):
+    monkeypatch.setattr("trainer.optim.watch.PATIENCE", 4)
+    write(workplace, {"base": {**DADAPT["base"], "d0": 10.0, "lr": 1e-3}})
+    assert train.main([]) == 0
+    assert "d of the unet has not left d0 (10)" in capsys.readouterr().out
 
 
 def test_frozen_layers_keep_their_weights_and_no_gradient(workplace, model):
