@@ -311,8 +311,8 @@ def place(models: Models, device: torch.device, *, channels_last: bool, weights:
     """
     import torch
 
-    models.unet.to(weights)  # type: ignore[arg-type]
-    models.text_encoder.to(weights)  # type: ignore[arg-type]
+    for network in (models.unet, models.text_encoder):
+        torch.nn.Module.to(network, weights)  # diffusers' own method warns of modules to keep in fp32, of which there are none
     for network in (models.unet, models.vae):
         network.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)  # type: ignore[call-overload]
     models.text_encoder.to(device)  # type: ignore[arg-type]

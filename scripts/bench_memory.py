@@ -1,0 +1,248 @@
+"""Measure the memory that training steps of a full-size Stable Diffusion 1.5 need with each optimizer, each in a process of its own.
+
+    python scripts/bench_memory.py                                     both networks, 256 px, gradient checkpointing
+    python scripts/bench_memory.py --networks unet --only adamw8bit dadapt_adam_reference
+    python scripts/bench_memory.py --mixed_precision bf16
+
+Weights and images are random: only sizes matter. The steps are the trainer's own (`trainer.step`), with its data types, memory
+layout and order. What is reported is the most memory that the process held during the steps (on Linux its peak resident set, on
+CUDA what torch had allocated), and what the optimizer's state and everything else of known size account for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if TYPE_CHECKING:
+    import torch
+
+    from data.batch import Batch
+    from trainer.models.load import Models
+
+BASE = "adamw8bit"
+VARIANTS = ("", "+fused", "+fused+bf16")
+NAMES = (
+    "adamw8bit",
+    "adamw",
+    "prodigy",
+    "dadapt_adam_reference",
+    *(name + variant for name in ("dadapt_adam", "dadapt_adam8bit") for variant in VARIANTS),
+)
+GIB = 2**30
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure each optimizer in turn, in every round, and print the table; with --one, measure that one here."""
+    options = _parse(argv)
+    if options.one:
+        print(json.dumps(measure(options)))
+        return 0
+    results: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(options.rounds):
+        for name in options.only:
+            forwarded = [f"--{key}={value}" for key, value in vars(options).items() if key not in ("only", "one", "rounds")]
+            command = [sys.executable, __file__, "--one", name, *forwarded]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                print(f"{name}: ended with status {done.returncode}; -9 is what the system does when memory runs out", flush=True)
+                continue
+            results.setdefault(name, []).append(json.loads(done.stdout.splitlines()[-1]))
+    _print(options, results)
+    return 0
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Train a few steps with one optimizer and return its numbers, in bytes and seconds."""
+    import torch
+
+    from trainer.build import place
+    from trainer.diffusion.objective import Networks, Objective, ObjectiveOptions
+    from trainer.diffusion.schedule import NoiseSchedule
+    from trainer.models.trainable import FreezingOptions, TrainableOptions, apply_freezing
+    from trainer.optim.optimizer_set import OptimizerSet
+    from trainer.precision import PrecisionOptions, resolve_precision
+    from trainer.step import train_step
+
+    name, *variants = options.one.split("+")
+    weights = "bf16" if "bf16" in variants else "fp32"
+    mixed = "auto" if weights == "bf16" and options.mixed_precision == "no" else options.mixed_precision
+    precision = resolve_precision(PrecisionOptions(mixed_precision=mixed, weights_dtype=weights), torch.device(options.device))
+    models = random_models()
+    trainable = TrainableOptions(disable_textenc_training=options.networks == "unet", gradient_checkpointing=True)
+    parts = apply_freezing(models, trainable, FreezingOptions(freeze_embeddings=True))
+    place(models, precision.device, channels_last=True, weights=precision.weights)
+    chosen = _optimizer(name, fused="fused" in variants)
+    optimizers = OptimizerSet(
+        {network: chosen for network in parts.parameters},
+        {network: [parameter for _, parameter in named] for network, named in parts.parameters.items()},
+        total_steps=options.steps,
+    )
+    networks = Networks(models.unet, models.text_encoder, models.vae)
+    objective = Objective(
+        ObjectiveOptions(),
+        NoiseSchedule(models.scheduler_config).to(precision.device),
+        seed=0,
+        latent_channels=4,
+        latent_factor=8,
+        scaling_factor=0.18215,
+        train_text_encoder=options.networks != "unet",
+    )
+    _start_counting(precision.device)
+    seconds: list[float] = []
+    done: list[tuple[float, float]] = []
+    for step in range(options.steps):
+        inputs = objective.draw(_batch(step, options)).to(precision.device)
+        began = time.perf_counter()
+        result = train_step([inputs], networks, objective, optimizers, step=step, images=options.batch_size, autocast=precision.autocast)
+        done.append((result.loss.item(), result.skipped.item()))
+        seconds.append(time.perf_counter() - began)
+    assert all(math.isfinite(loss) and not skipped for loss, skipped in done), "a step was skipped, so it did not do its work"
+    trained = sum(part.trained for part in parts.counts.values())
+    return {
+        "peak": _peak(precision.device),
+        "state": _state_bytes(optimizers),
+        "weights": sum(p.numel() * p.element_size() for part in vars(networks).values() for p in part.parameters()),
+        "trained": trained,
+        "seconds": statistics.median(seconds[1:] or seconds),
+        "machine": _machine(precision.device),
+    }
+
+
+def random_models() -> Models:
+    """Return the networks of Stable Diffusion 1.5 with random weights, in fp32 on the CPU; without a tokenizer."""
+    import torch
+
+    from scripts.make_full_size import fill_randomly
+    from trainer.models.load import Models
+    from trainer.models.networks import SD15, empty_text_encoder, empty_unet, empty_vae
+
+    unet, text_encoder, vae = empty_unet(SD15.unet), empty_text_encoder(SD15.text_encoder), empty_vae(SD15.vae)
+    generator = torch.Generator().manual_seed(0)
+    for network in (unet, text_encoder, vae):
+        fill_randomly(network, generator)
+    none: Any = None
+    return Models(unet=unet, text_encoder=text_encoder, vae=vae, tokenizer=none, scheduler_config=dict(SD15.scheduler), source="random")
+
+
+def _optimizer(name: str, *, fused: bool) -> Any:
+    from trainer.config.schema import optimizer_classes
+
+    options = optimizer_classes()[name]
+    chosen = options(lr=1.0 if options.adapts else 1e-6)
+    return replace(chosen, fused_backward=True) if fused else chosen
+
+
+def _batch(step: int, options: argparse.Namespace) -> Batch:
+    import torch
+
+    from data.batch import Batch
+
+    generator = torch.Generator().manual_seed(step)
+    images = range(options.batch_size)
+    return Batch(
+        pixels_BCHW=torch.rand(len(images), 3, options.resolution, options.resolution, generator=generator) * 2 - 1,
+        tokens_BT=torch.randint(0, 49000, (len(images), 77), generator=generator),
+        loss_scale_B=torch.ones(len(images)),
+        epoch=step,
+        positions=tuple(images),
+        records=tuple(images),
+        names=tuple(map(str, images)),
+        captions=tuple(map(str, images)),
+    )
+
+
+def _state_bytes(optimizers: Any) -> int:
+    """Return the bytes of all tensors that the optimizers keep, each counted once."""
+    import torch
+
+    tensors: dict[int, int] = {}
+    for optimizer in optimizers.optimizers:
+        for state in optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    tensors[value.data_ptr()] = value.numel() * value.element_size()
+    return sum(tensors.values())
+
+
+def _start_counting(device: torch.device) -> None:
+    """Forget the peak so far: loading is not what is measured."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): 5 resets the peak resident set
+
+
+def _peak(device: torch.device) -> int:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def _machine(device: torch.device) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{found[0].split(': ')[1] if found else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _print(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> None:
+    import torch
+
+    if not results:
+        return
+    any_result = next(iter(results.values()))[0]
+    print(f"{date.today()}  {any_result['machine']}  torch {torch.__version__}  Python {platform.python_version()}")
+    print(
+        f"{options.networks}: {any_result['trained'] / 1e6:.0f}M parameters trained, {options.resolution} px, batch {options.batch_size}, "
+        f"gradient checkpointing, mixed_precision {options.mixed_precision}; {options.steps} steps, {options.rounds} rounds\n"
+    )
+    base = statistics.median(result["peak"] for result in results[BASE]) if BASE in results else None
+    print(f"{'':<28}{'peak GiB':>9}{'to ' + BASE:>14}{'state GiB':>11}{'state B/param':>15}{'weights GiB':>13}{'s/step':>8}")
+    for name, found in results.items():
+        peak = statistics.median(result["peak"] for result in found)
+        seconds = statistics.median(result["seconds"] for result in found)
+        one = found[0]
+        ratio = f"{peak / base:.2f}" if base else ""
+        print(
+            f"{name:<28}{peak / GIB:>9.2f}{ratio:>14}{one['state'] / GIB:>11.2f}{one['state'] / one['trained']:>15.2f}"
+            f"{one['weights'] / GIB:>13.2f}{seconds:>8.1f}"
+        )
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", choices=("both", "unet"), default="both", help="what is trained")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=[BASE, *NAMES[3:]], help="optimizers to measure, in this order")
+    parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=2, help="the first makes the state, the second meets it")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--mixed_precision", choices=("no", "bf16", "auto"), default="no")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--one", choices=NAMES, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
