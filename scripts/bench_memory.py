@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from data.batch import Batch
     from trainer.models.load import Models
+    from trainer.optim import OptimizerOptions
 
 BASE = "adamw8bit"
 VARIANTS = ("", "+fused", "+fused+bf16")
@@ -87,7 +88,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     place(models, precision.device, channels_last=True, weights=precision.weights)
     chosen = _optimizer(name, fused="fused" in variants)
     optimizers = OptimizerSet(
-        {network: chosen for network in parts.parameters},
+        dict.fromkeys(parts.parameters, chosen),
         {network: [parameter for _, parameter in named] for network, named in parts.parameters.items()},
         total_steps=options.steps,
     )
@@ -138,7 +139,7 @@ def random_models() -> Models:
     return Models(unet=unet, text_encoder=text_encoder, vae=vae, tokenizer=none, scheduler_config=dict(SD15.scheduler), source="random")
 
 
-def _optimizer(name: str, *, fused: bool) -> Any:
+def _optimizer(name: str, *, fused: bool) -> OptimizerOptions:
     from trainer.config.schema import optimizer_classes
 
     options = optimizer_classes()[name]
