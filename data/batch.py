@@ -16,8 +16,8 @@ from data.index import BadFile
 class Batch:
     """The images of one forward and backward pass, in CPU memory."""
 
-    pixels_BCHW: Tensor
-    """float32 in [-1, 1], sRGB."""
+    pixels_BCHW: Tensor | None
+    """float32 in [-1, 1], sRGB; None where moments_BCHW are in its place."""
     tokens_BT: Tensor
     """int64, what `tokenize` made of the captions."""
     loss_scale_B: Tensor
@@ -33,18 +33,16 @@ class Batch:
     """True where the only image is there to keep a process in step: loss_scale 0, not to be counted."""
     failed: tuple[BadFile, ...] = ()
     """Images of the plan that are missing here because their files could not be read."""
+    moments_BCHW: Tensor | None = None
+    """float32, what the VAE made of the images before: mean and standard deviation, one after the other in C."""
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory, from which copies to a GPU run beside the computation."""
-        return replace(
-            self,
-            pixels_BCHW=self.pixels_BCHW.pin_memory(),
-            tokens_BT=self.tokens_BT.pin_memory(),
-            loss_scale_B=self.loss_scale_B.pin_memory(),
-        )
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors.items()})
 
 
 def to_pixels(images: Sequence[np.ndarray]) -> Tensor:

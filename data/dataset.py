@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 from annotated_types import Ge, Le, MultipleOf
 
-from data.buckets import buckets, nearest
+from data.buckets import Bucket, buckets, nearest
 from data.captions import render
 from data.errors import FileError
-from data.image import read_pixels
+from data.image import CENTRE, Place, read_pixels
 from data.index import BadFile, Index, Record
+from data.latents import Entry, Latents
 from data.plan import MicroBatch
 from data.rng import stream
 
@@ -39,6 +40,9 @@ class DataOptions:
     flip_p: Annotated[float, Ge(0), Le(1)] = 0.0
     """Probability of mirroring an image left to right."""
 
+    crop_jitter: Annotated[float, Ge(0), Le(1)] = 0.0
+    """How far a crop may lie from the middle, as a share of the way to the edge, drawn anew each time; small distances are likelier."""
+
     cond_dropout: Annotated[float, Ge(0), Le(1)] = 0.04
     """Probability of training an image with the empty caption, which is what guidance at sampling time contrasts with."""
 
@@ -52,6 +56,18 @@ class DataOptions:
     """Processes that read images; null chooses by the size of the images and the number of cores, 0 reads in the training process."""
 
 
+def shown_captions(index: Index, options: DataOptions) -> list[str] | None:
+    """Return every text that training can show, each once; None where tags are shuffled, which makes too many of them."""
+    shown: dict[str, None] = {}
+    for record in index.records:
+        shuffle = options.shuffle_tags if record.shuffle_tags is None else record.shuffle_tags
+        keep = options.keep_tags if record.keep_tags is None else record.keep_tags
+        if shuffle and len(record.caption.tags) - keep > 1:
+            return None
+        shown[record.caption.text] = None
+    return [*shown, ""]
+
+
 class Images:
     """Read planned micro-batches, (epoch, MicroBatch) -> Batch: a map-style dataset that worker processes can hold.
 
@@ -63,13 +79,23 @@ class Images:
         options: the run's settings, which hold where a record has none of its own.
         tokenize: turns B captions into int64 tokens (B, T); it must pickle where workers are spawned.
         seed: the run's.
+        latents: what a VAE has made of the images, to be read in their place.
     """
 
-    def __init__(self, index: Index, options: DataOptions, *, tokenize: Callable[[list[str]], Tensor], seed: int) -> None:
+    def __init__(
+        self,
+        index: Index,
+        options: DataOptions,
+        *,
+        tokenize: Callable[[list[str]], Tensor],
+        seed: int,
+        latents: Latents | None = None,
+    ) -> None:
         self._records = index.records
         self._options = options
         self._tokenize = tokenize
         self._seed = seed
+        self._latents = latents
         self.bad: dict[str, BadFile] = {}
         """Files that could not be read, by name; the loader adds those that were met in a batch, in whichever process."""
 
@@ -80,8 +106,9 @@ class Images:
         failed: list[BadFile] = []
         for place, (identity, position) in enumerate(zip(micro.records, micro.positions, strict=True)):
             record = self._records[identity]
+            entry = Entry(identity, micro.bucket, self._flips(record, epoch, position))
             try:
-                images[place] = read_pixels(record.path, micro.bucket, flip=self._flips(record, epoch, position))
+                images[place] = self._read(entry, self._crop(epoch, position))
             except FileError as error:
                 failed.append(BadFile(record.name, error.reason))
         filler = micro.filler or not images
@@ -89,8 +116,9 @@ class Images:
         positions = tuple(micro.positions[place] for place in places)
         records = tuple(micro.records[place] for place in places)
         return self._batch(
-            list(images.values()) or [np.zeros((micro.bucket[1], micro.bucket[0], 3), np.uint8)],
+            list(images.values()),
             [self._words(self._records[identity], epoch, position) for identity, position in zip(records, positions, strict=True)],
+            bucket=micro.bucket,
             epoch=epoch,
             positions=positions,
             records=records,
@@ -112,12 +140,25 @@ class Images:
             record = self._records[identity]
             bucket = nearest(record.width, record.height, buckets(self._options.resolution))
             try:
-                pixels = read_pixels(record.path, bucket)
+                image = self._read(Entry(identity, bucket, False), CENTRE)
             except FileError as error:
                 self.bad.setdefault(record.name, BadFile(record.name, error.reason))
                 continue
-            batches.append(self._batch([pixels], [record.caption.text], epoch=0, positions=(0,), records=(identity,)))
+            batches.append(self._batch([image], [record.caption.text], bucket=bucket, epoch=0, positions=(0,), records=(identity,)))
         return batches
+
+    def _read(self, entry: Entry, crop: Place) -> np.ndarray:
+        """Return uint8 pixels (H, W, 3), or the moments (2C, h, w) that were computed of them."""
+        if self._latents is not None:
+            return self._latents.read(entry).numpy()
+        return read_pixels(self._records[entry.record].path, entry.bucket, flip=entry.flipped, crop=crop)
+
+    def _crop(self, epoch: int, position: int) -> Place:
+        jitter = self._options.crop_jitter
+        if jitter == 0:
+            return CENTRE
+        x, y = stream(self._seed, "crop", epoch, position).triangular(-1, 0, 1, size=2)
+        return 0.5 + jitter / 2 * x, 0.5 + jitter / 2 * y
 
     def _flips(self, record: Record, epoch: int, position: int) -> bool:
         chance = self._options.flip_p if record.flip_p is None else record.flip_p
@@ -138,6 +179,7 @@ class Images:
         images: list[np.ndarray],
         captions: list[str],
         *,
+        bucket: Bucket,
         epoch: int,
         positions: tuple[int, ...],
         records: tuple[int, ...],
@@ -148,9 +190,15 @@ class Images:
 
         from data.batch import Batch, to_pixels
 
+        if self._latents is None:
+            pixels, moments = to_pixels(images or [np.zeros((bucket[1], bucket[0], 3), np.uint8)]), None
+        else:  # copied: a file mapped into memory is aligned less than torch aligns its own
+            blank = np.zeros(self._latents.shape.of(bucket), np.float32)
+            pixels, moments = None, torch.tensor(np.stack(images or [blank]))
         scales = [0.0 if filler else self._records[identity].loss_scale for identity in records]
         return Batch(
-            pixels_BCHW=to_pixels(images),
+            pixels_BCHW=pixels,
+            moments_BCHW=moments,
             tokens_BT=self._tokenize(captions),
             loss_scale_B=torch.tensor(scales, dtype=torch.float32),
             epoch=epoch,

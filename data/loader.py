@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from data.batch import Batch
+from data.batch import Batch, to_pixels
 from data.dataset import DataOptions, Images
-from data.errors import DataError
+from data.errors import DataError, FileError
+from data.image import read_pixels
 from data.index import BadFile, Index
+from data.latents import Entry, Latents, MemoryLatents, content_of
 from data.plan import MicroBatch, plan_epoch, slice_step, steps_before, steps_per_epoch
 
 MOST_WORKERS = 4
@@ -36,6 +39,7 @@ class StepLoader:
         world: processes that share each step.
         pin: whether batches come in page-locked memory, for a GPU.
         start_method: how workers start: fork, spawn or forkserver; None is the platform's own way.
+        latents: what a VAE has made of the images, to be read in their place.
     """
 
     def __init__(
@@ -50,13 +54,14 @@ class StepLoader:
         world: int = 1,
         pin: bool = False,
         start_method: str | None = None,
+        latents: Latents | None = None,
     ) -> None:
-        self.images = Images(index, options, tokenize=tokenize, seed=seed)
+        self.images = Images(index, options, tokenize=tokenize, seed=seed, latents=latents)
         self._index = index
         self._planned = {"resolution": options.resolution, "seed": seed, "images_per_step": images_per_step}
         self._batch_size, self._rank, self._world = options.batch_size, rank, world
         self._order = _Order()
-        workers = worker_count(index, options)
+        workers = worker_count(index, options, latents)
         self._loader = DataLoader(
             self.images,  # type: ignore[arg-type]  # any object with __getitem__ serves
             sampler=self._order,
@@ -108,15 +113,78 @@ class StepLoader:
             raise DataError(["none of the images can be read any more", *(str(file) for file in self.bad[:10])])
 
 
-def worker_count(index: Index, options: DataOptions) -> int:
-    """Return the number of worker processes: as asked; else none for small images, and one less than the cores, up to 4, for others."""
+def worker_count(index: Index, options: DataOptions, latents: Latents | None = None) -> int:
+    """Return the number of worker processes.
+
+    That is none for latents in memory, which are at hand. Else it is as asked; and where nothing is asked, none for small images
+    or latents, and one less than the cores, up to 4, for others.
+    """
+    if isinstance(latents, MemoryLatents):
+        return 0
     if options.num_workers is not None:
         return options.num_workers
     pixels = sum(record.width * record.height for record in index.records)
-    if pixels <= LIGHT_IMAGE * len(index.records):
+    if latents is not None or pixels <= LIGHT_IMAGE * len(index.records):
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MOST_WORKERS, cores - 1)
+
+
+def read_crops(index: Index, options: DataOptions, wanted: Sequence[Entry], contents: Mapping[int, str] | None = None) -> Iterator[Crop]:
+    """Yield the pixels of entries in their order, read by as many workers as training would have.
+
+    Args:
+        index: the scanned images.
+        options: the number of workers.
+        wanted: what to read; of an image that is wanted as it is and mirrored, one after the other, the file is read once for both.
+        contents: by record id, the content that each file must have; a file that is not in it or has another is bad.
+    """
+    crops = _Crops(index, wanted, contents)
+    workers = min(worker_count(index, options), len(crops))
+    loader = DataLoader(
+        crops,  # type: ignore[arg-type]  # any object with __getitem__ and __len__ serves
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),
+    )
+    for crop in loader:
+        yield from crop
+
+
+@dataclass(frozen=True)
+class Crop:
+    """The pixels of an entry."""
+
+    entry: Entry
+    pixels_1CHW: Tensor | None
+    """float32 in [-1, 1], a batch of one."""
+    bad: str = ""
+    """Why there are none."""
+
+
+class _Crops:
+    def __init__(self, index: Index, wanted: Sequence[Entry], contents: Mapping[int, str] | None) -> None:
+        self._records = index.records
+        self._contents = contents
+        self._files = [list(same) for _, same in groupby(wanted, key=lambda entry: (entry.record, entry.bucket))]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, place: int) -> list[Crop]:
+        entries = self._files[place]
+        path = self._records[entries[0].record].path
+        try:
+            pixels = read_pixels(path, entries[0].bucket)
+            # After the pixels: what they were read from is known to be the content that they will be filed under.
+            if self._contents is not None and content_of(path) != self._contents.get(entries[0].record):
+                raise FileError("it changed while it was read")
+        except FileError as error:
+            return [Crop(entry, None, error.reason) for entry in entries]
+        except OSError as error:
+            return [Crop(entry, None, f"it cannot be read ({error.strerror})") for entry in entries]
+        return [Crop(entry, to_pixels([pixels[:, ::-1] if entry.flipped else pixels])) for entry in entries]
 
 
 class _Order(Sampler[tuple[int, MicroBatch]]):

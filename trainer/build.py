@@ -16,12 +16,14 @@ from trainer.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from data.index import Index
+    from data.latents import Latents
     from data.loader import StepLoader
     from trainer.checkpoint import TrainState
     from trainer.config.schema import TrainConfig
+    from trainer.diffusion.conditioning import Contexts
     from trainer.diffusion.objective import Objective
     from trainer.loggers import Loggers
     from trainer.loggers.console import Console
@@ -140,8 +142,10 @@ def build_run(config: TrainConfig, console: Console) -> Run:
         UserError: the model, the environment or the checkpoint does not allow the run.
         DataError: the images do not.
     """
+    from data.dataset import shown_captions
     from data.index import build_index
     from data.report import report
+    from trainer.cache import cache_folder, encode_captions, encode_images, plan_latents
     from trainer.cadence import Cadence
     from trainer.check import plan_lines
     from trainer.checkpoint import TrainState
@@ -174,15 +178,35 @@ def build_run(config: TrainConfig, console: Console) -> Run:
     models = load_models(replace(config.model, resume_ckpt=start.model))
     parts = apply_freezing(models, config.parts, config.optimizers.freezing)
     check_rates(config, {network: part.trained for network, part in parts.counts.items()})
-    place(models, device, channels_last=config.precision.channels_last, weights=precision.weights)
-
-    loader = make_loader(config, index, Tokenize(models.tokenizer), pin=device.type == "cuda")
     about = describe(config, index, parts)
     if start.about is not None:
         check_same_run(about, start.about, str(start.checkpoint))
+    place(models, device, channels_last=config.precision.channels_last, weights=precision.weights)
+
+    tokenize = Tokenize(models.tokenizer)
+    latent_plan = plan_latents(config.cache, config.data, index, models.vae.config, epochs=config.loop.max_epochs)
+    latents = encode_images(
+        latent_plan,
+        index,
+        config.data,
+        models.vae,
+        precision,
+        folder=cache_folder(config.cache, config.logging.logdir),
+        tell=console.event,
+    )
+    contexts = None
+    if latents is not None and TEXT_ENCODER not in parts.parameters:
+        captions = shown_captions(index, config.data)
+        contexts = encode_captions(captions, tokenize, models.text_encoder, precision, clip_skip=config.objective.clip_skip)
+    # Networks that nothing but samples needs any more wait on the CPU.
+    waiting: list[nn.Module] = [network for network, kept in ((models.vae, latents), (models.text_encoder, contexts)) if kept is not None]
+    for network in waiting:
+        network.to("cpu")
+
+    loader = make_loader(config, index, tokenize, pin=device.type == "cuda", latents=latents)
     networks = Networks(models.unet, models.text_encoder, models.vae)
     optimizers = make_optimizers(config, parts, total_steps)
-    objective = make_objective(config, models, parts)
+    objective = make_objective(config, models, parts, contexts)
     meter = Meter(epoch_tags={LOSS: EPOCH_LOSS})
     adaptive = {member.network: member.options.d0 for member in optimizers.members if isinstance(member.options, EstimateOptions)}
     watch = AdaptationWatch(adaptive, SECTIONS)
@@ -213,17 +237,17 @@ def build_run(config: TrainConfig, console: Console) -> Run:
     )
     record_configuration(config, folder, loggers, state.step)
     console.record_to(folder / "run.log")
-    count = Tokenize(models.tokenizer).count
     for note in [*notes, *models.notes]:
         console.event(f"Note: {note}")
-    for note in report(index, resolution=config.data.resolution, batch_size=config.data.batch_size, count_tokens=count).notes():
+    for note in report(index, resolution=config.data.resolution, batch_size=config.data.batch_size, count_tokens=tokenize.count).notes():
         console.event(f"Note: {note}.")
-    for line in plan_lines(config, models.source, parts.counts, precision, loader.steps_in(0), total_steps):
+    for line in plan_lines(config, models.source, parts.counts, precision, loader.steps_in(0), total_steps, latent_plan):
         console.event(line)
     if start.checkpoint is not None:
         console.event(f"Going on after step {state.step} in {folder}.")
 
-    fixed = choose_images(len(index.records), config.fixed_loss.fixed_loss_images, config.loop.seed)
+    shown = [identity for identity, record in enumerate(index.records) if record.multiply > 0]
+    fixed = [shown[place] for place in choose_images(len(shown), config.fixed_loss.fixed_loss_images, config.loop.seed)]
     run = Run(
         folder=folder,
         state=state,
@@ -253,7 +277,7 @@ def build_run(config: TrainConfig, console: Console) -> Run:
         sample_first=prompts.generate_pretrain_samples,
         save=lambda last: [],
     )
-    run.sample = make_sampler(sampler, models, run)
+    run.sample = make_sampler(sampler, models, run, waiting)
     run.save = make_saver(config, models, about, run)
     return run
 
@@ -340,8 +364,8 @@ class Tokenize:
         return len(self.tokenizer(caption).input_ids) - 2
 
 
-def make_loader(config: TrainConfig, index: Index, tokenize: Tokenize, *, pin: bool) -> StepLoader:
-    """Return the reader of the run's images."""
+def make_loader(config: TrainConfig, index: Index, tokenize: Tokenize, *, pin: bool, latents: Latents | None = None) -> StepLoader:
+    """Return the reader of the run's images, or of what was encoded of them."""
     from data.loader import StepLoader
 
     return StepLoader(
@@ -351,6 +375,7 @@ def make_loader(config: TrainConfig, index: Index, tokenize: Tokenize, *, pin: b
         seed=config.loop.seed,
         images_per_step=config.data.batch_size * config.loop.grad_accum,
         pin=pin,
+        latents=latents,
     )
 
 
@@ -375,7 +400,7 @@ def make_optimizers(config: TrainConfig, parts: TrainedParts, total_steps: int) 
     )
 
 
-def make_objective(config: TrainConfig, models: Models, parts: TrainedParts) -> Objective:
+def make_objective(config: TrainConfig, models: Models, parts: TrainedParts, contexts: Contexts | None = None) -> Objective:
     """Return the objective, fitted to the model's VAE and noise schedule."""
     from trainer.diffusion.objective import Objective
     from trainer.diffusion.schedule import NoiseSchedule
@@ -389,6 +414,7 @@ def make_objective(config: TrainConfig, models: Models, parts: TrainedParts) -> 
         latent_factor=2 ** (len(vae.block_out_channels) - 1),
         scaling_factor=vae.scaling_factor,
         train_text_encoder=TEXT_ENCODER in parts.parameters,
+        contexts=contexts,
     )
 
 
@@ -467,20 +493,22 @@ def record_configuration(config: TrainConfig, folder: Path, loggers: Loggers, st
         loggers.text(f"config/{name}", (folder / name).read_text(encoding="utf-8"), step)
 
 
-def make_sampler(sampler: Sampler, models: Models, run: Run) -> Callable[[int], None]:
-    """Return the function that draws, saves and records the samples of a step."""
+def make_sampler(sampler: Sampler, models: Models, run: Run, waiting: Sequence[nn.Module] = ()) -> Callable[[int], None]:
+    """Return the function that draws, saves and records the samples of a step; `waiting` networks are on the CPU in between."""
+    from trainer.transfer import visiting
 
     def sample(step: int) -> None:
-        samples = sampler.draw(
-            models.unet,
-            models.text_encoder,
-            models.vae,
-            models.tokenizer,
-            models.scheduler_config,
-            step=step,
-            device=run.precision.device,
-            autocast=run.precision.autocast,
-        )
+        with visiting(waiting, run.precision.device):
+            samples = sampler.draw(
+                models.unet,
+                models.text_encoder,
+                models.vae,
+                models.tokenizer,
+                models.scheduler_config,
+                step=step,
+                device=run.precision.device,
+                autocast=run.precision.autocast,
+            )
         for problem in samples.problems:
             run.console.event(f"Note: {problem}.")
         try:

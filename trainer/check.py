@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from trainer.cache import LatentPlan
     from trainer.config.schema import TrainConfig
     from trainer.models.trainable import Part
     from trainer.optim import OptimizerOptions
@@ -35,6 +36,7 @@ def check(config: TrainConfig, notes: Sequence[str]) -> None:
         make_loader,
         read_prompts,
     )
+    from trainer.cache import plan_latents
     from trainer.config import check_fused_backward, check_rates, check_schedules
     from trainer.errors import UserError
     from trainer.models.load import describe as describe_model
@@ -68,13 +70,20 @@ def check(config: TrainConfig, notes: Sequence[str]) -> None:
     count_tokens = None if tokenizer is None else Tokenize(tokenizer).count
     dataset = report(index, resolution=config.data.resolution, batch_size=config.data.batch_size, count_tokens=count_tokens)
     loader = make_loader(config, index, Tokenize(tokenizer), pin=False)
+    latents = plan_latents(config.cache, config.data, index, models.vae.config, epochs=config.loop.max_epochs)
     print("\n".join(dataset.lines()))
     print()
-    print("\n".join(plan_lines(config, models.source, parts.counts, precision, loader.steps_in(0), total_steps)))
+    print("\n".join(plan_lines(config, models.source, parts.counts, precision, loader.steps_in(0), total_steps, latents)))
 
 
 def plan_lines(
-    config: TrainConfig, model: str, parts: Mapping[str, Part], precision: Precision, steps_of_epoch: int, total_steps: int
+    config: TrainConfig,
+    model: str,
+    parts: Mapping[str, Part],
+    precision: Precision,
+    steps_of_epoch: int,
+    total_steps: int,
+    latents: LatentPlan,
 ) -> list[str]:
     """Return the plan as aligned lines.
 
@@ -85,6 +94,7 @@ def plan_lines(
         precision: device and number format.
         steps_of_epoch: optimizer steps of the first epoch.
         total_steps: optimizer steps of the run.
+        latents: how the run comes by them.
     """
     data, loop, saving, samples = config.data, config.loop, config.saving, config.samples
     accumulated = f" in {loop.grad_accum} passes of {data.batch_size}" if loop.grad_accum > 1 else ""
@@ -99,6 +109,7 @@ def plan_lines(
     lines += [
         ("steps", f"{total_steps:,} = {loop.max_epochs} epochs of {steps_of_epoch:,}{stop}"),
         ("batch", f"{data.batch_size * loop.grad_accum} images a step{accumulated}, resolution {data.resolution}"),
+        ("latents", str(latents)),
         ("precision", f"{precision.name} on {precision.device}"),
         ("seed", str(loop.seed)),
         ("samples", f"every {samples.sample_steps} steps, from {samples.sample_prompts or 'four captions of the data'}"),

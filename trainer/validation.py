@@ -44,8 +44,6 @@ class FixedLoss:
     """
 
     def __init__(self, batches: Sequence[Batch], objective: Objective) -> None:
-        import torch
-
         from trainer.diffusion.objective import Inputs
 
         start, end = objective.options.timestep_start, objective.options.timestep_end
@@ -57,7 +55,7 @@ class FixedLoss:
                 objective.place(batch, [(EVALUATION, part, record) for record in batch.records], [t] * len(batch))
                 for part, t in enumerate(timesteps)
             ]
-            self._inputs.append(Inputs(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])}))
+            self._inputs.append(Inputs.cat(parts))
 
     def measure(self, networks: Networks, autocast: Callable[[], AbstractContextManager[Any]], device: torch.device) -> float:
         """Return the mean loss over images and timesteps; synchronises once."""

@@ -106,8 +106,8 @@ def test_draws_are_equal_whatever_the_cut():
     _, objective, _ = _setup()
     whole = objective.draw(_batch(range(4)))
     parts = [objective.draw(_batch([position])) for position in range(4)]
-    for name in vars(whole):
-        assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts])), name
+    for name, tensor in vars(Inputs.cat(parts)).items():
+        assert tensor is getattr(whole, name) if tensor is None else torch.equal(tensor, getattr(whole, name)), name
 
 
 def test_timesteps_stay_in_their_range():
@@ -259,7 +259,7 @@ def test_the_step_reads_nothing_back(name):
     optimizers = OptimizerSet(dict.fromkeys(parameters, OPTIONS[name]), parameters, total_steps=10)
     for member in optimizers.members if name == "adamw" else ():  # torch's fused kernel does not run there; everything around it does
         member.optimizer.step = lambda: None  # type: ignore[method-assign]
-    moved = Inputs(**{name: tensor.to(meta) for name, tensor in vars(inputs).items()})
+    moved = inputs.to(meta)
     passes, clip = ([moved], None) if "fused" in name else ([moved, moved], 1.0)
     result = train_step(passes, networks, objective, optimizers, step=0, images=4, clip=clip)
     assert result.loss.device == meta and result.skipped.device == meta

@@ -12,11 +12,9 @@ from typing import Any
 from trainer.config.report import Place, Report, Written, shown, unknown_value
 
 LATER: Mapping[str, tuple[Any, ...]] = {
-    "cache_latents": ("no",),
     "caption_prefix": ("",),
     "ckpt_every_n_minutes": (),
     "compile": (False,),
-    "crop_jitter": (0,),
     "ema_decay_rate": (),
     "ema_resume_model": (),
     "ema_strength_target": (),

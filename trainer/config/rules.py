@@ -263,6 +263,16 @@ def _attention(settings: Settings, report: Report) -> None:
         report.note(settings.place("attn_type"), "xformers is not used; torch's own attention (sdp) takes its place")
 
 
+def _cache(settings: Settings, report: Report) -> None:
+    wanted = settings["cache_latents"]
+    if wanted in ("disk", "memory") and settings["crop_jitter"] > 0:
+        report.error(
+            settings.place("cache_latents"),
+            f"{wanted} contradicts crop_jitter {settings['crop_jitter']:g}, with which no two crops are equal; set one of the two to its "
+            "default",
+        )
+
+
 def _names(settings: Settings, report: Report) -> None:
     for key in ("project_name", "run_name"):
         name = settings[key]
@@ -271,4 +281,13 @@ def _names(settings: Settings, report: Report) -> None:
             report.error(settings.place(key), f"becomes part of file names and must not hold {odd!r}; got '{name}'")
 
 
-_RULES: tuple[Callable[[Settings, Report], None], ...] = (_timesteps, _nothing_trained, _precision, _saving, _cadence, _attention, _names)
+_RULES: tuple[Callable[[Settings, Report], None], ...] = (
+    _timesteps,
+    _nothing_trained,
+    _precision,
+    _saving,
+    _cadence,
+    _attention,
+    _cache,
+    _names,
+)

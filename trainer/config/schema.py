@@ -22,6 +22,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
 from pydantic import TypeAdapter
 
 from data.dataset import DataOptions
+from trainer.cache import CacheOptions
 from trainer.checkpoint import SaveOptions
 from trainer.diffusion.objective import ObjectiveOptions
 from trainer.loggers.options import LogOptions
@@ -88,6 +89,7 @@ class TrainConfig:
 
     model: ModelOptions
     data: DataOptions = field(default_factory=DataOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
     parts: TrainableOptions = field(default_factory=TrainableOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     loop: LoopOptions = field(default_factory=LoopOptions)

@@ -5,7 +5,7 @@ Read this file first: `Objective.losses` is the whole method, top to bottom.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from data.batch import Batch
+    from trainer.diffusion.conditioning import Contexts
     from trainer.diffusion.schedule import NoiseSchedule
 
 
@@ -56,8 +57,8 @@ class Networks:
 class Inputs:
     """All that a step needs of its images, on the device; the random numbers are drawn on the CPU and travel with the pixels."""
 
-    pixels_BCHW: Tensor
-    """fp32 in [-1, 1]."""
+    pixels_BCHW: Tensor | None
+    """fp32 in [-1, 1]; None where moments_BCHW are in its place."""
 
     tokens_BT: Tensor
     """int64."""
@@ -74,11 +75,27 @@ class Inputs:
     t_B: Tensor
     """int64 timesteps."""
 
+    moments_BCHW: Tensor | None = None
+    """fp32, what the VAE made of the pixels before: mean and standard deviation, one after the other in C."""
+
+    context_BTD: Tensor | None = None
+    """What the text encoder made of the tokens before; None where it is to be run."""
+
     def to(self, device: torch.device) -> Inputs:
         """Copy everything to `device`, without waiting where the memory is pinned."""
         from trainer.transfer import to_device
 
-        return Inputs(**{name: to_device(tensor, device) for name, tensor in vars(self).items()})
+        moved: dict[str, Any] = {name: None if tensor is None else to_device(tensor, device) for name, tensor in vars(self).items()}
+        return Inputs(**moved)
+
+    @classmethod
+    def cat(cls, parts: Sequence[Inputs]) -> Inputs:
+        """Return the images of all parts as one; what is None in the first is None in all."""
+        import torch
+
+        fields = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
+        joined: dict[str, Any] = {name: None if tensors[0] is None else torch.cat(tensors) for name, tensors in fields.items()}
+        return cls(**joined)
 
 
 class Objective:
@@ -90,6 +107,7 @@ class Objective:
         seed: the run's seed; every draw is keyed by it and by the image's place.
         latent_channels, latent_factor, scaling_factor: the VAE's channels, pixels per latent and unit scale.
         train_text_encoder: whether gradients reach the text encoder.
+        contexts: what a text encoder that does not learn has made of the captions, to be used in its place.
     """
 
     def __init__(
@@ -102,6 +120,7 @@ class Objective:
         latent_factor: int,
         scaling_factor: float,
         train_text_encoder: bool,
+        contexts: Contexts | None = None,
     ) -> None:
         self.options = options
         self.schedule = schedule
@@ -110,6 +129,7 @@ class Objective:
         self.latent_factor = latent_factor
         self.scaling_factor = scaling_factor
         self.train_text_encoder = train_text_encoder
+        self.contexts = contexts
 
     def draw(self, batch: Batch) -> Inputs:
         """Return the batch with its random numbers, on the CPU: pure in (seed, epoch, position of each image)."""
@@ -129,8 +149,12 @@ class Objective:
         from data.rng import stream
         from trainer.diffusion import noise
 
-        height, width = batch.pixels_BCHW.shape[-2:]
-        shape = (self.latent_channels, height // self.latent_factor, width // self.latent_factor)
+        if batch.moments_BCHW is not None:
+            height, width = batch.moments_BCHW.shape[-2:]
+        else:
+            assert batch.pixels_BCHW is not None, "a batch holds pixels or moments"
+            height, width = (side // self.latent_factor for side in batch.pixels_BCHW.shape[-2:])
+        shape = (self.latent_channels, height, width)
         noises = [noise.gaussian(shape, self.seed, *place) for place in places]
         if self.options.zero_frequency_noise_ratio > 0:
             strength = self.options.zero_frequency_noise_ratio
@@ -143,6 +167,8 @@ class Objective:
             posterior_BCHW=torch.tensor(np.stack(posterior)),  # copied: numpy aligns its memory less than torch does
             noise_BCHW=torch.tensor(np.stack(noises)),
             t_B=torch.tensor(timesteps, dtype=torch.int64),
+            moments_BCHW=batch.moments_BCHW,
+            context_BTD=None if self.contexts is None else self.contexts.of(batch.tokens_BT),
         )
 
     def losses(self, networks: Networks, inputs: Inputs, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Tensor:
@@ -151,19 +177,27 @@ class Objective:
 
         from trainer.diffusion.conditioning import encode_text
         from trainer.diffusion.loss import image_losses
+        from trainer.diffusion.moments import encode_pixels
         from trainer.diffusion.weighting import min_snr_weights
 
-        with torch.no_grad(), autocast():
-            moments = networks.vae.encode(inputs.pixels_BCHW).latent_dist
-        latents_BCHW = (moments.mean.float() + moments.std.float() * inputs.posterior_BCHW) * self.scaling_factor
+        moments_BCHW = inputs.moments_BCHW
+        if moments_BCHW is None:
+            assert inputs.pixels_BCHW is not None, "a batch holds pixels or moments"
+            moments_BCHW = encode_pixels(networks.vae, inputs.pixels_BCHW, autocast)
+        # In one memory format, wherever they come from: convolutions add up in another order in another one.
+        moments_BCHW = moments_BCHW.clone(memory_format=torch.channels_last)
+        mean_BCHW, std_BCHW = moments_BCHW.chunk(2, dim=1)
+        latents_BCHW = (mean_BCHW + std_BCHW * inputs.posterior_BCHW) * self.scaling_factor
 
         t_B = inputs.t_B
         noisy_BCHW = self.schedule.noisy(latents_BCHW, inputs.noise_BCHW, t_B)
         target_BCHW = self.schedule.target(latents_BCHW, inputs.noise_BCHW, t_B)
 
         with autocast():
-            with torch.set_grad_enabled(self.train_text_encoder and torch.is_grad_enabled()):
-                context_BTD = encode_text(networks.text_encoder, inputs.tokens_BT, self.options.clip_skip)
+            context_BTD = inputs.context_BTD
+            if context_BTD is None:
+                with torch.set_grad_enabled(self.train_text_encoder and torch.is_grad_enabled()):
+                    context_BTD = encode_text(networks.text_encoder, inputs.tokens_BT, self.options.clip_skip)
             prediction_BCHW = networks.unet(noisy_BCHW, t_B, context_BTD).sample
 
         loss_B = image_losses(prediction_BCHW, target_BCHW, t_B, self.options.loss_type, self.schedule.timesteps)

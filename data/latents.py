@@ -1,0 +1,270 @@
+"""Latents that were computed before: what a VAE made of each image, in memory or in files that later runs share.
+
+What is kept of an image are its *moments*: the mean and the standard deviation of the VAE's distribution, one after the other
+in the channels, fp32 (2C, h, w). A latent is drawn from them anew each time the image is shown.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from data.buckets import Bucket, buckets, nearest
+from data.errors import FileError
+from data.image import READING
+from data.index import Index, Record
+from data.replacing import clear_drafts, replacing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from data.dataset import DataOptions
+
+SHARD = 64 << 20
+"""Bytes of moments after which a file of them is written: 512 images of 512 x 512."""
+
+PATIENCE = 120.0
+"""Seconds after which it is written though it is smaller: so much work is lost at most when the process is killed."""
+
+READERS = 4
+"""Files that are hashed at a time."""
+
+
+class Entry(NamedTuple):
+    """One way in which an image is shown; the crop is the middle of the image."""
+
+    record: int
+    """Record id."""
+    bucket: Bucket
+    flipped: bool
+
+
+def entries(index: Index, options: DataOptions) -> list[Entry]:
+    """Return every way in which a run shows its images, in the order of records; without crop jitter there are few."""
+    choices = buckets(options.resolution)
+    found = []
+    for identity, record in enumerate(index.records):
+        if record.multiply == 0:
+            continue
+        chance = options.flip_p if record.flip_p is None else record.flip_p
+        bucket = nearest(record.width, record.height, choices)
+        # An image that is always mirrored is still measured as it is (`Images.plain`).
+        found += [Entry(identity, bucket, flipped) for flipped in (False, True) if not flipped or chance > 0]
+    return found
+
+
+@dataclass(frozen=True)
+class MomentShape:
+    """What a VAE makes of an image."""
+
+    channels: int
+    """Of a latent: 4 for Stable Diffusion."""
+    factor: int
+    """Pixels along one latent: 8 for Stable Diffusion."""
+
+    def of(self, bucket: Bucket) -> tuple[int, int, int]:
+        """Return the shape (2C, h, w) of an image's moments."""
+        return 2 * self.channels, bucket[1] // self.factor, bucket[0] // self.factor
+
+    def bytes_of(self, wanted: Iterable[Entry]) -> int:
+        """Return the size of moments in fp32."""
+        return sum(4 * prod(self.of(entry.bucket)) for entry in wanted)
+
+
+class MemoryLatents:
+    """Moments in memory, for one run."""
+
+    def __init__(self, shape: MomentShape) -> None:
+        self.shape = shape
+        self._held: dict[Entry, Tensor] = {}
+        self.bad: dict[int, str] = {}
+        """By record id, why an image has no moments."""
+
+    def missing(self, wanted: Iterable[Entry]) -> list[Entry]:
+        """Return which of `wanted` are still to be computed, in their order."""
+        return [entry for entry in wanted if entry not in self._held]
+
+    def add(self, entry: Entry, moments: Tensor) -> None:
+        """Keep the moments (2C, h, w) of an entry."""
+        self._held[entry] = moments
+
+    def flush(self) -> None:
+        """Do nothing: there is nothing to write."""
+
+    def read(self, entry: Entry) -> Tensor:
+        """Return the moments (2C, h, w) of an entry.
+
+        Raises:
+            FileError: they could not be computed.
+        """
+        if entry not in self._held:
+            raise FileError(self.bad.get(entry.record, _ABSENT))
+        return self._held[entry]
+
+
+class DiskLatents:
+    """Moments in a folder of safetensors files, which later runs and other data sets share.
+
+    A moment's key is the content of the image file, the bucket, the flip and whatever else decides its pixels; the folder belongs
+    to one VAE. A changed image has another key, so nothing stale is ever found. Files are written whole or not at all and never
+    changed; any of them may be deleted between runs.
+
+    Args:
+        folder: made when the first file is written.
+        shape: of the VAE's moments.
+        contents: by record id, a hash of the image file's content; records whose file could not be read are missing.
+    """
+
+    def __init__(self, folder: Path, shape: MomentShape, contents: Mapping[int, str]) -> None:
+        self.shape = shape
+        self.contents = contents
+        self.bad: dict[int, str] = {}
+        """By record id, why an image has no moments."""
+        self._folder = folder
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._began = time.monotonic()
+        self._opened: dict[str, Any] = {}
+        self._shard_of = self._find()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_opened": {}}  # a worker process opens the files for itself
+
+    def missing(self, wanted: Iterable[Entry]) -> list[Entry]:
+        """Return which of `wanted` are still to be computed, in their order; of equal images one."""
+        keys = ((entry, self._key(entry)) for entry in wanted)
+        first = {key or str(entry.record): entry for entry, key in keys if key not in self._shard_of}
+        return list(first.values())
+
+    def add(self, entry: Entry, moments: Tensor) -> None:
+        """Keep the moments (2C, h, w) of an entry; they are in a file after the next `flush` at the latest.
+
+        Raises:
+            OSError: the disk is full, or the folder cannot be written to.
+        """
+        key = self._key(entry)
+        assert key is not None, "only what could be hashed is computed"
+        self._pending[key] = moments.contiguous()
+        self._pending_bytes += moments.numel() * moments.element_size()
+        if self._pending_bytes >= SHARD or time.monotonic() - self._began > PATIENCE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is not in a file yet.
+
+        Raises:
+            OSError: the disk is full, or the folder cannot be written to.
+        """
+        from safetensors.torch import save_file
+
+        if self._pending:
+            keys = "\n".join(sorted(self._pending))
+            name = hashlib.blake2b(keys.encode(), digest_size=16).hexdigest() + ".safetensors"
+            with replacing(self._folder / name) as draft:
+                save_file(self._pending, draft)
+            self._shard_of.update(dict.fromkeys(self._pending, name))
+        self._pending, self._pending_bytes, self._began = {}, 0, time.monotonic()
+
+    def read(self, entry: Entry) -> Tensor:
+        """Return the moments (2C, h, w) of an entry.
+
+        Raises:
+            FileError: they could not be computed, or their file has vanished.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        key = self._key(entry)
+        shard = self._shard_of.get(key) if key else None
+        if shard is None:
+            raise FileError(self.bad.get(entry.record, _ABSENT))
+        try:
+            if shard not in self._opened:
+                self._opened[shard] = safe_open(self._folder / shard, framework="pt")
+            return self._opened[shard].get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise FileError(f"its cached latents in {self._folder / shard} cannot be read any more ({error})") from error
+
+    def _key(self, entry: Entry) -> str | None:
+        content = self.contents.get(entry.record)
+        width, height = entry.bucket
+        return content and f"{content}-{width}x{height}-centre{'-flipped' if entry.flipped else ''}-{READING}"
+
+    def _find(self) -> dict[str, str]:
+        """Return the file of every moment in the folder by key; a file that is damaged is deleted, for its moments are computed anew."""
+        from safetensors import SafetensorError, safe_open
+
+        clear_drafts(self._folder)
+        found: dict[str, str] = {}
+        for path in sorted(self._folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as shard:
+                    found.update(dict.fromkeys(shard.keys(), path.name))
+            except SafetensorError:
+                path.unlink(missing_ok=True)
+            except OSError:
+                continue
+        return found
+
+
+Latents = MemoryLatents | DiskLatents
+
+
+def content_of(path: Path) -> str:
+    """Return a hash of a file's content.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def contents_of(records: Sequence[Record], memory: Path) -> dict[int, str]:
+    """Return by record id a hash of each image file's content; files that cannot be read are left out.
+
+    What was hashed is remembered in a file, so that a later run reads only images whose size or times have changed.
+
+    Args:
+        records: the images.
+        memory: the file to remember in; where it cannot be written, everything is hashed again next time.
+    """
+    known = _remembered(memory)
+
+    def look(record: Record) -> list[Any] | None:
+        try:
+            status = record.path.stat()
+            stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+            before = known.get(str(record.path))
+            return [*stamp, before[-1] if before and before[:-1] == stamp else content_of(record.path)]
+        except OSError:
+            return None
+
+    now = time.time_ns()
+    with ThreadPoolExecutor(READERS) as pool:
+        found = list(pool.map(look, records))
+    # Within the grain of the file system's clock a file could change once more and keep its times.
+    facts = {str(record.path): fact for record, fact in zip(records, found, strict=True) if fact and now - max(fact[1:3]) > _GRAIN}
+    if facts != known:
+        with suppress(OSError), replacing(memory) as draft:
+            draft.write_text(json.dumps(facts), encoding="utf-8")
+    return {identity: fact[-1] for identity, fact in enumerate(found) if fact}
+
+
+def _remembered(memory: Path) -> dict[str, list[Any]]:
+    try:
+        known = json.loads(memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+_ABSENT = "its latents were not computed"
+_GRAIN = 2_000_000_000  # nanoseconds

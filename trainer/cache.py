@@ -1,0 +1,265 @@
+"""What is encoded once, before training: the images by the VAE, and the captions by a text encoder that does not learn."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from data.dataset import DataOptions
+    from data.index import Index
+    from data.latents import Entry, Latents, MomentShape
+    from trainer.diffusion.conditioning import Contexts
+    from trainer.precision import Precision
+
+SHARE = 4
+"""At most one part in so many of the free memory is taken without being asked for."""
+
+SPARE_DISK = 256 << 20
+"""Bytes that stay free on a disk."""
+
+EVERY = 30.0
+"""Seconds between two lines that tell how far encoding is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """What is kept of what frozen networks compute."""
+
+    cache_latents: Literal["auto", "disk", "memory", "no"] = "auto"
+    """Encode each image once, before training, and the captions too where the text encoder is frozen: memory keeps that for this run,
+    disk keeps latents for later runs as well, no encodes anew in every step; auto is memory where it takes at most a quarter of what
+    is free and crop_jitter is 0, else no."""
+
+    cache_dir: str | None = None
+    """The folder of what later runs use again (latents, and the index of a large data set); null is the folder cache in logdir."""
+
+
+def cache_folder(options: CacheOptions, logdir: str) -> Path:
+    """Return where things are kept for later runs."""
+    return Path(options.cache_dir) if options.cache_dir is not None else Path(logdir) / "cache"
+
+
+@dataclass(frozen=True)
+class LatentPlan:
+    """How a run comes by its latents."""
+
+    mode: Literal["disk", "memory", "no"]
+    entries: Sequence[Entry]
+    """Everything that is encoded once; nothing for the mode no."""
+    shape: MomentShape
+    why: str = ""
+    """Why auto came out as no."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all moments."""
+        return self.shape.bytes_of(self.entries)
+
+    def __str__(self) -> str:
+        """Return the plan in words."""
+        if self.mode == "no":
+            return "encoded in every step" + (f" ({self.why})" if self.why else "")
+        place = "in memory" if self.mode == "memory" else "on the disk"
+        return f"encoded once, before training: {len(self.entries):,} of {self.size / 2**20:,.1f} MiB, kept {place}"
+
+
+def plan_latents(options: CacheOptions, data: DataOptions, index: Index, vae_config: Any, *, epochs: int) -> LatentPlan:
+    """Decide how the latents of a run are kept.
+
+    Args:
+        options: what is asked for.
+        data: how images are cropped and mirrored.
+        index: the scanned images.
+        vae_config: the VAE's configuration.
+        epochs: of the whole run.
+
+    Raises:
+        UserError: the latents do not fit into memory, where they were asked to be.
+    """
+    from data.latents import MomentShape, entries
+
+    shape = MomentShape(vae_config.latent_channels, 2 ** (len(vae_config.block_out_channels) - 1))
+    wanted = options.cache_latents
+    if wanted == "no":
+        return LatentPlan("no", (), shape)
+    if wanted == "auto" and data.crop_jitter > 0:
+        return LatentPlan("no", (), shape, "with crop_jitter no two crops are equal")
+    found = entries(index, data)
+    size, free = shape.bytes_of(found), _free_memory()
+    if wanted == "auto":
+        if len(found) > epochs * sum(record.multiply for record in index.records):
+            return LatentPlan("no", (), shape, "the run shows hardly any image twice")
+        if size > free // SHARE:
+            why = f"{_gib(size)} of latents are more than a quarter of the {_gib(free)} that are free; cache_latents disk would keep them"
+            return LatentPlan("no", (), shape, why)
+    if wanted == "memory" and size > free:
+        raise UserError(
+            f"cache_latents: memory needs {_gib(size)} for {len(found):,} latents and {_gib(free)} are free; use disk, auto or no."
+        )
+    return LatentPlan("disk" if wanted == "disk" else "memory", found, shape)
+
+
+def encode_images(
+    plan: LatentPlan, index: Index, data: DataOptions, vae: Any, precision: Precision, *, folder: Path, tell: Callable[[str], None]
+) -> Latents | None:
+    """Encode what the plan asks for and is not there from an earlier run, one image at a time.
+
+    An image's moments therefore depend on nothing but the image and the network. Files that cannot be read are passed on as such.
+
+    Args:
+        plan: what to encode.
+        index: the scanned images.
+        data: the number of workers that read them.
+        vae: on the precision's device.
+        precision: in which the VAE computes.
+        folder: where things are kept for later runs.
+        tell: is told what happens, in sentences.
+
+    Raises:
+        UserError: the disk is too small or cannot be written to, or the VAE returns values that are not finite.
+    """
+    from data.latents import DiskLatents, MemoryLatents, contents_of
+
+    if plan.mode == "no":
+        return None
+    if plan.mode == "memory":
+        latents = MemoryLatents(plan.shape)
+        contents, place = None, "memory"
+    else:
+        contents = contents_of(index.records, folder / f"contents-{_roots(index)}.json")
+        own = folder / "latents" / identity(vae, precision)
+        latents = DiskLatents(own, plan.shape, contents)
+        place = str(own)
+    missing = latents.missing(plan.entries)
+    size = plan.shape.bytes_of(missing)
+    if plan.mode == "disk":
+        _check_disk(folder, size)
+    if len(missing) < len(plan.entries):
+        tell(f"Latents of {len(plan.entries) - len(missing):,} of {len(plan.entries):,} images are in {place} already.")
+    if missing:
+        tell(f"Encoding {len(missing):,} images once: {size / 2**20:,.1f} MiB of latents, kept in {place}.")
+    try:
+        _encode(latents, missing, contents, index, data, vae, precision, tell)
+    except OSError as error:
+        raise UserError(
+            f"cache_latents: {place} cannot be written to ({error.strerror or error}); choose another cache_dir, or memory or no."
+        ) from error
+    return latents
+
+
+def encode_captions(
+    captions: Sequence[str] | None,
+    tokenize: Callable[[list[str]], Tensor],
+    text_encoder: Any,
+    precision: Precision,
+    *,
+    clip_skip: int,
+) -> Contexts | None:
+    """Return what a frozen text encoder makes of all captions, or None where they are too many for a quarter of the free memory.
+
+    Args:
+        captions: every text that the run shows; None where these cannot be told, for their tags are shuffled.
+        tokenize: turns B captions into tokens (B, T).
+        text_encoder: on the precision's device.
+        precision: in which it computes.
+        clip_skip: the objective's.
+    """
+    from trainer.diffusion.conditioning import Contexts
+
+    if captions is None:
+        return None
+    size = 4 * tokenize([""]).shape[1] * text_encoder.config.hidden_size
+    if size * len(captions) > _free_memory() // SHARE:
+        return None
+    contexts = Contexts()
+    contexts.add(captions, tokenize, text_encoder, clip_skip=clip_skip, device=precision.device, autocast=precision.autocast)
+    return contexts
+
+
+def identity(vae: Any, precision: Precision) -> str:
+    """Return a hash of all that decides what a VAE makes of given pixels: weights, configuration, device and number format."""
+    import torch
+
+    settings = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    layout = [parameter.is_contiguous(memory_format=torch.channels_last) for parameter in vae.parameters() if parameter.dim() == 4]
+    digest = hashlib.blake2b(digest_size=12)
+    digest.update(json.dumps([settings, precision.device.type, precision.name, all(layout)], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _encode(
+    latents: Latents,
+    missing: Sequence[Entry],
+    contents: dict[int, str] | None,
+    index: Index,
+    data: DataOptions,
+    vae: Any,
+    precision: Precision,
+    tell: Callable[[str], None],
+) -> None:
+    from data.loader import read_crops
+    from trainer.diffusion.moments import encode_pixels
+    from trainer.transfer import to_device
+
+    began = told = time.monotonic()
+    try:
+        for number, crop in enumerate(read_crops(index, data, missing, contents), 1):
+            if crop.pixels_1CHW is None:
+                latents.bad[crop.entry.record] = crop.bad
+                continue
+            moments_1CHW = encode_pixels(vae, to_device(crop.pixels_1CHW, precision.device), precision.autocast).cpu()
+            if not moments_1CHW.isfinite().all():
+                name = index.records[crop.entry.record].name
+                raise UserError(
+                    f"the VAE returns values that are not finite for {name} in {precision.name}; set mixed_precision to bf16 or no, or "
+                    "use another vae."
+                )
+            latents.add(crop.entry, moments_1CHW[0])
+            if (now := time.monotonic()) - told > EVERY:
+                told = now
+                left = (now - began) / number * (len(missing) - number)
+                tell(f"Encoded {number:,} of {len(missing):,} images; about {left / 60:.0f} minutes left.")
+    finally:
+        latents.flush()  # what was computed before Ctrl-C is there for the next run
+
+
+def _check_disk(folder: Path, size: int) -> None:
+    place = folder.resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if size + SPARE_DISK > free:
+        raise UserError(
+            f"cache_latents: disk needs {_gib(size)} in {folder} and {_gib(free)} are free; make room, choose another cache_dir, or use "
+            "memory or no."
+        )
+
+
+def _free_memory() -> int:
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def _roots(index: Index) -> str:
+    return hashlib.blake2b(
+        "\n".join(str(root.resolve()) for root in index.roots).encode(errors="surrogateescape"), digest_size=8
+    ).hexdigest()
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
