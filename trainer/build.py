@@ -208,7 +208,7 @@ def build_run(config: TrainConfig, console: Console) -> Run:
     optimizers = make_optimizers(config, parts, total_steps)
     objective = make_objective(config, models, parts, contexts)
     meter = Meter(epoch_tags={LOSS: EPOCH_LOSS})
-    adaptive = {member.network: member.options.d0 for member in optimizers.members if isinstance(member.options, EstimateOptions)}
+    adaptive = {member.network: member.options for member in optimizers.members if isinstance(member.options, EstimateOptions)}
     watch = AdaptationWatch(adaptive, SECTIONS)
     sampler = Sampler(
         prompts,

@@ -48,6 +48,9 @@ def test_help_lists_every_key_with_its_range_default_and_words(capsys: pytest.Ca
         assert any(line.startswith(f"  {name}: ") for line in lines), name
     assert "  --resolution: a whole number, at least 64, a multiple of 64; default 512" in lines
     assert "  --resume_ckpt: text; required" in lines
+    assert "  optimizer: text; default adamw8bit" in lines
+    assert "lion, lion8bit, dadapt_lion: Share of the running mean" in " ".join(text.split())
+    assert "Default [0.9, 0.99]." in " ".join(text.split()), "defaults that differ between optimizers are named"
     assert max(map(len, lines)) <= 140
 
 

@@ -156,6 +156,30 @@ def test_other_optimizers_run_and_continue_to_the_bit(workplace, optimizer):
         assert rate[1] == 0.0 and max(rate.values()) > min(list(rate.values())[2:])
 
 
+@pytest.mark.parametrize(
+    ("unet", "text_encoder"), [("lion", "prodigy"), ("dadapt_sgd", "lion8bit"), ("dadapt_lion", "dadapt_adam_reference")]
+)
+def test_every_other_optimizer_runs_and_continues_to_the_bit(workplace, unet, text_encoder):
+    sections = {"base": {"optimizer": unet, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 1}}
+    write(
+        workplace,
+        sections | {"text_encoder_overrides": {"optimizer": text_encoder}},
+        **{"fixed_loss_images": 0, "save_every_n_epochs": None, "max_epochs": 1, "log_step": 1, "save_format": "diffusers"},
+    )
+    assert train.main(["--logdir", "whole"]) == 0
+    assert train.main(["--stop_after_steps", "2"]) == 0
+    assert train.main(["--resume_ckpt", "findlast"]) == 0
+    whole, stopped = next((workplace / "whole").iterdir()), run_of(workplace)
+    same_run(*(folder / "ckpts" / "last-tiny-ep01-gs00003" for folder in (whole, stopped)))
+    found = scalars(stopped)
+    assert {tag for tag in found if tag.startswith("dadapt/d_hat")} == {
+        f"dadapt/d_hat {network}" for network, name in (("unet", unet), ("text encoder", text_encoder)) if not name.startswith("lion")
+    }
+    rates = {network: found[f"hyperparameter/lr {network}"] for network in ("unet", "text encoder")}
+    assert all(rate[1] == 0 and rate[3] > 0 for rate in rates.values())
+    assert found["hyperparameter/lr unet"] == scalars(whole)["hyperparameter/lr unet"]
+
+
 def test_fused_backward_on_bf16_weights_continues_to_the_bit(workplace):
     write(workplace, FUSED, weights_dtype="bf16", sample_prompts="prompts.json")
     assert train.main(["--logdir", "whole"]) == 0

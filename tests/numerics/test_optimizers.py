@@ -161,6 +161,7 @@ ADAM = {"epsilon": 1e-5, "betas": (0.8, 0.95), "weight_decay": 0.3}
 LION = {"betas": (0.8, 0.95), "weight_decay": 0.3}
 GROWING = {**ADAM, "d0": 1e-4, "growth_rate": 1.3, "decouple": False, "lr": 0.7}
 DADAPT = {**GROWING, "layer_scale": 0.5, "use_bias_correction": True}
+FUSED = {"fused_backward": True}
 PRODIGY = {**GROWING, "use_bias_correction": False, "safeguard_warmup": False, "d_coef": 1.5, "slice_p": 3}
 SGD = {"momentum": 0.6, "weight_decay": 0.05, "d0": 1e-2, "growth_rate": 1.3, "lr": 0.7}
 CASES = {
@@ -168,10 +169,10 @@ CASES = {
     "adamw8bit": Case(adamw_in_blocks, 1e-2, ADAM, torch.float32, share=0.9, agrees=1e-3, tiny={"epsilon": 1e-37}),
     "lion": Case(lion, 1e-2, LION, torch.float32, share=0.99, agrees=1e-5),
     "lion8bit": Case(lion_in_blocks, 1e-2, LION, torch.float32, share=0.99, agrees=1e-5),
-    "dadapt_adam": Case(dadapt_adam, settings={**DADAPT, "d_max": 3e-3}, tiny={"epsilon": 1e-300, "d0": 1e-4}),
+    "dadapt_adam": Case(dadapt_adam, settings={**DADAPT, **FUSED, "d_max": 3e-3}, tiny={"epsilon": 1e-300, "d0": 1e-4}),
     "dadapt_adam8bit": Case(
         dadapt_adam,
-        settings={**DADAPT, "d_max": 1e3},
+        settings={**DADAPT, **FUSED, "d_max": 1e3},
         dtype=torch.float32,
         share=0.99,
         agrees=0.1,
@@ -322,9 +323,9 @@ def test_every_key_reaches_the_library_and_does_something(name, key):
 
 
 def test_no_key_is_left_out_above():
-    assert {key for options in optimizer_classes().values() for key in keys_of(options)} - {"optimizer", *keys_of(ScheduleOptions)} == set(
-        OTHER_VALUES
-    )
+    """But for fused_backward, which changes memory and not the path (test_dadapt_adam_fused.py)."""
+    keys = {key for options in optimizer_classes().values() for key in keys_of(options)}
+    assert keys - {"optimizer", "fused_backward", *keys_of(ScheduleOptions)} == set(OTHER_VALUES)
 
 
 LIBRARIES = {

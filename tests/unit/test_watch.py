@@ -2,12 +2,14 @@
 
 import pytest
 
+from trainer.config.schema import keys_of, optimizer_classes
+from trainer.optim import DAdaptAdamOptions
 from trainer.optim.watch import PATIENCE, AdaptationWatch
 
 
 def told(course, *, every=10, network="unet", watch=None):
     """Return (step, sentence) for a course: a function from the step to (d, d_hat)."""
-    watch = watch or AdaptationWatch({"unet": 1e-6}, {"unet": "base"})
+    watch = watch or AdaptationWatch({"unet": DAdaptAdamOptions()}, {"unet": "base"})
     return [
         (step, sentence)
         for step in range(every, 501, every)
@@ -44,6 +46,16 @@ def test_d_that_runs_away_after_a_rest():
     assert 340 <= step <= 360 and "1e-05" in sentence and "base.d_max" in sentence and "growth_rate" in sentence
 
 
+@pytest.mark.parametrize("name", [name for name, options in optimizer_classes().items() if options.adapts])
+def test_the_brakes_that_are_named_are_keys_of_the_optimizer(name):
+    options = optimizer_classes()[name]
+    watch = AdaptationWatch({"unet": options(d0=1e-7)}, {"unet": "base"})
+    ((_, sentence),) = told(lambda step: (1e-5 if step < 300 else 1e-5 * 1.05 ** (step - 300), 1.0), watch=watch)
+    for key in ("d_max", "growth_rate"):
+        assert (f"base.{key}" in sentence) == (key in keys_of(options))
+    assert "base." in sentence
+
+
 @pytest.mark.parametrize("stop", [50, 150, 250])
 def test_a_continued_run_says_the_rest(stop):
     def course(step):
@@ -51,9 +63,9 @@ def test_a_continued_run_says_the_rest(stop):
 
     whole = told(course)
     assert len(whole) == 2
-    first = AdaptationWatch({"unet": 1e-6}, {"unet": "base"})
+    first = AdaptationWatch({"unet": DAdaptAdamOptions()}, {"unet": "base"})
     said = [(s, t) for s in range(10, stop + 1, 10) for t in first.look("unet", step=s, d=course(s)[0], d_hat=course(s)[1])]
-    second = AdaptationWatch({"unet": 1e-6}, {"unet": "base"})
+    second = AdaptationWatch({"unet": DAdaptAdamOptions()}, {"unet": "base"})
     second.load_state_dict(first.state_dict())
     said += [(s, t) for s in range(stop + 10, 501, 10) for t in second.look("unet", step=s, d=course(s)[0], d_hat=course(s)[1])]
     assert said == whole

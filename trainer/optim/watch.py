@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.optim.dadapt import EstimateOptions
 
 PATIENCE = 100
 """Optimizer steps for which d must stay where it began, d_hat below 0, or d flat, before that means anything."""
@@ -33,14 +36,14 @@ class AdaptationWatch:
     """Follow d and d_hat of each network over the reports of a run.
 
     Args:
-        d0: where d starts, by network.
+        options: of the optimizers that find their rate, by network.
         sections: the section of the optimizer file that sets each network's keys, for the sentences.
     """
 
-    def __init__(self, d0: Mapping[str, float], sections: Mapping[str, str]) -> None:
-        self._d0, self._sections = dict(d0), dict(sections)
-        self._courses = {network: _Course() for network in d0}
-        self.networks = tuple(d0)
+    def __init__(self, options: Mapping[str, EstimateOptions], sections: Mapping[str, str]) -> None:
+        self._options, self._sections = dict(options), dict(sections)
+        self._courses = {network: _Course() for network in options}
+        self.networks = tuple(options)
 
     def look(self, network: str, *, step: int, d: float, d_hat: float) -> list[str]:
         """Return what is to be said at optimizer step `step`; each thing is said once for a network.
@@ -51,7 +54,7 @@ class AdaptationWatch:
             d: the estimate that acts.
             d_hat: what the last step estimated.
         """
-        course, d0, where = self._courses[network], self._d0[network], self._sections[network]
+        course, d0, where = self._courses[network], self._options[network].d0, self._sections[network]
         sentences: list[str] = []
 
         def say(what: str, sentence: str) -> None:
@@ -79,11 +82,12 @@ class AdaptationWatch:
             )
         self._follow(course, step, d, d0)
         if course.plateau and d >= RUNAWAY * course.plateau:
+            brakes = {"d_max": f"{course.plateau:.2g}", "growth_rate": "1.02"}
+            known = [f"{where}.{key} to {value}" for key, value in brakes.items() if hasattr(self._options[network], key)]
             say(
                 "runaway",
                 f"d of the {network} is {d:.3g}, ten times the {course.plateau:.3g} at which it had come to rest, and d never falls: look "
-                f"at the samples from before the rise, and "
-                f"set {where}.d_max to {course.plateau:.2g} or {where}.growth_rate to 1.02.",
+                f"at the samples from before the rise, and " + (f"set {' or '.join(known)}." if known else f"lower {where}.lr."),
             )
         return sentences
 
