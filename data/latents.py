@@ -140,8 +140,11 @@ class DiskLatents:
 
     def missing(self, wanted: Iterable[Entry]) -> list[Entry]:
         """Return which of `wanted` are still to be computed, in their order; of equal images one."""
-        keys = ((entry, self._key(entry)) for entry in wanted)
-        first = {key or str(entry.record): entry for entry, key in keys if key not in self._shard_of}
+        first: dict[str, Entry] = {}
+        for entry in wanted:
+            key = self._key(entry)
+            if key not in self._shard_of:
+                first.setdefault(key or f"{entry}", entry)
         return list(first.values())
 
     def add(self, entry: Entry, moments: Tensor) -> None:
