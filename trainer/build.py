@@ -143,8 +143,8 @@ def build_run(config: TrainConfig, console: Console) -> Run:
         DataError: the images do not.
     """
     from data.dataset import shown_captions
-    from data.index import build_index
     from data.report import report
+    from data.saved_index import remembered_index
     from trainer.cache import cache_folder, encode_captions, encode_images, plan_latents
     from trainer.cadence import Cadence
     from trainer.check import plan_lines
@@ -168,7 +168,8 @@ def build_run(config: TrainConfig, console: Console) -> Run:
         raise UserError(problem)
     config = replace(config, loop=replace(config.loop, seed=choose_seed(config.loop.seed, start)))
     config, prompts = read_prompts(config)
-    index = build_index(config.data)
+    kept = cache_folder(config.cache, config.logging.logdir)
+    index = remembered_index(config.data, kept)
     precision = resolve_precision(config.precision, choose_device(config.loop.gpuid))
     device = precision.device
     check_fused_backward(config, precision)
@@ -191,7 +192,7 @@ def build_run(config: TrainConfig, console: Console) -> Run:
         config.data,
         models.vae,
         precision,
-        folder=cache_folder(config.cache, config.logging.logdir),
+        folder=kept,
         tell=console.event,
     )
     contexts = None
@@ -199,7 +200,7 @@ def build_run(config: TrainConfig, console: Console) -> Run:
         captions = shown_captions(index, config.data)
         contexts = encode_captions(captions, tokenize, models.text_encoder, precision, clip_skip=config.objective.clip_skip)
     # Networks that nothing but samples needs any more wait on the CPU.
-    waiting: list[nn.Module] = [network for network, kept in ((models.vae, latents), (models.text_encoder, contexts)) if kept is not None]
+    waiting: list[nn.Module] = [network for network, made in ((models.vae, latents), (models.text_encoder, contexts)) if made is not None]
     for network in waiting:
         network.to("cpu")
 

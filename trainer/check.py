@@ -22,8 +22,8 @@ def check(config: TrainConfig, notes: Sequence[str]) -> None:
         UserError: the model, the checkpoint or the environment does not allow the run.
         DataError: the images do not.
     """
-    from data.index import build_index
     from data.report import report
+    from data.saved_index import remembered_index
     from trainer.build import (
         Tokenize,
         check_same_run,
@@ -36,7 +36,7 @@ def check(config: TrainConfig, notes: Sequence[str]) -> None:
         make_loader,
         read_prompts,
     )
-    from trainer.cache import plan_latents
+    from trainer.cache import cache_folder, plan_latents
     from trainer.config import check_fused_backward, check_rates, check_schedules
     from trainer.errors import UserError
     from trainer.models.load import describe as describe_model
@@ -50,7 +50,7 @@ def check(config: TrainConfig, notes: Sequence[str]) -> None:
     start = find_start(config)
     config, _ = read_prompts(config)
     config = replace(config, loop=replace(config.loop, seed=choose_seed(config.loop.seed, start)))
-    index = build_index(config.data)
+    index = remembered_index(config.data, cache_folder(config.cache, config.logging.logdir), save=False)
     precision = resolve_precision(config.precision, choose_device(config.loop.gpuid))
     check_fused_backward(config, precision)
     total_steps = count_steps(config, index)
