@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import torch._dynamo
 from torch import nn
 
 from trainer.optim import dadapt_adam, dadapt_kernels
@@ -199,13 +200,35 @@ def test_the_number_of_calls_does_not_follow_the_number_of_tensors(calls):
 
 def test_compiling_is_chosen_by_size_and_saved(calls):
     small = DAdaptAdam([nn.Parameter(torch.zeros(1000))])
-    assert not small.compiled and DAdaptAdam([nn.Parameter(torch.zeros(1 << 22))]).compiled
+    assert not small.compiled and DAdaptAdam([nn.Parameter(torch.zeros(1 << 24))]).compiled
     one = DAdaptAdam([nn.Parameter(torch.zeros(1000))], compile=True)
     small.load_state_dict(one.state_dict())
     assert small.compiled
     fixed = DAdaptAdam([nn.Parameter(torch.zeros(1000))], compile=False)
-    fixed.load_state_dict(one.state_dict())
+    with pytest.warns(
+        UserWarning, match=r"^the saved run stepped through torch\.compile, this one does without torch\.compile: it goes on"
+    ):
+        fixed.load_state_dict(one.state_dict())
     assert not fixed.compiled
+    large = DAdaptAdam([nn.Parameter(torch.zeros(1 << 24))])
+    other = DAdaptAdam([nn.Parameter(torch.zeros(1 << 24))], compile=False)
+    large.load_state_dict(other.state_dict())
+    assert not large.compiled
+
+
+def test_a_forbidden_compiler_is_not_used(monkeypatch):
+    monkeypatch.setattr(dadapt_kernels, "_compiled", {})
+    with torch._dynamo.config.patch(disable=True), pytest.warns(UserWarning, match="TORCH_COMPILE_DISABLE is set"):
+        assert not DAdaptAdam([nn.Parameter(torch.zeros(1000))], compile=True).compiled
+
+
+def test_a_resumed_run_whose_compiler_is_gone_says_so(calls, monkeypatch):
+    saved = DAdaptAdam([nn.Parameter(torch.zeros(1000))], compile=True).state_dict()
+    monkeypatch.setattr(dadapt_adam, "compiled_kernel", lambda device, state_bits: None)
+    resumed = DAdaptAdam([nn.Parameter(torch.zeros(1000))])
+    with pytest.warns(UserWarning, match=r"stepped through torch\.compile, this one does without"):
+        resumed.load_state_dict(saved)
+    assert not resumed.compiled
 
 
 def test_where_compiling_does_not_work_one_line_says_so(monkeypatch):

@@ -118,7 +118,6 @@ class DAdaptAdamOptions(AdaptationOptions):
             d_max=self.d_max,
             state_bits=self.state_bits,
             fused_backward=self.fused_backward,
-            compile=False,  # the eager path is the one that whole fine-tunes were measured with
         )
 
     def rate(self, optimizer: Optimizer) -> Tensor:

@@ -23,6 +23,7 @@ ever since the start) the step leaves the parameters, k, W and d alone.
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,8 +36,8 @@ from torch.optim import Optimizer
 from trainer.optim.dadapt_kernels import NEUTRAL, ROW, Coefficients, Kernel, advance, compiled_kernel
 from trainer.optim.flat_state import PACK_ROWS, Bank, Layout, Pack, Segment, is_large
 
-_WORTH_COMPILING = 1 << 22
-"""Parameters from which on compiling, which takes seconds to minutes once, is tried without being asked for."""
+_WORTH_COMPILING = 1 << 24
+"""Parameters from which on compiling is tried without being asked for."""
 
 _LEARNED = ("d", "k", "numerator_weighted")
 _SHARED = ("betas", "decouple", "use_bias_correction", "d0", "growth_rate", "d_max")
@@ -68,9 +69,9 @@ class DAdaptAdam(Optimizer):
         d0: where d starts.
         growth_rate: the most that d may grow by in one step, as a factor.
         d_max: d does not grow beyond this.
-        compile: run through torch.compile, True or False; None does so if there are four million parameters or more. Where it does not
-            work, or for fp64, the step runs eagerly, which gives the same results but for the last bits. A saved state remembers the
-            choice made for None.
+        compile: run through torch.compile, True or False; None does so if there are sixteen million parameters or more, below which the
+            time it takes, once, is not won back soon. Where it does not work, or for fp64, the step runs eagerly, which gives the
+            same results but for the last bits. Which way it was is saved with the state, and with None a loaded state decides.
         state_bits: 32, or 8 for one byte for each of m, v and s (trainer.optim.quantized), 3.01 bytes for a parameter instead of 12.
         fused_backward: update each parameter inside `loss.backward()`, as soon as its gradient is complete, and drop the gradient, so that
             the gradients never exist together. `step()` closes the step: it moves d. Bit-equal to the plain step. One backward a step:
@@ -419,6 +420,8 @@ class DAdaptAdam(Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
         """Restore the state bit for bit, in the precision it was saved in. Hyper-parameters stay those of this optimizer.
 
+        A warning says so if steps cannot go on the way they were computed, compiled or not.
+
         Raises:
             ValueError: the state is of other parameters or of another precision.
         """
@@ -442,8 +445,15 @@ class DAdaptAdam(Optimizer):
         for _, target, source in copies:
             target.copy_(source)
         self._steps = adaptation["steps"]
-        if self.compile is None and self.compiled != adaptation["compiled"]:
-            self._choose_kernels(layout, compile=adaptation["compiled"])
+        saved = adaptation["compiled"]
+        if self.compile is None and self.compiled != saved:
+            self._choose_kernels(layout, compile=saved)
+        if self.compiled != saved:
+            ways = ("through torch.compile", "without torch.compile")
+            warnings.warn(
+                f"the saved run stepped {ways[not saved]}, this one does {ways[saved]}: it goes on the same but for the last bits",
+                stacklevel=2,
+            )
         self._proven.clear()
         self._backwards = 0
 

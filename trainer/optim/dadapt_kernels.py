@@ -110,8 +110,8 @@ _compiled: dict[tuple[str, int], Kernel | None] = {}
 def compiled_kernel(device: torch.device, state_bits: int) -> Kernel | None:
     """Return `advance_float` or `advance_bytes` compiled for fp32 rows on this kind of device, or None if that does not work here.
 
-    The first call compiles for any number of rows above one, in seconds to minutes (torch keeps the result on disk), and tries the
-    result out. One graph serves every shape, group and optimizer. If it fails, a warning of one line says so.
+    The first call compiles for any number of rows above one and tries the result out, in some seconds (torch keeps it on disk). One
+    graph serves every shape, group and optimizer. If it fails, or TORCH_COMPILE_DISABLE=1 forbids it, a warning of one line says so.
     """
     key = (device.type, state_bits)
     if key not in _compiled:
@@ -127,6 +127,8 @@ def compiled_kernel(device: torch.device, state_bits: int) -> Kernel | None:
 def _tried(device: torch.device, state_bits: int) -> Kernel:
     import torch._dynamo
 
+    if torch._dynamo.config.disable:
+        raise RuntimeError("TORCH_COMPILE_DISABLE is set")
     give_hints()
     rows, width = 48, ROW if state_bits == 32 else BLOCK
     function: Kernel = advance_float if state_bits == 32 else advance_bytes
