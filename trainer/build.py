@@ -429,6 +429,7 @@ def describe(config: TrainConfig, index: Index, parts: TrainedParts) -> dict[str
         "images per step": config.data.batch_size * config.loop.grad_accum,
         "project": config.logging.project_name,
         "trained": {network: part.what for network, part in parts.counts.items()},
+        "channels_last": config.precision.channels_last,  # state in 8 bits is kept in blocks along memory
     }
 
 

@@ -241,6 +241,8 @@ def test_continuing_with_other_data_or_another_optimizer_is_refused(workplace, c
     assert train.main(["--resume_ckpt", "findlast"]) == 2
     assert "trained with dadapt_adam" in capsys.readouterr().err
     write(workplace, DADAPT)
+    assert train.main(["--resume_ckpt", "findlast", "--no-channels_last"]) == 2
+    assert "channels_last was True, and is False now" in capsys.readouterr().err
     (workplace / "pictures" / "4.txt").write_text("something else")
     assert train.main(["--resume_ckpt", "findlast", "--seed", "8"]) == 2
     error = capsys.readouterr().err
@@ -291,7 +293,8 @@ def test_what_cannot_run_is_said_in_a_sentence_and_leaves_nothing(workplace, cap
 
 
 def test_missing_bitsandbytes_is_said_in_a_sentence(workplace, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    monkeypatch.delitem(sys.modules, "trainer.optim.strided", raising=False)
     write(workplace, ADAMW8BIT)
     assert train.main([]) == 2
     error = capsys.readouterr().err

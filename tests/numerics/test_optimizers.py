@@ -329,7 +329,7 @@ def test_no_key_is_left_out_above():
 
 
 LIBRARIES = {
-    "bitsandbytes": {"adamw8bit": "bitsandbytes.optim.adamw", "lion": "bitsandbytes.optim.lion", "lion8bit": "bitsandbytes.optim.lion"},
+    "bitsandbytes": dict.fromkeys(("adamw8bit", "lion", "lion8bit"), "bitsandbytes.optim"),
     "dadaptation": dict.fromkeys(("dadapt_adam_reference", "dadapt_lion", "dadapt_sgd"), "dadaptation"),
     "prodigyopt": {"prodigy": "prodigyopt"},
 }
@@ -338,7 +338,8 @@ LIBRARIES = {
 @pytest.mark.parametrize(("library", "name"), [(library, name) for library, names in LIBRARIES.items() for name in names])
 def test_a_library_that_is_not_installed_is_said_in_a_sentence(library, name, monkeypatch):
     monkeypatch.setitem(sys.modules, LIBRARIES[library][name], None)
-    monkeypatch.delitem(sys.modules, "trainer.optim.dadapt_sgd", raising=False)
+    for ours in ("dadapt_sgd", "strided"):  # which derive from a library's class
+        monkeypatch.delitem(sys.modules, f"trainer.optim.{ours}", raising=False)
     with pytest.raises(UserError, match=rf"^optimizer {name}: {library} does not load .*`pip install {library}`, or choose"):
         options_of(name).build(parameters(), 1.0)
 
@@ -349,6 +350,27 @@ def test_building_and_stepping_prints_nothing(name, capfd):
     options = options_of(name)
     train(options.build(params, options.lr), params, 2)
     assert capfd.readouterr() == ("", "")
+
+
+BYTES = {
+    "adamw": 8, "adamw8bit": 2.03, "lion": 4, "lion8bit": 1.02, "dadapt_adam": 12, "dadapt_adam8bit": 3.01, "dadapt_adam_reference": 12,
+    "dadapt_lion": 8, "dadapt_sgd": 12, "prodigy": 16, "prodigy, slice_p 11": 8.73,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("title", BYTES)
+def test_bytes_of_state_for_each_parameter(title):
+    """On a large weight; what the README says."""
+    p = torch.nn.Parameter(torch.ones(640, 320))
+    name, _, slices = title.partition(", slice_p ")
+    options = options_of(name, **({"slice_p": int(slices)} if slices else {}))
+    optimizer = options.build([p], options.lr)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    own = {key: value for key, value in optimizer.state[p].items() if isinstance(value, torch.Tensor) and not key.startswith("qmap")}
+    stored = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in own.values()}
+    assert sum(stored.values()) / p.numel() == pytest.approx(BYTES[title], rel=2e-2)
+    assert {title.partition(",")[0] for title in BYTES} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -425,6 +447,24 @@ def test_a_gradient_that_is_not_finite_changes_nothing_in_any_network(name, bad)
     assert_same(uncounted, [entry for entry in before if not entry[0].endswith("adaptation.steps")])
     train_set(optimizers, params, 1, first=4)
     assert not torch.equal(params[0].detach(), before[0][1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_keep_their_strides(name):
+    """Channels last, and dimensions of 1, whose strides say nothing."""
+    shapes = [(16, 24, 3, 3), (16, 24, 1, 1), (1, 40, 3, 3)]
+    params = [torch.nn.Parameter(torch.zeros(shape).to(memory_format=torch.channels_last)) for shape in shapes]
+    options = options_of(name)
+    optimizer = options.build(params, options.lr)
+    for _ in range(2):
+        for index, p in enumerate(params):
+            p.grad = gradient(p.shape, 0, index, p.dtype).to(memory_format=torch.channels_last)
+        before = [(p.stride(), p.data_ptr(), p.grad) for p in params]
+        optimizer.step()
+        assert [(p.stride(), p.data_ptr()) for p in params] == [(stride, place) for stride, place, _ in before]
+        assert all(p.grad is kept for p, (_, _, kept) in zip(params, before, strict=True))
+    signs = [(-p.detach().sign() == gradient(p.shape, 0, index, p.dtype).sign()).all() for index, p in enumerate(params)]
+    assert all(signs), "every weight went against its own gradient"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -60,7 +60,7 @@ class AdamW8bitOptions(MomentOptions):
             UserError: bitsandbytes is not installed or does not load.
         """
         try:
-            from bitsandbytes.optim.adamw import AdamW8bit
+            from trainer.optim.strided import AdamW8bit
         except Exception as error:  # a broken CUDA set-up raises anything at import
             raise does_not_load(self.optimizer, "bitsandbytes", error, "adamw or dadapt_adam") from error
         return AdamW8bit(params, lr=lr, betas=self.betas, eps=self.epsilon, weight_decay=self.weight_decay)

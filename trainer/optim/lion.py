@@ -44,7 +44,7 @@ class LionOptions(SignOptions):
             UserError: bitsandbytes is not installed or does not load.
         """
         try:
-            from bitsandbytes.optim.lion import Lion
+            from trainer.optim.strided import Lion
         except Exception as error:  # a broken CUDA set-up raises anything at import
             raise does_not_load(self.optimizer, "bitsandbytes", error, "adamw or dadapt_adam") from error
         decay: Any = self.weight_decay  # the library annotates its default, 0, as int
