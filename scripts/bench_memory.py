@@ -100,6 +100,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         latent_channels=4,
         latent_factor=8,
         scaling_factor=0.18215,
+        context_width=768,
         train_text_encoder=options.networks != "unet",
     )
     _start_counting(precision.device)

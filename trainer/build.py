@@ -154,6 +154,7 @@ def build_run(config: TrainConfig, console: Console) -> Run:
     from trainer.loggers import open_loggers
     from trainer.loop import EPOCH_LOSS, LOSS, Run
     from trainer.metrics import Meter
+    from trainer.models.load import describe as describe_model
     from trainer.models.load import load_models
     from trainer.models.trainable import apply_freezing
     from trainer.optim.dadapt import EstimateOptions
@@ -176,7 +177,10 @@ def build_run(config: TrainConfig, console: Console) -> Run:
     total_steps = count_steps(config, index)
     notes = check_schedules(config, total_steps)
 
+    if config.objective.enable_zero_terminal_snr:  # gigabytes later it would be refused all the same
+        set_noise_schedule(config, prompts, describe_model(replace(config.model, resume_ckpt=start.model)))
     models = load_models(replace(config.model, resume_ckpt=start.model))
+    set_noise_schedule(config, prompts, models)
     parts = apply_freezing(models, config.parts, config.optimizers.freezing)
     check_rates(config, {network: part.trained for network, part in parts.counts.items()})
     about = describe(config, index, parts)
@@ -326,6 +330,21 @@ def choose_device(gpuid: int) -> torch.device:
     return torch.device("cuda", gpuid) if device.type == "cuda" and device.index is None else device
 
 
+def set_noise_schedule(config: TrainConfig, prompts: SamplePrompts, models: Models) -> None:
+    """Give the model the noise schedule that it is trained with, sampled with and saved with.
+
+    Raises:
+        UserError: the configuration asks for one that does not go with what the model predicts, or samples with a sampler that does not
+            know it.
+    """
+    from trainer.diffusion.schedule import with_zero_terminal_snr
+    from trainer.sampling import check_scheduler
+
+    if config.objective.enable_zero_terminal_snr and not models.assumed:
+        models.scheduler_config = with_zero_terminal_snr(models.scheduler_config, models.source)
+    check_scheduler(prompts, models.scheduler_config)
+
+
 def place(models: Models, device: torch.device, *, channels_last: bool, weights: torch.dtype) -> None:
     """Move the networks to the device, convolution weights channels last if asked, each tensor in memory of its own.
 
@@ -407,6 +426,7 @@ def make_objective(config: TrainConfig, models: Models, parts: TrainedParts, con
     from trainer.diffusion.schedule import NoiseSchedule
 
     vae: Any = models.vae.config
+    text_encoder: Any = models.text_encoder.config
     return Objective(
         config.objective,
         NoiseSchedule(models.scheduler_config).to(models.unet.device),
@@ -414,6 +434,7 @@ def make_objective(config: TrainConfig, models: Models, parts: TrainedParts, con
         latent_channels=vae.latent_channels,
         latent_factor=2 ** (len(vae.block_out_channels) - 1),
         scaling_factor=vae.scaling_factor,
+        context_width=text_encoder.hidden_size,
         train_text_encoder=TEXT_ENCODER in parts.parameters,
         contexts=contexts,
     )

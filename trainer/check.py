@@ -35,6 +35,7 @@ def check(config: TrainConfig, notes: Sequence[str]) -> None:
         log_folder_problem,
         make_loader,
         read_prompts,
+        set_noise_schedule,
     )
     from trainer.cache import cache_folder, plan_latents
     from trainer.config import check_fused_backward, check_rates, check_schedules
@@ -48,7 +49,7 @@ def check(config: TrainConfig, notes: Sequence[str]) -> None:
     for note in notes:
         print(f"Note: {note}")
     start = find_start(config)
-    config, _ = read_prompts(config)
+    config, prompts = read_prompts(config)
     config = replace(config, loop=replace(config.loop, seed=choose_seed(config.loop.seed, start)))
     index = remembered_index(config.data, cache_folder(config.cache, config.logging.logdir), save=False)
     precision = resolve_precision(config.precision, choose_device(config.loop.gpuid))
@@ -59,6 +60,7 @@ def check(config: TrainConfig, notes: Sequence[str]) -> None:
     models = describe_model(replace(config.model, resume_ckpt=start.model))
     for note in models.notes:
         print(f"Note: {note}")
+    set_noise_schedule(config, prompts, models)
     parts = apply_freezing(models, config.parts, config.optimizers.freezing)
     check_rates(config, {network: part.trained for network, part in parts.counts.items()})
     if start.about is not None:

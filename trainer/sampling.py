@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Le, MinLen, MultipleOf
+
+from trainer.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -258,6 +261,7 @@ class Sampler:
                 width=batch[0].width,
                 height=batch[0].height,
                 guidance_scale=cfg,
+                guidance_rescale=_GUIDANCE_RESCALE if pipeline.scheduler.config.get("rescale_betas_zero_snr") else 0.0,
                 num_inference_steps=self._options.num_inference_steps,
                 generator=generators,
                 output_type="latent",
@@ -325,6 +329,31 @@ def _evaluating(*networks: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+_GUIDANCE_RESCALE = 0.7
+"""The share that arXiv 2305.08891 (section 3.4) uses: guidance overexposes where the first timestep is noise alone."""
+
+
+def check_scheduler(prompts: SamplePrompts, scheduler_config: Mapping[str, Any]) -> None:
+    """Refuse a sampler that does not know the model's noise schedule.
+
+    Raises:
+        UserError: the schedule ends in noise alone, and the sampler would draw with another one.
+    """
+    if not scheduler_config.get("rescale_betas_zero_snr") or prompts.scheduler in _rescaling():
+        return
+    raise UserError(
+        f"sample_prompts: scheduler {prompts.scheduler} does not know a noise schedule that ends in noise alone (zero-terminal SNR); use "
+        f"one of {', '.join(_rescaling())}."
+    )
+
+
+def _rescaling() -> list[str]:
+    from diffusers import schedulers
+
+    parameters = {name: inspect.signature(getattr(schedulers, kind).__init__).parameters for name, (kind, _) in _SCHEDULERS.items()}
+    return [name for name, known in parameters.items() if "rescale_betas_zero_snr" in known]
 
 
 _DPM, _KARRAS = "dpmsolver++", {"use_karras_sigmas": True}

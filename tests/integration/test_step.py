@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ import torch
 from data.batch import Batch
 from tests.tiny import tiny_models
 from trainer.config.schema import optimizer_classes
+from trainer.diffusion.conditioning import encode_text
 from trainer.diffusion.objective import Inputs, Networks, Objective, ObjectiveOptions
-from trainer.diffusion.schedule import NoiseSchedule
+from trainer.diffusion.schedule import NoiseSchedule, with_zero_terminal_snr
 from trainer.optim import AdamW8bitOptions, AdamWOptions, OptimizerOptions
 from trainer.optim.optimizer_set import OptimizerSet
 from trainer.precision import Precision
@@ -28,6 +30,22 @@ SETTINGS = {  # where 25 steps at the method's own rate and no decay would show 
 OPTIONS: dict[str, OptimizerOptions] = {
     name: options(**{"lr": 1.0, **SETTINGS.get(name, {})}) for name, options in optimizer_classes().items()
 }
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "plain": {"min_snr_gamma": None, "zero_frequency_noise_ratio": 0.0},
+    "huber": {"loss_type": "huber"},
+    "mse_huber": {"loss_type": "mse_huber"},
+    "huber_mse": {"loss_type": "huber_mse"},
+    "offset noise": {"zero_frequency_noise_ratio": 0.1},
+    "pyramid noise": {"pyramid_noise_discount": 0.5},
+    "perturbed captions": {"embedding_perturbation": 1.0},
+    "clip skip": {"clip_skip": 2},
+    "a range of timesteps": {"timestep_start": 400, "timestep_end": 500},
+    "v-prediction": {"prediction": "v_prediction"},
+    "v-prediction, unweighted": {"prediction": "v_prediction", "min_snr_gamma": None},
+    "zero-terminal SNR": {"prediction": "v_prediction", "enable_zero_terminal_snr": True},
+    "zero-terminal SNR at its end": {"prediction": "v_prediction", "enable_zero_terminal_snr": True, "timestep_start": 999},
+}
+"""Every option of noise, prediction and loss away from its default."""
 OPTIONS |= {f"{name} fused": replace(OPTIONS[name], fused_backward=True) for name in ("dadapt_adam", "dadapt_adam8bit")}
 BF16 = Precision(torch.device("cpu"), torch.bfloat16, None, torch.bfloat16)
 
@@ -48,14 +66,16 @@ def _batch(positions, epoch=0):
     )
 
 
-def _objective(models, **options):
+def _objective(models, prediction="epsilon", **options):
+    scheduler = {**models.scheduler_config, "prediction_type": prediction}
     return Objective(
         ObjectiveOptions(**{"zero_frequency_noise_ratio": 0.05, "min_snr_gamma": 5.0, **options}),
-        NoiseSchedule(models.scheduler_config),
+        NoiseSchedule(with_zero_terminal_snr(scheduler, "tiny") if options.get("enable_zero_terminal_snr") else scheduler),
         seed=3,
         latent_channels=4,
         latent_factor=8,
         scaling_factor=models.vae.config.scaling_factor,
+        context_width=models.text_encoder.config.hidden_size,
         train_text_encoder=True,
     )
 
@@ -250,6 +270,37 @@ def test_the_decay_so_far_is_what_weights_without_a_gradient_have_lost():
 def test_the_step_reads_nothing_back(name):
     """On the meta device every read-back raises."""
     networks, objective, optimizers = _setup("adamw")
+    _step_on_meta(name, networks, objective, optimizers)
+
+
+@pytest.mark.parametrize("chosen", OBJECTIVES)
+def test_no_objective_reads_anything_back(chosen):
+    _step_on_meta("adamw", *_setup("adamw", **OBJECTIVES[chosen]))
+
+
+@pytest.mark.parametrize("chosen", OBJECTIVES)
+def test_every_objective_learns_and_differs(chosen):
+    networks, objective, optimizers = _setup("adamw", **OBJECTIVES[chosen])
+    inputs = objective.draw(_batch(range(4)))
+    losses = [train_step([inputs], networks, objective, optimizers, step=step, images=4) for step in range(4)]
+    assert all(result.skipped.item() == 0.0 for result in losses)
+    weighted = chosen != "zero-terminal SNR at its end"  # where min-SNR weights the only timestep by 0
+    assert (losses[-1].loss < losses[0].loss) if weighted else losses[0].loss == 0
+    networks, objective, _ = _setup("adamw")
+    same = objective.losses(networks, objective.draw(_batch(range(4)))).mul(inputs.scale_B).mean()
+    assert not torch.isclose(losses[0].loss, same.detach(), rtol=1e-6), "the option changes nothing"
+
+
+def test_a_perturbation_of_the_captions_is_added_to_them():
+    networks, objective, _ = _setup(embedding_perturbation=0.5)
+    inputs = objective.draw(_batch(range(2)))
+    context = encode_text(networks.text_encoder, inputs.tokens_BT)
+    assert inputs.perturbation_BTD is not None and inputs.perturbation_BTD.shape == context.shape
+    moved = replace(inputs, context_BTD=context + inputs.perturbation_BTD, perturbation_BTD=None)
+    assert torch.equal(objective.losses(networks, inputs), objective.losses(networks, moved))
+
+
+def _step_on_meta(name, networks, objective, optimizers):
     meta = torch.device("meta")
     inputs = objective.draw(_batch(range(2)))
     for module in (networks.unet, networks.text_encoder, networks.vae):

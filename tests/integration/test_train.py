@@ -15,6 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from tests.tiny import write_tiny_folder
 from trainer.checkpoint import checkpoints, resume_problem
+from trainer.diffusion.schedule import NoiseSchedule
+from trainer.models.load import ModelOptions, load_models
 
 ROOT = Path(train.__file__).parent
 ADAMW8BIT = {"base": {"optimizer": "adamw8bit", "lr": None, "weight_decay": 0.01}, "text_encoder_lr_scale": 0.5}
@@ -218,6 +220,43 @@ def test_d_that_stays_at_its_start_is_said(workplace, capsys, monkeypatch):
     write(workplace, {"base": {**DADAPT["base"], "d0": 10.0, "lr": 1e-3}})
     assert train.main([]) == 0
     assert "d of the unet has not left d0 (10)" in capsys.readouterr().out
+
+
+def test_zero_terminal_snr_is_trained_sampled_and_saved(workplace, capsys):
+    """The checkpoint alone says how it was trained, to this program and to diffusers."""
+    folder = write_tiny_folder(workplace / "velocity")
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({**scheduler, "prediction_type": "v_prediction"}))
+    write(
+        workplace,
+        ADAMW,
+        model="velocity",
+        enable_zero_terminal_snr=True,
+        pyramid_noise_discount=0.3,
+        embedding_perturbation=0.5,
+        max_epochs=1,
+    )
+    assert train.main([]) == 0
+    assert "could not be drawn" not in capsys.readouterr().err
+    [checkpoint] = checkpoints(run_of(workplace))
+    saved = json.loads((checkpoint / "scheduler" / "scheduler_config.json").read_text())
+    assert (saved["rescale_betas_zero_snr"], saved["timestep_spacing"], saved["prediction_type"]) == (True, "trailing", "v_prediction")
+    pipeline = StableDiffusionPipeline.from_pretrained(checkpoint)
+    pipeline.scheduler.set_timesteps(3)
+    assert pipeline.scheduler.alphas_cumprod[-1] == 0 and pipeline.scheduler.timesteps[0] == 999
+
+    single = next((checkpoint.parent).glob("*.safetensors"))
+    for source in (checkpoint, single):
+        models = load_models(ModelOptions(resume_ckpt=str(source)))
+        assert NoiseSchedule(models.scheduler_config).snr(torch.tensor([999])) == 0, "the switch is not needed again"
+
+
+def test_zero_terminal_snr_of_an_epsilon_model_is_refused_before_it_loads(workplace, capsys, monkeypatch):
+    monkeypatch.setattr("trainer.models.load.load_models", lambda options: pytest.fail("the weights were loaded"))
+    for command in ([], ["--check"]):
+        assert train.main(["--enable_zero_terminal_snr", *command]) == 2
+        assert "predicts epsilon, the noise" in capsys.readouterr().err
+    assert not (workplace / "logs").exists()
 
 
 def test_frozen_layers_keep_their_weights_and_no_gradient(workplace, model):

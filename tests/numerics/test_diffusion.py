@@ -2,15 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
+from data.rng import stream
 from trainer.diffusion.conditioning import encode_text
 from trainer.diffusion.loss import image_losses
-from trainer.diffusion.noise import gaussian, offset
-from trainer.diffusion.schedule import NoiseSchedule
+from trainer.diffusion.noise import gaussian, offset, perturbation, pyramid
+from trainer.diffusion.schedule import NoiseSchedule, with_zero_terminal_snr
 from trainer.diffusion.weighting import min_snr_weights
 from trainer.errors import UserError
 
@@ -88,6 +90,83 @@ def test_offset_noise_is_constant_over_a_channel_with_the_asked_deviation():
     drawn = torch.tensor([offset((4, 8, 8), 0.1, 1, 0, place).reshape(-1).tolist() for place in range(2000)])
     assert drawn.shape == (2000, 4)
     assert drawn.std().item() == pytest.approx(0.1, rel=0.05)
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (4, 64, 40)])
+def test_pyramid_noise_adds_coarse_noise_and_keeps_the_deviation(shape):
+    plain = gaussian(shape, 1, 0, 7)
+    mixed = pyramid(plain, 0.5, 1, 0, 7)
+    assert mixed.dtype == np.float32 and (plain == gaussian(shape, 1, 0, 7)).all()
+    assert mixed.std() == pytest.approx(1, abs=1e-5)
+    assert (mixed == pyramid(plain, 0.5, 1, 0, 7)).all()
+    assert not np.allclose(mixed, pyramid(plain, 0.5, 1, 0, 8))
+
+    def between_neighbours(noise):
+        return float((noise[:, 1:] * noise[:, :-1]).mean())
+
+    correlated = [between_neighbours(pyramid(gaussian(shape, 1, 0, i), 0.5, 1, 0, i)) for i in range(20)]
+    weak = [between_neighbours(pyramid(gaussian(shape, 1, 0, i), 0.03, 1, 0, i)) for i in range(20)]
+    assert np.mean(correlated) > 0.1 and abs(np.mean(weak)) < 0.05
+
+
+def test_the_first_level_of_the_pyramid_by_hand():
+    """Two latents a side: one coarser level of a single value, which is added to all four."""
+    plain = gaussian((1, 2, 2), 1, 0, 7)
+    draws = stream(1, "pyramid noise", 0, 7)
+    draws.uniform(2, 4)
+    total = plain + np.float32(0.25) * draws.standard_normal((1, 1, 1), dtype=np.float32)
+    np.testing.assert_allclose(pyramid(plain, 0.25, 1, 0, 7), total / total.std(), rtol=1e-6)
+
+
+def test_a_perturbed_vector_is_moved_by_the_asked_length():
+    moved = perturbation((77, 768), 0.3, 1, 0, 7)
+    lengths = np.linalg.norm(moved, axis=1)
+    assert moved.shape == (77, 768) and moved.dtype == np.float32
+    assert lengths.mean() == pytest.approx(0.3, rel=0.01) and lengths.std() < 0.02
+
+
+V = {**SD15, "prediction_type": "v_prediction"}
+
+
+def test_zero_terminal_snr_is_that_of_diffusers():
+    latents, noise, t = _tensors()
+    schedule = NoiseSchedule(with_zero_terminal_snr(V, "model"))
+    reference = DDPMScheduler(**V, rescale_betas_zero_snr=True)
+    everywhere = torch.arange(1000)
+    assert torch.equal(schedule.noisy(latents, noise, t), reference.add_noise(latents, noise, t))
+    assert torch.equal(schedule.target(latents, noise, t), reference.get_velocity(latents, noise, t))
+    torch.testing.assert_close(schedule.snr(everywhere), compute_snr(reference, everywhere), rtol=1e-4, atol=1e-12)
+    assert schedule.snr(torch.tensor([999])).item() == 0
+    last = torch.full((len(t),), 999)
+    assert torch.equal(schedule.noisy(latents, noise, last), noise), "the last timestep is noise alone"
+    assert torch.equal(schedule.target(latents, noise, last), -latents)
+
+
+def test_zero_terminal_snr_keeps_the_first_timestep_and_rescales_the_root_by_hand():
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    root = torch.cumprod(1 - betas, 0).sqrt()
+    rescaled = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    t = torch.tensor([0, 250, 900, 998])
+    expected = rescaled[t] / (1 - rescaled[t])
+    torch.testing.assert_close(NoiseSchedule(with_zero_terminal_snr(V, "model")).snr(t).double(), expected, rtol=2e-3, atol=1e-9)
+
+
+def test_min_snr_is_finite_at_every_timestep_of_zero_terminal_snr():
+    snr = NoiseSchedule(with_zero_terminal_snr(V, "model")).snr(torch.arange(1000))
+    for kind in ("epsilon", "v_prediction"):
+        weights = min_snr_weights(snr, 5.0, kind)
+        assert weights.isfinite().all() and (weights >= 0).all() and weights.max() <= 1, kind
+
+
+def test_zero_terminal_snr_says_how_to_sample_and_is_refused_for_epsilon():
+    config = with_zero_terminal_snr({**V, "_class_name": "PNDMScheduler", "steps_offset": 1}, "model")
+    assert (config["_class_name"], config["rescale_betas_zero_snr"], config["timestep_spacing"]) == ("DDIMScheduler", True, "trailing")
+    assert config["clip_sample"] is False and config["steps_offset"] == 1
+    euler = with_zero_terminal_snr({**V, "_class_name": "EulerDiscreteScheduler"}, "model")
+    assert euler["_class_name"] == "EulerDiscreteScheduler"
+    for epsilon in (SD15, {**SD15, "prediction_type": "epsilon"}):
+        with pytest.raises(UserError, match="some-model predicts epsilon"):
+            with_zero_terminal_snr(epsilon, "some-model")
 
 
 def test_clip_skip_takes_the_hidden_state_before_through_the_final_norm():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +14,16 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from PIL import Image
 
-from tests.tiny import tiny_models
+from tests.tiny import tiny_models, tiny_scheduler
 from trainer.config.report import Report
 from trainer.config.sample_file import load_sample_prompts, read_sample_prompts
+from trainer.diffusion.schedule import with_zero_terminal_snr
 from trainer.errors import UserError
 from trainer.grid import labelled_row, tiled
-from trainer.sampling import SamplePrompt, SamplePrompts, Sampler, Samples, Scheduler
+from trainer.sampling import SamplePrompt, SamplePrompts, Sampler, Samples, Scheduler, check_scheduler
 
 QUICK = SamplePrompts(
     num_inference_steps=2, cfgs=(3.0,), samples=(SamplePrompt(prompt="a red circle"), SamplePrompt(prompt="a blue square"))
@@ -259,6 +262,40 @@ def test_ddim_does_not_clip_latents_of_a_model_saved_with_another_scheduler(mode
     assert "clip_sample" not in models.scheduler_config
     explicit = {**models.scheduler_config, "clip_sample": False, "set_alpha_to_one": False}
     assert pixels(draw(models)) == pixels(draw(replace(models, scheduler_config=explicit)))
+
+
+ZERO_TERMINAL = with_zero_terminal_snr({**dict(tiny_scheduler().config), "prediction_type": "v_prediction"}, "tiny")
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "euler", "euler_a", "dpm++", "dpm++_2m_sde_k"])
+def test_a_schedule_that_ends_in_noise_alone_is_drawn_with(models: Any, scheduler: Any):
+    check_scheduler(replace(QUICK, scheduler=scheduler), ZERO_TERMINAL)
+    drawn = draw(replace(models, scheduler_config=ZERO_TERMINAL), replace(QUICK, scheduler=scheduler, num_inference_steps=4))
+    assert drawn.problems == ()
+
+
+def test_a_schedule_that_ends_in_noise_alone_is_sampled_from_its_end_with_rescaled_guidance(models: Any, monkeypatch: pytest.MonkeyPatch):
+    seen: list[tuple[float, int]] = []
+    forward = StableDiffusionPipeline.__call__
+
+    def record(self: Any, **arguments: Any) -> Any:
+        result = forward(self, **arguments)
+        seen.append((arguments["guidance_rescale"], int(self.scheduler.timesteps[0])))
+        return result
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", record)
+    draw(models)
+    draw(replace(models, scheduler_config=ZERO_TERMINAL))
+    assert seen[0][0] == 0.0 and seen[0][1] < 999
+    assert seen[-1] == (0.7, 999)
+
+
+@pytest.mark.parametrize("scheduler", ["pndm", "lms", "kdpm2", "dpm++_2s", "dpm++_sde_k"])
+def test_a_sampler_that_does_not_know_such_a_schedule_is_refused(scheduler: Any):
+    prompts = SamplePrompts(scheduler=scheduler)
+    check_scheduler(prompts, tiny_scheduler().config)
+    with pytest.raises(UserError, match=f"scheduler {re.escape(scheduler)} does not know .* use one of ddim, ddpm"):
+        check_scheduler(prompts, ZERO_TERMINAL)
 
 
 # Training does not notice

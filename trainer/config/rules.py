@@ -177,6 +177,20 @@ def _timesteps(settings: Settings, report: Report) -> None:
         report.error(place, f"no timestep is left to train: timestep_start {start} must be less than timestep_end {end}")
 
 
+def _terminal_snr(settings: Settings, report: Report) -> None:
+    if not settings["enable_zero_terminal_snr"]:
+        return
+    place = settings.place("enable_zero_terminal_snr")
+    if settings["timestep_end"] < 1000:
+        report.note(place, f"has little effect: the last timestep is not trained, timestep_end is {settings['timestep_end']}")
+    if settings["min_snr_gamma"] is not None:
+        report.note(
+            settings.place("min_snr_gamma"),
+            "weights a timestep without signal by 0, and those before it by almost 0, which are the ones that enable_zero_terminal_snr is "
+            "about; null lets them be learned",
+        )
+
+
 def _nothing_trained(settings: Settings, report: Report) -> None:
     if settings["disable_textenc_training"] and settings["disable_unet_training"]:
         place = settings.place("disable_unet_training")
@@ -283,6 +297,7 @@ def _names(settings: Settings, report: Report) -> None:
 
 _RULES: tuple[Callable[[Settings, Report], None], ...] = (
     _timesteps,
+    _terminal_snr,
     _nothing_trained,
     _precision,
     _saving,

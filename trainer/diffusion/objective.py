@@ -34,6 +34,17 @@ class ObjectiveOptions:
     zero_frequency_noise_ratio: Annotated[float, Ge(0), Le(1)] = 0.02
     """Offset noise: the share of noise that is constant over a channel, which lets the model learn dark and bright pictures."""
 
+    pyramid_noise_discount: Annotated[float, Ge(0), Le(1)] | None = None
+    """Pyramid noise: add ever coarser noise, each level weighted by this factor once more, which moves whole areas of a picture; null or 0
+    adds none, 0.03 is EveryDream2's shipped value."""
+
+    embedding_perturbation: Annotated[float, Ge(0)] = 0.0
+    """Add noise of about this length to each token's vector of the encoded caption, so that captions are learned less by heart."""
+
+    enable_zero_terminal_snr: bool = False
+    """Rescale the noise schedule so that the last timestep is noise alone (arXiv 2305.08891), for v-prediction models only; the exported
+    scheduler says so, and samples use trailing timesteps and rescaled guidance. A model that was trained so needs no switch."""
+
     timestep_start: Annotated[int, Ge(0), Le(999)] = 0
     """The first timestep that is trained."""
 
@@ -81,6 +92,9 @@ class Inputs:
     context_BTD: Tensor | None = None
     """What the text encoder made of the tokens before; None where it is to be run."""
 
+    perturbation_BTD: Tensor | None = None
+    """fp32 noise that is added to the context; None for none."""
+
     def to(self, device: torch.device) -> Inputs:
         """Copy everything to `device`, without waiting where the memory is pinned."""
         from trainer.transfer import to_device
@@ -106,6 +120,7 @@ class Objective:
         schedule: the forward process.
         seed: the run's seed; every draw is keyed by it and by the image's place.
         latent_channels, latent_factor, scaling_factor: the VAE's channels, pixels per latent and unit scale.
+        context_width: the size of the text encoder's vectors.
         train_text_encoder: whether gradients reach the text encoder.
         contexts: what a text encoder that does not learn has made of the captions, to be used in its place.
     """
@@ -119,6 +134,7 @@ class Objective:
         latent_channels: int,
         latent_factor: int,
         scaling_factor: float,
+        context_width: int,
         train_text_encoder: bool,
         contexts: Contexts | None = None,
     ) -> None:
@@ -128,6 +144,7 @@ class Objective:
         self.latent_channels = latent_channels
         self.latent_factor = latent_factor
         self.scaling_factor = scaling_factor
+        self.context_width = context_width
         self.train_text_encoder = train_text_encoder
         self.contexts = contexts
 
@@ -156,9 +173,17 @@ class Objective:
             height, width = (side // self.latent_factor for side in batch.pixels_BCHW.shape[-2:])
         shape = (self.latent_channels, height, width)
         noises = [noise.gaussian(shape, self.seed, *place) for place in places]
+        if self.options.pyramid_noise_discount:
+            discount = self.options.pyramid_noise_discount
+            noises = [noise.pyramid(plain, discount, self.seed, *place) for plain, place in zip(noises, places, strict=True)]
         if self.options.zero_frequency_noise_ratio > 0:
             strength = self.options.zero_frequency_noise_ratio
             noises = [plain + noise.offset(shape, strength, self.seed, *place) for plain, place in zip(noises, places, strict=True)]
+        perturbation = None
+        if self.options.embedding_perturbation > 0:
+            vectors = (batch.tokens_BT.shape[1], self.context_width)
+            strength = self.options.embedding_perturbation
+            perturbation = torch.tensor(np.stack([noise.perturbation(vectors, strength, self.seed, *place) for place in places]))
         posterior = [stream(self.seed, "latent", *place).standard_normal(shape, dtype=np.float32) for place in places]
         return Inputs(
             pixels_BCHW=batch.pixels_BCHW,
@@ -169,6 +194,7 @@ class Objective:
             t_B=torch.tensor(timesteps, dtype=torch.int64),
             moments_BCHW=batch.moments_BCHW,
             context_BTD=None if self.contexts is None else self.contexts.of(batch.tokens_BT),
+            perturbation_BTD=perturbation,
         )
 
     def losses(self, networks: Networks, inputs: Inputs, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Tensor:
@@ -198,6 +224,8 @@ class Objective:
             if context_BTD is None:
                 with torch.set_grad_enabled(self.train_text_encoder and torch.is_grad_enabled()):
                     context_BTD = encode_text(networks.text_encoder, inputs.tokens_BT, self.options.clip_skip)
+            if inputs.perturbation_BTD is not None:
+                context_BTD = context_BTD + inputs.perturbation_BTD.to(context_BTD.dtype)
             prediction_BCHW = networks.unet(noisy_BCHW, t_B, context_BTD).sample
 
         loss_B = image_losses(prediction_BCHW, target_BCHW, t_B, self.options.loss_type, self.schedule.timesteps)

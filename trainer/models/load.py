@@ -39,6 +39,7 @@ class Models:
         scheduler_config: the base's scheduler settings as plain data: betas, prediction type, `_class_name`.
         source: where the weights came from, as it is shown to people.
         notes: sentences for people about what was assumed.
+        assumed: whether nothing was at hand to describe, so that everything is Stable Diffusion 1.5's.
     """
 
     unet: UNet2DConditionModel
@@ -48,6 +49,7 @@ class Models:
     scheduler_config: dict[str, Any]
     source: str
     notes: tuple[str, ...] = ()
+    assumed: bool = False
 
 
 def load_models(options: ModelOptions) -> Models:
@@ -142,6 +144,7 @@ def _assumed(name: str) -> Models:
         scheduler_config=dict(SD15.scheduler),
         source=name,
         notes=(f"resume_ckpt: {name} is not in the hub cache and is downloaded when training starts; assumed here to have SD 1.5's size.",),
+        assumed=True,
     )
 
 

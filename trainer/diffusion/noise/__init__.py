@@ -12,6 +12,44 @@ def gaussian(shape_CHW: tuple[int, int, int], seed: int, *place: int) -> np.ndar
     return stream(seed, "noise", *place).standard_normal(shape_CHW, dtype=np.float32)
 
 
+def pyramid(noise_CHW: np.ndarray, discount: float, seed: int, *place: int) -> np.ndarray:
+    """Return noise of one image with coarser noise added to it, level by level, scaled to a standard deviation of 1 over the image; fp32.
+
+    Each level is 2 to 4 times as coarse as the one before, so chosen by chance, bilinearly enlarged and weighted by `discount` to the power
+    of its number, down to a side of one latent. Source: J. Whitaker, "Multi-Resolution Noise for Diffusion Model Training", 2023.
+
+    Args:
+        noise_CHW: the image's unit-variance noise, level 0.
+        discount: above 0, up to 1; the weight of the first coarser level.
+        seed: the run's.
+        place: the image's, in the run.
+    """
+    import torch
+    from torch.nn.functional import interpolate
+
+    draws = stream(seed, "pyramid noise", *place)
+    channels, height, width = noise_CHW.shape
+    total, level, side = noise_CHW.copy(), 0, (float(height), float(width))
+    while min(side) >= 2 and level < _LEVELS:
+        level += 1
+        factor = draws.uniform(2, 4)
+        side = (side[0] / factor, side[1] / factor)
+        coarse = draws.standard_normal((1, channels, max(1, int(side[0])), max(1, int(side[1]))), dtype=np.float32)
+        enlarged = interpolate(torch.from_numpy(coarse), size=(height, width), mode="bilinear", align_corners=False)
+        total += np.float32(discount**level) * enlarged[0].numpy()
+    return total / total.std()
+
+
+_LEVELS = 10
+"""Enough for any size: the tenth is at least 1024 times as coarse as a latent."""
+
+
+def perturbation(shape_TD: tuple[int, int], strength: float, seed: int, *place: int) -> np.ndarray:
+    """Return what is added to one image's context, fp32: noise of standard deviation strength / sqrt(D), vectors of about that length."""
+    length, width = shape_TD
+    return np.float32(strength / width**0.5) * stream(seed, "embedding", *place).standard_normal((length, width), dtype=np.float32)
+
+
 def offset(shape_CHW: tuple[int, int, int], strength: float, seed: int, *place: int) -> np.ndarray:
     """Return offset noise of one image: a constant per channel with standard deviation `strength`, shape (C, 1, 1).
 
