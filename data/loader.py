@@ -79,6 +79,11 @@ class StepLoader:
         """Return the files that could not be read during the run, each once, in the order they were met."""
         return tuple(self.images.bad.values())
 
+    @property
+    def left_out(self) -> tuple[BadFile, ...]:
+        """Return all files that the run does without: those that the scan refused and those that could not be read later."""
+        return (*self._index.bad, *self.bad)
+
     def steps_in(self, epoch: int) -> int:
         """Return the number of optimizer steps of one epoch; it varies where images are shown a fraction of the time."""
         return steps_per_epoch(self._index, epoch=epoch, **self._planned)

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from trainer.sampling import SamplePrompts, Sampler
 
 UNET, TEXT_ENCODER = "unet", "text encoder"
+
+_NAMED = 20
+"""Files of one kind that are named; the rest are counted."""
 SECTIONS = {UNET: "base", TEXT_ENCODER: "text_encoder_overrides"}
 
 
@@ -70,10 +73,10 @@ def closing(run: Run, written: Sequence[Path]) -> list[str]:
     minutes = state.seconds / 60
     ended = "Done" if state.step >= total else f"Stopped after step {state.step} of {total}"
     lines = [f"{ended}: {state.step} steps, {state.images} images in {minutes:.1f} minutes of training."]
-    if run.loader.bad:
-        lines.append(
-            f"{len(run.loader.bad)} files could not be read and were left out: {', '.join(file.name for file in run.loader.bad[:10])}."
-        )
+    if bad := run.loader.left_out:
+        files = "1 file" if len(bad) == 1 else f"{len(bad)} files"
+        more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        lines.append(f"Left out, for it could not be used: {files}: {', '.join(file.name for file in bad[:_NAMED])}{more}.")
     if state.step < total:
         lines.append(f"Go on with:  python train.py --resume_ckpt {run.folder} and the same --config")
     return [
@@ -246,6 +249,10 @@ def build_run(config: TrainConfig, console: Console) -> Run:
         console.event(f"Note: {note}")
     for note in report(index, resolution=config.data.resolution, batch_size=config.data.batch_size, count_tokens=tokenize.count).notes():
         console.event(f"Note: {note}.")
+    for file in index.bad[:_NAMED]:
+        console.event(f"{file}; the image is left out")
+    if len(index.bad) > _NAMED:
+        console.event(f"... and {len(index.bad) - _NAMED} more; train.py --check names them")
     for line in plan_lines(config, models.source, parts.counts, precision, loader.steps_in(0), total_steps, latent_plan):
         console.event(line)
     if start.checkpoint is not None:

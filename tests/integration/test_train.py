@@ -300,13 +300,25 @@ def test_check_prints_the_plan_without_loading_weights(workplace, model, capsys)
     assert not (workplace / "logs").exists(), "a check leaves nothing behind"
 
 
-def test_an_unreadable_image_is_named_once_and_left_out(workplace, capsys):
+def test_unusable_images_are_named_once_and_counted_at_the_end(workplace, capsys):
     good = (workplace / "pictures" / "3.png").read_bytes()
     (workplace / "pictures" / "3.png").write_bytes(good[: len(good) // 2])
+    (workplace / "pictures" / "4.png").write_bytes(b"")
     assert train.main([]) == 0
     out = capsys.readouterr().out
-    assert out.count("3.png: ") >= 1 and "left out" in out
-    assert "12 images" in out
+    assert out.count("3.png: it is damaged") == 1 and out.count("4.png: it is empty (0 bytes)") == 1
+    assert "9 images in" in out and "Left out, for it could not be used: 2 files: 4.png, 3.png." in out
+
+
+def test_an_image_that_is_damaged_later_is_named_and_counted(workplace, capsys):
+    assert train.main(["--stop_after_steps", "3", "--cache_latents", "no", "--fixed_loss_images", "0"]) == 0
+    capsys.readouterr()
+    Image.new("RGB", (70, 80)).save(workplace / "pictures" / "3.png")  # the scan sees the same size
+    content = (workplace / "pictures" / "3.png").read_bytes()
+    (workplace / "pictures" / "3.png").write_bytes(content[:60])
+    assert train.main(["--resume_ckpt", "findlast", "--cache_latents", "no", "--fixed_loss_images", "0"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("3.png: it is damaged") == 1 and "Left out, for it could not be used: 1 file: 3.png." in out
 
 
 @pytest.mark.parametrize(
