@@ -7,32 +7,35 @@ import sys
 from data.errors import DataError
 from trainer.environment import check_environment
 from trainer.errors import UserError
+from trainer.signals import Interrupted, StopSignals
 
 
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit code.
 
-    0 is done, 1 a run that failed, 2 something that must be put right before it can begin, 130 interrupted.
+    0 is done, 1 a run that failed, 2 something that must be put right before it can begin, 128 and more a signal that ended it: 130 for
+    Ctrl-C, 143 for SIGTERM.
     """
-    try:
-        notes = check_environment()
-        from trainer.config import load_config
+    with StopSignals() as signals:
+        try:
+            notes = check_environment()
+            from trainer.config import load_config
 
-        loaded = load_config(arguments)
-        if loaded.action == "check":
-            from trainer.check import check
+            loaded = load_config(arguments)
+            if loaded.action == "check":
+                from trainer.check import check
 
-            check(loaded.config, [*notes, *loaded.notes])
-        else:
-            from trainer.build import run_training
+                check(loaded.config, [*notes, *loaded.notes], weights_only=loaded.weights_only)
+            else:
+                from trainer.build import run_training
 
-            run_training(loaded.config, [*notes, *loaded.notes])
-    except KeyboardInterrupt:
-        print("Interrupted; the last checkpoint is whole: --resume_ckpt findlast goes on from it.", file=sys.stderr)
-        return 130
-    except (UserError, DataError) as error:
-        print(*error.problems, sep="\n", file=sys.stderr)
-        return getattr(error, "exit_code", 2)
+                run_training(loaded.config, [*notes, *loaded.notes], weights_only=loaded.weights_only, arguments=arguments, signals=signals)
+        except Interrupted as error:
+            print(f"Stopped by {error}.", file=sys.stderr)
+            return error.exit_code
+        except (UserError, DataError) as error:
+            print(*error.problems, sep="\n", file=sys.stderr)
+            return getattr(error, "exit_code", 2)
     return 0
 
 

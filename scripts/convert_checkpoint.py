@@ -54,14 +54,15 @@ def convert(source: str, target: Path, *, vae: str | None = None, full_precision
 
     models = load_models(ModelOptions(resume_ckpt=source, vae=vae))
 
-    from trainer.checkpoint import save_file
+    from trainer.disk import appearing
     from trainer.export import save_diffusers, save_single_file
 
     dtype = torch.float32 if full_precision else torch.float16
-    if target.suffix.lower() == ".safetensors":
-        save_file(target, lambda draft: save_single_file(models, draft, dtype, {"modelspec.title": target.stem}))
-    else:
-        save_file(target, lambda draft: save_diffusers(models, draft, dtype))  # a folder appears whole just as a file does
+    with appearing(target) as draft:
+        if target.suffix.lower() == ".safetensors":
+            save_single_file(models, draft, dtype, {"modelspec.title": target.stem})
+        else:
+            save_diffusers(models, draft, dtype)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

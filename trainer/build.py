@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
+from trainer.resume import Start, changes, check_same_run, describe, find_start, resume_command
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from data.index import Index
     from data.latents import Latents
     from data.loader import StepLoader
-    from trainer.checkpoint import TrainState
     from trainer.config.schema import TrainConfig
     from trainer.diffusion.conditioning import Contexts
     from trainer.diffusion.objective import Objective
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from trainer.models.trainable import TrainedParts
     from trainer.optim.optimizer_set import OptimizerSet
     from trainer.sampling import SamplePrompts, Sampler
+    from trainer.signals import StopSignals
 
 UNET, TEXT_ENCODER = "unet", "text encoder"
 
@@ -40,12 +41,20 @@ _NAMED = 20
 SECTIONS = {UNET: "base", TEXT_ENCODER: "text_encoder_overrides"}
 
 
-def run_training(config: TrainConfig, notes: Sequence[str]) -> None:
+def run_training(config: TrainConfig, notes: Sequence[str], *, weights_only: bool, arguments: Sequence[str], signals: StopSignals) -> None:
     """Train as configured, from the first event to the last line that says where everything is.
+
+    Args:
+        config: the checked configuration.
+        notes: sentences to show first.
+        weights_only: a checkpoint gives its weights to a new run instead of being continued.
+        arguments: the command line, for the one that goes on with this run.
+        signals: ask the run to end.
 
     Raises:
         UserError: something has to be put right before the run can begin, or the run has failed.
         DataError: likewise, about the images.
+        Interrupted: a signal has ended the run.
     """
     from trainer.environment import check_cuda
     from trainer.loggers.console import Console
@@ -56,19 +65,26 @@ def run_training(config: TrainConfig, notes: Sequence[str]) -> None:
     console = Console()
     for note in [*notes, *check_cuda()]:
         console.event(f"Note: {note}")
-    run = build_run(config, console)
+    run = build_run(config, console, weights_only=weights_only, signals=signals)
     console.start(total_steps=run.cadence.total_steps, first_step=run.state.step)
     try:
-        written = train(run)
+        train(run)
     finally:
         console.close()
         run.loggers.close()
-    for sentence in closing(run, written):
-        console.event(sentence)
+        for sentence in closing(run, resume_command(arguments, run.folder, stops_early=config.loop.stop_after_steps is not None)):
+            console.event(sentence)
 
 
-def closing(run: Run, written: Sequence[Path]) -> list[str]:
-    """Return what a person wants to know when a run has ended."""
+def closing(run: Run, command: str) -> list[str]:
+    """Return what a person wants to know when a run has ended.
+
+    Args:
+        run: the run, at its end or wherever it stopped.
+        command: the command line that goes on with it.
+    """
+    from trainer.checkpoint import RESUME, checkpoints
+
     state, total = run.state, run.cadence.total_steps
     minutes = state.seconds / 60
     ended = "Done" if state.step >= total else f"Stopped after step {state.step} of {total}"
@@ -77,8 +93,12 @@ def closing(run: Run, written: Sequence[Path]) -> list[str]:
         files = "1 file" if len(bad) == 1 else f"{len(bad)} files"
         more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
         lines.append(f"Left out, for it could not be used: {files}: {', '.join(file.name for file in bad[:_NAMED])}{more}.")
-    if state.step < total:
-        lines.append(f"Go on with:  python train.py --resume_ckpt {run.folder} and the same --config")
+    if not any((folder / RESUME).is_dir() for folder in checkpoints(run.folder)):
+        lines.append("No checkpoint was saved.")
+    elif state.step < total or state.owed:
+        lines.append(f"Go on with:  {command}")
+    else:
+        lines.append(f"To train on, raise max_epochs (it is {run.epochs}):  {command} --max_epochs {2 * run.epochs}")
     return [
         *lines,
         f"Checkpoints: {run.folder / 'ckpts'}",
@@ -88,58 +108,14 @@ def closing(run: Run, written: Sequence[Path]) -> list[str]:
     ]
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins: from a model, or in the middle of itself."""
-
-    model: str
-    """What `load_models` loads."""
-
-    checkpoint: Path | None = None
-    """The checkpoint folder of the run that is continued."""
-
-    state: TrainState | None = None
-    about: Mapping[str, Any] | None = None
-    """What the continued run was, as its checkpoint says."""
-
-
-def find_start(config: TrainConfig) -> Start:
-    """Return what resume_ckpt stands for.
-
-    A checkpoint folder, a run folder (its newest whole checkpoint) and `findlast` continue a run; anything else is a base model.
-
-    Raises:
-        UserError: there is no checkpoint to go on from, or it is damaged.
-    """
-    from trainer.checkpoint import RESUME, checkpoints, find_last, read_resume, resume_problem
-
-    named = config.model.resume_ckpt
-    folder = Path(named)
-    if named == "findlast":
-        folder = find_last(Path(config.logging.logdir), config.logging.project_name)
-    elif (folder / "ckpts").is_dir():
-        problems = {found: resume_problem(found) for found in checkpoints(folder)}
-        whole = [found for found, problem in problems.items() if problem is None]
-        if not whole:
-            raise UserError(
-                [
-                    f"resume_ckpt: the run {folder} holds no checkpoint to go on from.",
-                    *(problem for problem in problems.values() if problem),
-                ]
-            )
-        folder = whole[0]
-    elif not (folder / RESUME).is_dir():
-        return Start(named)
-    state, about = read_resume(folder)
-    return Start(str(folder), folder, state, about)
-
-
-def build_run(config: TrainConfig, console: Console) -> Run:
+def build_run(config: TrainConfig, console: Console, *, weights_only: bool, signals: StopSignals) -> Run:
     """Load everything that a run needs and make, or go on in, its folder.
 
     Args:
         config: the checked configuration.
         console: where events are shown.
+        weights_only: a checkpoint gives its weights to a new run instead of being continued.
+        signals: ask the run to end.
 
     Raises:
         UserError: the model, the environment or the checkpoint does not allow the run.
@@ -152,8 +128,9 @@ def build_run(config: TrainConfig, console: Console) -> Run:
     from trainer.cadence import Cadence
     from trainer.check import plan_lines
     from trainer.checkpoint import TrainState
-    from trainer.config import check_fused_backward, check_rates, check_schedules
+    from trainer.config import check_fused_backward, check_rates, check_schedules, without_folders
     from trainer.diffusion.objective import Networks
+    from trainer.disk import tidy
     from trainer.loggers import open_loggers
     from trainer.loop import EPOCH_LOSS, LOSS, Run
     from trainer.metrics import Meter
@@ -164,10 +141,11 @@ def build_run(config: TrainConfig, console: Console) -> Run:
     from trainer.optim.watch import AdaptationWatch
     from trainer.precision import resolve_precision
     from trainer.sampling import Sampler
+    from trainer.saving import Saver, Stateful
     from trainer.state import read_state
     from trainer.validation import FixedLoss, choose_images
 
-    start = find_start(config)
+    start = find_start(config, weights_only=weights_only)
     if start.checkpoint is None and (problem := log_folder_problem(Path(config.logging.logdir))):
         raise UserError(problem)
     config = replace(config, loop=replace(config.loop, seed=choose_seed(config.loop.seed, start)))
@@ -186,7 +164,7 @@ def build_run(config: TrainConfig, console: Console) -> Run:
     set_noise_schedule(config, prompts, models)
     parts = apply_freezing(models, config.parts, config.optimizers.freezing)
     check_rates(config, {network: part.trained for network, part in parts.counts.items()})
-    about = describe(config, index, parts)
+    about = describe(config, index, parts, total_steps)
     if start.about is not None:
         check_same_run(about, start.about, str(start.checkpoint))
     place(models, device, channels_last=config.precision.channels_last, weights=precision.weights)
@@ -227,15 +205,16 @@ def build_run(config: TrainConfig, console: Console) -> Run:
         clip_skip=config.objective.clip_skip,
     )
     state = start.state or TrainState()
+    stateful: dict[str, Stateful] = {"optimizers": optimizers, "meter": meter, "watch": watch}
+    if precision.scaler is not None:
+        stateful["scaler"] = precision.scaler
     if start.checkpoint is not None:
         saved = read_state(start.checkpoint / "resume" / "training")
-        optimizers.load_state_dict(saved["optimizers"])
-        meter.load_state_dict(saved["meter"])
-        watch.load_state_dict(saved["watch"])
-        if precision.scaler is not None and saved["scaler"]:
-            precision.scaler.load_state_dict(saved["scaler"])
+        for name in stateful.keys() & saved.keys():
+            stateful[name].load_state_dict(saved[name])
 
-    folder = start.checkpoint.parent.parent if start.checkpoint else make_folder(config)
+    folder = start.checkpoint.parent.parent.resolve() if start.checkpoint else make_folder(config)
+    tidy(folder / "ckpts")
     loggers = open_loggers(
         folder,
         warn=console.event,
@@ -255,8 +234,10 @@ def build_run(config: TrainConfig, console: Console) -> Run:
         console.event(f"... and {len(index.bad) - _NAMED} more; train.py --check names them")
     for line in plan_lines(config, models.source, parts.counts, precision, loader.steps_in(0), total_steps, latent_plan):
         console.event(line)
-    if start.checkpoint is not None:
+    if start.about is not None:
         console.event(f"Going on after step {state.step} in {folder}.")
+        for sentence in [*changes(about, start.about), *rate_jumps(optimizers, state.step, total_steps, start.about["total_steps"])]:
+            console.event(f"Changed: {sentence}")
 
     shown = [identity for identity, record in enumerate(index.records) if record.multiply > 0]
     fixed = [shown[place] for place in choose_images(len(shown), config.fixed_loss.fixed_loss_images, config.loop.seed)]
@@ -287,11 +268,39 @@ def build_run(config: TrainConfig, console: Console) -> Run:
         fixed_loss=FixedLoss(loader.images.plain(fixed), objective) if fixed else None,
         sample=lambda step: None,
         sample_first=prompts.generate_pretrain_samples,
-        save=lambda last: [],
+        saver=Saver(
+            config.saving,
+            run=folder,
+            project=config.logging.project_name,
+            models=models,
+            state=state,
+            parts=stateful,
+            about=about,
+            metadata={
+                "modelspec.resolution": f"{config.data.resolution}x{config.data.resolution}",
+                **{f"sd_dadapt.{name}": text for name, text in without_folders(config).items()},
+            },
+            say=console.event,
+        ),
+        signals=signals,
     )
     run.sample = make_sampler(sampler, models, run, waiting)
-    run.save = make_saver(config, models, about, run)
     return run
+
+
+def rate_jumps(optimizers: OptimizerSet, step: int, total_steps: int, total_before: int) -> list[str]:
+    """Return where another length of the run moves the rate at which it goes on, since schedules are stretched over the run."""
+    from trainer.optim.schedules import rate_factor
+
+    jumps = []
+    for member in optimizers.members:
+        before, now = rate_factor(member.options, total_before)(step), member.factor(step)
+        if abs(now - before) > 0.01 * max(now, before):
+            jumps.append(
+                f"the run has {total_steps} steps instead of {total_before}, over which {member.options.lr_scheduler} stretches: the rate "
+                f"of the {member.network} goes on at {now:.3g} of its full size instead of {before:.3g}"
+            )
+    return jumps
 
 
 def read_prompts(config: TrainConfig) -> tuple[TrainConfig, SamplePrompts]:
@@ -447,42 +456,6 @@ def make_objective(config: TrainConfig, models: Models, parts: TrainedParts, con
     )
 
 
-def describe(config: TrainConfig, index: Index, parts: TrainedParts) -> dict[str, Any]:
-    """Return what a continued run has to agree with, in the words that a difference is told in."""
-    return {
-        "seed": config.loop.seed,
-        "data": index.fingerprint(),
-        "images": len(index.records),
-        "resolution": config.data.resolution,
-        "images per step": config.data.batch_size * config.loop.grad_accum,
-        "project": config.logging.project_name,
-        "trained": {network: part.what for network, part in parts.counts.items()},
-        "channels_last": config.precision.channels_last,  # state in 8 bits is kept in blocks along memory
-    }
-
-
-def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], checkpoint: str) -> None:
-    """Refuse to continue a run as another one.
-
-    Raises:
-        UserError: the seed, the data, the batch or the trained parts differ from the checkpoint's.
-    """
-    words = {"data": "the images or captions have changed"}
-    differences = [
-        words.get(key, f"{key} was {then.get(key)}, and is {value} now")
-        for key, value in now.items()
-        if key != "project" and then.get(key) != value
-    ]
-    if differences:
-        raise UserError(
-            [
-                f"resume_ckpt: {checkpoint} belongs to another run, which this configuration cannot continue; put these back, or start "
-                "a new run from its single file.",
-                *differences,
-            ]
-        )
-
-
 def log_folder_problem(logdir: Path) -> str | None:
     """Return why run folders cannot be made in `logdir`, in one sentence, or None where they can."""
     place = logdir.resolve()
@@ -538,6 +511,7 @@ def make_sampler(sampler: Sampler, models: Models, run: Run, waiting: Sequence[n
                 step=step,
                 device=run.precision.device,
                 autocast=run.precision.autocast,
+                check=run.signals.check,
             )
         for problem in samples.problems:
             run.console.event(f"Note: {problem}.")
@@ -549,51 +523,3 @@ def make_sampler(sampler: Sampler, models: Models, run: Run, waiting: Sequence[n
             run.loggers.image(tag, picture, step)
 
     return sample
-
-
-def make_saver(config: TrainConfig, models: Models, about: Mapping[str, Any], run: Run) -> Callable[[bool], list[Path]]:
-    """Return the function that writes a checkpoint of the run as it stands."""
-    import torch
-
-    from trainer.checkpoint import rotate, save_checkpoint, save_file
-    from trainer.export import save_diffusers, save_single_file
-    from trainer.state import write_state
-
-    saving = config.saving
-    single = saving.save_format != "diffusers" and not saving.no_save_ckpt
-    single_folder = Path(saving.save_ckpt_dir) if saving.save_ckpt_dir else run.folder / "ckpts"
-
-    def write_resume(folder: Path) -> None:
-        scaler = run.precision.scaler
-        training = {
-            "optimizers": run.optimizers.state_dict(),
-            "meter": run.meter.state_dict(),
-            "watch": run.watch.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
-        }
-        write_state(training, folder / "training")
-
-    def save(last: bool) -> list[Path]:
-        state, began = run.state, time.perf_counter()
-        epoch = state.epoch + (1 if state.step_in_epoch else 0)
-        name = f"{'last-' if last else ''}{config.logging.project_name}-ep{epoch:02d}-gs{state.step:05d}"
-        folder = run.folder / "ckpts" / name
-        save_checkpoint(
-            folder,
-            write_model=lambda draft: save_diffusers(models, draft),
-            write_resume=write_resume,
-            state=state,
-            about=dict(about),
-        )
-        written = [folder]
-        if single:
-            file = single_folder / f"{name}.safetensors"
-            dtype = torch.float32 if saving.save_full_precision else torch.float16
-            metadata = {"modelspec.title": name, "modelspec.resolution": f"{config.data.resolution}x{config.data.resolution}"}
-            save_file(file, lambda draft: save_single_file(models, draft, dtype, metadata))
-            written.append(file)
-        rotate(run.folder, saving)
-        run.console.event(f"step {state.step}: saved {' and '.join(map(str, written))} in {time.perf_counter() - began:.1f} s")
-        return written
-
-    return save

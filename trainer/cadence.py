@@ -36,6 +36,10 @@ class Cadence:
     total_steps: int
     stop_after_steps: int | None = None
 
+    def ends(self, step: int) -> bool:
+        """Return whether the run ends with `step`, at its end or early."""
+        return step >= self.total_steps or (self.stop_after_steps is not None and step >= self.stop_after_steps)
+
     def due(self, step: int, *, epoch: int, epoch_ends: bool, last_fixed_loss: int) -> Due:
         """Return what is due after `step`, in `epoch`, which ends with it or not.
 
@@ -44,7 +48,7 @@ class Cadence:
         The fixed-noise loss is measured when an epoch ends, at most once in `log_step` steps, and in long epochs every ten reports;
         `last_fixed_loss` is the step of its last measurement.
         """
-        stop = step >= self.total_steps or (self.stop_after_steps is not None and step >= self.stop_after_steps)
+        stop = self.ends(step)
         since = step - last_fixed_loss
         every, first = self.save_every_n_epochs, self.save_ckpts_from_n_epochs
         return Due(

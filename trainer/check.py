@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from trainer.precision import Precision
 
 
-def check(config: TrainConfig, notes: Sequence[str]) -> None:
+def check(config: TrainConfig, notes: Sequence[str], *, weights_only: bool) -> None:
     """Check all that can be checked without loading weights, scan the images and print the plan.
 
     Raises:
@@ -26,12 +26,9 @@ def check(config: TrainConfig, notes: Sequence[str]) -> None:
     from data.saved_index import remembered_index
     from trainer.build import (
         Tokenize,
-        check_same_run,
         choose_device,
         choose_seed,
         count_steps,
-        describe,
-        find_start,
         log_folder_problem,
         make_loader,
         read_prompts,
@@ -44,11 +41,12 @@ def check(config: TrainConfig, notes: Sequence[str]) -> None:
     from trainer.models.quiet import quiet_libraries
     from trainer.models.trainable import apply_freezing
     from trainer.precision import resolve_precision
+    from trainer.resume import changes, check_same_run, describe, find_start
 
     quiet_libraries()
     for note in notes:
         print(f"Note: {note}")
-    start = find_start(config)
+    start = find_start(config, weights_only=weights_only)
     config, prompts = read_prompts(config)
     config = replace(config, loop=replace(config.loop, seed=choose_seed(config.loop.seed, start)))
     index = remembered_index(config.data, cache_folder(config.cache, config.logging.logdir), save=False)
@@ -63,8 +61,6 @@ def check(config: TrainConfig, notes: Sequence[str]) -> None:
     set_noise_schedule(config, prompts, models)
     parts = apply_freezing(models, config.parts, config.optimizers.freezing)
     check_rates(config, {network: part.trained for network, part in parts.counts.items()})
-    if start.about is not None:
-        check_same_run(describe(config, index, parts), start.about, str(start.checkpoint))
     if problem := log_folder_problem(Path(config.logging.logdir)):
         raise UserError(problem)
 
@@ -73,6 +69,11 @@ def check(config: TrainConfig, notes: Sequence[str]) -> None:
     dataset = report(index, resolution=config.data.resolution, batch_size=config.data.batch_size, count_tokens=count_tokens)
     loader = make_loader(config, index, Tokenize(tokenizer), pin=False)
     latents = plan_latents(config.cache, config.data, index, models.vae.config, epochs=config.loop.max_epochs)
+    if start.about is not None:
+        about = describe(config, index, parts, total_steps)
+        check_same_run(about, start.about, str(start.checkpoint))
+        for change in changes(about, start.about):
+            print(f"Changed: {change}")
     print("\n".join(dataset.lines()))
     print()
     print("\n".join(plan_lines(config, models.source, parts.counts, precision, loader.steps_in(0), total_steps, latents)))

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder, `{project}-ep03-gs00024`:
 
-- a diffusers model folder with the trained weights in fp32, and `manifest.json` with size and SHA-256 of each of its files;
+- a diffusers model folder with the trained weights in training precision, and `manifest.json` with size and SHA-256 of each of its files;
 - `resume/`: counters (`state.json`), optimizer state, and a manifest of its own, so that it can be dropped from older checkpoints.
 
 It is written under a hidden name beside its place, flushed to the disk and renamed. A single .safetensors file in the original
@@ -11,23 +11,28 @@ layout is written the same way next to it.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
+from trainer.disk import appearing, drop, restore
 from trainer.errors import UserError
 
 MANIFEST = "manifest.json"
 RESUME = "resume"
-FORMAT = 1
+FORMAT = 2
+
+RUN = "sd_dadapt.run"
+"""Header field of a single file: the name of the folder of the run that wrote it."""
+
+STEP = "sd_dadapt.step"
+"""Header field of a single file: the optimizer step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +43,10 @@ class SaveOptions:
     """Save a checkpoint after every n-th epoch; null saves at the end only."""
 
     save_ckpts_from_n_epochs: Annotated[int, Ge(0)] = 0
-    """Save no checkpoint before this epoch."""
+    """Let save_every_n_epochs save no checkpoint before this epoch."""
+
+    ckpt_every_n_minutes: Annotated[float, Gt(0)] | None = None
+    """Save a checkpoint after the first step that ends n minutes or more after the last one was saved."""
 
     save_ckpt_dir: str | None = None
     """A folder for the single-file .safetensors instead of the run's own ckpts folder."""
@@ -50,6 +58,9 @@ class SaveOptions:
     no_save_ckpt: bool = False
     """Do not write the single file; the same as save_format: diffusers."""
 
+    no_prepend_last: bool = False
+    """Name the checkpoint at the end of a run like all others, without last- before it."""
+
     save_full_precision: bool = False
     """Write the single file in fp32 instead of fp16."""
 
@@ -58,6 +69,14 @@ class SaveOptions:
 
     keep_resume_n: Annotated[int, Ge(1)] = 1
     """How many of the newest checkpoints keep the state that resuming needs."""
+
+    keep_last_n: Annotated[int, Ge(1)] | None = None
+    """Keep only the newest n checkpoints of the run and delete older ones once a newer one is whole; null keeps all."""
+
+    @property
+    def writes_single(self) -> bool:
+        """Whether a single file is part of a checkpoint."""
+        return self.save_format != "diffusers" and not self.no_save_ckpt
 
 
 @dataclass
@@ -84,6 +103,9 @@ class TrainState:
 
     last_fixed_loss: int = 0
     """The step of the last fixed-noise loss."""
+
+    owed: list[str] = field(default_factory=list)
+    """What is due after this step and was not done, because the run was asked to stop."""
 
     def advance(self, images: int, steps_in_epoch: int, seconds: float) -> None:
         """Count one optimizer step of an epoch that has `steps_in_epoch`."""
@@ -112,79 +134,63 @@ def save_checkpoint(
         state: the counters.
         about: what a resumed run has to agree with: seed, data, optimizers, ...
     """
-    with _appearing(folder) as draft:
+    with appearing(folder) as draft:
         draft.mkdir(parents=True)
         write_model(draft)
-        _write_manifest(draft, {"step": state.step, "epoch": state.epoch})
+        where = {"step": state.step, "epoch": state.epoch, "project": about.get("project")}
+        _write_manifest(draft, where)
         if write_resume is not None:
             resume = draft / RESUME
             resume.mkdir()
             write_resume(resume)
             _write_json(resume / "state.json", {"state": asdict(state), "about": about})
-            _write_manifest(resume, {"step": state.step, "epoch": state.epoch})
-
-
-def save_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Write one file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _appearing(path) as draft:
-        write(draft)
+            _write_manifest(resume, where)
 
 
 def read_resume(folder: Path) -> tuple[TrainState, dict[str, Any]]:
-    """Return the counters and the `about` of a checkpoint.
+    """Return the counters and the `about` of a checkpoint that has been found whole.
 
     Raises:
-        UserError: the folder holds no resume state, or it is damaged.
+        UserError: they cannot be read.
     """
-    problem = resume_problem(folder)
-    if problem:
-        raise UserError(problem)
-    saved = json.loads((folder / RESUME / "state.json").read_text(encoding="utf-8"))
-    return TrainState(**saved["state"]), saved["about"]
+    path = folder / RESUME / "state.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return TrainState(**saved["state"]), saved["about"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: the state of the run cannot be read ({error}); choose another checkpoint.") from error
+
+
+def model_problem(folder: Path) -> str | None:
+    """Return why the model of a checkpoint is not whole, in one sentence, or None where every file is there and unchanged."""
+    return _problem(folder)
 
 
 def resume_problem(folder: Path) -> str | None:
     """Return why a run cannot go on from `folder`, in one sentence, or None where it can: every file is there and unchanged."""
     if not (folder / RESUME / MANIFEST).is_file():
         return f"{folder}: the checkpoint holds no resume state (only the newest keep it, see keep_resume_n)."
-    for part in (folder, folder / RESUME):
-        try:
-            manifest = json.loads((part / MANIFEST).read_text(encoding="utf-8"))
-            if manifest["format"] != FORMAT:
-                return (
-                    f"{part}: the checkpoint has format {manifest['format']}, this version reads {FORMAT}; use the version that wrote it."
-                )
-            for name, entry in manifest["files"].items():
-                path = part / name
-                if not path.is_file():
-                    return f"{path}: the file is missing from the checkpoint; choose another checkpoint."
-                if path.stat().st_size != entry["size"] or _sha256(path) != entry["sha256"]:
-                    return f"{path}: the file is not what the checkpoint's manifest says; choose another checkpoint."
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return f"{part / MANIFEST}: the manifest cannot be read ({error}); choose another checkpoint."
-    return None
+    return _problem(folder) or _problem(folder / RESUME)
 
 
-def find_last(logdir: Path, project: str) -> Path:
+def find_last(logdir: Path, project: str, *, weights_only: bool = False) -> Path:
     """Return the newest whole checkpoint of a project: in its newest run that has one, the one of the highest step.
 
     Runs are ordered by the timestamp in their folders' names, never by the file system's times.
 
+    Args:
+        logdir: the folder of the run folders.
+        project: the project's name.
+        weights_only: a whole model will do, without the state that resuming needs.
+
     Raises:
         UserError: there is none.
     """
-    runs = sorted((path for path in logdir.glob(f"{_escape(project)}-*") if path.is_dir()), key=_timestamp, reverse=True)
-    damaged = []
+    runs = sorted((path for path in logdir.glob(f"{glob.escape(project)}-*") if path.is_dir()), key=_timestamp, reverse=True)
+    damaged: list[str] = []
     for run in runs:
-        for folder in checkpoints(run):
-            problem = resume_problem(folder)
-            if problem is None:
-                if read_resume(folder)[1].get("project", project) == project:  # "demo" is not "demo-two"
-                    return folder
-                break
-            if (folder / RESUME).exists():
-                damaged.append(problem)
+        if folder := _newest_whole(run, damaged, weights_only=weights_only, project=project):
+            return folder
     raise UserError(
         [
             f"resume_ckpt: findlast found no checkpoint of project {project!r} to go on from in {logdir} ({len(runs)} runs looked at); "
@@ -194,80 +200,110 @@ def find_last(logdir: Path, project: str) -> Path:
     )
 
 
+def newest_of(run: Path, *, weights_only: bool = False) -> Path:
+    """Return a run's whole checkpoint of the highest step.
+
+    Raises:
+        UserError: there is none.
+    """
+    damaged: list[str] = []
+    folder = _newest_whole(run, damaged, weights_only=weights_only)
+    if folder is None:
+        raise UserError([f"resume_ckpt: the run {run} holds no checkpoint to go on from.", *damaged])
+    return folder
+
+
 def checkpoints(run: Path) -> list[Path]:
-    """Return a run's checkpoint folders, the highest step first."""
-    steps = []
-    for path in (run / "ckpts").glob("*/" + MANIFEST):
+    """Return a run's checkpoint folders, the highest step first, and last those whose manifest cannot be read.
+
+    Of the same step, one that was due comes before one that was written because the run ended untimely: it owes nothing.
+    """
+    restore(run / "ckpts")
+    found = [path.parent for path in (run / "ckpts").glob("*/" + MANIFEST) if not path.parent.name.startswith(".")]
+    return sorted(found, key=lambda folder: (-_manifest(folder)["step"], folder.name.startswith(("interrupted-", "errored-")), folder.name))
+
+
+def single_files(folder: Path, run: str) -> list[Path]:
+    """Return the single files in `folder` that a run wrote, as their headers say, the highest step first.
+
+    Args:
+        folder: which other runs may write to, too.
+        run: the name of the run's folder.
+    """
+    from trainer.models.tensor_file import read_metadata
+
+    found = []
+    for path in folder.glob("*.safetensors"):
         try:
-            steps.append((int(json.loads(path.read_text(encoding="utf-8"))["step"]), path.parent))
-        except (OSError, ValueError, KeyError, TypeError):
-            steps.append((-1, path.parent))
-    return [folder for _, folder in sorted(steps, key=lambda item: (-item[0], item[1].name)) if not folder.name.startswith(".")]
+            metadata = read_metadata(path)
+        except (OSError, UserError):
+            continue  # another program's file
+        if metadata.get(RUN) == run and metadata.get(STEP, "").isdigit():
+            found.append((int(metadata[STEP]), path))
+    return [path for _, path in sorted(found, key=lambda item: (-item[0], item[1].name))]
 
 
-def rotate(run: Path, options: SaveOptions) -> None:
-    """Drop what older checkpoints no longer need: resume state beyond `keep_resume_n`, and folders kept for resuming only."""
-    kept = 0
+def rotate(run: Path, options: SaveOptions, single_folder: Path) -> None:
+    """Drop what older checkpoints no longer need, and older checkpoints: to be called when a newer one is whole.
+
+    Resume state goes beyond `keep_resume_n`, with it the folders that are kept for resuming only; models go beyond `keep_last_n`.
+
+    Raises:
+        OSError: something cannot be deleted, for instance because another program has it open; what is left is whole.
+    """
+    hidden, resumable = run / "ckpts", 0
+    for place, folder in enumerate(checkpoints(run)):
+        resumable += (folder / RESUME).is_dir()
+        if options.keep_last_n is not None and place >= options.keep_last_n:
+            drop(folder)
+        elif (folder / RESUME).is_dir() and resumable > options.keep_resume_n and not options.save_optimizer:
+            drop(folder if options.save_format == "single" else folder / RESUME, hidden)
+    if options.keep_last_n is not None:
+        for path in single_files(single_folder, run.name)[options.keep_last_n :]:
+            drop(path)
+
+
+def _newest_whole(run: Path, damaged: list[str], *, weights_only: bool, project: str | None = None) -> Path | None:
+    """Return a run's newest whole checkpoint, of a project if one is named, None where it has none; add what was found damaged."""
     for folder in checkpoints(run):
-        if not (folder / RESUME).is_dir():
+        if not weights_only and not (folder / RESUME).exists():
             continue
-        kept += 1
-        if kept <= options.keep_resume_n or options.save_optimizer:
+        if project is not None and _manifest(folder)["project"] not in (project, None):  # "demo-two" begins like "demo"
             continue
-        doomed = folder if options.save_format == "single" else folder / RESUME
-        hidden = folder.parent / f".dropped-{folder.name}"
-        doomed.rename(hidden)
-        shutil.rmtree(hidden)
+        problem = model_problem(folder) if weights_only else resume_problem(folder)
+        if problem is None:
+            return folder
+        damaged.append(problem)
+    return None
 
 
-@contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """Yield a hidden path beside `path`, which takes its place when the block succeeds and vanishes when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.parent / f".draft-{path.name}"
-    _remove(draft)
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Return what the manifest of a checkpoint says of its place in the run; step -1 where it cannot be read."""
     try:
-        yield draft
-        _flush(draft)
-        if path.is_dir():  # the same step saved again: a folder cannot be renamed onto another
-            old = path.parent / f".dropped-{path.name}"
-            _remove(old)
-            path.rename(old)
-            draft.rename(path)
-            _remove(old)
-        else:
-            draft.replace(path)
-        _flush_folder(path.parent)
-    except BaseException:
-        _remove(draft)
-        raise
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return {"step": int(manifest["step"]), "project": manifest["project"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"step": -1, "project": None}
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    files = [path] if path.is_file() else [found for found in path.rglob("*") if found.is_file()]
-    for file in files:
-        with file.open("rb+") as handle:
-            os.fsync(handle.fileno())
-    if path.is_dir():
-        for folder in [path, *(found for found in path.rglob("*") if found.is_dir())]:
-            _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows has no handle on a folder to flush; its renames are journalled
-        return
-    handle = os.open(folder, os.O_RDONLY)
+def _problem(part: Path) -> str | None:
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        manifest = json.loads((part / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            return f"{part}: the checkpoint has format {manifest['format']}, this version reads {FORMAT}; use the version that wrote it."
+        for name, entry in manifest["files"].items():
+            path = part / name
+            if not path.is_file():
+                return f"{path}: the file is missing from the checkpoint; choose another checkpoint."
+            try:
+                changed = path.stat().st_size != entry["size"] or _sha256(path) != entry["sha256"]
+            except OSError as error:
+                return f"{path}: the file cannot be read ({error.strerror}); choose another checkpoint."
+            if changed:
+                return f"{path}: the file is not what the checkpoint's manifest says; choose another checkpoint."
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{part / MANIFEST}: the manifest cannot be read ({error}); choose another checkpoint."
+    return None
 
 
 def _write_manifest(folder: Path, about: dict[str, Any]) -> None:
@@ -290,9 +326,3 @@ def _sha256(path: Path) -> str:
 
 def _timestamp(run: Path) -> tuple[str, str]:
     return run.name[-15:], run.name
-
-
-def _escape(name: str) -> str:
-    import glob
-
-    return glob.escape(name)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from trainer.optim.optimizer_set import OptimizerSet
     from trainer.optim.watch import AdaptationWatch
     from trainer.precision import Precision
+    from trainer.saving import Saver
+    from trainer.signals import StopSignals
     from trainer.validation import FixedLoss
 
 LOSS = "loss/log_step"
@@ -31,6 +33,7 @@ EPOCH_LOSS = "loss/epoch"
 FIXED_LOSS = "loss/stabilize-train"
 SKIPPED = "optimizer/skipped steps"
 NOT_FINITE = "optimizer/gradients not finite"
+FIXED, SAMPLES, SAVE = "fixed loss", "samples", "save"
 NORM_TAGS = {"unet": "optimizer/unet_grad_norm", "text encoder": "optimizer/te_grad_norm"}
 MOST_SKIPPED = 50  # steps without a finite loss; fp16's scaler finds its scale within 20
 
@@ -82,29 +85,51 @@ class Run:
     """Draws, saves and records the samples of a step."""
     sample_first: bool
     """Whether samples are drawn before the first step too."""
-    save: Callable[[bool], list[Path]]
-    """Writes a checkpoint, the run's last or not, and returns what it wrote."""
+    saver: Saver
+    signals: StopSignals
     bad_files_named: int = 0
 
 
-def train(run: Run) -> list[Path]:
-    """Train until the run's end or its early stop; return what checkpoints were written.
+def train(run: Run) -> None:
+    """Train until the run's end or its early stop.
+
+    Where something else ends it, a checkpoint is saved first, so that the steps made since the last one are kept.
 
     Raises:
-        UserError: the loss has not been finite for a long time.
+        Interrupted: a signal has asked the run to end.
+        UserError: the loss has not been finite for a long time, no image can be read any more, or checkpoints cannot be saved.
     """
+    from data.errors import DataError
+    from trainer.saving import SavingError
+    from trainer.signals import Interrupted
+
+    try:
+        with run.signals.deferred():
+            make_steps(run)
+    except Interrupted:
+        run.saver.save("interrupted")
+        raise
+    except SavingError:
+        raise
+    except Exception as error:
+        save_after(error, run)
+        if isinstance(error, DataError):
+            raise UserError(error.problems, exit_code=1) from error
+        raise
+
+
+def make_steps(run: Run) -> None:
+    """Make all steps that are left and do what is due after each."""
     from trainer.step import train_step
 
-    state, device, written = run.state, run.precision.device, []
+    state, device = run.state, run.precision.device
     if state.step == 0:
-        measure_fixed_loss(run)
-        if run.sample_first:
-            draw_samples(run)
-    due_stop = state.step >= run.cadence.total_steps
-    while not due_stop:
+        state.owed = [FIXED, *([SAMPLES] if run.sample_first else [])]
+    settle(run)
+    while not run.cadence.ends(state.step):
         epoch = state.epoch
         steps = iter(run.loader.steps(epoch, state.step_in_epoch))
-        while not due_stop and state.epoch == epoch:
+        while not run.cadence.ends(state.step) and state.epoch == epoch:
             started = time.perf_counter()
             with run.meter.waiting():
                 batches = next(steps)
@@ -134,15 +159,44 @@ def train(run: Run) -> list[Path]:
             if ends:
                 next(steps, None)  # the loader's own end of the epoch
                 run.loggers.scalars(run.meter.read_epoch(), state.step)
-            if due.fixed_loss:
+            wanted = {FIXED: due.fixed_loss, SAMPLES: due.sample, SAVE: due.save or run.saver.due()}
+            state.owed = [what for what, is_due in wanted.items() if is_due]
+            settle(run)
+
+
+def settle(run: Run) -> None:
+    """Do what is owed after a step. What a signal interrupts stays owed, and a continued run begins with it.
+
+    Raises:
+        Interrupted: a signal has asked the run to end.
+    """
+    state = run.state
+    while state.owed:
+        run.signals.check()
+        match state.owed[0]:
+            case "fixed loss":
                 measure_fixed_loss(run)
-            if due.sample:
+            case "samples":
                 draw_samples(run)
-            if due.save:
+            case "save":
+                state.owed = []  # it is the last, and the checkpoint owes nothing
                 with run.meter.paused():
-                    written += run.save(state.step >= run.cadence.total_steps)
-            due_stop = due.stop
-    return written
+                    run.saver.save("last" if state.step >= run.cadence.total_steps else "")
+        state.owed = state.owed[1:]
+    run.signals.check()
+
+
+def save_after(error: Exception, run: Run) -> None:
+    """Keep what has been learned before an error, where it is known to be whole."""
+    from trainer.saving import SavingError
+
+    if run.optimizers.updating:
+        run.console.event(f"Note: step {run.state.step + 1} failed while weights were updated, so no checkpoint is saved of it.")
+        return
+    try:
+        run.saver.save("errored")
+    except (SavingError, RuntimeError) as second:  # a broken device fails again, and the first error is the one to be told
+        run.console.event(f"Note: no checkpoint could be saved after the error ({second}).")
 
 
 def report(run: Run) -> None:
@@ -217,7 +271,7 @@ def measure_fixed_loss(run: Run) -> None:
     if run.fixed_loss is None:
         return
     with run.meter.paused():
-        value = run.fixed_loss.measure(run.networks, run.precision.autocast, run.precision.device)
+        value = run.fixed_loss.measure(run.networks, run.precision.autocast, run.precision.device, run.signals.check)
     run.state.last_fixed_loss = run.state.step
     run.loggers.scalars({FIXED_LOSS: value}, run.state.step)
     run.console.event(f"step {run.state.step}: fixed-noise loss {value:.4f}")

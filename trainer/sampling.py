@@ -164,6 +164,7 @@ class Sampler:
         step: int,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        check: Callable[[], None] = lambda: None,
     ) -> Samples:
         """Draw all prompts with the networks as they are now.
 
@@ -176,6 +177,7 @@ class Sampler:
             step: shown on the grid; also picks random captions and seeds.
             device: where the networks are.
             autocast: the context in which the networks compute.
+            check: called between the steps of a picture; raises, no Exception, to break off.
         """
         from trainer.grid import labelled_row, tiled
 
@@ -188,7 +190,7 @@ class Sampler:
             pipeline.set_progress_bar_config(disable=None if self._options.show_progress_bars else True, leave=False)
             for cfg in self._options.cfgs:
                 for batch in self._batches(jobs):
-                    for job, picture in zip(batch, self._survive(pipeline, batch, cfg, device, autocast), strict=True):
+                    for job, picture in zip(batch, self._survive(pipeline, batch, cfg, device, autocast, check), strict=True):
                         drawn[job.place, cfg] = picture
                         if isinstance(picture, str):
                             problems.append(f"sample '{_short(job.text)}' at cfg {cfg:g} could not be drawn: {picture}")
@@ -232,23 +234,35 @@ class Sampler:
                 yield same[start : start + self._batch_size]
 
     def _survive(
-        self, pipeline: StableDiffusionPipeline, batch: list[_Job], cfg: float, device: torch.device, autocast: Callable[[], Any]
+        self,
+        pipeline: StableDiffusionPipeline,
+        batch: list[_Job],
+        cfg: float,
+        device: torch.device,
+        autocast: Callable[[], Any],
+        check: Callable[[], None],
     ) -> list[Image.Image | str]:
         """Draw a batch, and where that fails (most likely for memory) its pictures one by one; return a reason in a failed one's place."""
         import torch
 
         try:
-            return self._pictures(pipeline, batch, cfg, device, autocast)
+            return self._pictures(pipeline, batch, cfg, device, autocast, check)
         except Exception as reason:  # whatever is wrong with a sample, hours of training are worth more
             sentence = " ".join(str(reason).split()) or type(reason).__name__
         if device.type == "cuda":
             torch.cuda.empty_cache()
         if len(batch) == 1:
             return [sentence]
-        return [picture for job in batch for picture in self._survive(pipeline, [job], cfg, device, autocast)]
+        return [picture for job in batch for picture in self._survive(pipeline, [job], cfg, device, autocast, check)]
 
     def _pictures(
-        self, pipeline: StableDiffusionPipeline, batch: list[_Job], cfg: float, device: torch.device, autocast: Callable[[], Any]
+        self,
+        pipeline: StableDiffusionPipeline,
+        batch: list[_Job],
+        cfg: float,
+        device: torch.device,
+        autocast: Callable[[], Any],
+        check: Callable[[], None],
     ) -> list[Image.Image | str]:
         import torch
 
@@ -266,6 +280,7 @@ class Sampler:
                 generator=generators,
                 output_type="latent",
                 return_dict=False,
+                callback_on_step_end=lambda *_: check() or {},  # type: ignore[arg-type]  # it takes a dictionary back
             )[0]
             # One by one: decoding takes the most memory of all.
             return [_decode(pipeline.vae, latents_1CHW) for latents_1CHW in latents_BCHW.split(1)]

@@ -39,6 +39,13 @@ def read_state(path: Path) -> Any:
         return _from_tree(tree, file)
 
 
+def size_of_state(state: Any) -> int:
+    """Return the bytes that the tensors of `state` will take in the file."""
+    tensors: dict[str, Tensor] = {}
+    _to_tree(state, "state", tensors, {})
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
 def write_safetensors(tensors: dict[str, Tensor], file: BinaryIO, metadata: dict[str, str] | None = None) -> None:
     """Write tensors in the safetensors format, copying one tensor at a time to the host."""
     import torch

@@ -57,12 +57,26 @@ class FixedLoss:
             ]
             self._inputs.append(Inputs.cat(parts))
 
-    def measure(self, networks: Networks, autocast: Callable[[], AbstractContextManager[Any]], device: torch.device) -> float:
-        """Return the mean loss over images and timesteps; synchronises once."""
+    def measure(
+        self,
+        networks: Networks,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        device: torch.device,
+        check: Callable[[], None] = lambda: None,
+    ) -> float:
+        """Return the mean loss over images and timesteps; synchronises once.
+
+        Args:
+            networks: as they train.
+            autocast: the context in which the networks compute.
+            device: where they are.
+            check: called before each image; raises to break off.
+        """
         import torch
 
         sums = []
         with torch.no_grad():
             for inputs in self._inputs:
+                check()
                 sums.append(self._objective.losses(networks, inputs.to(device), autocast).sum())
         return float(torch.stack(sums).sum()) / sum(len(inputs.t_B) for inputs in self._inputs)

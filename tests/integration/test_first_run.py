@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.test_train import scalars
+from tests.runs import scalars
 
 ROOT = Path(__file__).parents[2]
 FACES = [(face, ground) for face in ("yellow", "white", "orange", "red") for ground in ("blue", "green", "purple", "black")]

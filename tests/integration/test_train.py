@@ -10,94 +10,15 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from tests.runs import ADAMW, ADAMW8BIT, DADAPT, FUSED, run_of, same_run, scalars, write
 from tests.tiny import write_tiny_folder
 from trainer.checkpoint import checkpoints, resume_problem
 from trainer.diffusion.schedule import NoiseSchedule
 from trainer.models.load import ModelOptions, load_models
 
 ROOT = Path(train.__file__).parent
-ADAMW8BIT = {"base": {"optimizer": "adamw8bit", "lr": None, "weight_decay": 0.01}, "text_encoder_lr_scale": 0.5}
-ADAMW = {"base": {"optimizer": "adamw", "lr_scheduler": "cosine", "lr_warmup_steps": 2}}
-DADAPT = {
-    "base": {"optimizer": "dadapt_adam", "lr": 0.1, "weight_decay": 0.8, "d0": 1e-6, "decouple": True},
-    "text_encoder_freezing": {"freeze_front_n_layers": 2},
-}
-FUSED = {"base": {"optimizer": "dadapt_adam8bit", "lr": 1.0, "d0": 1e-5, "weight_decay": 0.1, "fused_backward": True}}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_tiny_folder(tmp_path_factory.mktemp("tiny") / "model")
-
-
-@pytest.fixture
-def workplace(tmp_path, model, monkeypatch):
-    """Return a folder with 5 captioned images and a configuration; 3 epochs of 3 steps."""
-    monkeypatch.chdir(tmp_path)
-    images = tmp_path / "pictures"
-    images.mkdir()
-    for number in range(5):
-        Image.new("RGB", (70, 80), (50 * number, 100, 200 - 40 * number)).save(images / f"{number}.png")
-        (images / f"{number}.txt").write_text(f"a red circle, tag {number}")
-    write(tmp_path, DADAPT, model=str(model))
-    return tmp_path
-
-
-def write(folder, optimizer, **changes):
-    settings = {
-        "data_root": "pictures",
-        "resolution": 64,
-        "batch_size": 2,
-        "max_epochs": 3,
-        "lr": 1e-3,
-        "optimizer_config": "optimizer.json",
-        "project_name": "tiny",
-        "log_step": 2,
-        "sample_steps": 100,
-        "sample_prompts": "prompts.json",
-        "fixed_loss_images": 2,
-        "num_workers": 0,
-        "seed": 7,
-        "save_every_n_epochs": 2,
-    }
-    if "model" in changes:
-        settings["resume_ckpt"] = changes.pop("model")
-    elif (folder / "train.json").exists():
-        settings["resume_ckpt"] = json.loads((folder / "train.json").read_text())["resume_ckpt"]
-    (folder / "train.json").write_text(json.dumps({**settings, **changes}, indent=1))
-    (folder / "optimizer.json").write_text(json.dumps(optimizer, indent=1))
-    (folder / "prompts.json").write_text(json.dumps({"cfgs": [2], "num_inference_steps": 2, "samples": [{"prompt": "a red circle"}]}))
-
-
-def run_of(folder, number=-1):
-    return sorted((folder / "logs").iterdir())[number]
-
-
-def scalars(run):
-    """Return every scalar of a run as {tag: {step: value}}, times left out."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
-
-
-def weights(checkpoint):
-    files = ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
-    return {f"{file}:{key}": tensor for file in files for key, tensor in load_file(checkpoint / file).items()}
-
-
-def same_run(left, right):
-    """Assert that two checkpoints hold the same weights and training state to the bit."""
-    for name, tensor in weights(left).items():
-        assert torch.equal(tensor, weights(right)[name]), name
-    assert (left / "resume" / "training.safetensors").read_bytes() == (right / "resume" / "training.safetensors").read_bytes()
-    numbers = []
-    for checkpoint in (left, right):
-        state = json.loads((checkpoint / "resume" / "training.json").read_text())
-        state["meter"].pop("epoch_seconds")
-        numbers.append(state)
-    assert numbers[0] == numbers[1]
 
 
 def test_a_whole_run_from_the_command_line(workplace):
@@ -130,32 +51,6 @@ def test_a_whole_run_from_the_command_line(workplace):
     pipeline = StableDiffusionPipeline.from_pretrained(run / "ckpts" / "last-tiny-ep03-gs00009", dtype=torch.float32)
     picture = pipeline("a red circle", num_inference_steps=1, height=64, width=64).images[0]
     assert picture.size == (64, 64)
-
-
-def test_a_stopped_run_continues_to_the_bit(workplace):
-    assert train.main(["--logdir", "whole"]) == 0
-    assert train.main(["--stop_after_steps", "4"]) == 0
-    assert train.main(["--resume_ckpt", "findlast", "--stop_after_steps", "8"]) == 0
-    assert train.main(["--resume_ckpt", str(run_of(workplace))]) == 0
-    whole, stopped = next((workplace / "whole").iterdir()), run_of(workplace)
-    assert len(list((workplace / "logs").iterdir())) == 1, "a continued run stays in its folder"
-    same_run(*(run / "ckpts" / "last-tiny-ep03-gs00009" for run in (whole, stopped)))
-    curves = [{tag: steps for tag, steps in scalars(run).items() if not tag.startswith("performance/")} for run in (whole, stopped)]
-    assert curves[0] == curves[1]
-
-
-@pytest.mark.parametrize("optimizer", [ADAMW8BIT, ADAMW], ids=["adamw8bit", "adamw"])
-def test_other_optimizers_run_and_continue_to_the_bit(workplace, optimizer):
-    write(workplace, optimizer, fixed_loss_images=0, save_every_n_epochs=None)
-    assert train.main(["--logdir", "whole", "--num_workers", "1"]) == 0
-    assert train.main(["--stop_after_steps", "3"]) == 0
-    assert train.main(["--resume_ckpt", "findlast"]) == 0
-    same_run(*(folder / "ckpts" / "last-tiny-ep03-gs00009" for folder in (next((workplace / "whole").iterdir()), run_of(workplace))))
-    rate = scalars(run_of(workplace))["hyperparameter/lr text encoder"]
-    if optimizer is ADAMW8BIT:
-        assert list(rate.values()) == [pytest.approx(0.0005)] * len(rate)
-    else:
-        assert rate[1] == 0.0 and max(rate.values()) > min(list(rate.values())[2:])
 
 
 @pytest.mark.parametrize(
@@ -269,23 +164,6 @@ def test_frozen_layers_keep_their_weights_and_no_gradient(workplace, model):
     frozen = {name for name in before if "embeddings" in name or ".layers.0." in name or ".layers.1." in name}
     assert frozen and not frozen & changed
     assert {name for name in before if ".layers.2." in name or "final_layer_norm" in name} <= changed
-
-
-def test_continuing_with_other_data_or_another_optimizer_is_refused(workplace, capsys):
-    assert train.main(["--stop_after_steps", "2"]) == 0
-    write(workplace, ADAMW)
-    assert train.main(["--resume_ckpt", "findlast"]) == 2
-    assert "trained was" in capsys.readouterr().err
-    write(workplace, ADAMW | {"text_encoder_freezing": {"freeze_front_n_layers": 2}})
-    assert train.main(["--resume_ckpt", "findlast"]) == 2
-    assert "trained with dadapt_adam" in capsys.readouterr().err
-    write(workplace, DADAPT)
-    assert train.main(["--resume_ckpt", "findlast", "--no-channels_last"]) == 2
-    assert "channels_last was True, and is False now" in capsys.readouterr().err
-    (workplace / "pictures" / "4.txt").write_text("something else")
-    assert train.main(["--resume_ckpt", "findlast", "--seed", "8"]) == 2
-    error = capsys.readouterr().err
-    assert "the images or captions have changed" in error and "seed was 7, and is 8 now" in error
 
 
 def test_check_prints_the_plan_without_loading_weights(workplace, model, capsys):

@@ -1,21 +1,27 @@
 """Checkpoints are whole or absent, found by step, and rotated without harm."""
 
+import errno
 import json
 
 import pytest
+import torch
 
 from trainer.checkpoint import (
     SaveOptions,
     TrainState,
     checkpoints,
     find_last,
+    model_problem,
+    newest_of,
     read_resume,
     resume_problem,
     rotate,
     save_checkpoint,
-    save_file,
+    single_files,
 )
+from trainer.disk import REPLACED
 from trainer.errors import UserError
+from trainer.models.tensor_file import write_tensors
 
 
 def _save(run, step, *, project="demo", resume=True):
@@ -60,16 +66,6 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_last_good_one(tmp_path):
     assert resume_problem(folder) is None
 
 
-def test_a_failed_file_leaves_nothing(tmp_path):
-    def fail(path):
-        path.write_text("half")
-        raise OSError(5, "Input/output error")
-
-    with pytest.raises(OSError, match="Input/output"):
-        save_file(tmp_path / "a.safetensors", fail)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_the_same_step_saved_again_replaces_the_folder(tmp_path):
     run = tmp_path / "demo-20260101-000000"
     folder = _save(run, 7)
@@ -92,7 +88,27 @@ def test_damage_is_found_and_named(tmp_path, damage):
         (folder / "manifest.json").write_text("{")
     else:
         (folder / "resume" / "optimizers.json").write_text("8")
-    with pytest.raises(UserError, match="manifest" if damage in ("truncate", "flip", "manifest", "resume") else "missing"):
+    said = "missing" if damage == "delete" else "cannot be read" if damage == "manifest" else "not what the checkpoint's manifest says"
+    assert said in (resume_problem(folder) or "")
+    assert (model_problem(folder) is None) == (damage == "resume")
+    with pytest.raises(UserError, match=said):
+        newest_of(folder.parent.parent)
+
+
+def test_a_file_that_cannot_be_read_is_damage_with_its_reason(tmp_path, monkeypatch):
+    folder = _save(tmp_path / "demo-20260101-000000", 7)
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("hashlib.file_digest", fail)
+    assert "weights.bin: the file cannot be read (Input/output error)" in (resume_problem(folder) or "")
+
+
+def test_state_that_is_whole_but_of_another_making_is_refused(tmp_path):
+    folder = _save(tmp_path / "demo-20260101-000000", 7)
+    (folder / "resume" / "state.json").write_text('{"state": {"stepp": 1}}')
+    with pytest.raises(UserError, match="state of the run cannot be read"):
         read_resume(folder)
 
 
@@ -116,18 +132,65 @@ def test_findlast_without_a_checkpoint_says_what_it_looked_at(tmp_path):
     assert "1 runs looked at" in error.value.problems[0] and "weights.bin" in error.value.problems[1]
 
 
+def test_findlast_for_weights_alone_needs_no_resume_state(tmp_path):
+    run = tmp_path / "demo-20260102-000000"
+    _save(run, 5)
+    newer = _save(run, 9, resume=False)
+    assert find_last(tmp_path, "demo").name.endswith("gs00005")
+    assert find_last(tmp_path, "demo", weights_only=True) == newer == newest_of(run, weights_only=True)
+    _save(tmp_path / "demo-two-20260103-000000", 50, project="demo-two", resume=False)
+    assert find_last(tmp_path, "demo", weights_only=True) == newer
+
+
+def test_of_one_step_the_checkpoint_that_was_due_comes_first(tmp_path):
+    run = tmp_path / "demo-20260101-000000"
+    due = _save(run, 7)
+    _save(run, 7, project="interrupted-demo").rename(due.with_name("interrupted-demo-ep01-gs00007"))
+    assert [path.name for path in checkpoints(run)] == ["demo-ep01-gs00007", "interrupted-demo-ep01-gs00007"]
+
+
+def test_a_checkpoint_that_was_being_replaced_when_the_process_died_comes_back(tmp_path):
+    run = tmp_path / "demo-20260101-000000"
+    folder = _save(run, 7)
+    folder.rename(folder.with_name(REPLACED + folder.name))
+    assert checkpoints(run) == [folder] and resume_problem(folder) is None
+    (run / "ckpts" / (REPLACED + folder.name)).mkdir()  # and where the new one was in place already, it goes
+    assert checkpoints(run) == [folder]
+    assert [path.name for path in (run / "ckpts").iterdir()] == [folder.name]
+
+
 def test_rotation_keeps_models_and_drops_old_resume_state(tmp_path):
     run = tmp_path / "demo-20260101-000000"
     folders = [_save(run, step) for step in (5, 10, 100)]
-    rotate(run, SaveOptions(keep_resume_n=2))
+    rotate(run, SaveOptions(keep_resume_n=2), run / "ckpts")
     assert [(folder / "resume").is_dir() for folder in folders] == [False, True, True]
     assert [folder.is_dir() for folder in folders] == [True, True, True]
-    rotate(run, SaveOptions(save_optimizer=True))
+    rotate(run, SaveOptions(save_optimizer=True), run / "ckpts")
     assert (folders[1] / "resume").is_dir()
-    rotate(run, SaveOptions(save_format="single"))
+    rotate(run, SaveOptions(save_format="single"), run / "ckpts")
     assert [folder.is_dir() for folder in folders] == [True, False, True], "a folder kept for resuming only goes with its state"
     assert [path.name for path in checkpoints(run)] == ["demo-ep01-gs00100", "demo-ep01-gs00005"]
     assert not [path for path in (run / "ckpts").iterdir() if path.name.startswith(".")]
+
+
+def test_keep_last_n_deletes_this_runs_older_models_and_nothing_else(tmp_path):
+    run, shelf = tmp_path / "demo-20260101-000000", tmp_path / "shelf"
+    shelf.mkdir()
+    folders = [_save(run, step) for step in (5, 10, 100)]
+    for step, owner in ((5, run.name), (10, run.name), (100, run.name), (1, "demo-20250101-000000")):
+        header = {"sd_dadapt.run": owner, "sd_dadapt.step": str(step)}
+        write_tensors(shelf / f"{owner}-{step}.safetensors", {"w": torch.ones(1)}, torch.float32, header)
+    write_tensors(shelf / "foreign.safetensors", {"w": torch.ones(1)}, torch.float32, {"format": "pt"})
+    (shelf / "broken.safetensors").write_bytes(b"no header")
+    rotate(run, SaveOptions(keep_last_n=2), shelf)
+    assert [folder.is_dir() for folder in folders] == [False, True, True]
+    assert [(folder / "resume").is_dir() for folder in folders[1:]] == [False, True]
+    kept = {path.name for path in shelf.iterdir()}
+    assert kept == {f"{run.name}-10.safetensors", f"{run.name}-100.safetensors", "demo-20250101-000000-1.safetensors"} | {
+        "foreign.safetensors",
+        "broken.safetensors",
+    }
+    assert [path.name for path in single_files(shelf, run.name)] == [f"{run.name}-100.safetensors", f"{run.name}-10.safetensors"]
 
 
 def test_an_older_format_is_named(tmp_path):

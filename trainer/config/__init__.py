@@ -1,7 +1,7 @@
 """The configuration: two JSON files and a command line become one checked `TrainConfig`."""
 
 from trainer.config.load import Loaded, load_config
-from trainer.config.resolved import write_resolved
+from trainer.config.resolved import flattened, without_folders, write_resolved
 from trainer.config.rules import check_fused_backward, check_rates, check_schedules
 from trainer.config.schema import OptimizerConfig, TrainConfig
 
@@ -12,6 +12,8 @@ __all__ = [
     "check_fused_backward",
     "check_rates",
     "check_schedules",
+    "flattened",
     "load_config",
+    "without_folders",
     "write_resolved",
 ]

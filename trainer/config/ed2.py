@@ -13,17 +13,14 @@ from trainer.config.report import Place, Report, Written, shown, unknown_value
 
 LATER: Mapping[str, tuple[Any, ...]] = {
     "caption_prefix": ("",),
-    "ckpt_every_n_minutes": (),
     "compile": (False,),
     "ema_decay_rate": (),
     "ema_resume_model": (),
     "ema_strength_target": (),
     "keep_best": (False,),
-    "keep_last_n": (),
     "lora": (),
     "max_tokens": (75,),
     "max_train_time": (),
-    "no_prepend_last": (False,),
     "on_bad_image": ("skip",),
     "stop_on_overfit": (False,),
     "validation_config": (),
@@ -43,7 +40,7 @@ NEVER_NAMES: Mapping[str, str] = {
 }
 """Optimizers that EveryDream2 names and this program leaves out, and what to use instead."""
 
-COMMAND_LATER = ("contact_sheets", "resume_weights_only", "vram")
+COMMAND_LATER = ("contact_sheets", "vram")
 """Options of the command line that a later version takes."""
 
 SCALER_TWEAKS = "apply_grad_scaler_step_tweaks"

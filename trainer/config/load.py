@@ -33,6 +33,8 @@ class Loaded:
     config: TrainConfig
     action: Literal["train", "check"]
     notes: tuple[str, ...]
+    weights_only: bool = False
+    """Whether a checkpoint gives its weights to a new run instead of being continued."""
 
 
 def load_config(argv: Sequence[str]) -> Loaded:
@@ -74,6 +76,7 @@ def load_config(argv: Sequence[str]) -> Loaded:
         config=replace(config, source=source, optimizer_source=optimizer_source),
         action="check" if arguments.check else "train",
         notes=report.notes,
+        weights_only=arguments.resume_weights_only,
     )
 
 

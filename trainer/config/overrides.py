@@ -38,6 +38,7 @@ class Arguments:
 
     config: str = CommandOptions.config
     check: bool = False
+    resume_weights_only: bool = False
     help: bool = False
     values: dict[str, Any] = field(default_factory=dict)
 
@@ -82,9 +83,7 @@ def parse(argv: Sequence[str], report: Report) -> Arguments:
             report.error(Place(COMMAND_LINE, None, name), f"needs a value: {accepts(key.annotation)}")
             continue
         if key.owner is CommandOptions:
-            default = key.default if value is None else value
-            result.config = default if key.name == "config" else result.config
-            result.check = default if key.name == "check" else result.check
+            setattr(result, key.name, key.default if value is None else value)
         else:
             result.values[key.name] = value
     return result

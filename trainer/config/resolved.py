@@ -8,10 +8,18 @@ from typing import Any
 
 from trainer.config.optimizers import BASE, FREEZING, OVERRIDES
 from trainer.config.schema import TrainConfig, plain, sections
+from trainer.disk import appearing
 
 
 def write_resolved(config: TrainConfig, folder: Path) -> None:
     """Write train.json and optimizer.json into `folder`: every key, input paths absolute; loading them gives an equal configuration."""
+    for name, values in documents(config).items():
+        with appearing(folder / name) as draft:
+            draft.write_text(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def documents(config: TrainConfig) -> dict[str, dict[str, Any]]:
+    """Return the contents of train.json and optimizer.json that describe `config` completely."""
     optimizers = config.optimizers
     train: dict[str, Any] = {"optimizer_config": "optimizer.json"}
     for section in sections():
@@ -22,5 +30,26 @@ def write_resolved(config: TrainConfig, folder: Path) -> None:
         FREEZING: plain(optimizers.freezing),
         "log_grad_norm": optimizers.log_grad_norm,
     }
-    for name, values in (("train.json", train), ("optimizer.json", optimizer)):
-        (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    return {"train.json": train, "optimizer.json": optimizer}
+
+
+def flattened(config: TrainConfig) -> dict[str, Any]:
+    """Return every key of both files with its value, those of the optimizer file's sections as base.lr."""
+    train, optimizer = documents(config).values()
+    flat = dict(train)
+    for name, value in optimizer.items():
+        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def without_folders(config: TrainConfig) -> dict[str, str]:
+    """Return both files as JSON texts for others to read: of absolute paths only the last name."""
+    return {name: json.dumps(_without_folders(values), allow_nan=False) for name, values in documents(config).items()}
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

@@ -218,6 +218,15 @@ def _saving(settings: Settings, report: Report) -> None:
             report.note(settings.place(key), "has no effect: no single file is written (see save_format)")
 
 
+def _keeping(settings: Settings, report: Report) -> None:
+    resumable, models = settings["keep_resume_n"], settings["keep_last_n"]
+    if models is not None and resumable > models:
+        place = settings.place("keep_resume_n", "keep_last_n")
+        report.error(place, f"{resumable} checkpoints to resume from need as many models: keep_last_n {models} must be at least that")
+    if settings["save_optimizer"] and "keep_resume_n" in settings.written:
+        report.note(settings.place("keep_resume_n"), "has no effect: save_optimizer keeps the state of every checkpoint")
+
+
 def _cadence(settings: Settings, report: Report) -> None:
     first, epochs = settings["save_ckpts_from_n_epochs"], settings["max_epochs"]
     every = settings["save_every_n_epochs"]
@@ -301,6 +310,7 @@ _RULES: tuple[Callable[[Settings, Report], None], ...] = (
     _nothing_trained,
     _precision,
     _saving,
+    _keeping,
     _cadence,
     _attention,
     _cache,

@@ -57,6 +57,9 @@ class CommandOptions:
     check: bool = False
     """Check everything, scan the images, print what would be trained and where, and stop without loading weights."""
 
+    resume_weights_only: bool = False
+    """Begin a new run, at step 0, from the weights of the checkpoint that resume_ckpt names, instead of continuing its run."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerFileOptions:

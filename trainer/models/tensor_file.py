@@ -72,6 +72,15 @@ class TensorFile(Mapping[str, Tensor]):
         return len(self.shapes)
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the text fields of a .safetensors header, without opening its tensors.
+
+    Raises:
+        UserError: it is cut short or not such a file.
+    """
+    return _read_header(path).get("__metadata__", {})
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
     """Write a .safetensors file, converting and holding one tensor at a time.
 

@@ -57,6 +57,8 @@ class OptimizerSet:
         )
         self.fused = any(member.fused for member in self.members)
         self._decayed: dict[str, Any] = {}
+        self.updating = False
+        """Whether a step is changing weights and state: an error in between leaves neither the old nor the new ones."""
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -76,6 +78,7 @@ class OptimizerSet:
 
     def gate(self, loss: Tensor) -> None:
         """Tell the optimizers that update inside backward, before it, to change nothing where the loss is not finite."""
+        self.updating = self.fused
         for member in self.members:
             if member.fused:
                 member.optimizer.gate(loss.detach().isfinite())  # type: ignore[attr-defined]
@@ -93,6 +96,7 @@ class OptimizerSet:
         gated = all(getattr(member.optimizer, "_step_supports_amp_scaling", False) for member in self.members)
         if not gated and bool(found_inf):
             return
+        self.updating = True
         for member in self.members:
             if member.options.adapts:
                 share = member.options.decay(member.optimizer) * (1 - found_inf.double())
@@ -101,6 +105,7 @@ class OptimizerSet:
                 member.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
                 member.optimizer.grad_scale = None  # type: ignore[attr-defined]
             member.optimizer.step()
+        self.updating = False
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -144,8 +149,7 @@ class OptimizerSet:
         if have != found:
             raise UserError(
                 f"the checkpoint was trained with {_listed(found)}, this run asks for {_listed(have)}: its optimizer state does not fit; "
-                "go back to those optimizers, or start a new run from the checkpoint's weights by naming its single file or a copy of its "
-                "folder without resume/."
+                "go back to those optimizers, or start a new run from the checkpoint's weights with --resume_weights_only."
             )
         for member in self.members:
             entry = saved[member.network]

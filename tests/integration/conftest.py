@@ -1,0 +1,5 @@
+"""Fixtures of whole runs."""
+
+from tests.runs import model, workplace
+
+__all__ = ["model", "workplace"]

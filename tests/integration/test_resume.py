@@ -1,0 +1,173 @@
+"""A run that was stopped and continued is the run that was not: weights, state and curves to the bit."""
+
+import json
+
+import pytest
+
+import train
+from tests.runs import ADAMW, DADAPT, run_of, same_run, scalars, write
+from trainer.checkpoint import checkpoints
+from trainer.config.schema import optimizer_classes
+from trainer.resume import resume_command
+
+LAST = "last-tiny-ep02-gs00006"
+SHORT = {"max_epochs": 2, "fixed_loss_images": 1, "save_every_n_epochs": None, "save_format": "diffusers"}
+ROWS = [  # every pair of values stands in some row
+    ("dadapt_adam", 1, {"num_workers": 2, "mixed_precision": "bf16"}),
+    ("dadapt_adam8bit", 2, {"num_workers": 0, "grad_accum": 2, "batch_size": 1}),
+    ("adamw8bit", 3, {"num_workers": 0, "channels_last": True, "mixed_precision": "bf16"}),
+    ("adamw", 4, {"num_workers": 0, "gradient_checkpointing": True, "clip_grad_norm": 0.5}),
+]
+"""Optimizer, step to stop after, and settings. Epochs have three steps, one of them of a single image, in an order of their own."""
+
+
+def curves(run):
+    return {tag: steps for tag, steps in scalars(run).items() if not tag.startswith("performance/")}
+
+
+def stopped_and_whole(workplace, stops, *arguments):
+    """Run once in one go and once with stops; assert that the two are the same run, and return their folders."""
+    assert train.main(["--logdir", "whole", *arguments]) == 0
+    for place, stop in enumerate([*stops, None]):
+        resume = ["--resume_ckpt", "findlast"] if place else []
+        assert train.main([*arguments, *resume, *(["--stop_after_steps", str(stop)] if stop else [])]) == 0
+    whole, stopped = next((workplace / "whole").iterdir()), run_of(workplace)
+    assert len(list((workplace / "logs").iterdir())) == 1, "a continued run stays in its folder"
+    assert curves(whole) == curves(stopped)
+    name = checkpoints(whole)[0].name
+    same_run(*(run / "ckpts" / name for run in (whole, stopped)))
+    return whole, stopped
+
+
+def test_a_run_with_everything_continues_to_the_bit(workplace):
+    write(workplace, DADAPT, log_step=2, sample_steps=4)
+    _, stopped = stopped_and_whole(workplace, [4, 6, 8])
+    found = curves(stopped)
+    assert list(found["loss/log_step"]) == [1, 2, 4, 6, 8, 9] and list(found["loss/epoch"]) == [3, 6, 9]
+    assert list(found["loss/stabilize-train"]) == [0, 3, 6, 9]
+
+
+@pytest.mark.parametrize(("optimizer", "stop", "settings"), ROWS, ids=[row[0] for row in ROWS])
+def test_optimizers_places_and_settings_continue_to_the_bit(workplace, optimizer, stop, settings):
+    write(workplace, {"base": {"optimizer": optimizer, "lr_scheduler": "cosine", "lr_warmup_steps": 2}}, **SHORT, **settings)
+    stopped_and_whole(workplace, [stop])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [3, 4, 5])
+@pytest.mark.parametrize("optimizer", optimizer_classes())
+def test_every_optimizer_continues_to_the_bit_from_everywhere(workplace, optimizer, stop, workers):
+    write(workplace, {"base": {"optimizer": optimizer}}, **SHORT, num_workers=workers)
+    stopped_and_whole(workplace, [stop])
+
+
+def test_one_step_is_the_same_however_it_is_cut(workplace, capsys):
+    """8 images at once, 4 and 4, or 8 times one: the same images and noise, so the same losses but for the order of sums."""
+    losses = []
+    for batch_size, grad_accum in ((8, 1), (4, 2), (1, 8)):
+        write(workplace, ADAMW, **SHORT | {"max_epochs": 4, "log_step": 1}, batch_size=batch_size, grad_accum=grad_accum)
+        assert train.main(["--logdir", f"logs{batch_size}"]) == 0
+        losses.append(scalars(next((workplace / f"logs{batch_size}").iterdir()))["loss/log_step"])
+    assert len(losses[0]) == 4
+    assert losses[1] == {step: pytest.approx(loss, rel=1e-5) for step, loss in losses[0].items()}
+    assert losses[2] == {step: pytest.approx(loss, rel=1e-5) for step, loss in losses[0].items()}
+
+    write(workplace, ADAMW, **SHORT | {"max_epochs": 4, "log_step": 1}, batch_size=4, grad_accum=2)
+    assert train.main(["--stop_after_steps", "2"]) == 0
+    assert train.main(["--resume_ckpt", "findlast", "--batch_size", "1", "--grad_accum", "8"]) == 0
+    assert "Changed: batch_size: 4 -> 1" in capsys.readouterr().out
+    assert scalars(run_of(workplace))["loss/log_step"] == {step: pytest.approx(loss, rel=1e-5) for step, loss in losses[0].items()}
+
+
+def test_what_has_changed_is_told_and_the_configuration_counts(workplace, capsys):
+    write(workplace, ADAMW, **SHORT)
+    assert train.main(["--stop_after_steps", "4"]) == 0
+    changed = {"base": {**ADAMW["base"], "weight_decay": 0.5}}
+    write(workplace, changed, **SHORT | {"max_epochs": 3, "log_step": 1}, lr=2e-3)
+    assert train.main(["--resume_ckpt", str(run_of(workplace)), "--check"]) == 0
+    wanted = ["max_epochs: 2 -> 3", "log_step: 2 -> 1", "base.lr: 0.001 -> 0.002", "base.weight_decay: 0.01 -> 0.5"]
+    out = capsys.readouterr().out
+    assert all(f"Changed: {change}" in out for change in wanted), out
+    assert train.main(["--resume_ckpt", "findlast"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"Changed: {change}" in out for change in wanted), out
+    assert "Changed: the run has 9 steps instead of 6, over which cosine stretches: the rate of the unet goes on at" in out
+    assert "seed" not in out.partition("Going on")[2].partition("step 5")[0], "what has not changed is not told"
+    assert checkpoints(run_of(workplace))[0].name == "last-tiny-ep03-gs00009"
+    assert scalars(run_of(workplace))["hyperparameter/lr unet"][5] > 1e-3, "the new rate acts"
+    saved = json.loads((run_of(workplace) / "optimizer.json").read_text())
+    assert saved["base"]["weight_decay"] == 0.5
+
+
+def test_continuing_with_other_data_or_another_optimizer_is_refused_and_weights_only_is_the_way_out(workplace, capsys):
+    write(workplace, DADAPT, **SHORT)
+    assert train.main(["--stop_after_steps", "2"]) == 0
+    first = run_of(workplace)
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
+
+    write(workplace, ADAMW | {"text_encoder_freezing": {"freeze_front_n_layers": 2}}, **SHORT)
+    assert train.main(["--resume_ckpt", "findlast"]) == 2
+    error = capsys.readouterr().err
+    assert "--resume_weights_only" in error and "the optimizer of the unet was dadapt_adam, and is adamw now" in error
+    write(workplace, {"base": DADAPT["base"]}, **SHORT)
+    assert train.main(["--resume_ckpt", "findlast"]) == 2
+    assert "what learns of the text encoder was" in capsys.readouterr().err
+    write(workplace, DADAPT, **SHORT)
+    (workplace / "pictures" / "4.txt").write_text("something else")
+    for more in ([], ["--check"]):
+        assert train.main(["--resume_ckpt", "findlast", "--seed", "8", *more]) == 2
+        error = capsys.readouterr().err
+        assert "the images or captions have changed" in error and "seed was 7, and is 8 now" in error
+    assert before == {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}, "a refusal changes nothing"
+
+    write(workplace, ADAMW, **SHORT)
+    assert train.main(["--resume_ckpt", "findlast", "--resume_weights_only", "--seed", "8"]) == 0
+    second = run_of(workplace)
+    assert second != first and (second / "ckpts" / LAST).is_dir()
+    assert json.loads((second / "train.json").read_text())["resume_ckpt"] == "findlast"
+    assert before == {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_does_nothing_more_unless_epochs_are_added(workplace, capsys):
+    write(workplace, DADAPT, **SHORT)
+    assert train.main([]) == 0
+    assert "To train on, raise max_epochs (it is 2):  python train.py --resume_ckpt" in capsys.readouterr().out
+    saved = (run_of(workplace) / "ckpts" / LAST / "manifest.json").read_bytes()
+    assert train.main(["--resume_ckpt", "findlast"]) == 0
+    assert "Done: 6 steps" in capsys.readouterr().out
+    assert (run_of(workplace) / "ckpts" / LAST / "manifest.json").read_bytes() == saved
+    assert train.main(["--resume_ckpt", "findlast", "--max_epochs", "3", "--stop_after_steps", "3"]) == 0
+    assert "Stopped after step 6 of 9" in capsys.readouterr().out, "a step that has been made is not made again"
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(workplace, capsys):
+    write(workplace, DADAPT, **SHORT | {"save_every_n_epochs": 1, "keep_resume_n": 2})
+    assert train.main([]) == 0
+    newest, older = checkpoints(run_of(workplace))
+    weights = newest / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert train.main(["--resume_ckpt", str(newest)]) == 2
+    assert "diffusion_pytorch_model.safetensors: the file is not what the checkpoint's manifest says" in capsys.readouterr().err
+    assert train.main(["--resume_ckpt", "findlast", "--stop_after_steps", "4"]) == 0
+    assert f"Going on after step 3 in {older.parent.parent}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stops_early", "command"),
+    [
+        ([], False, "python train.py --resume_ckpt logs/x"),
+        (["--config", "a b.json", "--lr", "-1"], False, "python train.py --config 'a b.json' --lr -1 --resume_ckpt logs/x"),
+        (["--resume-ckpt", "old", "--seed", "3"], False, "python train.py --seed 3 --resume_ckpt logs/x"),
+        (["--resume_ckpt=old", "--check"], False, "python train.py --check --resume_ckpt logs/x"),
+        (["--stop_after_steps", "4", "--resume_weights_only"], True, "python train.py --resume_ckpt logs/x"),
+        (["--resume_weights_only", "true", "--no-amp"], False, "python train.py --no-amp --resume_ckpt logs/x"),
+        ([], True, "python train.py --resume_ckpt logs/x --stop_after_steps null"),
+    ],
+)
+def test_the_command_that_goes_on_is_the_one_that_began(tmp_path, arguments, stops_early, command):
+    from pathlib import Path
+
+    assert resume_command(arguments, Path("logs/x"), stops_early=stops_early) == command

@@ -1,0 +1,160 @@
+"""Where a run begins: from a model, or in the middle of itself; and what may change when it goes on."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.checkpoint import RESUME, TrainState, find_last, newest_of, read_resume, resume_problem
+from trainer.config import flattened
+from trainer.disk import WINDOWS
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from data.index import Index
+    from trainer.config import TrainConfig
+    from trainer.models.trainable import TrainedParts
+
+_NEW_RUN = "or start a new run from its weights with --resume_weights_only"
+
+_OWN_TO_A_START = ("resume_ckpt", "stop_after_steps", "optimizer_config")
+"""Keys that say how this start of the run goes, and nothing about the run."""
+
+_GIVEN_BY_RESUMING = ("resume_ckpt", "stop_after_steps", "resume_weights_only")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
+
+    model: str
+    """What `load_models` loads."""
+
+    checkpoint: Path | None = None
+    """The checkpoint folder of the run that is continued."""
+
+    state: TrainState | None = None
+    about: Mapping[str, Any] | None = None
+    """What the continued run was, as its checkpoint says."""
+
+
+def find_start(config: TrainConfig, *, weights_only: bool) -> Start:
+    """Return what resume_ckpt stands for.
+
+    A checkpoint folder, a run folder (its newest whole checkpoint) and `findlast` continue a run, or begin a new one from its weights;
+    anything else is a base model.
+
+    Raises:
+        UserError: there is no checkpoint to go on from, or it is damaged.
+    """
+    named = config.model.resume_ckpt
+    folder = Path(named)
+    if named == "findlast":
+        folder = find_last(Path(config.logging.logdir), config.logging.project_name, weights_only=weights_only)
+    elif (folder / "ckpts").is_dir():
+        folder = newest_of(folder, weights_only=weights_only)
+    elif weights_only or not (folder / RESUME).is_dir():
+        return Start(named)
+    elif problem := resume_problem(folder):
+        raise UserError(f"resume_ckpt: {problem}")
+    if weights_only:
+        return Start(str(folder))
+    state, about = read_resume(folder)
+    return Start(str(folder), folder, state, about)
+
+
+def describe(config: TrainConfig, index: Index, parts: TrainedParts, total_steps: int) -> dict[str, Any]:
+    """Return what a checkpoint remembers of its run's configuration.
+
+    Args:
+        config: the run's configuration.
+        index: its images.
+        parts: what learns.
+        total_steps: optimizer steps of the whole run.
+    """
+    optimizers = {"unet": config.optimizers.unet, "text encoder": config.optimizers.text_encoder}
+    return {
+        "project": config.logging.project_name,
+        "total_steps": total_steps,
+        "same": {
+            "seed": config.loop.seed,
+            "data": index.fingerprint(),
+            "images": len(index.records),
+            "resolution": config.data.resolution,
+            "images per step": config.data.batch_size * config.loop.grad_accum,
+            "channels_last": config.precision.channels_last,  # state in 8 bits is kept in blocks along memory
+            **{f"what learns of the {network}": part.what for network, part in parts.counts.items()},
+            **{f"the optimizer of the {network}": optimizers[network].optimizer for network in parts.parameters},
+        },
+        "config": flattened(config),
+    }
+
+
+def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], checkpoint: str) -> None:
+    """Refuse to continue a run as another one.
+
+    Args:
+        now: what `describe` says of this start.
+        then: what it said when the checkpoint was saved.
+        checkpoint: the checkpoint's folder.
+
+    Raises:
+        UserError: the seed, the data, the batch, the trained parts or their optimizers differ from the checkpoint's.
+    """
+    words = {"data": "the images or captions have changed"}
+    before, after = then["same"], now["same"]
+    differences = [
+        words.get(key, f"{key} was {before.get(key, 'none')}, and is {after.get(key, 'none')} now")
+        for key in dict.fromkeys([*after, *before])
+        if before.get(key) != after.get(key)
+    ]
+    if differences:
+        raise UserError(
+            [f"resume_ckpt: {checkpoint} belongs to another run, which this configuration cannot continue; put these back, {_NEW_RUN}."]
+            + [f"  {difference}" for difference in differences]
+        )
+
+
+def changes(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
+    """Return what a continued run's configuration changes, each as "key: old -> new"; the configuration is what counts."""
+    before, after = then["config"], now["config"]
+    return [
+        f"{key}: {_shown(before.get(key))} -> {_shown(after.get(key))}"
+        for key in dict.fromkeys([*before, *after])
+        if key not in _OWN_TO_A_START and before.get(key) != after.get(key)
+    ]
+
+
+def resume_command(arguments: Sequence[str], folder: Path, *, stops_early: bool) -> str:
+    """Return the command line that goes on with the run in `folder`.
+
+    Args:
+        arguments: this start's own, without the program's name.
+        folder: the run's.
+        stops_early: whether the configuration sets stop_after_steps.
+    """
+    given = any(word.replace("-", "_").startswith("__stop_after_steps") for word in arguments)
+    kept: list[str] = []
+    dropped = False
+    for word in arguments:
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0].replace("-", "_")
+            dropped = name in _GIVEN_BY_RESUMING
+            if dropped:
+                continue
+        elif dropped:
+            dropped = False
+            continue
+        kept.append(word)
+    words = ["python", "train.py", *kept, "--resume_ckpt", str(folder)]
+    if stops_early and not given:
+        words += ["--stop_after_steps", "null"]
+    return subprocess.list2cmdline(words) if WINDOWS else shlex.join(words)
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

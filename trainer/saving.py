@@ -1,0 +1,205 @@
+"""Saving a run: what a checkpoint holds, when one is due by the clock, and what happens where it cannot be written."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from trainer.checkpoint import RUN, STEP, SaveOptions, TrainState, checkpoints, rotate, save_checkpoint
+from trainer.disk import appearing, free_bytes, in_gib
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainer.models.load import Models
+
+Kind = Literal["", "last", "interrupted", "errored"]
+"""Why a checkpoint is written, the beginning of its name: on schedule, at the run's end, at a signal, at an error."""
+
+MOST_FAILURES = 3
+"""Saves in a row that may fail before the run ends: training on would be for nothing."""
+
+_SLACK = 1 << 24
+"""Bytes for configurations, tokenizer and manifests."""
+
+
+class SavingError(UserError):
+    """The run ends because its checkpoints cannot be saved."""
+
+
+class Stateful(Protocol):
+    """A part of a run whose state goes into its checkpoints."""
+
+    def state_dict(self) -> Any:
+        """Return tensors, numbers and texts in dicts and lists."""
+        ...
+
+    def load_state_dict(self, state: Any, /) -> Any:
+        """Go on from what `state_dict` returned."""
+        ...
+
+
+class Saver:
+    """Write a run's checkpoints, the resumable folder first and the single file after it, and rotate older ones.
+
+    A checkpoint that cannot be written is an event, and training goes on with the last good one in place; the third in a row ends the
+    run.
+
+    Args:
+        options: what is written and kept.
+        run: the run's folder.
+        project: the project's name.
+        models: the networks.
+        state: the run's counters.
+        parts: what a continued run needs beside weights and counters, by name.
+        about: what a continued run has to agree with, and the configuration.
+        metadata: further header fields of single files.
+        say: takes a sentence for people.
+        clock: returns seconds; a change of the computer's time does not matter to it.
+    """
+
+    def __init__(
+        self,
+        options: SaveOptions,
+        *,
+        run: Path,
+        project: str,
+        models: Models,
+        state: TrainState,
+        parts: Mapping[str, Stateful],
+        about: Mapping[str, Any],
+        metadata: Mapping[str, str],
+        say: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._options = options
+        self._run = run
+        self._project = project
+        self._models = models
+        self._state = state
+        self._parts = parts
+        self._about = about
+        self._metadata = metadata
+        self._say = say
+        self._clock = clock
+        self._last_time = clock()
+        self._last_step = state.step  # a checkpoint or the base model holds what has been made so far
+        self._failures = 0
+        self._single_folder = Path(options.save_ckpt_dir) if options.save_ckpt_dir else run / "ckpts"
+
+    def due(self) -> bool:
+        """Return whether the minutes between checkpoints are over."""
+        minutes = self._options.ckpt_every_n_minutes
+        return minutes is not None and self._clock() - self._last_time >= 60 * minutes
+
+    def save(self, kind: Kind = "") -> list[Path]:
+        """Write a checkpoint of the run as it stands and return what was written; before an untimely end only where this step has none.
+
+        Raises:
+            SavingError: it is the third in a row that cannot be written, the last of the run, or the weights are not finite.
+        """
+        if kind in ("interrupted", "errored") and self._last_step == self._state.step:
+            return []
+        if networks := self._not_finite():
+            raise SavingError(
+                f"step {self._state.step}: weights of the {' and the '.join(networks)} are not finite, so no checkpoint is saved and the "
+                f"run ends; {self._last_good()}; go on from it with a lower rate.",
+                exit_code=1,
+            )
+        began, written = time.perf_counter(), []
+        try:
+            self._write(kind, written)
+        except (OSError, MemoryError) as error:
+            self._failed(kind, error, written)
+        else:
+            self._failures, self._last_step = 0, self._state.step
+            seconds = time.perf_counter() - began
+            self._say(f"step {self._state.step}: saved {' and '.join(map(str, written))}; training waited {seconds:.1f} s")
+            try:
+                rotate(self._run, self._options, self._single_folder)
+            except OSError as error:
+                self._say(f"Note: an older checkpoint could not be deleted ({_reason(error)}); the next save tries again.")
+        self._last_time = self._clock()
+        return written
+
+    def _write(self, kind: Kind, written: list[Path]) -> None:
+        import torch
+
+        from trainer.export import save_diffusers, save_single_file
+        from trainer.state import size_of_state, write_state
+
+        state = self._state
+        epoch = state.epoch + (1 if state.step_in_epoch else 0)
+        prefix = "" if kind == "" or (kind == "last" and self._options.no_prepend_last) else f"{kind}-"
+        name = f"{prefix}{self._project}-ep{epoch:02d}-gs{state.step:05d}"
+        folder, file = self._run / "ckpts" / name, self._single_folder / f"{name}.safetensors"
+        single = torch.float32 if self._options.save_full_precision else torch.float16
+        training = {part: member.state_dict() for part, member in self._parts.items()}
+
+        require_room(folder.parent, self._model_bytes() + size_of_state(training))
+        save_checkpoint(
+            folder,
+            write_model=lambda draft: save_diffusers(self._models, draft),
+            write_resume=lambda draft: write_state(training, draft / "training"),
+            state=state,
+            about=dict(self._about),
+        )
+        written.append(folder)
+        if self._options.writes_single:
+            require_room(file.parent, self._model_bytes(single))
+            metadata = {**self._metadata, "modelspec.title": name, RUN: self._run.name, STEP: str(state.step)}
+            with appearing(file) as draft:
+                save_single_file(self._models, draft, single, metadata)
+            written.append(file)
+
+    def _failed(self, kind: Kind, error: Exception, written: list[Path]) -> None:
+        self._failures += 1
+        what = f"{written[0]} is saved, its single file" if written else "the checkpoint"
+        sentence = f"step {self._state.step}: {what} could not be written ({_reason(error)}); {self._last_good()}"
+        if kind == "last":
+            raise SavingError(f"{sentence}; make room or choose another place, and go on with --resume_ckpt {self._run}.", exit_code=1)
+        if self._failures >= MOST_FAILURES:
+            raise SavingError(f"{sentence}; this was the third time in a row, so the run ends.", exit_code=1)
+        self._say(f"Note: {sentence}; training goes on ({self._failures} of {MOST_FAILURES}).")
+
+    def _last_good(self) -> str:
+        found = checkpoints(self._run)
+        return f"the last good one is {found[0]}" if found else "there is none yet"
+
+    def _not_finite(self) -> list[str]:
+        """Return the networks with a weight that is not finite: nobody can go on from such a checkpoint, and `findlast` would take it."""
+        import torch
+
+        found = []
+        for name, network in (("unet", self._models.unet), ("text encoder", self._models.text_encoder)):
+            finite = [parameter.isfinite().all() for parameter in network.parameters() if parameter.requires_grad]
+            if finite and not torch.stack(finite).all():
+                found.append(name)
+        return found
+
+    def _model_bytes(self, dtype: torch.dtype | None = None) -> int:
+        """Return the bytes of all weights, in `dtype` or each in its own."""
+        networks = (self._models.unet, self._models.text_encoder, self._models.vae)
+        weights = [parameter for network in networks for parameter in network.parameters()]
+        return sum(parameter.numel() * (dtype or parameter.dtype).itemsize for parameter in weights)
+
+
+def require_room(folder: Path, size: int) -> None:
+    """Find out before writing `size` bytes in `folder` that there is no room for them.
+
+    Raises:
+        OSError: there is not.
+    """
+    free = free_bytes(folder)
+    if free < size + _SLACK:
+        raise OSError(errno.ENOSPC, f"{in_gib(size)} are needed and {in_gib(free)} are free on the disk of {folder}")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return (error.strerror or str(error)) + (f": {error.filename}" if error.filename else "")
+    return str(error) or type(error).__name__

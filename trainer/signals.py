@@ -1,0 +1,102 @@
+"""Signals that ask a run to end: the first is met at the next safe place, the second ends the process at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+class Interrupted(BaseException):
+    """The run was asked to end by a signal. No `except Exception` holds it up.
+
+    Args:
+        number: the signal's.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.exit_code = 128 + number
+        """What shells report of a process that the signal has ended: 130 for SIGINT (Ctrl-C), 143 for SIGTERM."""
+        super().__init__(signal.Signals(number).name)
+
+
+class StopSignals:
+    """Turn SIGINT, SIGTERM and what else asks a process to end into `Interrupted`, while the `with` block runs.
+
+    Outside `deferred`, where nothing can be lost (imports, loading, caching), it is raised where the program happens to be. Inside, the
+    first signal is only noted, and `check` raises it at places that are safe. The second signal ends the process at once wherever it
+    is: what is being written then stays behind under a hidden name, and everything else is whole.
+
+    Only the main thread receives signals; anywhere else the block changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested: int | None = None
+        """The first signal's number."""
+        self._deferred = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        """Begin to listen."""
+        if threading.current_thread() is threading.main_thread():
+            for number in _numbers():
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has its reasons
+                    self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the signals to whoever had them before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Only note the first signal while the block runs.
+
+        Raises:
+            Interrupted: there was one before.
+        """
+        self.check()
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def check(self) -> None:
+        """Raise what was noted.
+
+        Raises:
+            Interrupted: a signal has asked the run to end.
+        """
+        if self.requested is not None:
+            raise Interrupted(self.requested)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self.requested is not None:
+            _say("\nStopped at once; the last checkpoint is whole.\n")
+            os._exit(128 + number)
+        self.requested = number
+        name = signal.Signals(number).name
+        if not self._deferred:
+            raise Interrupted(number)
+        _say(f"\n{name}: stopping after this step and saving a checkpoint; a second one stops at once, without.\n")
+
+
+def _numbers() -> list[int]:
+    """Return the signals that ask a process to end, as far as the platform has them: Ctrl-C, kill, a closed terminal, Ctrl-Break."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+
+
+def _say(text: str) -> None:
+    """Write to the standard error as it is: a handler may run inside a print, which cannot be entered twice."""
+    try:
+        os.write(2, text.encode())
+    except OSError:
+        return  # the terminal is gone, which is no reason not to save
