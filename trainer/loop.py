@@ -249,6 +249,7 @@ def check_gradients(run: Run, numbers: Mapping[str, float]) -> None:
     """
     met = {network: int(numbers.get(f"{NOT_FINITE} {network}", 0)) for network in run.optimizers.parameters}
     if any(met.values()):
+        run.optimizers.updating = True  # some weights have made the step and others have not: nothing to save
         where = " and ".join(f"{count} of the {network}" for network, count in met.items() if count)
         raise UserError(
             f"gradients were not finite although the loss was ({where}; now at step {run.state.step}): with fused_backward only these "
