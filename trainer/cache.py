@@ -28,6 +28,9 @@ SHARE = 4
 SPARE_DISK = 256 << 20
 """Bytes that stay free on a disk."""
 
+MANY = 1000
+"""Images whose files take a while to hash."""
+
 EVERY = 30.0
 """Seconds between two lines that tell how far encoding is."""
 
@@ -137,6 +140,8 @@ def encode_images(
         latents = MemoryLatents(plan.shape)
         contents, place = None, "memory"
     else:
+        if len(index.records) >= MANY:
+            tell(f"Comparing the content of {len(index.records):,} images with what is kept in {folder}.")
         contents = contents_of(index.records, folder / f"contents-{_roots(index)}.json")
         own = folder / "latents" / identity(vae, precision)
         latents = DiskLatents(own, plan.shape, contents)

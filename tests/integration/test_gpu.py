@@ -2,13 +2,18 @@
 
 import pytest
 import torch
+from PIL import Image
 
+from data.dataset import DataOptions
+from data.index import build_index
 from tests.integration.test_step import OPTIONS, _batch, _objective
 from tests.tiny import tiny_models
+from trainer.cache import CacheOptions, encode_images, plan_latents
 from trainer.diffusion.objective import Networks
 from trainer.optim.optimizer_set import OptimizerSet
 from trainer.precision import PrecisionOptions, resolve_precision
 from trainer.step import train_step
+from trainer.transfer import visiting
 
 pytestmark = pytest.mark.gpu
 
@@ -52,3 +57,20 @@ def test_training_lowers_the_loss_in_every_precision(name, kind):
         )
         losses.append(float(result.loss))
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_vae_whose_latents_are_kept_leaves_the_device_but_for_samples(tmp_path):
+    device = torch.device("cuda", 0)
+    precision = resolve_precision(PrecisionOptions(mixed_precision="bf16"), device)
+    models = tiny_models(0)
+    models.vae.to(device)
+    Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / "a.png")
+    data = DataOptions(data_root=str(tmp_path), resolution=64, num_workers=0)
+    index = build_index(data)
+    plan = plan_latents(CacheOptions(cache_latents="memory"), data, index, models.vae.config, epochs=1)
+    latents = encode_images(plan, index, data, models.vae, precision, folder=tmp_path, tell=print)
+    assert latents is not None and latents.read(plan.entries[0]).device.type == "cpu"
+    models.vae.to("cpu")
+    with visiting([models.vae], device):
+        assert {parameter.device for parameter in models.vae.parameters()} == {device}
+    assert {parameter.device.type for parameter in models.vae.parameters()} == {"cpu"}

@@ -160,6 +160,33 @@ def test_epochs_differ_in_order_flips_and_words(folder):
     assert sum(captions[0][name] != captions[1][name] for name in captions[0]) > 5
 
 
+def test_crop_jitter_moves_the_crop_and_nothing_else(folder):
+    still = images(loader_of(folder).steps(0))
+    jittered = loader_of(folder, crop_jitter=1.0)
+    moved = images(jittered.steps(0))
+    # The square images fit their bucket, the wide ones are cropped in no direction either: their ratio is the bucket's.
+    assert still == moved
+    for number in range(8):
+        ramp = np.tile(np.linspace(0, 255, 200), (128, 1)).astype(np.uint8)
+        Image.fromarray(ramp).convert("RGB").save(folder / f"{number}.png")
+    plain, jittered = (loader_of(folder, flip_p=0, crop_jitter=jitter, num_workers=0) for jitter in (0, 1.0))
+    first, second, third = images(plain.steps(0)), images(jittered.steps(0)), images(jittered.steps(1))
+    assert [image[1:] for image in first] == [image[1:] for image in second]
+    assert sum(one[0] != other[0] for one, other in zip(first, second, strict=True)) >= 7
+    by_name = {image[2]: image[0] for image in second}
+    assert sum(by_name[image[2]] != image[0] for image in third) >= 7
+    for changes in ({"num_workers": 1}, {"batch_size": 1}, {"batch_size": 4}):
+        assert images(loader_of(folder, flip_p=0, crop_jitter=1.0, **changes).steps(0)) == second
+
+
+def test_crops_gather_around_the_middle(folder):
+    near = loader_of(folder, crop_jitter=0.5).images
+    places = np.array([near._crop(0, position) for position in range(400)])
+    assert places.min() >= 0.25 and places.max() <= 0.75
+    assert abs(places.mean() - 0.5) < 0.02 and abs(places.std() - 0.25 / np.sqrt(6)) < 0.01
+    assert near._crop(0, 5) == near._crop(0, 5) != near._crop(1, 5)
+
+
 def test_a_record_overrides_the_options(folder):
     from dataclasses import replace
 

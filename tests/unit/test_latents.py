@@ -227,10 +227,21 @@ def test_what_was_hashed_is_not_read_again(folder, tmp_path, elapsed, monkeypatc
     assert contents_of(index.records, memory) == changed
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="such names are for file systems of Linux")
+def test_names_that_are_not_unicode(folder, tmp_path, elapsed, monkeypatch):
+    (folder / "0.png").rename(os.fsdecode(os.fsencode(folder) + b"/caf\xe9\n.png"))
+    index = build_index(options_of(folder))
+    first = contents_of(index.records, tmp_path / "contents.json")
+    monkeypatch.setattr(latents_module, "content_of", None)
+    assert contents_of(index.records, tmp_path / "contents.json") == first and len(first) == 5
+
+
 def test_a_file_of_this_moment_is_hashed_again(folder, tmp_path):
     index = build_index(options_of(folder))
     contents_of(index.records, tmp_path / "contents.json")
-    assert json.loads((tmp_path / "contents.json").read_text()) == {} if (tmp_path / "contents.json").exists() else True
+    (folder / "0.png").write_bytes((folder / "0.png").read_bytes() + b"x")
+    remembered = json.loads((tmp_path / "contents.json").read_text()) if (tmp_path / "contents.json").exists() else {}
+    assert str(folder / "0.png") not in remembered
 
 
 def test_crops_are_read_once_for_both_flips(folder, monkeypatch):

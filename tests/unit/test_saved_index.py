@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
@@ -48,6 +49,13 @@ def test_it_is_equal_and_spares_the_scan(data, scans, tmp_path):
     assert len(scans) == 1 and first == again == build_index(data)
     assert again.fingerprint() == first.fingerprint() and [file.name for file in again.bad] == ["bad.png"]
     assert again.records[0].folder is again.records[1].folder, "what is shared stays shared"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="such names are for file systems of Linux")
+def test_names_that_are_not_unicode(data, scans, tmp_path):
+    (tmp_path / "root" / "b.jpg").rename(os.fsdecode(os.fsencode(tmp_path) + b"/root/caf\xe9.png"))
+    assert remembered_index(data, tmp_path / "cache") == remembered_index(data, tmp_path / "cache")
+    assert len(scans) == 1
 
 
 def touched(path):
