@@ -53,7 +53,7 @@ def test_it_is_equal_and_spares_the_scan(data, scans, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="such names are for file systems of Linux")
 def test_names_that_are_not_unicode(data, scans, tmp_path):
-    (tmp_path / "root" / "b.jpg").rename(os.fsdecode(os.fsencode(tmp_path) + b"/root/caf\xe9.png"))
+    (tmp_path / "root" / "b.jpg").rename(os.fsdecode(os.fsencode(tmp_path / "root") + b"/caf\xe9.png"))
     assert remembered_index(data, tmp_path / "cache") == remembered_index(data, tmp_path / "cache")
     assert len(scans) == 1
 
