@@ -24,7 +24,7 @@ def calls(monkeypatch):
     """Run kernels uncompiled; return the list of how many rows each call had."""
     seen = []
 
-    def counted(device, state_bits):
+    def counted(device, state_bits, weights):
         def kernel(p, *arguments):
             assert p.is_contiguous() and len(p) >= 2
             seen.append(p.numel() // ROW)
@@ -224,7 +224,7 @@ def test_a_forbidden_compiler_is_not_used(monkeypatch):
 
 def test_a_resumed_run_whose_compiler_is_gone_says_so(calls, monkeypatch):
     saved = DAdaptAdam([nn.Parameter(torch.zeros(1000))], compile=True).state_dict()
-    monkeypatch.setattr(dadapt_adam, "compiled_kernel", lambda device, state_bits: None)
+    monkeypatch.setattr(dadapt_adam, "compiled_kernel", lambda *_: None)
     resumed = DAdaptAdam([nn.Parameter(torch.zeros(1000))])
     with pytest.warns(UserWarning, match=r"stepped through torch\.compile, this one does without"):
         resumed.load_state_dict(saved)
@@ -247,14 +247,15 @@ def test_where_compiling_does_not_work_one_line_says_so(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", [32, 8])
-def test_compiled_for_real(bits, monkeypatch):
+def test_compiled_for_real(bits, dtype):
     """Close to eager, bit-equal when fused, reproducible, and one graph for all shapes, groups and instances."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "torch.compile does not work")
         results = []
         for compile, fused in ((True, False), (True, True), (True, False), (False, False)):
-            params = parameters()
+            params = parameters(dtype)
             optimizer = optimizer_over(params, compile=compile, state_bits=bits, fused_backward=fused)
             optimizer.state_dict()  # allocates, and compiles
             if compile:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.optim.dadapt_kernels import ROW, Kernel
-from trainer.optim.quantized import BLOCK, decode, encode
+from trainer.optim.dadapt_kernels import ROW, Kernel, row_width
+from trainer.optim.quantized import BLOCK, decode, encode, to_bf16
 
 _BLOCKS = ROW // BLOCK
 
@@ -32,14 +32,16 @@ class Bank(ABC):
     """The state of all parameters of one precision on one device, and what the rows of a step need beside it.
 
     Args:
-        noisy: whether anything is rounded stochastically.
+        weights: the parameters' precision.
+        state_bits: 32 or 8.
     """
 
     dtype: torch.dtype
     """What is computed in."""
 
-    def __init__(self, device: torch.device, rows: int, noisy: bool) -> None:
-        self.device, self.rows, self.noisy = device, rows, noisy
+    def __init__(self, device: torch.device, rows: int, weights: torch.dtype, state_bits: int) -> None:
+        self.device, self.rows, self.weights = device, rows, weights
+        self._width = row_width(state_bits, weights)
         self.num, self.l1 = (torch.zeros(rows, dtype=torch.float64, device=device) for _ in range(2))
         self.rows_of: dict[int, slice] = {}
         """The rows of each group."""
@@ -51,7 +53,7 @@ class Bank(ABC):
         """
         self.num.zero_()
         self.l1.zero_()
-        if self.noisy:
+        if self._width == BLOCK:  # something is rounded
             generator = None if self.device.type == "meta" else torch.Generator(self.device).manual_seed(step)
             # Multiples of 2^-16: their sums are exact, so every device and every order agrees.
             shapes = ((2, 1, BLOCK), (self.rows * _BLOCKS, 1))
@@ -64,10 +66,18 @@ class Bank(ABC):
         return (self.blocks[row * _BLOCKS : (row + rows) * _BLOCKS] + self.columns[int(of_weights)]).frac_().view(rows, ROW)
 
     def narrowed(self, weights: Tensor, row: int) -> Tensor:
-        """Return fp32 weights (rows, ROW) rounded stochastically to bf16."""
-        kept = -(1 << 16)  # the upper 16 bits of fp32 are bf16
-        steps = (self.noise(row, len(weights), of_weights=True) * (1 << 16)).to(torch.int32)
-        return ((weights.view(torch.int32) + steps) & kept).view(torch.float32).to(torch.bfloat16)
+        """Return weights (rows, ROW) in the parameters' precision, rounded stochastically to bf16."""
+        return weights if self.weights == self.dtype else to_bf16(weights, self.noise(row, len(weights), of_weights=True))
+
+    def call(self, kernel: Kernel, row: int, p: Tensor, g: Tensor, live: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Run a compiled kernel on two or more rows, from this one on; return the two sums of each row, in fp64."""
+        rows, parts = len(p), ROW // self._width
+        here = slice(row * parts, (row + rows) * parts)
+        noise = (self.blocks[here], self.columns) if parts > 1 else ()
+        live = live.expand(rows, parts).reshape(-1, 1).contiguous()
+        sums = kernel(p.view(-1, self._width), g.view(-1, self._width), live, table, *(flat[here] for flat in self._flats()), *noise)
+        num, l1 = (sum_.view(rows, parts).sum(1, dtype=torch.float64) for sum_ in sums)
+        return num, l1
 
     @abstractmethod
     def load(self, row: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,8 +88,8 @@ class Bank(ABC):
         """Keep what `load` gave, unless it is not `finite`: 0-d bool, None if that is known."""
 
     @abstractmethod
-    def call(self, kernel: Kernel, row: int, p: Tensor, g: Tensor, live: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Run a compiled kernel on two or more rows, from this one on; return the two sums of each row, in fp64."""
+    def _flats(self) -> Sequence[Tensor]:
+        """Return the state as a compiled kernel takes it, (rows, width or 1)."""
 
     @abstractmethod
     def started(self, segment: Segment) -> Tensor:
@@ -93,10 +103,10 @@ class Bank(ABC):
 class FloatBank(Bank):
     """m, v and s in fp32 or fp64."""
 
-    def __init__(self, device: torch.device, rows: int, noisy: bool, dtype: torch.dtype) -> None:
-        super().__init__(device, rows, noisy)
-        self.dtype = dtype
-        self._state = tuple(torch.zeros(rows, ROW, dtype=dtype, device=device) for _ in range(3))
+    def __init__(self, device: torch.device, rows: int, weights: torch.dtype) -> None:
+        super().__init__(device, rows, weights, state_bits=32)
+        self.dtype = torch.float64 if weights == torch.float64 else torch.float32
+        self._state = tuple(torch.zeros(rows, ROW, dtype=self.dtype, device=device) for _ in range(3))
 
     def load(self, row: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:  # noqa: D102
         m, v, s = (flat[row : row + rows] for flat in self._state)
@@ -105,9 +115,8 @@ class FloatBank(Bank):
     def store(self, row: int, m: Tensor, v: Tensor, s: Tensor, finite: Tensor | None) -> None:  # noqa: D102
         pass  # changed in place, by nothing if not finite
 
-    def call(self, kernel: Kernel, row: int, p: Tensor, g: Tensor, live: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        num, l1 = kernel(p, g, live, table, *self.load(row, len(p)))
-        return num.double(), l1.double()
+    def _flats(self) -> Sequence[Tensor]:
+        return [flat.view(-1, self._width) for flat in self._state]
 
     def started(self, segment: Segment) -> Tensor:  # noqa: D102
         return segment.of(self._state[2]).any()
@@ -121,8 +130,8 @@ class ByteBank(Bank):
 
     dtype = torch.float32
 
-    def __init__(self, device: torch.device, rows: int) -> None:
-        super().__init__(device, rows, noisy=True)
+    def __init__(self, device: torch.device, rows: int, weights: torch.dtype) -> None:
+        super().__init__(device, rows, weights, state_bits=8)
         kinds = (torch.int8, torch.uint8, torch.int8)
         self._codes = tuple(torch.zeros(rows * _BLOCKS, BLOCK, dtype=kind, device=device) for kind in kinds)
         self._exponents = tuple(torch.zeros(rows * _BLOCKS, 1, dtype=torch.uint8, device=device) for _ in range(3))
@@ -140,14 +149,8 @@ class ByteBank(Bank):
             for target, value in zip((codes[here], exponents[here]), encode(values.view(-1, BLOCK), noise, codes.is_signed()), strict=True):
                 target.copy_(value if finite is None else torch.where(finite.to(self.device), value.to(target.dtype), target))
 
-    def call(self, kernel: Kernel, row: int, p: Tensor, g: Tensor, live: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        rows = len(p)
-        here = slice(row * _BLOCKS, (row + rows) * _BLOCKS)
-        state = [flat[here] for flat in (*self._codes, *self._exponents)]
-        live = live.expand(rows, _BLOCKS).reshape(-1, 1)
-        sums = kernel(p.view(-1, BLOCK), g.view(-1, BLOCK), live, table, *state, self.blocks[here], self.columns[0])
-        num, l1 = (sum_.view(rows, _BLOCKS).sum(1, dtype=torch.float64) for sum_ in sums)
-        return num, l1
+    def _flats(self) -> Sequence[Tensor]:
+        return [*self._codes, *self._exponents]
 
     def started(self, segment: Segment) -> Tensor:  # noqa: D102
         return segment.of(self._codes[2]).any()
@@ -227,13 +230,10 @@ class Layout:
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], state_bits: int) -> None:
         members: dict[Place, dict[int, list[tuple[int, int]]]] = {}
-        noisy: set[Place] = set()
         parameters = [(number, parameter) for number, group in enumerate(groups) for parameter in group["params"]]
         for index, (number, parameter) in enumerate(parameters):
-            place = (parameter.device, torch.float64 if parameter.dtype == torch.float64 else torch.float32)
+            place = (parameter.device, parameter.dtype)
             members.setdefault(place, {}).setdefault(number, []).append((index, parameter.numel()))
-            if parameter.dtype == torch.bfloat16:
-                noisy.add(place)
 
         self.banks: list[Bank] = []
         self.packs: list[Pack] = []
@@ -241,7 +241,7 @@ class Layout:
         for (device, dtype), by_group in members.items():
             # One row more than is used: a compiled call takes at least two.
             rows = 1 + sum(rows_for(numel) for entries in by_group.values() for _, numel in entries)
-            bank = ByteBank(device, rows) if state_bits == 8 else FloatBank(device, rows, (device, dtype) in noisy, dtype)
+            bank = (ByteBank if state_bits == 8 else FloatBank)(device, rows, dtype)
             self.banks.append(bank)
             row = 0
             for number, entries in by_group.items():

@@ -1,4 +1,6 @@
-"""Eight-bit storage of optimizer state: one byte for each element, and one for the exponent of each block of `BLOCK` elements.
+"""Stochastic rounding, of weights to bf16 and of optimizer state to eight bits.
+
+State takes one byte for each element, and one for the exponent of each block of `BLOCK` elements.
 
 A code k of n levels stands for y(k / n) * 2^e, where e is the block's exponent and y is the fourth power with straight lines between
 the powers of two: the bits of a float, read as an integer, are its logarithm in straight pieces, and four times that is the fourth
@@ -67,6 +69,12 @@ def encode(values: Tensor, noise: Tensor, signed: bool) -> tuple[Tensor, Tensor]
     if signed:
         return (values.view(torch.int32) & _SIGN).bitwise_or_(level.view(torch.int32)).view(torch.float32), exponents
     return level.clamp_(min=1), exponents
+
+
+def to_bf16(values: Tensor, noise: Tensor) -> Tensor:
+    """Return fp32 values rounded to bf16, to one of its two neighbours as noise, uniform in [0, 1), decides: on average unchanged."""
+    steps = (noise * (1 << 16)).to(torch.int32)
+    return ((values.view(torch.int32) + steps) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)  # bf16 is the upper 16 bits of fp32
 
 
 def stored(value: Tensor) -> Tensor:
