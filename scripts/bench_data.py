@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import platform
@@ -230,35 +231,63 @@ def scan_once(folder: Path, cache: Path) -> dict[str, Any]:
 
 
 def latents(folder: Path, rounds: int) -> None:
-    """Print images per second of training the embedded model, with and without kept latents, in turns."""
-    (folder / "prompts.json").write_text(
-        '{"generate_pretrain_samples": false, "num_inference_steps": 1, "cfgs": [1], "samples": [{"prompt": "a"}]}'
-    )
-    settings = {
-        "both train, encoded in every step": ["--cache_latents", "no"],
-        "both train, kept": ["--cache_latents", "memory"],
-        "text encoder frozen, encoded in every step": ["--cache_latents", "no", "--disable_textenc_training", "true"],
-        "text encoder frozen, kept": ["--cache_latents", "memory", "--disable_textenc_training", "true"],
-    }
-    speeds: dict[str, list[float]] = {name: [] for name in settings}
-    for turn in range(rounds):
-        for name, extra in settings.items():
-            logs = folder / f"{turn}-{len(name)}"
-            common = ["--config", "train.json", "--logdir", str(logs), "--sample_prompts", str(folder / "prompts.json")]
-            brief = ["--max_epochs", "10", "--fixed_loss_images", "0", "--sample_steps", "100000", "--save_format", "diffusers"]
-            subprocess.run([sys.executable, "train.py", *common, *brief, *extra], check=True, capture_output=True, cwd=ROOT)
-            speeds[name].append(speed_of(next(logs.iterdir())))
-    print(f"\nembedded model, batch 8, 64 px, fp32 on the CPU, {torch.get_num_threads()} threads, {rounds} rounds in turns")
-    for name, measured in speeds.items():
-        print(f"  {name:<44} {statistics.median(measured):6.1f} images/s   ({', '.join(f'{speed:.1f}' for speed in sorted(measured))})")
+    """Print images per second of training the embedded model with and without kept latents, a step of each in turn."""
+    print(f"\nembedded model, batch 8, 64 px, fp32 on the CPU, one thread, {rounds} steps each in turns, CPU time")
+    torch.set_num_threads(1)
+    for title, extra in {"both networks train": [], "text encoder frozen": ["--disable_textenc_training", "true"]}.items():
+        steps = {kept: training_steps(kept, folder, extra) for kept in ("no", "memory")}
+        seconds: dict[str, list[float]] = {kept: [] for kept in steps}
+        for turn in range(rounds + 3):
+            for kept, step in steps.items():
+                began = time.process_time()
+                step()
+                if turn >= 3:  # the first allocate and tune
+                    seconds[kept].append(time.process_time() - began)
+        ratio = statistics.median(plain / own for plain, own in zip(seconds["no"], seconds["memory"], strict=True))
+        speeds = {kept: 8 / statistics.median(measured) for kept, measured in seconds.items()}
+        print(
+            f"  {title:<22} encoded in every step {speeds['no']:6.1f} images/s   kept {speeds['memory']:6.1f} images/s   {ratio:5.2f} times"
+        )
 
 
-def speed_of(run: Path) -> float:
-    """Return the median of a run's images per second, without the first report, which compiles."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def training_steps(kept: str, folder: Path, extra: Sequence[str]) -> Callable[[], None]:
+    """Return a function that trains the embedded model by one step, from reading the batch to the update."""
+    from data.dataset import shown_captions
+    from data.index import build_index
+    from trainer import build
+    from trainer.cache import encode_captions, encode_images, plan_latents
+    from trainer.config import load_config
+    from trainer.diffusion.objective import Networks
+    from trainer.models.load import load_models
+    from trainer.models.trainable import apply_freezing
+    from trainer.precision import resolve_precision
+    from trainer.step import train_step
 
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload().Scalars("performance/images per second")
-    return statistics.median(event.value for event in events[2:])
+    brief = ["--config", str(ROOT / "train.json"), "--max_epochs", "1000", "--batch_size", "8", "--cache_latents", kept]
+    config = load_config([*brief, "--optimizer_config", str(ROOT / "optimizer.json"), *extra]).config
+    precision = resolve_precision(config.precision, torch.device("cpu"))
+    models = load_models(config.model)
+    parts = apply_freezing(models, config.parts, config.optimizers.freezing)
+    build.place(models, precision.device, channels_last=config.precision.channels_last, weights=precision.weights)
+    index = build_index(config.data)
+    tokenize = build.Tokenize(models.tokenizer)
+    plan = plan_latents(config.cache, config.data, index, models.vae.config, epochs=config.loop.max_epochs)
+    encoded = encode_images(plan, index, config.data, models.vae, precision, folder=folder, tell=lambda _: None)
+    contexts = None
+    if encoded is not None and build.TEXT_ENCODER not in parts.parameters:
+        contexts = encode_captions(shown_captions(index, config.data), tokenize, models.text_encoder, precision, clip_skip=0)
+    loader = build.make_loader(config, index, tokenize, pin=False, latents=encoded)
+    optimizers = build.make_optimizers(config, parts, 1000)
+    objective = build.make_objective(config, models, parts, contexts)
+    networks = Networks(models.unet, models.text_encoder, models.vae)
+    batches = (step for epoch in itertools.count() for step in loader.steps(epoch) if len(step[0]) == 8)
+    count = itertools.count()
+
+    def step() -> None:
+        inputs = [objective.draw(batch) for batch in next(batches)]
+        train_step(inputs, networks, objective, optimizers, step=next(count), images=8)
+
+    return step
 
 
 if __name__ == "__main__":

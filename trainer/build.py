@@ -36,9 +36,10 @@ if TYPE_CHECKING:
 
 UNET, TEXT_ENCODER = "unet", "text encoder"
 
-_NAMED = 20
-"""Files of one kind that are named; the rest are counted."""
 SECTIONS = {UNET: "base", TEXT_ENCODER: "text_encoder_overrides"}
+
+_NAMED = 20
+"""Files that are named; the rest are counted."""
 
 
 def run_training(config: TrainConfig, notes: Sequence[str], *, weights_only: bool, arguments: Sequence[str], signals: StopSignals) -> None:
