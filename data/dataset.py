@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-from annotated_types import Ge, Le, MultipleOf
+from annotated_types import Ge, Le, MinLen, MultipleOf
 
 from data.buckets import Bucket, buckets, nearest
 from data.captions import render
@@ -24,15 +24,19 @@ if TYPE_CHECKING:
     from data.batch import Batch
 
 
+Resolution = Annotated[int, Ge(64), MultipleOf(64)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """Where the captioned images are and how they are shown to the model."""
 
     data_root: str | tuple[str, ...] = "input"
-    """The folder of captioned images, or a list of folders; sub-folders are searched too."""
+    """The folder of captioned images, sub-folders included, or a .json, .jsonl or .csv list of images; or several of these."""
 
-    resolution: Annotated[int, Ge(64), MultipleOf(64)] = 512
-    """The training resolution in pixels, a multiple of 64: images are resized into aspect buckets of about its square in area."""
+    resolution: Resolution | Annotated[tuple[Resolution, ...], MinLen(1)] = 512
+    """The training resolution in pixels, a multiple of 64: images are resized into aspect buckets of about its square in area. Of a
+    list, each image takes the next resolution every time that it is shown, so an epoch stays as long as it is."""
 
     batch_size: Annotated[int, Ge(1)] = 2
     """Images in one forward and backward pass on one device."""
@@ -52,8 +56,26 @@ class DataOptions:
     keep_tags: Annotated[int, Ge(0)] = 0
     """Keep the first n tags in place when tags are shuffled."""
 
+    caption_prefix: str = ""
+    """Text in front of every caption, with a space between; the empty caption of cond_dropout stays empty."""
+
+    caption_lines: bool = False
+    """Take each line of a .txt or .caption file as a caption of its own, of which one is drawn every time that the image is shown."""
+
+    max_tokens: Literal[75, 150, 225] = 75
+    """Tokens of a caption that are read. CLIP reads 75 at a time; more are encoded in pieces that the UNet attends to together, in
+    training and in samples alike."""
+
+    on_bad_image: Literal["skip", "error"] = "skip"
+    """What to do about images and captions that cannot be used: leave them out and name them, or refuse the run."""
+
     num_workers: Annotated[int, Ge(0)] | None = None
     """Processes that read images; null chooses by the size of the images and the number of cores, 0 reads in the training process."""
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """The resolutions, one or several."""
+        return (self.resolution,) if isinstance(self.resolution, int) else self.resolution
 
 
 def shown_captions(index: Index, options: DataOptions) -> list[str] | None:
@@ -62,9 +84,9 @@ def shown_captions(index: Index, options: DataOptions) -> list[str] | None:
     for record in index.records:
         shuffle = options.shuffle_tags if record.shuffle_tags is None else record.shuffle_tags
         keep = options.keep_tags if record.keep_tags is None else record.keep_tags
-        if shuffle and len(record.caption.tags) - keep > 1:
+        if shuffle and any(len(caption.tags) - keep > 1 for caption in record.caption.versions):
             return None
-        shown[record.caption.text] = None
+        shown.update(dict.fromkeys(caption.text for caption in record.caption.versions))
     return [*shown, ""]
 
 
@@ -127,7 +149,7 @@ class Images:
         )
 
     def plain(self, records: Sequence[int]) -> list[Batch]:
-        """Return images as they are, one batch each: not flipped, with their whole caption, in their nearest bucket.
+        """Return images as they are, one batch each: not flipped, with their whole first caption, at the largest resolution.
 
         Meant for measurements that must not vary. Position and epoch are 0. A file that cannot be read gives no batch and
         is named in `bad`.
@@ -138,7 +160,7 @@ class Images:
         batches = []
         for identity in records:
             record = self._records[identity]
-            bucket = nearest(record.width, record.height, buckets(self._options.resolution))
+            bucket = nearest(record.width, record.height, buckets(max(self._options.resolutions)))
             try:
                 image = self._read(Entry(identity, bucket, False), CENTRE)
             except FileError as error:

@@ -6,7 +6,21 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePath
+from pathlib import Path
+
+FOLDER_FILES = (
+    "batch_id.txt",
+    "cond_dropout.txt",
+    "flip_p.txt",
+    "global.yaml",
+    "global.yml",
+    "local.yaml",
+    "local.yml",
+    "loss_scale.txt",
+    "multiply.txt",
+    "shuffle_tags.txt",
+)
+"""Names, in any case, of files that speak of a whole folder and so never of an image of that name."""
 
 
 @dataclass(frozen=True)
@@ -19,18 +33,33 @@ class Folder:
     path: Path
     files: tuple[str, ...]
     """Names of ordinary files, or of links to them, in the order of names."""
+    folders: tuple[str, ...] = ()
+    """Names of the folders inside, likewise."""
     others: tuple[str, ...] = ()
     """Names of what is neither file nor folder: broken links, pipes, devices."""
     problem: str = ""
     """Why the folder could not be listed; empty where it could."""
 
-    def beside(self, image: Path, suffix: str) -> str | None:
-        """Return the name of the file that shares the image's stem and has this extension in any case, or None."""
-        return self._by_stem.get((image.stem, suffix))
+    def beside(self, stem: str, suffix: str) -> str | None:
+        """Return the name of the file that has an image's stem and this extension in any case, or None."""
+        return self._by_ending.get(suffix, {}).get(stem)
+
+    def own(self, name: str) -> str | None:
+        """Return the name, as it is spelled, of the file of one of the `FOLDER_FILES` or another name in lower case, or None."""
+        return self._by_name.get(name)
 
     @cached_property
-    def _by_stem(self) -> dict[tuple[str, str], str]:
-        return {(path.stem, path.suffix.lower()): path.name for path in map(PurePath, self.files)}
+    def _by_ending(self) -> dict[str, dict[str, str]]:
+        found: dict[str, dict[str, str]] = {}
+        for name in self.files:
+            stem, dot, ending = name.rpartition(".")
+            if stem and name.lower() not in FOLDER_FILES:
+                found.setdefault(dot + ending.lower(), {})[stem] = name
+        return found
+
+    @cached_property
+    def _by_name(self) -> dict[str, str]:
+        return {name.lower(): name for name in self.files}
 
 
 def walk(root: Path) -> Iterator[Folder]:
@@ -45,17 +74,29 @@ def walk(root: Path) -> Iterator[Folder]:
         path = waiting.pop()
         try:
             status = path.stat()
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(path) as entries:
-                kinds = sorted((entry.name, _kind(entry)) for entry in entries if not entry.name.startswith("."))
         except OSError as error:
-            yield Folder(path, (), problem=f"the folder cannot be read ({error.strerror})")
+            yield _unreadable(path, error)
             continue
-        folders, files, others = (tuple(name for name, kind in kinds if kind == wanted) for wanted in ("folder", "file", "other"))
-        waiting.extend(path / name for name in reversed(folders))
-        yield Folder(path, files, others)
+        if (status.st_dev, status.st_ino) not in seen:
+            seen.add((status.st_dev, status.st_ino))
+            folder = list_folder(path)
+            waiting.extend(path / name for name in reversed(folder.folders))
+            yield folder
+
+
+def list_folder(path: Path) -> Folder:
+    """Return what a folder holds."""
+    try:
+        with os.scandir(path) as entries:
+            kinds = sorted((entry.name, _kind(entry)) for entry in entries if not entry.name.startswith("."))
+    except OSError as error:
+        return _unreadable(path, error)
+    folders, files, others = (tuple(name for name, kind in kinds if kind == wanted) for wanted in ("folder", "file", "other"))
+    return Folder(path, files, folders, others)
+
+
+def _unreadable(path: Path, error: OSError) -> Folder:
+    return Folder(path, (), problem=f"the folder cannot be read ({error.strerror})")
 
 
 def _kind(entry: os.DirEntry[str]) -> str:

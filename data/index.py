@@ -6,60 +6,20 @@ import difflib
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from data.captions import Caption, find_caption
-from data.errors import DataError, FileError
-from data.folder import Folder, walk
-from data.image import SUFFIXES, displayed_size
+from data.captions import sidecar_chain
+from data.errors import DataError
+from data.image import SUFFIXES
+from data.record import BadFile, Notice, Record
+from data.scan import Scan
+from data.table import SUFFIXES as LISTS
 
 if TYPE_CHECKING:
     from data.dataset import DataOptions
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """One image to train on. Its place in `Index.records` is its record id."""
-
-    folder: Path
-    """One object for all images of a folder: a path of its own for each of 100 000 images would take a third of the index's memory."""
-    file: str
-    """The file's name in the folder."""
-    name: str
-    """Relative path with forward slashes, unique in the index and printable: what messages call the image."""
-    width: int
-    """Pixels as looked at, EXIF orientation applied; so is height."""
-    height: int
-    caption: Caption
-    multiply: float = 1.0
-    """How many times an epoch shows the image; a fraction is that share of the epochs, 0 leaves it out."""
-    cond_dropout: float | None = None
-    """This and the next three replace the run's option of the same name where they are not None."""
-    flip_p: float | None = None
-    shuffle_tags: bool | None = None
-    keep_tags: int | None = None
-    loss_scale: float = 1.0
-    batch_id: str = ""
-    """Images of one batch_id share their batches with each other only."""
-
-    @property
-    def path(self) -> Path:
-        """Return where the image is."""
-        return self.folder / self.file
-
-
-@dataclass(frozen=True, slots=True)
-class BadFile:
-    """A file that was left out, and why: `reason` ends the sentence that `name` begins."""
-
-    name: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -69,69 +29,58 @@ class Index:
     records: tuple[Record, ...]
     bad: tuple[BadFile, ...]
     roots: tuple[Path, ...]
+    notices: tuple[Notice, ...] = ()
+    """What the owner of files that are used should know."""
 
     def fingerprint(self) -> str:
         """Return a short hash of the images' names, sizes, captions and settings.
 
-        It is the same for the same data on another machine, and changes with whatever changes the plan or the words.
+        It is the same for the same data on another machine, and changes with whatever changes the plan or the words. Fields at their
+        defaults do not enter it, so that a later version's further fields leave it as it is.
         """
         digest = hashlib.blake2b(digest_size=16)
         for record in self.records:
-            fields = [getattr(record, field) for field in Record.__dataclass_fields__ if field not in ("folder", "file")]
-            digest.update(repr(fields).encode())
+            words = [_set_fields(version, "source", "others") for version in record.caption.versions]
+            digest.update(repr((_set_fields(record, "folder", "file", "caption"), words)).encode())
         return digest.hexdigest()
 
 
 def build_index(options: DataOptions) -> Index:
-    """Scan the data roots: list the images, read their headers and captions.
+    """Scan the data roots: list the images, read their headers, captions and settings.
 
-    Files with an image's extension that cannot be used are listed in `bad`. Pixels are not decoded, so that damage further
-    inside a file shows only when it is trained on.
+    Files with an image's extension that cannot be used are listed in `bad`, and so are files of words and settings that cannot be
+    used, whose images are left out. Pixels are not decoded, so that damage further inside a file shows only when it is trained on.
 
     Raises:
-        DataError: a root is missing, is not a folder or lies inside another; or there is nothing to train on.
+        DataError: a root is missing, is neither a folder nor a list, or lies inside another; or there is nothing to train on.
     """
     roots = _roots(options.data_root)
-    records: list[Record] = []
-    bad: list[BadFile] = []
-    for root, prefix in zip(roots, _prefixes(roots), strict=True):
-        for found in _scan(root, prefix):
-            (records if isinstance(found, Record) else bad).append(found)  # type: ignore[arg-type]
-    if not any(record.multiply > 0 for record in records):
-        raise DataError(_nothing(roots, len(records), bad))
-    records.sort(key=lambda record: (_natural(record.name), record.name))
-    bad.sort(key=lambda file: (_natural(file.name), file.name))
-    return Index(tuple(records), tuple(bad), roots)
+    scan = Scan(sidecar_chain(lines=options.caption_lines), caption_prefix=options.caption_prefix)
+    for root, start in zip(roots, _prefixes(roots), strict=True):
+        (scan.folders if root.is_dir() else scan.table)(root, start)
+    if not any(record.multiply > 0 for record in scan.records):
+        raise DataError(_nothing(roots, len(scan.records), scan.bad))
+    records = sorted(scan.records, key=lambda record: (_natural(record.name), record.name))
+    bad = sorted(scan.bad, key=lambda file: (_natural(file.name), file.name))
+    return Index(tuple(records), tuple(bad), roots, scan.notices())
 
 
-def _scan(root: Path, prefix: str) -> Iterator[Record | BadFile]:
-    for folder in walk(root):
-        below = folder.path.relative_to(root).as_posix()
-        start = prefix + ("" if below == "." else below + "/")
-        if folder.problem:
-            yield BadFile(_printable(start or "."), folder.problem)
-        for name in filter(_is_image, folder.others):
-            yield BadFile(_printable(start + name), "it is a broken link or not an ordinary file")
-        for name in filter(_is_image, folder.files):
-            yield _record(folder, name, _printable(start + name))
+def refuse_bad(index: Index) -> None:
+    """Refuse data with files that cannot be used, for a run that is to leave none out.
+
+    Raises:
+        DataError: there are some; all are named.
+    """
+    if index.bad:
+        files = f"{len(index.bad)} files" if len(index.bad) > 1 else "a file"
+        listed = [str(file) for file in index.bad]
+        what_to_do = 'on_bad_image is "error"; mend or remove them, or set it to "skip"'
+        raise DataError([f"data_root: {files} cannot be used, and {what_to_do}", *listed])
 
 
-def _record(folder: Folder, file: str, name: str) -> Record | BadFile:
-    path = folder.path / file
-    try:
-        width, height = displayed_size(path)
-        return Record(folder=folder.path, file=file, name=name, width=width, height=height, caption=find_caption(path, folder))
-    except FileError as error:
-        return BadFile(name, error.reason)
-
-
-def _is_image(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in SUFFIXES
-
-
-def _printable(name: str) -> str:
-    """Return a name that can be shown on one line anywhere: what cannot be printed becomes the replacement character."""
-    return name if name.isprintable() else "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
+def _set_fields(thing: Any, *without: str) -> list[tuple[str, Any]]:
+    values = {field.name: (getattr(thing, field.name), field.default) for field in fields(thing) if field.name not in without}
+    return [(name, value) for name, (value, default) in values.items() if value != default]
 
 
 def _natural(name: str) -> tuple[str | int, ...]:
@@ -162,8 +111,10 @@ def _problem(root: Path) -> str | None:
         if root.resolve() == Path(__file__).resolve().parent:
             return f"data_root: {root} is this program's own package of that name; put the images in another folder, for instance input"
         return None
+    if root.is_file() and root.suffix.lower() in LISTS:
+        return None
     if root.exists():
-        return f"data_root: {root} is a file; name the folder that holds the captioned images"
+        return f"data_root: {root} is neither a folder of captioned images nor a list of them ({', '.join(LISTS)})"
     siblings = [path.name for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
     close = difflib.get_close_matches(root.name, siblings, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "; create it and put captioned images there, or name another folder"
@@ -174,12 +125,12 @@ def _prefixes(roots: Sequence[Path]) -> list[str]:
     """Return what comes before names below each root: nothing for a single one, else the path below the common parent."""
     if len(roots) == 1:
         return [""]
-    resolved = [root.resolve() for root in roots]
+    resolved = [root.resolve() if root.is_dir() else root.resolve().parent for root in roots]
     try:
         common = os.path.commonpath(resolved)
     except ValueError:  # on different drives
         return [root.as_posix() + "/" for root in resolved]
-    return [root.relative_to(common).as_posix() + "/" for root in resolved]
+    return ["" if root == Path(common) else root.relative_to(common).as_posix() + "/" for root in resolved]
 
 
 def _nothing(roots: Sequence[Path], excluded: int, bad: Sequence[BadFile]) -> list[str]:

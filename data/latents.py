@@ -49,15 +49,16 @@ class Entry(NamedTuple):
 
 def entries(index: Index, options: DataOptions) -> list[Entry]:
     """Return every way in which a run shows its images, in the order of records; without crop jitter there are few."""
-    choices = buckets(options.resolution)
+    tables = [buckets(resolution) for resolution in options.resolutions]
     found = []
     for identity, record in enumerate(index.records):
         if record.multiply == 0:
             continue
         chance = options.flip_p if record.flip_p is None else record.flip_p
-        bucket = nearest(record.width, record.height, choices)
         # An image that is always mirrored is still measured as it is (`Images.plain`).
-        found += [Entry(identity, bucket, flipped) for flipped in (False, True) if not flipped or chance > 0]
+        flips = (False, True) if chance > 0 else (False,)
+        shown = dict.fromkeys(nearest(record.width, record.height, table) for table in tables)
+        found += [Entry(identity, bucket, flipped) for bucket in shown for flipped in flips]
     return found
 
 

@@ -8,7 +8,7 @@ work take slices of it (`slice_step`), whatever their number. An image's positio
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,24 +41,25 @@ class MicroBatch:
     """True where a process has no image left in a short step: it runs this one at weight 0, so that no other waits for it forever."""
 
 
-def plan_epoch(index: Index, *, resolution: int, seed: int, epoch: int, images_per_step: int) -> tuple[StepPlan, ...]:
+def plan_epoch(index: Index, *, resolution: int | Sequence[int], seed: int, epoch: int, images_per_step: int) -> tuple[StepPlan, ...]:
     """Return the optimizer steps of one epoch.
 
     Every image comes as often as its `multiply` says. Where that is not a whole number it comes floor or ceil times, so chosen
-    that over many epochs each image gets its exact share, and each bucket about as many images every epoch. Copies of an image
-    are spread over the batches. A bucket's last batch is as short as it comes out: nothing is repeated to fill it.
+    that over many epochs each image gets its exact share, and each bucket about as many images every epoch. Of several
+    resolutions each showing of an image takes the next, so that n showings see n resolutions once each, and every epoch has all of
+    them about equally often. Copies of an image are spread over the batches. A bucket's last batch is as short as it comes out:
+    nothing is repeated to fill it.
 
     Args:
         index: the scanned images.
-        resolution: of the buckets; a multiple of 64.
+        resolution: of the buckets, a multiple of 64; or several of them.
         seed: the run's.
         epoch: from 0.
         images_per_step: images of a whole global batch: batch size x accumulated micro-batches x processes.
     """
     draws = stream(seed, "plan", epoch)
     batches: list[tuple[Bucket, np.ndarray]] = []
-    groups = _members(index, resolution)
-    for (bucket, ids, _), times in zip(groups, _times(groups, seed, epoch), strict=True):
+    for (bucket, _), (ids, times) in _Groups(index, resolution, seed).of_epoch(epoch).items():
         images = np.repeat(ids, times)
         # Copy j of k lands somewhere in the j-th k-th of the group: the order is random, and copies rarely meet in a batch.
         copy = np.arange(len(images)) - np.repeat(np.cumsum(times) - times, times)
@@ -74,17 +75,20 @@ def plan_epoch(index: Index, *, resolution: int, seed: int, epoch: int, images_p
     return tuple(steps)
 
 
-def steps_per_epoch(index: Index, *, resolution: int, seed: int, epoch: int, images_per_step: int) -> int:
-    """Return the number of entries that `plan_epoch` has for the same arguments; it varies where a `multiply` is a fraction."""
-    return _count(_members(index, resolution), seed, epoch, images_per_step)
+def steps_per_epoch(index: Index, *, resolution: int | Sequence[int], seed: int, epoch: int, images_per_step: int) -> int:
+    """Return the number of entries that `plan_epoch` has for the same arguments.
+
+    It varies where a `multiply` is a fraction, and with several resolutions.
+    """
+    return _Groups(index, resolution, seed).steps(epoch, images_per_step)
 
 
-def steps_before(index: Index, *, resolution: int, seed: int, epoch: int, images_per_step: int) -> int:
+def steps_before(index: Index, *, resolution: int | Sequence[int], seed: int, epoch: int, images_per_step: int) -> int:
     """Return the optimizer steps of all epochs before this one: with the number of epochs, those of the whole run."""
-    groups = _members(index, resolution)
-    if all((multiply % 1 == 0).all() for _, _, multiply in groups):
-        return epoch * _count(groups, seed, 0, images_per_step)
-    return sum(_count(groups, seed, earlier, images_per_step) for earlier in range(epoch))
+    groups = _Groups(index, resolution, seed)
+    period = groups.period or epoch
+    steps = [groups.steps(earlier, images_per_step) for earlier in range(min(period, epoch))]
+    return sum(steps) * (epoch // period) + sum(steps[: epoch % period]) if epoch else 0
 
 
 def slice_step(step: StepPlan, batch_size: int, rank: int = 0, world: int = 1) -> list[MicroBatch]:
@@ -101,32 +105,78 @@ def slice_step(step: StepPlan, batch_size: int, rank: int = 0, world: int = 1) -
     return [MicroBatch(step.bucket, tuple(range(step.first + low, step.first + high)), step.images[low:high]) for low, high in cuts]
 
 
-def _members(index: Index, resolution: int) -> list[tuple[Bucket, np.ndarray, np.ndarray]]:
-    """Return (bucket, record ids, multiply) of each group of images that may share a batch, in a fixed order."""
-    members: dict[tuple[Bucket, str], list[int]] = defaultdict(list)
-    choices = buckets(resolution)
-    for identity, record in enumerate(index.records):
-        members[nearest(record.width, record.height, choices), record.batch_id].append(identity)
-    return [
-        (group[0], np.array(members[group]), np.array([index.records[identity].multiply for identity in members[group]], float))
-        for group in sorted(members)
-    ]
+Group = tuple[Bucket, str]
+"""The images that may share a batch: a bucket and a batch_id."""
 
 
-def _count(groups: list[tuple[Bucket, np.ndarray, np.ndarray]], seed: int, epoch: int, images_per_step: int) -> int:
-    return sum(-(-int(times.sum()) // images_per_step) for times in _times(groups, seed, epoch))
+class _Groups:
+    """Which images share batches in an epoch, and how often each comes."""
+
+    def __init__(self, index: Index, resolution: int | Sequence[int], seed: int) -> None:
+        resolutions = (resolution,) if isinstance(resolution, int) else tuple(resolution)
+        tables = [buckets(each) for each in resolutions]
+        members: dict[tuple[tuple[Bucket, ...], str], list[int]] = defaultdict(list)
+        for identity, record in enumerate(index.records):
+            members[tuple(nearest(record.width, record.height, table) for table in tables), record.batch_id].append(identity)
+        shares, turns = stream(seed, "multiply"), stream(seed, "resolution")
+        self._kinds: list[_Kind] = []
+        for sizes, batch_id in sorted(members):
+            ids = np.array(members[sizes, batch_id])
+            # Rounded, so that no fraction is so near to one that a sum of it counts an image twice.
+            multiply = np.round([index.records[identity].multiply for identity in ids], 9)
+            # Evenly spaced, so that the size of a group hardly varies.
+            phase = (shares.permutation(len(ids)) + shares.random()) / len(ids)
+            turn = turns.permutation(len(ids)) % len(sizes) if len(sizes) > 1 else np.zeros(len(ids), np.int64)
+            self._kinds.append(_Kind(tuple((size, batch_id) for size in sizes), ids, multiply, phase, turn))
+
+    @property
+    def period(self) -> int | None:
+        """After how many epochs the numbers of images repeat; None where fractions let them vary."""
+        whole = all((kind.multiply % 1 == 0).all() for kind in self._kinds)
+        return len(self._kinds[0].groups) if whole else None
+
+    def of_epoch(self, epoch: int) -> dict[Group, tuple[np.ndarray, np.ndarray]]:
+        """Return, by group in a fixed order, record ids and how often each comes in it; ids ascend."""
+        found: dict[Group, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
+        for kind in self._kinds:
+            before, after = kind.showings(epoch), kind.showings(epoch + 1)
+            count = len(kind.groups)
+            for place, group in enumerate(kind.groups):
+                # The showings s, counted over the run, with s + turn = place modulo the number of resolutions.
+                times = (after + kind.turn - place + count - 1) // count - (before + kind.turn - place + count - 1) // count
+                found[group].append((kind.ids, times))
+        return {group: _together(found[group]) for group in sorted(found)}
+
+    def steps(self, epoch: int, images_per_step: int) -> int:
+        """Return the number of batches of an epoch."""
+        return sum(-(-int(times.sum()) // images_per_step) for _, times in self.of_epoch(epoch).values())
 
 
-def _times(groups: list[tuple[Bucket, np.ndarray, np.ndarray]], seed: int, epoch: int) -> Iterator[np.ndarray]:
-    """Yield, for each group, how often each of its images comes in an epoch.
+@dataclass(frozen=True)
+class _Kind:
+    """The images that agree in their group at every resolution."""
 
-    Systematic sampling: an image with fraction f comes once more in the epochs in which epoch x f, shifted by its own fixed
-    phase, passes a whole number. The phases of a group are evenly spaced, so that its size hardly varies.
-    """
-    draws = stream(seed, "multiply")
-    for _, ids, multiply in groups:
-        whole = np.floor(multiply)
-        fraction = multiply - whole
-        phase = (draws.permutation(len(ids)) + draws.random()) / len(ids)
-        passed = np.floor((epoch + 1) * fraction + phase) - np.floor(epoch * fraction + phase)
-        yield (whole + np.minimum(passed, 1)).astype(np.int64)
+    groups: tuple[Group, ...]
+    """One for each resolution."""
+    ids: np.ndarray
+    multiply: np.ndarray
+    phase: np.ndarray
+    """In [0, 1): when the fraction of a multiply comes due."""
+    turn: np.ndarray
+    """With which of the resolutions an image begins."""
+
+    def showings(self, epoch: int) -> np.ndarray:
+        """Return how often each image has come before an epoch.
+
+        Systematic sampling: an image with fraction f comes once more in the epochs in which epoch x f + phase passes a whole number.
+        """
+        whole = np.floor(self.multiply)
+        return (epoch * whole + np.floor(epoch * (self.multiply - whole) + self.phase)).astype(np.int64)
+
+
+def _together(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    if len(parts) == 1:
+        return parts[0]
+    ids, times = (np.concatenate(each) for each in zip(*parts, strict=True))
+    order = np.argsort(ids, kind="stable")
+    return ids[order], times[order]

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from data.buckets import Bucket, buckets, nearest
 from data.captions import FILE_NAME
-from data.index import BadFile, Index, Record
+from data.duplicates import find_duplicates
+from data.index import Index
+from data.record import BadFile, Notice, Record
+from data.repeats import SOURCE as FOLDER_NAME
 
-TOKENS = 75
-"""Tokens of a caption that the text encoder sees, the start and end tokens not counted."""
+if TYPE_CHECKING:
+    from data.dataset import DataOptions
 
 _SHOWN = 10
 """Names listed of one kind; the rest are counted."""
+
+
+class Tokens(Protocol):
+    """What counts the tokens of captions."""
+
+    @property
+    def limit(self) -> int:
+        """The tokens of a caption that are read."""
+        ...
+
+    def count(self, caption: str) -> int:
+        """Return the tokens of a caption."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -28,11 +45,24 @@ class LongCaption:
 
 
 @dataclass(frozen=True)
+class Enlarged:
+    """An image that is smaller than its bucket at the largest resolution."""
+
+    name: str
+    size: tuple[int, int]
+    """(width, height) of the image."""
+    bucket: Bucket
+
+
+@dataclass(frozen=True)
 class BucketUse:
     """The images that are trained at one size."""
 
+    resolution: int
     bucket: Bucket
     images: int
+    an_epoch: float
+    """How many of them an epoch shows, on average."""
     cropped: float
     """Share of the images' pixels that lies outside the crop, 0 to 1."""
     upscaled: int
@@ -45,30 +75,51 @@ class DatasetReport:
 
     roots: tuple[str, ...]
     images: int
+    an_epoch: float
+    """How many images an epoch shows, repeats counted, on average."""
     excluded: int
     """Images that a multiply of 0 leaves out; the other numbers do not count them."""
     batch_size: int
+    images_per_step: int
+    several: int
+    """Images with more than one caption."""
     missing: tuple[str, ...]
     """Images without a caption of their own, whose file name is used."""
+    folder_named: tuple[str, ...]
+    """Likewise, whose folder's name is used."""
     empty: tuple[str, ...]
     """Images whose caption is the empty text."""
-    long: tuple[LongCaption, ...] | None
-    """None where no tokenizer was at hand to count."""
+    token_limit: int | None
+    """Tokens of a caption that are read; None where no tokenizer was at hand to count."""
+    long: tuple[LongCaption, ...]
+    enlarged: tuple[Enlarged, ...]
+    """The most enlarged first."""
+    duplicates: tuple[tuple[str, ...], ...] | None
+    """Images with the same content; None where they were not looked for."""
     buckets: tuple[BucketUse, ...]
     bad: tuple[BadFile, ...]
+    notices: tuple[Notice, ...]
+
+    def small(self, use: BucketUse) -> bool:
+        """Return whether a bucket never fills the batch of a step."""
+        return use.an_epoch < self.images_per_step
 
     def notes(self) -> tuple[str, ...]:
         """Return a sentence for each thing that a run should warn about; none for clean data."""
         notes: list[str] = []
         if self.bad:
             notes.append(f"{_count(self.bad, 'file')} left out that cannot be used: {_names([file.name for file in self.bad])}")
+        notes += map(str, self.notices)
         if self.missing:
-            notes.append(f"{_count(self.missing, 'image')} without a caption file, trained on the file name: {_names(self.missing)}")
+            notes.append(f"{_count(self.missing, 'image')} without a caption, trained on the file name: {_names(self.missing)}")
         if self.empty:
             notes.append(f"{_count(self.empty, 'image')} with an empty caption: {_names(self.empty)}")
         if self.long:
             names = _names([caption.name for caption in self.long])
-            notes.append(f"{_count(self.long, 'caption')} over {TOKENS} tokens, of which the end is not seen: {names}")
+            notes.append(f"{_count(self.long, 'caption')} over {self.token_limit} tokens, of which the end is not seen: {names}")
+        if self.enlarged:
+            names = _names([image.name for image in self.enlarged])
+            notes.append(f"{_count(self.enlarged, 'image')} smaller than trained, and so enlarged: {names}")
         if self.batch_size > self.images:
             notes.append(
                 f"batch_size {self.batch_size} is larger than the number of images, {self.images}: "
@@ -80,73 +131,157 @@ class DatasetReport:
         """Return the report as plain text, a line each."""
         return list(self._lines())
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the report as JSON holds it, all names in full."""
+        return {
+            "roots": list(self.roots),
+            "images": self.images,
+            "images_an_epoch": self.an_epoch,
+            "left_out_by_multiply": self.excluded,
+            "bad": [{"file": file.name, "reason": file.reason} for file in self.bad],
+            "notices": [{"places": list(notice.places), "count": notice.count, "text": notice.text} for notice in self.notices],
+            "captions": {
+                "several": self.several,
+                "missing": list(self.missing),
+                "from_folder_name": list(self.folder_named),
+                "empty": list(self.empty),
+                "token_limit": self.token_limit,
+                "long": [{"image": long.name, "tokens": long.tokens, "not_seen": long.cut} for long in self.long],
+            },
+            "duplicates": None if self.duplicates is None else [list(group) for group in self.duplicates],
+            "enlarged": [{"image": image.name, "size": list(image.size), "bucket": list(image.bucket)} for image in self.enlarged],
+            "buckets": [
+                {
+                    "resolution": use.resolution,
+                    "width": use.bucket[0],
+                    "height": use.bucket[1],
+                    "images": use.images,
+                    "images_an_epoch": use.an_epoch,
+                    "cropped": round(use.cropped, 6),
+                    "upscaled": use.upscaled,
+                    "fewer_than_a_step": self.small(use),
+                }
+                for use in self.buckets
+            ],
+        }
+
     def _lines(self) -> Iterator[str]:
         excluded = f" ({self.excluded} more left out by multiply 0)" if self.excluded else ""
-        yield f"images: {self.images} in {', '.join(self.roots)}{excluded}"
+        epoch = f"; {self.an_epoch:g} are shown in an epoch" if self.an_epoch != self.images else ""
+        several = f"; {self.several} have several captions" if self.several else ""
+        yield f"images: {self.images} in {', '.join(self.roots)}{excluded}{epoch}{several}"
         yield from _listed("files left out", [str(file) for file in self.bad])
-        yield from _listed("images without a caption file, whose name is used", self.missing)
+        if self.notices:
+            yield from _listed("remarks", [str(notice) for notice in self.notices])
+        yield from _listed("images without a caption, whose file name is used", self.missing)
+        if self.folder_named:
+            yield from _listed("images without a caption, whose folder's name is used", self.folder_named)
         yield from _listed("images with an empty caption", self.empty)
-        if self.long is not None:
+        if self.token_limit is not None:
             described = [f"{caption.name}: {caption.tokens} tokens; not seen: {caption.cut!r}" for caption in self.long]
-            yield from _listed(f"captions over {TOKENS} tokens", described)
-        yield "bucket        images   cropped   upscaled"
+            yield from _listed(f"captions over {self.token_limit} tokens", described)
+        if self.duplicates is not None:
+            yield from _listed("images that are there more than once", [" = ".join(group) for group in self.duplicates])
+        described = [f"{image.name}: {_size(image.size)}, trained as {_size(image.bucket)}" for image in self.enlarged]
+        yield from _listed("images smaller than trained, and so enlarged", described)
+        several_resolutions = len({use.resolution for use in self.buckets}) > 1
+        yield f"{'resolution  ' if several_resolutions else ''}bucket        images   an epoch   cropped   upscaled"
         for use in self.buckets:
-            short = "   fewer than a batch" if use.images < self.batch_size else ""
+            short = f"   fewer than the {self.images_per_step} of a step" if self.small(use) else ""
+            resolution = f"{use.resolution:>10}  " if several_resolutions else ""
             width, height = use.bucket
-            yield f"{width:>5} x {height:<5} {use.images:>6}   {use.cropped:>6.1%}   {use.upscaled:>8}{short}"
+            shape = f"{width:>5} x {height:<5} {use.images:>6}   {use.an_epoch:>8.4g}   {use.cropped:>6.1%}   {use.upscaled:>8}"
+            yield resolution + shape + short
 
 
-def report(index: Index, *, resolution: int, batch_size: int, count_tokens: Callable[[str], int] | None = None) -> DatasetReport:
+def report(
+    index: Index, options: DataOptions, *, images_per_step: int, tokens: Tokens | None = None, duplicates: bool = False
+) -> DatasetReport:
     """Return what an index holds.
 
     Args:
         index: the scanned images.
-        resolution: of the buckets.
-        batch_size: images of one batch, against which buckets are called small.
-        count_tokens: the number of tokens of a caption, start and end tokens not counted; without it, lengths are not reported.
+        options: resolutions and batch size.
+        images_per_step: of a whole optimizer step, against which buckets are called small.
+        tokens: counts the tokens of captions; without it, lengths are not reported.
+        duplicates: whether to look for images with the same content, which reads files of the same size.
     """
     used = [record for record in index.records if record.multiply > 0]
     return DatasetReport(
         roots=tuple(str(root) for root in index.roots),
         images=len(used),
+        an_epoch=round(sum(record.multiply for record in used), 6),
         excluded=len(index.records) - len(used),
-        batch_size=batch_size,
+        batch_size=options.batch_size,
+        images_per_step=images_per_step,
+        several=sum(bool(record.caption.others) for record in used),
         missing=tuple(record.name for record in used if record.caption.source == FILE_NAME),
-        empty=tuple(record.name for record in used if not record.caption.text),
-        long=tuple(_long(used, count_tokens)) if count_tokens else None,
-        buckets=tuple(_bucket_uses(used, resolution)),
+        folder_named=tuple(record.name for record in used if record.caption.source == FOLDER_NAME),
+        empty=tuple(record.name for record in used if any(caption.empty for caption in record.caption.versions)),
+        token_limit=tokens.limit if tokens else None,
+        long=tuple(_long(used, tokens)) if tokens else (),
+        enlarged=tuple(_enlarged(used, max(options.resolutions))),
+        duplicates=find_duplicates(used) if duplicates else None,
+        buckets=tuple(use for resolution in dict.fromkeys(options.resolutions) for use in _bucket_uses(used, resolution, options)),
         bad=index.bad,
+        notices=index.notices,
     )
 
 
-def _bucket_uses(records: Sequence[Record], resolution: int) -> Iterator[BucketUse]:
+def _bucket_uses(records: Sequence[Record], resolution: int, options: DataOptions) -> Iterator[BucketUse]:
     choices = buckets(resolution)
+    share = options.resolutions.count(resolution) / len(options.resolutions)
     members: dict[Bucket, list[Record]] = defaultdict(list)
     for record in records:
         members[nearest(record.width, record.height, choices)].append(record)
     for bucket in choices:
         if images := members.get(bucket):
-            scales = [max(bucket[0] / record.width, bucket[1] / record.height) for record in images]
+            scales = [_scale(record, bucket) for record in images]
             kept = sum(bucket[0] * bucket[1] / scale**2 for scale in scales)
             pixels = sum(record.width * record.height for record in images)
-            yield BucketUse(bucket, len(images), max(0.0, 1 - kept / pixels), sum(scale > 1 for scale in scales))
+            yield BucketUse(
+                resolution=resolution,
+                bucket=bucket,
+                images=len(images),
+                an_epoch=round(share * sum(record.multiply for record in images), 6),
+                cropped=max(0.0, 1 - kept / pixels),
+                upscaled=sum(scale > 1 for scale in scales),
+            )
 
 
-def _long(records: Sequence[Record], count_tokens: Callable[[str], int]) -> Iterator[LongCaption]:
+def _enlarged(records: Sequence[Record], resolution: int) -> Iterator[Enlarged]:
+    choices = buckets(resolution)
+    found = [(record, nearest(record.width, record.height, choices)) for record in records]
+    small = [(scale, record, bucket) for record, bucket in found if (scale := _scale(record, bucket)) > 1]
+    for _, record, bucket in sorted(small, key=lambda each: (-each[0], each[1].name)):
+        yield Enlarged(record.name, (record.width, record.height), bucket)
+
+
+def _scale(record: Record, bucket: Bucket) -> float:
+    return max(bucket[0] / record.width, bucket[1] / record.height)
+
+
+def _long(records: Sequence[Record], tokens: Tokens) -> Iterator[LongCaption]:
     for record in records:
-        text = record.caption.text
-        tokens = count_tokens(text)
-        if tokens > TOKENS:
-            yield LongCaption(record.name, tokens, _unseen(text, count_tokens))
+        for number, caption in enumerate(record.caption.versions, 1):
+            text = caption.text
+            if not _surely_fits(text, tokens) and (count := tokens.count(text)) > tokens.limit:
+                name = record.name if number == 1 else f"{record.name}, caption {number}"
+                yield LongCaption(name, count, _unseen(text, tokens))
 
 
-def _unseen(text: str, count_tokens: Callable[[str], int]) -> str:
+def _surely_fits(text: str, tokens: Tokens) -> bool:
+    """Return whether a caption is short without counting: each letter of ASCII is one token at most."""
+    return len(text) <= tokens.limit and text.isascii()
+
+
+def _unseen(text: str, tokens: Tokens) -> str:
     """Return the words after the longest beginning that fits."""
     words = text.split(" ")
     fits, over = 0, len(words)
     while over - fits > 1:
         middle = (fits + over) // 2
-        if count_tokens(" ".join(words[:middle])) <= TOKENS:
+        if tokens.count(" ".join(words[:middle])) <= tokens.limit:
             fits = middle
         else:
             over = middle
@@ -160,6 +295,10 @@ def _count(things: Sequence[object], noun: str) -> str:
 def _names(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
 
 
 def _listed(title: str, entries: Sequence[str]) -> Iterator[str]:

@@ -22,16 +22,42 @@ class Caption:
     main: str
     tags: tuple[Tag, ...] = ()
     source: str = ""
+    prefix: str = ""
+    """Comes before the main prompt, with a space between."""
+    longest: int | None = None
+    """Letters of the whole text, beyond which no further tag is added; None is without limit."""
+    others: tuple[Caption, ...] = ()
+    """Further captions of the same image: each showing draws this one or one of them."""
 
     @property
     def text(self) -> str:
-        """Return the whole caption in its written order."""
-        return ", ".join(piece for piece in (self.main, *(tag.text for tag in self.tags)) if piece)
+        """Return the whole caption in its written order, without the others."""
+        pieces = [piece for piece in (self.main, *(tag.text for tag in self.tags)) if piece]
+        text = ", ".join(pieces)
+        room = None if self.longest is None else self.longest - (len(self.prefix) + 1 if self.prefix else 0)
+        while room is not None and len(text) > room and len(pieces) > 1:
+            text = text[: -len(", " + pieces.pop())]
+        return " ".join(filter(None, (self.prefix, text)))
+
+    @property
+    def empty(self) -> bool:
+        """Whether the image has no words of its own."""
+        return not self.main and not any(tag.text for tag in self.tags)
+
+    @property
+    def versions(self) -> tuple[Caption, ...]:
+        """The captions that a showing may draw: the first one and the others."""
+        return (self, *self.others)
+
+
+def squeeze(text: str) -> str:
+    """Return a text with every run of white space, line ends included, as a single space, and none at its ends."""
+    return " ".join(text.split())
 
 
 def parse_caption(text: str, source: str) -> Caption:
     """Split a text on commas into the main prompt and tags; white space, line ends included, becomes single spaces."""
-    main, *tags = (" ".join(piece.split()) for piece in text.split(","))
+    main, *tags = map(squeeze, text.split(","))
     return Caption(main, tuple(Tag(tag) for tag in tags if tag), source)
 
 
@@ -46,6 +72,8 @@ def render(caption: Caption, draws: np.random.Generator, *, cond_dropout: float,
     """
     if draws.random() < cond_dropout:
         return ""
+    if caption.others:
+        caption = caption.versions[draws.integers(len(caption.versions))]
     if not shuffle_tags:
         return caption.text
     kept, loose = caption.tags[:keep_tags], caption.tags[keep_tags:]

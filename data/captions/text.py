@@ -6,7 +6,8 @@ import codecs
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.captions.caption import Caption, parse_caption
+from data.captions.caption import parse_caption
+from data.captions.entry import Entry, Remark
 from data.errors import FileError
 from data.folder import Folder
 
@@ -21,32 +22,43 @@ class TextFile:
     """The file of the image's name with another extension, `cat.txt` for `cat.jpg`."""
 
     suffix: str
+    lines: bool = False
+    """Whether each line is a caption of its own."""
 
-    def read(self, image: Path, folder: Folder) -> Caption | None:
-        """Return the caption, or None where the image has no such file.
+    def read(self, stem: str, folder: Folder) -> Entry | None:
+        """Return the caption, or None where there is none.
 
         Raises:
             FileError: the file is there but cannot be read.
         """
-        name = folder.beside(image, self.suffix)
-        return None if name is None else parse_caption(read_text(folder.path / name), self.suffix)
+        name = folder.beside(stem, self.suffix)
+        if name is None:
+            return None
+        text = read_text(folder.path / name)
+        lines = [line for line in text.splitlines() if line.strip()]
+        if len(lines) < 2:
+            return Entry(captions=(parse_caption(text, self.suffix),), source=self.suffix)
+        if self.lines:
+            return Entry(captions=tuple(parse_caption(line, self.suffix) for line in lines), source=self.suffix)
+        joined = Remark(name, "its lines are joined into one caption; with caption_lines one of them would be drawn each time")
+        return Entry(captions=(parse_caption(text, self.suffix),), source=self.suffix, remarks=(joined,))
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
     """Return a text file's content, whichever of the usual encodings it is in.
 
     A byte-order mark decides; without one it is UTF-8 where that fits and Windows-1252, which extends Latin-1, where it does not.
 
     Raises:
-        FileError: the file cannot be read, or is too long to be a caption.
+        FileError: the file cannot be read, or is larger than `largest` bytes.
     """
     try:
         with path.open("rb") as file:
-            content = file.read(LARGEST_TEXT + 1)
+            content = file.read(largest + 1)
     except OSError as error:
-        raise FileError(f"its caption file {path.name} cannot be read ({error.strerror})") from error
-    if len(content) > LARGEST_TEXT:
-        raise FileError(f"its caption file {path.name} is larger than 1 MiB, which is no caption")
+        raise FileError(f"{path.name}: cannot be read ({error.strerror})") from error
+    if len(content) > largest:
+        raise FileError(f"{path.name}: is larger than {largest >> 10} KiB, which is too much for what it is")
     return _decode(content)
 
 

@@ -6,15 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.captions import Caption, Tag, find_caption, parse_caption, render
+from data.captions import Caption, Tag, choose_caption, parse_caption, read_sidecars, render, sidecar_chain
 from data.captions.text import LARGEST_TEXT
 from data.errors import FileError
 from data.folder import walk
 from data.rng import stream
 
 
-def caption_of(folder: Path, image: str) -> Caption:
-    return find_caption(folder / image, next(walk(folder)))
+def caption_of(folder: Path, image: str, **chain) -> Caption:
+    stem = Path(image).stem
+    return choose_caption(read_sidecars(stem, next(walk(folder)), sidecar_chain(**chain)), (), stem)
 
 
 def shown(caption, position=0, *, cond_dropout=0.0, shuffle_tags=False, keep_tags=0):
@@ -84,7 +85,7 @@ def test_a_caption_that_names_a_file_is_not_read_as_one(tmp_path):
 
 def test_text_that_is_no_caption(tmp_path):
     (tmp_path / "cat.txt").write_bytes(b"x" * (LARGEST_TEXT + 1))
-    with pytest.raises(FileError, match=r"its caption file cat\.txt is larger than 1 MiB"):
+    with pytest.raises(FileError, match=r"cat\.txt: is larger than 1024 KiB"):
         caption_of(tmp_path, "cat.jpg")
 
 
@@ -92,8 +93,8 @@ def test_a_caption_file_that_cannot_be_opened(tmp_path):
     (tmp_path / "cat.txt").write_text("gone")
     folder = next(walk(tmp_path))
     (tmp_path / "cat.txt").unlink()
-    with pytest.raises(FileError, match=r"its caption file cat\.txt cannot be read \(No such file"):
-        find_caption(tmp_path / "cat.jpg", folder)
+    with pytest.raises(FileError, match=r"cat\.txt: cannot be read \(No such file"):
+        read_sidecars("cat", folder, sidecar_chain())
 
 
 CAPTION = Caption("main", tuple(Tag(letter) for letter in "abcdef"))
@@ -136,3 +137,39 @@ def test_dropout_does_not_disturb_the_order_of_the_others():
 
 def test_a_place_always_draws_the_same():
     assert [shown(CAPTION, n, shuffle_tags=True) for n in range(9)] == [shown(CAPTION, n, shuffle_tags=True) for n in range(9)]
+
+
+def test_each_showing_draws_one_of_several_captions():
+    caption = Caption("one", others=(Caption("two", (Tag("a"), Tag("b"))), Caption("three")))
+    drawn = Counter(shown(caption, position) for position in range(600))
+    assert set(drawn) == {"one", "two, a, b", "three"} and min(drawn.values()) > 150
+    assert {shown(caption, position, shuffle_tags=True) for position in range(60)} == {"one", "two, a, b", "two, b, a", "three"}
+    for position in range(50):
+        assert shown(caption, position, cond_dropout=0.5) in ("", shown(caption, position))
+
+
+def test_tags_that_make_a_caption_too_long_are_left_off_whole_from_the_end():
+    tags = tuple(map(Tag, ("black", "sitting", "indoors")))
+    assert [Caption("a cat", tags, longest=longest).text for longest in (100, 30, 29, 21, 20, 12, 11, 1)] == [
+        "a cat, black, sitting, indoors",
+        "a cat, black, sitting, indoors",
+        "a cat, black, sitting",
+        "a cat, black, sitting",
+        "a cat, black",
+        "a cat, black",
+        "a cat",
+        "a cat",
+    ]
+    assert Caption("a cat", tags, prefix="sks", longest=16).text == "sks a cat, black"
+    assert Caption("a cat", tags, prefix="sks", longest=15).text == "sks a cat"
+    assert Caption("", tags, longest=3).text == "black"
+
+
+def test_which_tags_are_left_off_changes_when_they_are_shuffled():
+    caption = Caption("main", tuple(map(Tag, "abcdef")), longest=len("main, a, b"))
+    drawn = {shown(caption, position, shuffle_tags=True) for position in range(300)}
+    assert len(drawn) == 30 and all(len(text) == 10 for text in drawn)
+
+
+def test_a_thousand_tags_are_cut_in_no_time():
+    assert Caption("main", tuple(Tag(f"tag {number}") for number in range(20_000)), longest=50).text.count(",") == 6

@@ -95,7 +95,7 @@ def test_bad_files_are_listed_with_reasons_and_do_not_stop_the_scan(tmp_path):
     assert names(index) == ["good.png"]
     assert {file.name: file.reason.split(" in one")[0] for file in index.bad} == {
         "empty.png": "it is empty (0 bytes)",
-        "long.png": "its caption file long.txt is larger than 1 MiB, which is no caption",
+        "long.png": "long.txt: is larger than 1024 KiB, which is too much for what it is",
         "page.jpg": "it is not an image",
     }
     assert str(index.bad[0]) == "empty.png: it is empty (0 bytes)"
@@ -192,7 +192,7 @@ def test_all_missing_roots_are_named_at_once(tmp_path):
 
 
 def test_a_root_that_is_a_file(tmp_path):
-    assert "is a file; name the folder" in problems(picture(tmp_path / "a.png"))[0]
+    assert "is neither a folder of captioned images nor a list of them (.json, .jsonl, .csv)" in problems(picture(tmp_path / "a.png"))[0]
 
 
 def test_a_root_without_images(tmp_path):

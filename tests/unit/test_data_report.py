@@ -1,17 +1,28 @@
 from pathlib import Path
 
+import pytest
+
 from data.captions import Caption, parse_caption
-from data.index import BadFile, Index, Record
+from data.dataset import DataOptions
+from data.duplicates import find_duplicates
+from data.index import Index
+from data.record import BadFile, Notice, Record
 from data.report import report
 
 
-def record(name, width=512, height=512, caption="a cat", source=".txt", multiply=1.0):
+def record(name, width=512, height=512, caption="a cat", source=".txt", multiply=1.0, folder=".", **more):
     found = parse_caption(caption, source) if caption else Caption("", (), source)
-    return Record(folder=Path(), file=name, name=name, width=width, height=height, caption=found, multiply=multiply)
+    size = {"width": width, "height": height}
+    return Record(folder=Path(folder), file=name, name=name, **size, caption=found, multiply=multiply, **more)
 
 
-def words(text):
-    return len(text.split())
+class Words:
+    """Counts words in the place of tokens."""
+
+    limit = 75
+
+    def count(self, caption):
+        return len(caption.split())
 
 
 LONG = " ".join(f"w{number}" for number in range(80))
@@ -27,74 +38,145 @@ INDEX = Index(
     ),
     (BadFile("x.png", "it is empty (0 bytes)"),),
     (Path("pictures"),),
+    (Notice("unknown key 'mutliply'; did you mean 'multiply'?", ("a.yaml:3", "b.yaml:1"), 9),),
 )
 
 
+def report_of(index, *, resolution=512, batch_size=2, tokens=None, **more):
+    options = DataOptions(resolution=resolution, batch_size=batch_size)
+    return report(index, options, images_per_step=batch_size, tokens=tokens, **more)
+
+
 def test_findings():
-    found = report(INDEX, resolution=512, batch_size=2, count_tokens=words)
+    found = report_of(INDEX, tokens=Words())
     assert (found.images, found.excluded, found.missing, found.empty) == (5, 1, ("c.png",), ("d.png",))
     (long,) = found.long
     assert (long.name, long.tokens, long.cut) == ("e.png", 80, "w75 w76 w77 w78 w79")
     assert [(use.bucket, use.images, use.upscaled) for use in found.buckets] == [((512, 512), 4, 1), ((704, 320), 1, 0)]
+    assert [(image.name, image.size, image.bucket) for image in found.enlarged] == [("c.png", (256, 256), (512, 512))]
     square, wide = found.buckets
     assert square.cropped == 0
     assert abs(wide.cropped - (1 - (1024 * 1024 * 320 / 704) / (1024 * 512))) < 1e-9
 
 
 def test_lines():
-    assert report(INDEX, resolution=512, batch_size=2, count_tokens=words).lines() == [
+    assert report_of(INDEX, tokens=Words()).lines() == [
         "images: 5 in pictures (1 more left out by multiply 0)",
         "files left out: 1",
         "  x.png: it is empty (0 bytes)",
-        "images without a caption file, whose name is used: 1",
+        "remarks: 1",
+        "  a.yaml:3, b.yaml:1 and 7 more: unknown key 'mutliply'; did you mean 'multiply'?",
+        "images without a caption, whose file name is used: 1",
         "  c.png",
         "images with an empty caption: 1",
         "  d.png",
         "captions over 75 tokens: 1",
         "  e.png: 80 tokens; not seen: 'w75 w76 w77 w78 w79'",
-        "bucket        images   cropped   upscaled",
-        "  512 x 512        4     0.0%          1",
-        "  704 x 320        1     9.1%          0   fewer than a batch",
+        "images smaller than trained, and so enlarged: 1",
+        "  c.png: 256 x 256, trained as 512 x 512",
+        "bucket        images   an epoch   cropped   upscaled",
+        "  512 x 512        4          4     0.0%          1",
+        "  704 x 320        1          1     9.1%          0   fewer than the 2 of a step",
+    ]
+
+
+def test_several_resolutions_share_an_epoch():
+    index = Index((record("a.png", multiply=3), record("b.png", 1024, 1024)), (), (Path(),))
+    found = report_of(index, resolution=(512, 768, 512, 768))
+    assert [(use.resolution, use.images, use.an_epoch, use.upscaled) for use in found.buckets] == [(512, 2, 2.0, 0), (768, 2, 2.0, 1)]
+    assert [image.name for image in found.enlarged] == ["a.png"]
+    assert found.lines()[0] == "images: 2 in .; 4 are shown in an epoch"
+    assert found.lines()[-3:] == [
+        "resolution  bucket        images   an epoch   cropped   upscaled",
+        "       512    512 x 512        2          2     0.0%          0",
+        "       768    768 x 768        2          2     0.0%          1",
     ]
 
 
 def test_without_a_tokenizer_lengths_are_not_reported():
-    found = report(INDEX, resolution=512, batch_size=2)
-    assert found.long is None and not any("tokens" in line for line in (*found.lines(), *found.notes()))
+    found = report_of(INDEX)
+    assert found.token_limit is None and not any("tokens" in line for line in (*found.lines(), *found.notes()))
+
+
+def test_each_caption_of_an_image_is_measured():
+    both = Caption("short", others=(Caption(LONG), Caption("")))
+    found = report_of(Index((Record(folder=Path(), file="a", name="a", width=9, height=9, caption=both),), (), (Path(),)), tokens=Words())
+    assert [long.name for long in found.long] == ["a, caption 2"] and found.empty == ("a",) and found.several == 1
+
+
+def test_letters_that_are_several_tokens_are_counted():
+    class Bytes(Words):
+        def count(self, caption):
+            return len(caption.encode())
+
+    index = Index((record("a.png", caption="猫" * 30), record("b.png", caption="x" * 75), record("c.png", caption="x" * 76)), (), (Path(),))
+    assert [long.name for long in report_of(index, tokens=Bytes()).long] == ["a.png", "c.png"]
 
 
 def test_notes_are_one_sentence_per_concern():
-    notes = report(INDEX, resolution=512, batch_size=8, count_tokens=words).notes()
+    notes = report_of(INDEX, batch_size=8, tokens=Words()).notes()
     assert [note.split(":")[0] for note in notes] == [
         "1 file left out that cannot be used",
-        "1 image without a caption file, trained on the file name",
+        "a.yaml",
+        "1 image without a caption, trained on the file name",
         "1 image with an empty caption",
         "1 caption over 75 tokens, of which the end is not seen",
+        "1 image smaller than trained, and so enlarged",
         "batch_size 8 is larger than the number of images, 5",
     ]
 
 
 def test_clean_data_has_no_notes():
     index = Index(tuple(record(f"{number}.png") for number in range(4)), (), (Path(),))
-    found = report(index, resolution=512, batch_size=4, count_tokens=words)
+    found = report_of(index, batch_size=4, tokens=Words())
     assert found.notes() == ()
-    assert found.lines()[1:5] == [
+    assert found.lines()[1:6] == [
         "files left out: none",
-        "images without a caption file, whose name is used: none",
+        "images without a caption, whose file name is used: none",
         "images with an empty caption: none",
         "captions over 75 tokens: none",
+        "images smaller than trained, and so enlarged: none",
     ]
 
 
 def test_long_lists_are_cut_and_counted():
     index = Index(tuple(record(f"{number}.png", caption="") for number in range(14)), (), (Path(),))
-    found = report(index, resolution=512, batch_size=1)
+    found = report_of(index, batch_size=1)
     assert "  ... and 4 more" in found.lines()
     assert found.notes() == ("14 images with an empty caption: 0.png, 1.png, 2.png and 11 more",)
 
 
 def test_a_picture_a_little_too_large_counts_as_cropped():
     index = Index((record("a.png", 640, 500), record("b.png", 640, 500)), (), (Path(),))
-    (use,) = report(index, resolution=512, batch_size=1).buckets
+    (use,) = report_of(index, batch_size=1).buckets
     assert use.bucket == (576, 448)  # 1.2857 against 1.28: the width is kept, 497.8 of the 500 rows are seen
     assert abs(use.cropped - (1 - 640 / 576 * 448 / 500)) < 1e-9
+
+
+@pytest.fixture
+def copies(tmp_path):
+    """Files of equal sizes: two copies, one that differs at the start and one that differs beyond what is compared first."""
+    long = bytes(200_000)
+    contents = {"a.png": long, "b.png": b"x" + long[1:], "c.png": long, "d.png": long[:-1] + b"x", "e.png": b"short"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    return [record(name, folder=tmp_path) for name in contents]
+
+
+def test_duplicates_are_files_with_the_same_bytes(copies):
+    assert find_duplicates(copies) == (("a.png", "c.png"),)
+    found = report_of(Index(tuple(copies), (), (Path(),)), duplicates=True)
+    assert "  a.png = c.png" in found.lines() and found.as_json()["duplicates"] == [["a.png", "c.png"]]
+
+
+def test_only_files_of_one_size_are_opened(copies, monkeypatch):
+    opened = []
+    plain = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, *args: opened.append(self.name) or plain(self, *args))
+    find_duplicates(copies)
+    assert sorted(opened) == ["a.png", "a.png", "b.png", "c.png", "c.png", "d.png", "d.png"]
+
+
+def test_a_file_that_vanishes_is_like_no_other(copies):
+    (copies[2].path).unlink()
+    assert find_duplicates(copies) == ()

@@ -1,4 +1,5 @@
-from collections import Counter
+from collections import Counter, defaultdict
+from dataclasses import replace
 from itertools import pairwise
 from math import ceil, floor
 from pathlib import Path
@@ -12,7 +13,7 @@ from data.captions import Caption
 from data.index import Index, Record
 from data.plan import plan_epoch, slice_step, steps_before, steps_per_epoch
 
-RESOLUTION = 128
+RESOLUTIONS = (128, (128,), (192, 128), (64, 128, 256), (128, 128, 256))
 
 
 def record(number, width=100, height=100, multiply=1.0, batch_id=""):
@@ -32,8 +33,21 @@ indices = st.lists(st.tuples(sides, sides, multiplies, st.sampled_from(["", "", 
     lambda rows: index_of(record(number, *row) for number, row in enumerate(rows))
 )
 places = st.fixed_dictionaries(
-    {"resolution": st.just(RESOLUTION), "seed": st.integers(0, 5), "epoch": st.integers(0, 30), "images_per_step": st.integers(1, 9)}
+    {
+        "resolution": st.sampled_from(RESOLUTIONS),
+        "seed": st.integers(0, 5),
+        "epoch": st.integers(0, 30),
+        "images_per_step": st.integers(1, 9),
+    }
 )
+
+
+def tables(resolution):
+    return [buckets(each) for each in ((resolution,) if isinstance(resolution, int) else resolution)]
+
+
+def shape(record, table):
+    return nearest(record.width, record.height, table)
 
 
 @given(indices, places)
@@ -45,15 +59,77 @@ def test_every_image_comes_its_number_of_times(index, place):
 
 @given(indices, places)
 def test_a_batch_has_one_bucket_one_batch_id_and_no_more_than_its_size(index, place):
-    table = buckets(RESOLUTION)
     short = Counter()
     for step in plan_epoch(index, **place):
         images = [index.records[identity] for identity in step.images]
         assert 1 <= len(images) <= place["images_per_step"]
-        assert {nearest(image.width, image.height, table) for image in images} == {step.bucket}
+        assert all(step.bucket in {shape(image, table) for table in tables(place["resolution"])} for image in images)
         assert len({image.batch_id for image in images}) == 1
         short[step.bucket, images[0].batch_id] += len(images) < place["images_per_step"]
     assert all(count <= 1 for count in short.values())
+
+
+@given(indices, places)
+def test_no_image_fills_a_batch_that_is_not_due(index, place):
+    """An epoch has as many images as all shares together, whatever the size of its batches."""
+    count = sum(len(step.images) for step in plan_epoch(index, **place))
+    assert count == sum(len(step.images) for step in plan_epoch(index, **{**place, "images_per_step": 1}))
+    assert sum(floor(each.multiply) for each in index.records) <= count <= sum(ceil(each.multiply) for each in index.records)
+
+
+@given(indices, places, st.integers(0, 12), st.integers(1, 4), st.integers(1, 3))
+def test_going_on_at_a_step_in_other_processes_gives_the_same_images_in_the_same_order(index, place, made, world, batch_size):
+    plan = plan_epoch(index, **place)
+    whole = [(step.bucket, identity) for step in plan for identity in step.images]
+    resumed = [
+        (micro.bucket, identity)
+        for step in plan_epoch(index_of(index.records), **place)[made:]
+        for rank in range(world)
+        for micro in slice_step(step, batch_size, rank, world)
+        if not micro.filler
+        for identity in micro.records
+    ]
+    assert resumed == whole[sum(len(step.images) for step in plan[:made]) :]
+
+
+@given(indices, st.sampled_from(RESOLUTIONS[2:]), st.integers(0, 5), st.integers(0, 6))
+def test_each_image_takes_each_of_several_resolutions_in_turn(index, resolution, seed, epoch):
+    choices = tables(resolution)
+    seen = defaultdict(Counter)
+    for later in range(epoch, epoch + len(choices)):
+        for step in plan_epoch(index, resolution=resolution, seed=seed, epoch=later, images_per_step=4):
+            for identity in step.images:
+                seen[identity][step.bucket] += 1
+    for identity, each in enumerate(index.records):
+        if each.multiply % 1 == 0 and each.multiply:
+            expected = Counter()
+            for table in choices:
+                expected[shape(each, table)] += int(each.multiply)
+            assert seen[identity] == expected
+
+
+@given(st.integers(1, 60), st.sampled_from(RESOLUTIONS[2:]), st.integers(0, 5), st.integers(0, 9))
+def test_each_epoch_has_as_much_of_each_resolution(count, resolution, seed, epoch):
+    index = index_of(record(number) for number in range(count))
+    sizes = Counter()
+    for step in plan_epoch(index, resolution=resolution, seed=seed, epoch=epoch, images_per_step=4):
+        sizes[step.bucket] += len(step.images)
+    for bucket in {shape(index.records[0], table) for table in tables(resolution)}:
+        share = sum(shape(index.records[0], table) == bucket for table in tables(resolution)) / len(resolution)
+        assert abs(sizes[bucket] - share * count) <= len(resolution)
+
+
+@given(indices, places)
+def test_a_batch_id_keeps_its_images_together(index, place):
+    """Images of a name share batches with each other alone, and with all of them that are of their shape."""
+    steps = [(step, {index.records[identity].batch_id for identity in step.images}) for step in plan_epoch(index, **place)]
+    assert all(len(names) == 1 for _, names in steps)
+    named = Counter()
+    batches = Counter()
+    for step, (name,) in steps:
+        named[step.bucket, name] += len(step.images)
+        batches[step.bucket, name] += 1
+    assert all(batches[group] == ceil(named[group] / place["images_per_step"]) for group in named)
 
 
 @given(indices, places)
@@ -69,6 +145,14 @@ def test_steps_are_counted_without_planning(index, place):
     assert steps_per_epoch(index, **place) == len(plan_epoch(index, **place))
     earlier = [len(plan_epoch(index, **{**place, "epoch": epoch})) for epoch in range(place["epoch"] % 4)]
     assert steps_before(index, **{**place, "epoch": len(earlier)}) == sum(earlier)
+
+
+@given(indices, places)
+def test_the_steps_of_long_runs_repeat(index, place):
+    whole = index_of(replace(each, multiply=float(round(each.multiply))) for each in index.records)
+    for epochs in (0, 1, 5, 7):
+        each = [steps_per_epoch(whole, **{**place, "epoch": epoch}) for epoch in range(epochs)]
+        assert steps_before(whole, **{**place, "epoch": epochs}) == sum(each)
 
 
 @given(indices, places)
@@ -148,3 +232,9 @@ def test_the_plan_never_changes_between_versions():
         ((128, 128), (2, 3, 4), 3),
         ((256, 64), (6,), 6),
     ]
+
+
+def test_the_plan_of_several_resolutions_never_changes_between_versions():
+    index = index_of([record(number, multiply=1.5 if number % 2 else 1) for number in range(4)])
+    plan = plan_epoch(index, resolution=(128, 192), seed=555, epoch=1, images_per_step=3)
+    assert [(step.bucket, step.images) for step in plan] == [((128, 128), (2, 3, 0)), ((192, 192), (1, 3)), ((128, 128), (1,))]

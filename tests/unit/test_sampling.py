@@ -115,7 +115,7 @@ def test_null_is_the_default(tmp_path: Path):
         ('{"scheduler": "dim"}', ":1: scheduler: unknown value 'dim'; did you mean 'ddim'?"),
         ('{"resolution": 100}', ":1: resolution: must be a multiple of 8, got 100; the nearest are 96 and 104"),
         ('{"cfgs": [7, 0.5]}', ":1: cfgs[1]: must be at least 1, got 0.5"),
-        ('{"cfgs": []}', ":1: cfgs: must be a list"),
+        ('{"cfgs": []}', ":1: cfgs: is an empty list"),
         ('{"samples": [{"size": [64, 60]}]}', ":1: samples[0].size[1]: must be a multiple of 8, got 60"),
         ('{"samples": [{"size": [64]}]}', ":1: samples[0].size"),
         ('{"samples": [{"seed": -2}]}', ":1: samples[0].seed: must be at least -1, got -2"),

@@ -1,0 +1,225 @@
+"""What one file says about images: words and settings, checked. Every kind of file has the same keys."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from data.captions.caption import Caption, Tag, parse_caption, squeeze
+from data.errors import FileError
+
+MOST_REPEATS = 10_000
+"""The largest multiply; a larger number is a slip, and would fill the memory with one epoch's plan."""
+
+WORDS = ("caption", "main_prompt", "text")
+"""Keys of the caption; where a file has several, the first of these is used. main_prompt is not split into tags."""
+
+ORDINARY_BATCH = "default_batch"
+"""EveryDream2's batch_id of images that have none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """Something odd about a file that can be used all the same; `place` is the file, with the line where that is known."""
+
+    place: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownKey(Remark):
+    """A key without a meaning and without a known one that it resembles; `text` is the key."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """What a file says about an image, or about all images of a folder; None and () where it says nothing."""
+
+    captions: tuple[Caption, ...] = ()
+    """Several are alternatives, of which each showing of the image draws one."""
+    tags: tuple[Tag, ...] = ()
+    """Tags that are added to whatever the caption is."""
+    source: str = ""
+    multiply: float | None = None
+    cond_dropout: float | None = None
+    flip_p: float | None = None
+    shuffle_tags: bool | None = None
+    keep_tags: int | None = None
+    loss_scale: float | None = None
+    batch_id: str | None = None
+    max_caption_length: int | None = None
+    remarks: tuple[Remark, ...] = ()
+
+
+NOTHING = Entry()
+
+
+def read_entry(values: Mapping[str, Any], *, file: str, source: str, lines: Mapping[str, int] | None = None) -> Entry:
+    """Return what the keys and values of a file say.
+
+    A value may be as JSON types it or, from files that have text only, a string; None says nothing.
+
+    Args:
+        values: by key.
+        file: what messages call the file, with the line where all keys are on one.
+        source: what a caption's `source` becomes.
+        lines: the line of each key, counted from 1, where they are known.
+
+    Raises:
+        FileError: a value cannot be used; the reason names all of them.
+    """
+    problems: list[str] = []
+    remarks: list[Remark] = []
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        number = (lines or {}).get(key)
+        place = file if number is None else f"{file}:{number}"
+        if key not in _READERS:
+            remarks.append(_unknown(place, key))
+            continue
+        if value is None:
+            continue
+        try:
+            found[key] = _READERS[key](value)
+        except ValueError as error:
+            problems.append(f"{place}: {key}: {error}")
+    if problems:
+        raise FileError("; ".join(problems))
+    spoken = [key for key in WORDS if key in found]
+    if len(spoken) > 1:
+        remarks.append(Remark(file, f"it has {' and '.join(spoken)}; {spoken[0]} is used"))
+    if "rating" in found:
+        remarks.append(Remark(file, "rating has no effect: rated datasets are not supported; multiply makes images count more or less"))
+    whole = spoken[:1] == ["main_prompt"]
+    texts = found[spoken[0]] if spoken else ()
+    captions = tuple(Caption(squeeze(text), (), source) if whole else parse_caption(text, source) for text in texts)
+    settings = {key: found[key] for key in SETTINGS if key in found}
+    return Entry(captions=captions, tags=found.get("tags", ()), source=source, remarks=tuple(remarks), **settings)
+
+
+def read_setting(key: str, text: str) -> Any:
+    """Return the value of one of `SETTINGS` from a text.
+
+    Raises:
+        ValueError: it is no such value; the message says what is accepted.
+    """
+    return SETTINGS[key](text.strip())
+
+
+def first_setting(entries: Iterable[Entry], key: str) -> Any:
+    """Return the first value of a setting among entries in the order of precedence, None where none says it."""
+    return next((value for entry in entries if (value := getattr(entry, key)) is not None), None)
+
+
+def _number(low: float, high: float = math.inf) -> Callable[[Any], float]:
+    words = f"must be a number, at least {low:g}" if high == math.inf else f"must be a number from {low:g} to {high:g}"
+
+    def read(value: Any) -> float:
+        try:
+            number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
+        except (ValueError, OverflowError):
+            number = math.nan
+        if not (low <= number <= high and math.isfinite(number)):
+            raise ValueError(f"{words}; got {_shown(value)}")
+        return number
+
+    return read
+
+
+def _whole(low: int) -> Callable[[Any], int]:
+    number = _number(low, 1_000_000)
+
+    def read(value: Any) -> int:
+        try:
+            exact = number(value)
+        except ValueError:
+            exact = math.nan
+        if exact != exact or exact != int(exact):
+            raise ValueError(f"must be a whole number, at least {low}; got {_shown(value)}")
+        return int(exact)
+
+    return read
+
+
+def _switch(value: Any) -> bool:
+    word = str(value).lower() if isinstance(value, str | bool | int) else ""
+    if word in ("true", "yes", "on", "1"):
+        return True
+    if word in ("false", "no", "off", "0"):
+        return False
+    raise ValueError(f"must be true or false; got {_shown(value)}")
+
+
+def _name(value: Any) -> str:
+    name = squeeze(str(value)) if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
+    if not name:
+        raise ValueError(f"must be a name; got {_shown(value)}")
+    return "" if name == ORDINARY_BATCH else name
+
+
+def _captions(value: Any) -> tuple[str, ...]:
+    texts = value if isinstance(value, list) else [value]
+    odd = [text for text in texts if not isinstance(text, str)]
+    if odd or not texts:
+        raise ValueError(f"must be text, or a list of texts of which one is drawn each time; got {_shown(odd[0] if odd else value)}")
+    return tuple(texts)
+
+
+def _tags(value: Any) -> tuple[Tag, ...]:
+    if isinstance(value, str):
+        value = value.split(",")
+    if not isinstance(value, list):
+        raise ValueError(f"must be a list of tags; got {_shown(value)}")
+    return tuple(tag for item in value if (tag := _tag(item)).text)
+
+
+def _tag(item: Any) -> Tag:
+    words, weight = (item.get("tag"), item.get("weight")) if isinstance(item, dict) and item.keys() <= {"tag", "weight"} else (item, None)
+    if words is None or isinstance(words, str):
+        try:
+            return Tag(squeeze(words or ""), 1.0 if weight is None else _number(0)(weight))
+        except ValueError as error:
+            raise ValueError(f"the weight of {words!r} {error}") from error
+    raise ValueError(f"each must be a text or hold a tag and a weight; got {_shown(item)}")
+
+
+SETTINGS: Mapping[str, Callable[[Any], Any]] = {
+    "multiply": _number(0, MOST_REPEATS),
+    "cond_dropout": _number(0, 1),
+    "flip_p": _number(0, 1),
+    "shuffle_tags": _switch,
+    "keep_tags": _whole(0),
+    "loss_scale": _number(0),
+    "batch_id": _name,
+    "max_caption_length": _whole(1),
+}
+"""Keys that say how an image is trained, and what turns their values, text or JSON, into the field of `Entry` of that name."""
+
+_READERS: Mapping[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(WORDS, _captions),
+    "tags": _tags,
+    **SETTINGS,
+    "rating": lambda value: value,
+}
+
+
+def _unknown(place: str, key: str) -> Remark:
+    close = _closest(key)
+    return Remark(place, f"unknown key {key!r}; did you mean {close!r}?") if close else UnknownKey(place, key)
+
+
+@lru_cache(maxsize=4096)
+def _closest(key: str) -> str | None:
+    return next(iter(difflib.get_close_matches(key.lower(), _READERS, n=1, cutoff=0.75)), None)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        return repr(value if len(value) <= 60 else value[:57] + "...")
+    if value is None or isinstance(value, bool):
+        return {None: "nothing", True: "true", False: "false"}[value]
+    return str(value)[:60] if isinstance(value, int | float) else "an object" if isinstance(value, dict) else "a list"

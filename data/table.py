@@ -1,0 +1,156 @@
+"""Lists of images with their captions: JSON, JSONL and CSV, as a data root of their own or as the metadata of a folder."""
+
+from __future__ import annotations
+
+import csv
+import unicodedata
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from data.captions import Entry, read_text
+from data.captions.entry import read_entry
+from data.captions.json_file import read_json
+from data.errors import FileError
+
+SUFFIXES = (".json", ".jsonl", ".csv")
+"""Extensions of files that can be a data root."""
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+"""Names of the lists that belong to the folder they lie in, as Hugging Face's imagefolder has them."""
+
+FILE_KEYS = ("image", "file_name", "image_path", "path")
+"""Keys that name a row's image; the first that is there."""
+
+LARGEST_TABLE = 1 << 29
+"""Bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One image of a list."""
+
+    file: str
+    """As it is written."""
+    entry: Entry
+    place: str
+    """The list and the line, or the number, of the row."""
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be used. `file` is empty where it names no image; `reason` ends the sentence that the image or `place` begins."""
+
+    file: str
+    place: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The list of a folder's images, by their path relative to it."""
+
+    folder: Path
+    name: str
+    rows: Mapping[str, Row | BadRow]
+    nameless: tuple[BadRow, ...]
+    """Rows that name no image."""
+    used: set[str] = field(default_factory=set)
+    """Paths that were asked for."""
+
+    def row(self, below: str) -> Row | BadRow | None:
+        """Return the row of an image, by its path relative to the folder, with forward slashes."""
+        key = _key(below)
+        self.used.add(key)
+        return self.rows.get(key)
+
+    def left_over(self) -> list[Row | BadRow]:
+        """Return the rows whose image was not asked for."""
+        return [row for key, row in self.rows.items() if key not in self.used]
+
+
+def read_metadata(path: Path) -> Metadata:
+    """Return a folder's list; of several rows for one image the last counts.
+
+    Raises:
+        FileError: it cannot be read, or names no image at all.
+    """
+    rows = list(read_table(path))
+    named = {_key(row.file): row for row in rows if row.file}
+    if rows and not named:
+        raise FileError(f"{path.name}: names no images; each row needs a {FILE_KEYS[1]}")
+    return Metadata(path.parent, path.name, named, tuple(row for row in rows if isinstance(row, BadRow) and not row.file))
+
+
+def read_table(path: Path) -> Iterator[Row | BadRow]:
+    """Yield the rows of a list.
+
+    Raises:
+        FileError: it cannot be read as a whole.
+    """
+    text = read_text(path, LARGEST_TABLE)
+    readers = {".jsonl": _json_lines, ".csv": _csv_rows}
+    for place, values in readers.get(path.suffix.lower(), _json_items)(text, path.name):
+        yield values if isinstance(values, BadRow) else _row(values, place)
+
+
+def _row(values: Any, place: str) -> Row | BadRow:
+    if not isinstance(values, dict):
+        return BadRow("", place, f'must hold keys and values, such as {{"{FILE_KEYS[1]}": "cat.jpg", "text": "a cat"}}')
+    key = next((key for key in FILE_KEYS if values.get(key)), None)
+    if key is None or not isinstance(values[key], str):
+        return BadRow("", place, f"names no image; a row needs a {FILE_KEYS[1]}")
+    file = values[key]
+    said = {name: value for name, value in values.items() if name not in FILE_KEYS and not _missing(value)}
+    try:
+        return Row(file, read_entry(said, file=place, source=place.partition(":")[0]), place)
+    except FileError as error:
+        return BadRow(file, place, error.reason)
+
+
+def _missing(value: Any) -> bool:
+    return value is None or value != value  # NaN is what pandas writes for nothing
+
+
+def _json_lines(text: str, name: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            place = f"{name}:{number}"
+            try:
+                yield place, read_json(line, name, number)
+            except FileError as error:
+                yield place, BadRow("", place, error.reason.removeprefix(f"{place}: "))
+
+
+def _json_items(text: str, name: str) -> Iterator[tuple[str, Any]]:
+    items = read_json(text, name)
+    if isinstance(items, dict):  # kohya's: the image's path, and what there is about it
+        pairs = [{"image": file, **(about if isinstance(about, dict) else {"caption": about})} for file, about in items.items()]
+        items = pairs if all(isinstance(about, dict | str) for about in items.values()) else None
+    if not isinstance(items, list):
+        raise FileError(f'{name}: must be a list of images, such as [{{"image": "cat.jpg", "caption": "a cat"}}]')
+    for number, values in enumerate(items, 1):
+        yield f"{name}: image {number}", values
+
+
+def _csv_rows(text: str, name: str) -> Iterator[tuple[str, Any]]:
+    rows = csv.DictReader(StringIO(text, newline=""))
+    while True:
+        try:
+            values = next(rows, None)
+        except csv.Error as error:
+            raise FileError(f"{name}:{rows.line_num}: is not CSV ({error})") from error
+        if values is None:
+            return
+        place = f"{name}:{rows.line_num}"
+        if None in values:
+            yield place, BadRow("", place, "has more columns than the first line; put a text that holds commas into quotes")
+        else:
+            yield place, {key.strip(): value or None for key, value in values.items() if key.strip()}
+
+
+def _key(path: str) -> str:
+    path = path.replace("\\", "/").removeprefix("./")
+    return path if path.isascii() else unicodedata.normalize("NFC", path)
