@@ -13,8 +13,8 @@ from trainer.signals import Interrupted, StopSignals
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit code.
 
-    0 is done, 1 a run that failed, 2 something that must be put right before it can begin, 128 and more a signal that ended it: 130 for
-    Ctrl-C, 143 for SIGTERM.
+    0 is done, 1 a run that failed or a check that found files which a run would refuse, 2 something that must be put right before it
+    can begin, 128 and more a signal that ended it: 130 for Ctrl-C, 143 for SIGTERM.
     """
     with StopSignals() as signals:
         try:
@@ -25,11 +25,16 @@ def main(arguments: list[str]) -> int:
             if loaded.action == "check":
                 from trainer.check import check
 
-                check(loaded.config, [*notes, *loaded.notes], weights_only=loaded.weights_only)
-            else:
-                from trainer.build import run_training
+                return check(
+                    loaded.config,
+                    [*notes, *loaded.notes],
+                    weights_only=loaded.weights_only,
+                    as_json=loaded.check_json,
+                    contact_sheets=loaded.contact_sheets,
+                )
+            from trainer.build import run_training
 
-                run_training(loaded.config, [*notes, *loaded.notes], weights_only=loaded.weights_only, arguments=arguments, signals=signals)
+            run_training(loaded.config, [*notes, *loaded.notes], weights_only=loaded.weights_only, arguments=arguments, signals=signals)
         except Interrupted as error:
             print(f"Stopped by {error}.", file=sys.stderr)
             return error.exit_code

@@ -6,7 +6,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -17,13 +17,13 @@ from trainer.resume import Start, changes, check_same_run, describe, find_start,
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from data.index import Index
     from data.latents import Latents
     from data.loader import StepLoader
     from trainer.config.schema import TrainConfig
-    from trainer.diffusion.conditioning import Contexts
+    from trainer.diffusion.conditioning import Contexts, Tokenize
     from trainer.diffusion.objective import Objective
     from trainer.loggers import Loggers
     from trainer.loggers.console import Console
@@ -123,6 +123,7 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
         DataError: the images do not.
     """
     from data.dataset import shown_captions
+    from data.index import refuse_bad
     from data.report import report
     from data.saved_index import remembered_index
     from trainer.cache import cache_folder, encode_captions, encode_images, plan_latents
@@ -153,6 +154,8 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
     config, prompts = read_prompts(config)
     kept = cache_folder(config.cache, config.logging.logdir)
     index = remembered_index(config.data, kept)
+    if config.data.on_bad_image == "error":
+        refuse_bad(index)
     precision = resolve_precision(config.precision, choose_device(config.loop.gpuid))
     device = precision.device
     check_fused_backward(config, precision)
@@ -170,7 +173,7 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
         check_same_run(about, start.about, str(start.checkpoint))
     place(models, device, channels_last=config.precision.channels_last, weights=precision.weights)
 
-    tokenize = Tokenize(models.tokenizer)
+    tokenize = make_tokenize(config, models.tokenizer)
     latent_plan = plan_latents(config.cache, config.data, index, models.vae.config, epochs=config.loop.max_epochs)
     latents = encode_images(
         latent_plan,
@@ -199,11 +202,12 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
     watch = AdaptationWatch(adaptive, SECTIONS)
     sampler = Sampler(
         prompts,
-        resolution=config.data.resolution,
+        resolution=max(config.data.resolutions),
         seed=config.loop.seed,
         batch_size=config.data.batch_size,
         captions=[record.caption.text for record in index.records],
         clip_skip=config.objective.clip_skip,
+        pieces=pieces_of(config),
     )
     state = start.state or TrainState()
     stateful: dict[str, Stateful] = {"optimizers": optimizers, "meter": meter, "watch": watch}
@@ -227,10 +231,10 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
     console.record_to(folder / "run.log")
     for note in [*notes, *models.notes]:
         console.event(f"Note: {note}")
-    for note in report(index, resolution=config.data.resolution, batch_size=config.data.batch_size, count_tokens=tokenize.count).notes():
+    for note in report(index, config.data, images_per_step=images_per_step(config), tokens=tokenize).notes():
         console.event(f"Note: {note}.")
     for file in index.bad[:_NAMED]:
-        console.event(f"{file}; the image is left out")
+        console.event(f"Left out: {file}")
     if len(index.bad) > _NAMED:
         console.event(f"... and {len(index.bad) - _NAMED} more; train.py --check names them")
     for line in plan_lines(config, models.source, parts.counts, precision, loader.steps_in(0), total_steps, latent_plan):
@@ -278,7 +282,7 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
             parts=stateful,
             about=about,
             metadata={
-                "modelspec.resolution": f"{config.data.resolution}x{config.data.resolution}",
+                "modelspec.resolution": "x".join([str(max(config.data.resolutions))] * 2),
                 **{f"sd_dadapt.{name}": text for name, text in without_folders(config).items()},
             },
             say=console.event,
@@ -383,22 +387,21 @@ def place(models: Models, device: torch.device, *, channels_last: bool, weights:
                 tensor.data = tensor.data.clone()
 
 
-@dataclass(frozen=True)
-class Tokenize:
-    """Turn captions into tokens (B, T), cut or padded to the model's length; a class, so that worker processes can be given it."""
+def make_tokenize(config: TrainConfig, tokenizer: Any) -> Tokenize:
+    """Return what turns captions into tokens."""
+    from trainer.diffusion.conditioning import Tokenize
 
-    tokenizer: Any
+    return Tokenize(tokenizer, pieces_of(config))
 
-    def __call__(self, captions: list[str]) -> Tensor:
-        """Return int64 tokens (B, T)."""
-        encoded = self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length, return_tensors="pt"
-        )
-        return encoded.input_ids
 
-    def count(self, caption: str) -> int:
-        """Return the number of tokens of a caption, start and end not counted."""
-        return len(self.tokenizer(caption).input_ids) - 2
+def pieces_of(config: TrainConfig) -> int:
+    """Return the windows of 75 tokens that a caption is encoded in."""
+    return config.data.max_tokens // 75
+
+
+def images_per_step(config: TrainConfig) -> int:
+    """Return the images of a whole optimizer step."""
+    return config.data.batch_size * config.loop.grad_accum
 
 
 def make_loader(config: TrainConfig, index: Index, tokenize: Tokenize, *, pin: bool, latents: Latents | None = None) -> StepLoader:
@@ -410,20 +413,31 @@ def make_loader(config: TrainConfig, index: Index, tokenize: Tokenize, *, pin: b
         config.data,
         tokenize=tokenize,
         seed=config.loop.seed,
-        images_per_step=config.data.batch_size * config.loop.grad_accum,
+        images_per_step=images_per_step(config),
         pin=pin,
         latents=latents,
     )
 
 
 def count_steps(config: TrainConfig, index: Index) -> int:
-    """Return the optimizer steps of the whole run."""
+    """Return the optimizer steps of the whole run.
+
+    Raises:
+        DataError: there are none.
+    """
+    from data.errors import DataError
     from data.plan import steps_before
 
-    images_per_step = config.data.batch_size * config.loop.grad_accum
-    return steps_before(
-        index, resolution=config.data.resolution, seed=config.loop.seed, epoch=config.loop.max_epochs, images_per_step=images_per_step
+    total = steps_before(
+        index,
+        resolution=config.data.resolution,
+        seed=config.loop.seed,
+        epoch=config.loop.max_epochs,
+        images_per_step=images_per_step(config),
     )
+    if total == 0:
+        raise DataError(f"data_root: in {config.loop.max_epochs} epochs no image is due: raise its multiply, or max_epochs")
+    return total
 
 
 def make_optimizers(config: TrainConfig, parts: TrainedParts, total_steps: int) -> OptimizerSet:

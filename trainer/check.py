@@ -1,36 +1,94 @@
-"""The plan of a run, told before it: what is trained on what, for how long, and where it goes."""
+"""The plan of a run and what its data hold, told before it: what is trained on what, for how long, and where it goes."""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from data.index import Index
+    from data.record import BadFile
+    from data.report import DatasetReport
     from trainer.cache import LatentPlan
     from trainer.config.schema import TrainConfig
+    from trainer.diffusion.conditioning import Tokenize
     from trainer.models.trainable import Part
     from trainer.optim import OptimizerOptions
     from trainer.precision import Precision
 
 
-def check(config: TrainConfig, notes: Sequence[str], *, weights_only: bool) -> None:
-    """Check all that can be checked without loading weights, scan the images and print the plan.
+def check(
+    config: TrainConfig, notes: Sequence[str], *, weights_only: bool, as_json: bool = False, contact_sheets: Path | None = None
+) -> int:
+    """Check all that can be checked without loading weights, scan the images, print what they hold and the plan.
+
+    Args:
+        config: the checked configuration.
+        notes: what its author should know, from before.
+        weights_only: whether a checkpoint gives its weights to a new run instead of being continued.
+        as_json: whether to print one JSON object, and nothing else on the standard output.
+        contact_sheets: a folder for pictures of the data, which also finds damaged images.
+
+    Returns:
+        The exit code: 1 if on_bad_image is error and some file cannot be used, else 0.
 
     Raises:
         UserError: the model, the checkpoint or the environment does not allow the run.
         DataError: the images do not.
     """
-    from data.report import report
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        findings = _examine(config, notes, weights_only, contact_sheets)
+    refused = bool(findings.data.bad) and config.data.on_bad_image == "error"
+    print(json.dumps(findings.as_json(usable=not refused), indent=1) if as_json else "\n".join(findings.lines(refused=refused)))
+    return 1 if refused else 0
+
+
+@dataclass(frozen=True)
+class _Findings:
+    notes: Sequence[str]
+    changed: Sequence[str]
+    """What differs from the run that is continued."""
+    data: DatasetReport
+    sheets: Sequence[Path]
+    steps_of_first_epoch: int
+    steps: int
+    plan: Sequence[tuple[str, str]]
+
+    def lines(self, *, refused: bool) -> list[str]:
+        """Return the findings as plain text."""
+        sheets = [f"contact sheets: {len(self.sheets)} in {self.sheets[0].parent}"] if self.sheets else []
+        refusal = ["", f"on_bad_image is error: a run would be refused for {len(self.data.bad)} of the files."] if refused else []
+        told = [*(f"Note: {note}" for note in self.notes), *(f"Changed: {change}" for change in self.changed)]
+        return [*told, *self.data.lines(), *sheets, "", *_aligned(self.plan), *refusal]
+
+    def as_json(self, *, usable: bool) -> dict[str, Any]:
+        """Return the findings as JSON holds them."""
+        return {
+            "usable": usable,
+            "notes": list(self.notes),
+            "changed": list(self.changed),
+            "data": self.data.as_json(),
+            "steps": self.steps,
+            "steps_of_first_epoch": self.steps_of_first_epoch,
+            "plan": dict(self.plan),
+            "contact_sheets": [str(path) for path in self.sheets],
+        }
+
+
+def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, contact_sheets: Path | None) -> _Findings:
     from data.saved_index import remembered_index
     from trainer.build import (
-        Tokenize,
         choose_device,
         choose_seed,
         count_steps,
         log_folder_problem,
         make_loader,
+        make_tokenize,
         read_prompts,
         set_noise_schedule,
     )
@@ -44,8 +102,6 @@ def check(config: TrainConfig, notes: Sequence[str], *, weights_only: bool) -> N
     from trainer.resume import changes, check_same_run, describe, find_start
 
     quiet_libraries()
-    for note in notes:
-        print(f"Note: {note}")
     start = find_start(config, weights_only=weights_only)
     config, prompts = read_prompts(config)
     config = replace(config, loop=replace(config.loop, seed=choose_seed(config.loop.seed, start)))
@@ -53,30 +109,31 @@ def check(config: TrainConfig, notes: Sequence[str], *, weights_only: bool) -> N
     precision = resolve_precision(config.precision, choose_device(config.loop.gpuid))
     check_fused_backward(config, precision)
     total_steps = count_steps(config, index)
-    for note in check_schedules(config, total_steps):
-        print(f"Note: {note}")
     models = describe_model(replace(config.model, resume_ckpt=start.model))
-    for note in models.notes:
-        print(f"Note: {note}")
+    notes = [*notes, *check_schedules(config, total_steps), *models.notes]
     set_noise_schedule(config, prompts, models)
     parts = apply_freezing(models, config.parts, config.optimizers.freezing)
     check_rates(config, {network: part.trained for network, part in parts.counts.items()})
     if problem := log_folder_problem(Path(config.logging.logdir)):
         raise UserError(problem)
 
-    tokenizer = models.tokenizer
-    count_tokens = None if tokenizer is None else Tokenize(tokenizer).count
-    dataset = report(index, resolution=config.data.resolution, batch_size=config.data.batch_size, count_tokens=count_tokens)
-    loader = make_loader(config, index, Tokenize(tokenizer), pin=False)
+    tokenize = make_tokenize(config, models.tokenizer)
+    counting = None if models.tokenizer is None else tokenize
+    data = _report(config, index, counting)
+    sheets, damaged = _draw(data, index, config, contact_sheets) if contact_sheets else ([], ())
+    if damaged:
+        names = {file.name for file in damaged}
+        sound = tuple(record for record in index.records if record.name not in names)
+        data = _report(config, replace(index, records=sound, bad=(*index.bad, *damaged)), counting)
+    first = make_loader(config, index, tokenize, pin=False).steps_in(0)
     latents = plan_latents(config.cache, config.data, index, models.vae.config, epochs=config.loop.max_epochs)
+    changed: Sequence[str] = ()
     if start.about is not None:
         about = describe(config, index, parts, total_steps)
         check_same_run(about, start.about, str(start.checkpoint))
-        for change in changes(about, start.about):
-            print(f"Changed: {change}")
-    print("\n".join(dataset.lines()))
-    print()
-    print("\n".join(plan_lines(config, models.source, parts.counts, precision, loader.steps_in(0), total_steps, latents)))
+        changed = changes(about, start.about)
+    plan = _plan(config, models.source, parts.counts, precision, first, total_steps, latents)
+    return _Findings(notes, changed, data, sheets, first, total_steps, plan)
 
 
 def plan_lines(
@@ -99,6 +156,18 @@ def plan_lines(
         total_steps: optimizer steps of the run.
         latents: how the run comes by them.
     """
+    return _aligned(_plan(config, model, parts, precision, steps_of_epoch, total_steps, latents))
+
+
+def _plan(
+    config: TrainConfig,
+    model: str,
+    parts: Mapping[str, Part],
+    precision: Precision,
+    steps_of_epoch: int,
+    total_steps: int,
+    latents: LatentPlan,
+) -> list[tuple[str, str]]:
     data, loop, saving, samples = config.data, config.loop, config.saving, config.samples
     accumulated = f" in {loop.grad_accum} passes of {data.batch_size}" if loop.grad_accum > 1 else ""
     optimizers: dict[str, OptimizerOptions] = {"unet": config.optimizers.unet, "text encoder": config.optimizers.text_encoder}
@@ -111,7 +180,7 @@ def plan_lines(
     form = {"both": "diffusers folder and single .safetensors", "diffusers": "diffusers folder", "single": "single .safetensors"}
     lines += [
         ("steps", f"{total_steps:,} = {loop.max_epochs} epochs of {steps_of_epoch:,}{stop}"),
-        ("batch", f"{data.batch_size * loop.grad_accum} images a step{accumulated}, resolution {data.resolution}"),
+        ("batch", f"{data.batch_size * loop.grad_accum} images a step{accumulated}, resolution {' and '.join(map(str, data.resolutions))}"),
         ("latents", str(latents)),
         ("precision", f"{precision.name} on {precision.device}"),
         ("seed", str(loop.seed)),
@@ -119,7 +188,27 @@ def plan_lines(
         ("checkpoints", f"{every}at the end: {form['diffusers' if saving.no_save_ckpt else saving.save_format]}"),
         ("outputs", str(Path(config.logging.logdir) / f"{config.logging.project_name}-<time>")),
     ]
-    return [f"{name:<13}{text}" for name, text in lines]
+    return lines
+
+
+def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
+    return [f"{name:<13}{text}" for name, text in rows]
+
+
+def _report(config: TrainConfig, index: Index, tokenize: Tokenize | None) -> DatasetReport:
+    from data.report import report
+    from trainer.build import images_per_step
+
+    return report(index, config.data, images_per_step=images_per_step(config), tokens=tokenize, duplicates=True)
+
+
+def _draw(dataset: DatasetReport, index: Index, config: TrainConfig, folder: Path) -> tuple[list[Path], tuple[BadFile, ...]]:
+    """Write the contact sheets; return their paths and the images that could not be decoded."""
+    from trainer.contact_sheets import ContactSheets
+
+    used = [record for record in index.records if record.multiply > 0]
+    sheets = ContactSheets(used, config.data.resolutions, {long.name: long.cut for long in dataset.long})
+    return list(sheets.write(folder)), tuple(sheets.bad.values())
 
 
 def _optimizer(options: OptimizerOptions) -> str:

@@ -16,34 +16,43 @@ _SMALLEST_SIDE = 256  # smaller pictures are enlarged by a whole factor
 _MOST_LINES = 4
 
 
-def labelled_row(pictures: Sequence[Image.Image | str], labels: Sequence[str], caption: str) -> Image.Image:
+def labelled_row(
+    pictures: Sequence[Image.Image | str],
+    labels: Sequence[str],
+    caption: str,
+    *,
+    smallest: int = _SMALLEST_SIDE,
+    most_lines: int = _MOST_LINES,
+) -> Image.Image:
     """Return pictures side by side, each under its label, over one caption as wide as all of them.
 
-    Small pictures are enlarged by a whole factor, so that a 64 px model's can be judged by eye. Captions wrap, to four lines at most.
+    Small pictures are enlarged by a whole factor, so that a 64 px model's can be judged by eye. Captions wrap.
 
     Args:
         pictures: pictures, or, in the place of one that could not be made, the reason. Those of a row have one size.
-        labels: a short text for each; all empty leaves no room for them.
+        labels: a short text for each, of which the end is shown where it is too long; all empty leaves no room for them.
         caption: what the row shows, in any script the font has (Latin, Greek, Cyrillic and more); other characters become boxes.
+        smallest: pixels of a picture's shorter side below which it is enlarged.
+        most_lines: of the caption; an ellipsis stands for the rest.
     """
     from PIL import Image, ImageDraw
 
     made = [picture for picture in pictures if not isinstance(picture, str)]
-    width, height = made[0].size if made else (_SMALLEST_SIDE, _SMALLEST_SIDE)
-    factor = max(1, -(-_SMALLEST_SIDE // min(width, height)))
+    width, height = made[0].size if made else (smallest, smallest)
+    factor = max(1, -(-smallest // min(width, height)))
     width, height = width * factor, height * factor
     size, gap = max(14, width // 24), max(4, width // 48)
     full_width = len(pictures) * (width + gap) - gap
 
     font = _font(size)
-    lines = _wrap(caption, font, full_width)
+    lines = _wrap(caption, font, full_width, most_lines)
     line_height = round(size * 1.3)
     top = line_height if any(labels) else 0
     row = Image.new("RGB", (full_width, top + height + gap // 2 + line_height * len(lines)), _PAPER)
     draw = ImageDraw.Draw(row)
     for column, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
         x = column * (width + gap)
-        draw.text((x + width / 2, top / 2), label, fill=_FAINT, font=font, anchor="mm")
+        draw.text((x + width / 2, top / 2), _ending(label, font, width), fill=_FAINT, font=font, anchor="mm")
         if isinstance(picture, str):
             draw.rectangle((x, top, x + width - 1, top + height - 1), fill=_MISSING)
             for number, line in enumerate(_wrap(picture, font, width - 2 * gap, height // line_height)):
@@ -110,6 +119,14 @@ def _wrap(text: str, font: Any, width: float, most: int = _MOST_LINES) -> list[s
             lines[-1] = lines[-1][:-1]
         lines[-1] = f"{lines[-1].rstrip()} …"
     return lines[: max(most, 0)]
+
+
+def _ending(text: str, font: Any, width: float) -> str:
+    """Return as much of the end of a text as fits on a line."""
+    start = 0
+    while start < len(text) and font.getlength(("…" if start else "") + text[start:]) > width:
+        start += 1
+    return ("…" if start else "") + text[start:]
 
 
 def _pieces(word: str, font: Any, width: float) -> list[str]:

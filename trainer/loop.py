@@ -128,6 +128,9 @@ def make_steps(run: Run) -> None:
     settle(run)
     while not run.cadence.ends(state.step):
         epoch = state.epoch
+        if run.steps_in(epoch) == 0:  # of few images with a small multiply, none may be due
+            state.epoch += 1
+            continue
         steps = iter(run.loader.steps(epoch, state.step_in_epoch))
         while not run.cadence.ends(state.step) and state.epoch == epoch:
             started = time.perf_counter()

@@ -84,7 +84,7 @@ def describe(config: TrainConfig, index: Index, parts: TrainedParts, total_steps
             "seed": config.loop.seed,
             "data": index.fingerprint(),
             "images": len(index.records),
-            "resolution": config.data.resolution,
+            "resolution": config.data.resolution if isinstance(config.data.resolution, int) else list(config.data.resolution),
             "images per step": config.data.batch_size * config.loop.grad_accum,
             "channels_last": config.precision.channels_last,  # state in 8 bits is kept in blocks along memory
             **{f"what learns of the {network}": part.what for network, part in parts.counts.items()},

@@ -139,10 +139,19 @@ class Sampler:
         batch_size: the training's.
         captions: captions of the data, for random captions and where no prompts are given.
         clip_skip: as in training.
+        pieces: windows of tokens that a prompt is encoded in, as in training.
     """
 
     def __init__(
-        self, prompts: SamplePrompts, *, resolution: int, seed: int, batch_size: int, captions: Sequence[str] = (), clip_skip: int = 0
+        self,
+        prompts: SamplePrompts,
+        *,
+        resolution: int,
+        seed: int,
+        batch_size: int,
+        captions: Sequence[str] = (),
+        clip_skip: int = 0,
+        pieces: int = 1,
     ) -> None:
         self._options = prompts
         self._resolution = prompts.resolution or resolution
@@ -150,6 +159,7 @@ class Sampler:
         self._batch_size = prompts.batch_size or max(1, batch_size // 2)
         self._captions = tuple(captions)
         self._clip_skip = clip_skip
+        self._pieces = pieces
         self.prompts: tuple[SamplePrompt, ...] = prompts.samples or tuple(SamplePrompt(prompt=text) for text in _four(self._captions))
         self._cut_prompts: set[str] = set()
 
@@ -214,14 +224,16 @@ class Sampler:
 
     def _cut(self, jobs: Sequence[_Job], tokenizer: CLIPTokenizer) -> list[str]:
         """Say once of each prompt that is longer than the text encoder reads that its end is not seen."""
+        from trainer.diffusion.conditioning import Tokenize
+
+        tokenize = Tokenize(tokenizer, self._pieces)
         found = []
         for job in jobs:
-            tokens = len(tokenizer(job.text).input_ids)
-            if tokens > tokenizer.model_max_length and job.text not in self._cut_prompts:
+            tokens = tokenize.count(job.text)
+            if tokens > tokenize.limit and job.text not in self._cut_prompts:
                 self._cut_prompts.add(job.text)
                 found.append(
-                    f"sample '{_short(job.text)}' has {tokens - 2} tokens and the text encoder reads {tokenizer.model_max_length - 2}: the "
-                    "rest is not drawn"
+                    f"sample '{_short(job.text)}' has {tokens} tokens and the text encoder reads {tokenize.limit}: the rest is not drawn"
                 )
         return found
 
@@ -286,12 +298,9 @@ class Sampler:
             return [_decode(pipeline.vae, latents_1CHW) for latents_1CHW in latents_BCHW.split(1)]
 
     def _context(self, pipeline: StableDiffusionPipeline, texts: list[str], device: torch.device) -> Tensor:
-        from trainer.diffusion.conditioning import encode_text
+        from trainer.diffusion.conditioning import Tokenize, encode_text
 
-        tokenizer = pipeline.tokenizer
-        tokens_BT = tokenizer(
-            texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
-        ).input_ids
+        tokens_BT = Tokenize(pipeline.tokenizer, self._pieces)(texts)
         return encode_text(pipeline.text_encoder, tokens_BT.to(device), self._clip_skip)
 
     def _title(self, step: int) -> str:

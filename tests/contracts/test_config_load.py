@@ -92,7 +92,11 @@ def test_values_of_the_command_line(folder: Path):
 
 def test_check_is_an_action(folder: Path):
     assert load().action == "train"
-    assert load({}, None, "--check").action == "check"
+    plain, structured = load({}, None, "--check"), load({}, None, "--check", "json", "--contact_sheets", "sheets")
+    assert (plain.action, plain.check_json, plain.contact_sheets) == ("check", False, None)
+    assert (structured.action, structured.check_json, structured.contact_sheets) == ("check", True, Path("sheets"))
+    assert load({}, None, "--check=json").check_json and load({}, None, "--check", "--lr", "1e-6").action == "check"
+    assert load({}, None, "--check", "null").action == "train"
 
 
 def test_input_paths_are_looked_for_beside_the_file_and_then_in_the_working_directory(folder: Path):

@@ -8,14 +8,16 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.config.positions import read_json
+from trainer.config.positions import _DRIVE, read_json
 
+# A path of Windows with single backslashes, "C:\new", is JSON for something else, and reported all the same.
+texts = st.text().filter(lambda text: not any(_DRIVE.match(json.dumps(text, ensure_ascii=ascii_only)[1:]) for ascii_only in (True, False)))
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
     max_leaves=12,
 )
-objects = st.dictionaries(st.text(), values, max_size=6)
+objects = st.dictionaries(texts, values, max_size=6)
 
 
 @given(objects, st.sampled_from([None, 0, 2]), st.booleans())

@@ -9,12 +9,14 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 from data.rng import stream
-from trainer.diffusion.conditioning import encode_text
+from tests.tiny import tiny_models, tiny_tokenizer
+from trainer.diffusion.conditioning import Tokenize, encode_text
 from trainer.diffusion.loss import image_losses
 from trainer.diffusion.noise import gaussian, offset, perturbation, pyramid
 from trainer.diffusion.schedule import NoiseSchedule, with_zero_terminal_snr
 from trainer.diffusion.weighting import min_snr_weights
 from trainer.errors import UserError
+from trainer.models.tokenizer import clip_tokenizer
 
 SD15 = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -170,8 +172,6 @@ def test_zero_terminal_snr_says_how_to_sample_and_is_refused_for_epsilon():
 
 
 def test_clip_skip_takes_the_hidden_state_before_through_the_final_norm():
-    from tests.tiny import tiny_models
-
     encoder = tiny_models().text_encoder
     tokens = torch.randint(0, 50, (2, 77), generator=torch.Generator().manual_seed(0))
     plain = getattr(encoder, "text_model", encoder)
@@ -180,3 +180,46 @@ def test_clip_skip_takes_the_hidden_state_before_through_the_final_norm():
         torch.testing.assert_close(encode_text(encoder, tokens), plain.final_layer_norm(states[-1]))
         torch.testing.assert_close(encode_text(encoder, tokens, 2), plain.final_layer_norm(states[-3]))
     assert math.isfinite(states[-1].sum().item())
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return tiny_models().text_encoder.eval()
+
+
+@pytest.mark.parametrize("clip_skip", [0, 2])
+def test_windows_of_tokens_are_encoded_by_themselves_and_stand_one_after_the_other(encoder, clip_skip):
+    tokens = torch.randint(0, 500, (3, 2 * 77), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        both = encode_text(encoder, tokens, clip_skip)
+        for number in range(2):
+            part = slice(77 * number, 77 * (number + 1))
+            torch.testing.assert_close(both[:, part], encode_text(encoder, tokens[:, part], clip_skip))
+    assert both.shape == (3, 154, 16)
+
+
+def test_tokens_of_one_window_are_those_of_the_library():
+    for tokenizer in (tiny_tokenizer(), clip_tokenizer()):
+        captions = ["", "a red circle", "a red circle, " * 60, "猫 <|endoftext|> x", "İstanbul " * 40]
+        library = tokenizer(captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+        assert torch.equal(Tokenize(tokenizer)(captions), library) and library.shape == (5, 77)
+
+
+def test_a_long_caption_goes_on_in_the_next_window():
+    tokenizer = clip_tokenizer()
+    tokenize = Tokenize(tokenizer, 3)
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    words = " ".join(["cat"] * 80 + ["dog"] * 80 + ["owl"] * 80)
+    cat, dog, owl = (tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("cat", "dog", "owl"))
+    (tokens,) = tokenize([words]).tolist()
+    assert tokens[:77] == [start, *[cat] * 75, end]
+    assert tokens[77:154] == [start, *[cat] * 5, *[dog] * 70, end]
+    assert tokens[154:] == [start, *[dog] * 10, *[owl] * 65, end]
+    assert (tokenize.count(words), tokenize.limit) == (240, 225)
+
+
+def test_the_windows_of_a_short_caption_that_it_does_not_reach_are_the_empty_caption_s():
+    tokenize = Tokenize(clip_tokenizer(), 2)
+    short, empty = tokenize(["a cat", ""])
+    assert torch.equal(short[77:], empty[77:]) and torch.equal(empty[:77], empty[77:])
+    assert torch.equal(tokenize(["a cat", "a dog " * 60])[0], short), "what a caption becomes must not depend on the others"

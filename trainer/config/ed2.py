@@ -12,16 +12,13 @@ from typing import Any
 from trainer.config.report import Place, Report, Written, shown, unknown_value
 
 LATER: Mapping[str, tuple[Any, ...]] = {
-    "caption_prefix": ("",),
     "compile": (False,),
     "ema_decay_rate": (),
     "ema_resume_model": (),
     "ema_strength_target": (),
     "keep_best": (False,),
     "lora": (),
-    "max_tokens": (75,),
     "max_train_time": (),
-    "on_bad_image": ("skip",),
     "stop_on_overfit": (False,),
     "validation_config": (),
     "wandb": (False,),
@@ -40,7 +37,7 @@ NEVER_NAMES: Mapping[str, str] = {
 }
 """Optimizers that EveryDream2 names and this program leaves out, and what to use instead."""
 
-COMMAND_LATER = ("contact_sheets", "vram")
+COMMAND_LATER = ("vram",)
 """Options of the command line that a later version takes."""
 
 SCALER_TWEAKS = "apply_grad_scaler_step_tweaks"
@@ -80,10 +77,14 @@ _OTHER_WORDS: Mapping[str, str] = {
     "base_model": "resume_ckpt",
     "caption_dropout_rate": "cond_dropout",
     "dataset_path": "data_root",
+    "enable_wildcard": "caption_lines",
     "epochs": "max_epochs",
+    "flip_aug": "flip_p",
     "gradient_accumulation_steps": "grad_accum",
+    "keep_tokens": "keep_tags",
     "learning_rate": "lr",
     "max_grad_norm": "clip_grad_norm",
+    "max_token_length": "max_tokens",
     "max_train_epochs": "max_epochs",
     "model": "resume_ckpt",
     "noise_offset": "zero_frequency_noise_ratio",
@@ -92,6 +93,7 @@ _OTHER_WORDS: Mapping[str, str] = {
     "output_dir": "logdir",
     "pretrained_model_name_or_path": "resume_ckpt",
     "save_every_n_epoch": "save_every_n_epochs",
+    "shuffle_caption": "shuffle_tags",
     "snr_gamma": "min_snr_gamma",
     "train_batch_size": "batch_size",
     "train_data_dir": "data_root",

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from trainer.config.ed2 import other_word, translate
 from trainer.config.optimizers import BASE, Rates, is_documentation, read_optimizers
 from trainer.config.overrides import help_text, parse
-from trainer.config.paths import find, not_found, resolve_folder, resolve_model, resolve_prompts, resolve_vae, shown_path
+from trainer.config.paths import find, not_found, resolve_images, resolve_model, resolve_prompts, resolve_vae, shown_path
 from trainer.config.positions import Document, read_json
 from trainer.config.report import COMMAND_LINE, Place, Report, Written, checked, closest, did_you_mean
 from trainer.config.rules import Settings, apply_optimizer_rules, apply_rules, resolved
@@ -35,6 +35,10 @@ class Loaded:
     notes: tuple[str, ...]
     weights_only: bool = False
     """Whether a checkpoint gives its weights to a new run instead of being continued."""
+    check_json: bool = False
+    """Whether the check prints for programs."""
+    contact_sheets: Path | None = None
+    """The folder for the check's pictures."""
 
 
 def load_config(argv: Sequence[str]) -> Loaded:
@@ -75,6 +79,8 @@ def load_config(argv: Sequence[str]) -> Loaded:
     return Loaded(
         config=replace(config, source=source, optimizer_source=optimizer_source),
         action="check" if arguments.check else "train",
+        check_json=arguments.check == "json",
+        contact_sheets=Path(arguments.contact_sheets) if arguments.contact_sheets else None,
         notes=report.notes,
         weights_only=arguments.resume_weights_only,
     )
@@ -171,7 +177,7 @@ def _resolve_paths(values: dict[str, Any], settings: Settings, report: Report) -
     if root == ():
         report.error(entry.place, "is an empty list; name at least one folder of images")
     roots = [root] if isinstance(root, str) else root
-    found = [resolve_folder(replace(entry, value=folder), report) for folder in roots]
+    found = [resolve_images(replace(entry, value=folder), report) for folder in roots]
     if None in found or not found:
         del values["data_root"]
     else:

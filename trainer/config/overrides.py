@@ -7,13 +7,13 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from inspect import getdoc
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from trainer.config.ed2 import COMMAND_LATER
 from trainer.config.positions import read_json
-from trainer.config.report import COMMAND_LINE, Place, Report, closest
+from trainer.config.report import COMMAND_LINE, Place, Report, checked, closest
 from trainer.config.schema import (
     DEFAULT_OPTIMIZER,
     CommandOptions,
@@ -37,7 +37,8 @@ class Arguments:
     """What the command line says: the file, what to do, and values by key that win over the file's."""
 
     config: str = CommandOptions.config
-    check: bool = False
+    check: Literal["text", "json"] | None = None
+    contact_sheets: str | None = None
     resume_weights_only: bool = False
     help: bool = False
     values: dict[str, Any] = field(default_factory=dict)
@@ -77,22 +78,28 @@ def parse(argv: Sequence[str], report: Report) -> Arguments:
                 value = spelled[given.lower()]
         elif equals:
             value = _value(key, attached)
+        elif key.name == "check" and not (rest and not rest[0].startswith("--") and not rest[0].endswith(".json")):
+            value = "text"
         elif rest and not (rest[0].startswith("--") and rest[0] != "--"):
             value = _value(key, rest.pop(0))
         else:
             report.error(Place(COMMAND_LINE, None, name), f"needs a value: {accepts(key.annotation)}")
             continue
         if key.owner is CommandOptions:
-            setattr(result, key.name, key.default if value is None else value)
+            right, value = (True, key.default) if value is None else checked(key, value, Place(COMMAND_LINE, None, name), report)
+            if right:
+                setattr(result, key.name, value)
         else:
             result.values[key.name] = value
+    if result.contact_sheets is not None and result.check is None:
+        report.error(Place(COMMAND_LINE, None, "contact_sheets"), "is made by a check; add --check")
     return result
 
 
 def help_text(width: int = 100) -> str:
     """Return the text of `--help`: every key by section, with what it takes, its default and its docstring."""
     lines = [
-        "usage: python train.py [--config train.json] [--check] [--key value ...]",
+        "usage: python train.py [--config train.json] [--check [json]] [--key value ...]",
         "",
         *textwrap.wrap(
             "Fine-tunes Stable Diffusion as train.json says. Every key below is a key of train.json and an option here; the command "

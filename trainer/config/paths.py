@@ -17,6 +17,7 @@ _LOCAL = ("checkpoints", "ckpts", "input", "logs", "model", "models", "output")
 _READABLE = (".safetensors", ".ckpt")
 _MODEL_FILES = (*_READABLE, ".pt", ".pth", ".bin")
 _PROMPT_FILES = (".txt", ".json")
+_IMAGE_LISTS = (".json", ".jsonl", ".csv")
 
 
 def shown_path(path: Path) -> str:
@@ -70,13 +71,17 @@ def resolve_vae(written: Written, report: Report) -> str | None:
     return None
 
 
-def resolve_folder(written: Written, report: Report) -> str | None:
-    """Return one folder of images as an absolute path; None after reporting what is wrong."""
-    path = _found(written, report, "folder")
+def resolve_images(written: Written, report: Report) -> str | None:
+    """Return one folder or list of images as an absolute path; None after reporting what is wrong."""
+    is_list = written.value.lower().endswith(_IMAGE_LISTS)
+    path = _found(written, report, "file" if is_list else "folder")
     if path is None:
         return None
+    if path.is_file() and is_list:
+        return str(path)
     if not path.is_dir():
-        report.error(written.place, f"not a folder: {written.value}; name the folder that holds the images")
+        accepted = f"name the folder that holds the images, or a list of them that ends in {', '.join(_IMAGE_LISTS)}"
+        report.error(written.place, f"not a folder: {written.value}; {accepted}")
         return None
     for package in (path, path / "data"):
         if (package / "__init__.py").exists() and (package / "rng.py").exists():

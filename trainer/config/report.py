@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -102,8 +102,14 @@ def checked(key: Key, value: Any, place: Place, report: Report, hint: str = "") 
 
 def _sentences(key: Key, value: Any, error: ValidationError) -> list[tuple[tuple[int | str, ...], str]]:
     """Return what is wrong: the place inside the value, and a sentence."""
-    if len(key.variants) > 1:  # pydantic reports every member of a union; one sentence says it
-        return [((), f"must be {accepts(key.annotation)}; got {shown(value)}")]
+    if len(key.variants) > 1:  # pydantic reports every member of a union; what is meant shows in whether it is a list
+        meant = [kind for kind in key.variants if (get_origin(_plain(kind)) is tuple) == isinstance(value, list)]
+        if len(meant) != 1:
+            return [((), f"must be {accepts(key.annotation)}; got {shown(value)}")]
+        try:
+            replace(key, annotation=meant[0]).validate(value)
+        except ValidationError as narrower:
+            error = narrower
     return [_sentence(key, value, entry) for entry in error.errors()]
 
 
@@ -127,6 +133,8 @@ def _sentence(key: Key, value: Any, entry: Any) -> tuple[tuple[int | str, ...], 
             return entry["loc"], f"must be a multiple of {step}, got {got}; {nearest}"
         case "extra_forbidden":
             return entry["loc"], "unknown key"
+        case "too_short":
+            return entry["loc"], "is an empty list"
     sentence = f"must be {accepts(key.annotation)}; got {shown(value)}"
     if isinstance(value, str) and value.lower() in ("true", "false", "null", "none"):
         return (), sentence + "; write it without the quotes"
@@ -135,15 +143,15 @@ def _sentence(key: Key, value: Any, entry: Any) -> tuple[tuple[int | str, ...], 
     return (), sentence
 
 
-def unknown_value(value: Any, choices: Sequence[str]) -> str:
+def unknown_value(value: Any, choices: Sequence[Any]) -> str:
     """Return the sentence about a value that is none of `choices`."""
     close = did_you_mean(value, choices)
     return f"unknown value {shown(value)}" + (close or f"; accepted are {', '.join(repr(choice) for choice in choices)}")
 
 
-def did_you_mean(found: Any, known: Iterable[str]) -> str:
+def did_you_mean(found: Any, known: Iterable[Any]) -> str:
     """Return "; did you mean 'x'?" for the known word that is closest to `found`, or nothing."""
-    close = closest(str(found), known)
+    close = closest(str(found), [word for word in known if isinstance(word, str)])
     return f"; did you mean '{close}'?" if close else ""
 
 
@@ -158,6 +166,10 @@ def shown(value: Any) -> str:
     """Return a value as the reader wrote it: text in single quotes, everything else as JSON."""
     text = f"'{value}'" if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:76] + " ..."
+
+
+def _plain(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _bound(number: float) -> str:

@@ -54,8 +54,12 @@ class CommandOptions:
     config: str = "train.json"
     """The file that describes the run."""
 
-    check: bool = False
-    """Check everything, scan the images, print what would be trained and where, and stop without loading weights."""
+    check: Literal["text", "json"] | None = None
+    """Check everything, scan the images, print what they hold, what would be trained and where, and stop without loading weights; json
+    prints it for programs. The exit code is 1 where on_bad_image is error and there is one."""
+
+    contact_sheets: str | None = None
+    """With check, a folder for pictures that show, for each bucket, all images as they are cropped, over their captions."""
 
     resume_weights_only: bool = False
     """Begin a new run, at step 0, from the weights of the checkpoint that resume_ckpt names, instead of continuing its run."""
@@ -229,11 +233,13 @@ def docstrings(options: type) -> dict[str, str]:
 def accepts(annotation: Any) -> str:
     """Return in words what a type takes: "a whole number, at least 1", "one of 'mse', 'huber'"."""
     members = [member for member in _members(annotation) if member is not types.NoneType]
+    if len(members) == 2 and get_args(_limits(members[1])[0]) == (members[0], ...):
+        return f"{accepts(members[0])}, or a list of such"
     if len(members) > 1:
         return " or ".join(accepts(member) for member in members)
     kind, limits = _limits(members[0])
     if get_origin(kind) is Literal:
-        return "one of " + ", ".join(f"'{choice}'" for choice in get_args(kind))
+        return "one of " + ", ".join(repr(choice) for choice in get_args(kind))
     if get_origin(kind) is tuple:
         inner = get_args(kind)
         if inner[-1] is Ellipsis:

@@ -1,9 +1,10 @@
-"""From caption tokens to the context that the UNet attends to."""
+"""From captions to the context that the UNet attends to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,19 +12,67 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Tokenize:
+    """Turn captions into tokens; a class, so that worker processes can be given it.
+
+    A text encoder reads one window of tokens: a start, 75 of the caption, an end. A longer caption is cut into pieces, each in a window
+    of its own, and always into `pieces` of them: what an image is trained with must not depend on the others in its batch, so a short
+    caption's further windows are those of the empty caption.
+    """
+
+    tokenizer: Any
+    """CLIP's; its `model_max_length` is the window."""
+
+    pieces: int = 1
+    """Windows of a caption."""
+
+    @property
+    def limit(self) -> int:
+        """The tokens of a caption that are read; the rest is cut off."""
+        return self.pieces * (self.tokenizer.model_max_length - 2)
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Return int64 tokens (B, pieces x window)."""
+        import torch
+
+        return torch.tensor([self._windows(tokens) for tokens in self._tokens(captions)], dtype=torch.int64)
+
+    def count(self, caption: str) -> int:
+        """Return the number of tokens of a whole caption."""
+        return len(self._tokens([caption])[0])
+
+    def _tokens(self, captions: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(captions), add_special_tokens=False, verbose=False).input_ids
+
+    def _windows(self, tokens: list[int]) -> list[int]:
+        size = self.tokenizer.model_max_length
+        windows: list[int] = []
+        for start in range(0, self.limit, size - 2):
+            window = [self.tokenizer.bos_token_id, *tokens[start : start + size - 2], self.tokenizer.eos_token_id]
+            windows += window + [self.tokenizer.pad_token_id] * (size - len(window))
+        return windows
+
+
 def encode_text(text_encoder: Any, tokens_BT: Tensor, clip_skip: int = 0) -> Tensor:
     """Return the context_BTD of CLIP's text transformer.
 
+    Each window of T is encoded by itself and the results stand one after the other, starts and ends included.
+
     Args:
         text_encoder: a CLIPTextModel, possibly wrapped for several processes.
-        tokens_BT: token numbers, T = 77 for CLIP.
+        tokens_BT: token numbers; T is a multiple of the encoder's window, 77 for CLIP.
         clip_skip: 0 takes the last hidden state, n the n-th before it; both go through the final layer norm.
     """
-    if clip_skip == 0:
-        return text_encoder(tokens_BT).last_hidden_state
-    hidden_BTD = text_encoder(tokens_BT, output_hidden_states=True).hidden_states[-1 - clip_skip]
     plain = getattr(text_encoder, "module", text_encoder)
-    return getattr(plain, "text_model", plain).final_layer_norm(hidden_BTD)
+    # Windows become further rows of the batch, and afterwards further positions of the context.
+    tokens_NW = tokens_BT.reshape(-1, plain.config.max_position_embeddings)
+    if clip_skip == 0:
+        hidden_NWD = text_encoder(tokens_NW).last_hidden_state
+    else:
+        skipped_NWD = text_encoder(tokens_NW, output_hidden_states=True).hidden_states[-1 - clip_skip]
+        hidden_NWD = getattr(plain, "text_model", plain).final_layer_norm(skipped_NWD)
+    return hidden_NWD.reshape(*tokens_BT.shape, -1)
 
 
 class Contexts:

@@ -1,0 +1,111 @@
+"""Contact sheets: every image as it is cropped for training, over its caption, a sheet or more for each bucket."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from data.buckets import Bucket
+    from data.record import BadFile, Record
+
+PER_SHEET = 60
+"""Images of one sheet."""
+
+_AREA = 208**2
+"""Pixels of an image on the sheet."""
+
+_WIDTH = 1700
+"""Pixels of a sheet, about."""
+
+_LINES = 8
+"""Lines of a caption."""
+
+
+class ContactSheets:
+    """Draw the sheets of a data set.
+
+    Args:
+        records: the images.
+        resolutions: of the training.
+        unseen: by the name of an image, the words at the end of its caption that the text encoder does not see.
+    """
+
+    def __init__(self, records: Iterable[Record], resolutions: tuple[int, ...], unseen: Mapping[str, str]) -> None:
+        self._records = tuple(records)
+        self._resolutions = tuple(dict.fromkeys(resolutions))
+        self._unseen = unseen
+        self.bad: dict[str, BadFile] = {}
+        """Images that could not be decoded, by name."""
+
+    def write(self, folder: Path) -> Iterator[Path]:
+        """Write the sheets into a folder, which is made if missing, and yield their paths as they are written.
+
+        Raises:
+            UserError: the folder or a file in it cannot be written.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for resolution in self._resolutions:
+                for bucket, records in self._buckets(resolution).items():
+                    several = f"{resolution}-" if len(self._resolutions) > 1 else ""
+                    pages = [records[start : start + PER_SHEET] for start in range(0, len(records), PER_SHEET)]
+                    for page, shown in enumerate(pages, 1):
+                        number = f"-{page}" if len(pages) > 1 else ""
+                        path = folder / f"{several}{bucket[0]}x{bucket[1]}{number}.png"
+                        of = f", {(page - 1) * PER_SHEET + 1} to {(page - 1) * PER_SHEET + len(shown)}" if len(pages) > 1 else ""
+                        self._sheet(shown, bucket, f"{bucket[0]} x {bucket[1]}: {len(records)} images{of}").save(path)
+                        yield path
+        except OSError as error:
+            raise UserError(f"--contact_sheets: {folder} cannot be written to ({error.strerror or error}); name another folder.") from error
+
+    def _buckets(self, resolution: int) -> dict[Bucket, list[Record]]:
+        from data.buckets import buckets, nearest
+
+        choices = buckets(resolution)
+        found: dict[Bucket, list[Record]] = defaultdict(list)
+        for record in self._records:
+            found[nearest(record.width, record.height, choices)].append(record)
+        return {bucket: found[bucket] for bucket in choices if bucket in found}
+
+    def _sheet(self, records: list[Record], bucket: Bucket, title: str) -> Image.Image:
+        from trainer.grid import labelled_row, tiled
+
+        scale = math.sqrt(_AREA / (bucket[0] * bucket[1]))
+        size = (round(bucket[0] * scale), round(bucket[1] * scale)) if scale < 1 else bucket
+        smallest = min(size) * max(1, round(scale))
+        cells = [
+            labelled_row([self._picture(record, bucket, size)], [record.name], self._words(record), smallest=smallest, most_lines=_LINES)
+            for record in records
+        ]
+        columns = min(len(cells), max(1, round(_WIDTH / max(cell.width for cell in cells))))
+        scissors = "; what follows ✂ is not seen" if any(record.name in self._unseen for record in records) else ""
+        return tiled(cells, columns=columns, title=title + scissors)
+
+    def _picture(self, record: Record, bucket: Bucket, size: tuple[int, int]) -> Image.Image | str:
+        from PIL import Image
+
+        from data.errors import FileError
+        from data.image import read_pixels
+        from data.record import BadFile
+
+        try:
+            pixels = read_pixels(record.path, bucket)
+        except FileError as error:
+            self.bad.setdefault(record.name, BadFile(record.name, error.reason))
+            return error.reason
+        return Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
+
+    def _words(self, record: Record) -> str:
+        text = record.caption.text
+        cut = self._unseen.get(record.name)
+        seen = f"{text.removesuffix(cut)}✂ {cut}" if cut else text
+        others = [f"| {caption.text}" for caption in record.caption.others]
+        return " ".join([seen or "(no words)", *others])
