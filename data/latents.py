@@ -231,7 +231,7 @@ def content_of(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def contents_of(records: Sequence[Record], memory: Path) -> dict[int, str]:
+def contents_of(records: Sequence[Record], memory: Path, *, save: bool = True) -> dict[int, str]:
     """Return by record id a hash of each image file's content; files that cannot be read are left out.
 
     What was hashed is remembered in a file, so that a later run reads only images whose size or times have changed.
@@ -239,6 +239,7 @@ def contents_of(records: Sequence[Record], memory: Path) -> dict[int, str]:
     Args:
         records: the images.
         memory: the file to remember in; where it cannot be written, everything is hashed again next time.
+        save: whether to remember; what was before is used in any case.
     """
     known = _remembered(memory)
 
@@ -256,7 +257,7 @@ def contents_of(records: Sequence[Record], memory: Path) -> dict[int, str]:
         found = list(pool.map(look, records))
     # Within the grain of the file system's clock a file could change once more and keep its times.
     facts = {str(record.path): fact for record, fact in zip(records, found, strict=True) if fact and now - max(fact[1:3]) > _GRAIN}
-    if facts != known:
+    if save and facts != known:
         with suppress(OSError), replacing(memory) as draft:
             draft.write_text(json.dumps(facts), encoding="utf-8")
     return {identity: fact[-1] for identity, fact in enumerate(found) if fact}

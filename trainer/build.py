@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from data.index import Index
+    from data.batch import Batch
+    from data.index import BadFile, Index
     from data.latents import Latents
     from data.loader import StepLoader
     from trainer.config.schema import TrainConfig
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
     from trainer.models.load import Models
     from trainer.models.trainable import TrainedParts
     from trainer.optim.optimizer_set import OptimizerSet
+    from trainer.precision import Precision
     from trainer.sampling import SamplePrompts, Sampler
     from trainer.signals import StopSignals
+    from trainer.validation import HeldOut, ValidationFile
 
 UNET, TEXT_ENCODER = "unet", "text encoder"
 
@@ -135,6 +138,7 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
     from trainer.disk import tidy
     from trainer.loggers import open_loggers
     from trainer.loop import EPOCH_LOSS, LOSS, Run
+    from trainer.loss_watch import LossWatch
     from trainer.metrics import Meter
     from trainer.models.load import describe as describe_model
     from trainer.models.load import load_models
@@ -145,7 +149,7 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
     from trainer.sampling import Sampler
     from trainer.saving import Saver, Stateful
     from trainer.state import read_state
-    from trainer.validation import FixedLoss, choose_images
+    from trainer.validation import VALIDATION_LOSS, FixedLoss, Validation, choose_images, split_images
 
     start = find_start(config, weights_only=weights_only)
     if start.checkpoint is None and (problem := log_folder_problem(Path(config.logging.logdir))):
@@ -156,6 +160,9 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
     index = remembered_index(config.data, kept)
     if config.data.on_bad_image == "error":
         refuse_bad(index)
+    validation_file = read_validation_file(config)
+    split = split_images(validation_file, config.data, index, kept)
+    index = split.train
     precision = resolve_precision(config.precision, choose_device(config.loop.gpuid))
     device = precision.device
     check_fused_backward(config, precision)
@@ -187,7 +194,11 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
     contexts = None
     if latents is not None and TEXT_ENCODER not in parts.parameters:
         captions = shown_captions(index, config.data)
+        if captions is not None:
+            captions += [record.caption.text for held in split.held_out for record in held.index.records]
         contexts = encode_captions(captions, tokenize, models.text_encoder, precision, clip_skip=config.objective.clip_skip)
+    held_size = validation_file.batch_size or config.data.batch_size
+    held_out = [(held, *read_held_out(config, held, tokenize, models, precision, size=held_size)) for held in split.held_out]
     # Networks that nothing but samples needs any more wait on the CPU.
     waiting: list[nn.Module] = [network for network, made in ((models.vae, latents), (models.text_encoder, contexts)) if made is not None]
     for network in waiting:
@@ -200,6 +211,7 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
     meter = Meter(epoch_tags={LOSS: EPOCH_LOSS})
     adaptive = {member.network: member.options for member in optimizers.members if isinstance(member.options, EstimateOptions)}
     watch = AdaptationWatch(adaptive, SECTIONS)
+    loss_watch = LossWatch(tuple(adaptive), " ".join(held.index.fingerprint() for held in split.held_out if held.tag == VALIDATION_LOSS))
     sampler = Sampler(
         prompts,
         resolution=max(config.data.resolutions),
@@ -210,7 +222,7 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
         pieces=pieces_of(config),
     )
     state = start.state or TrainState()
-    stateful: dict[str, Stateful] = {"optimizers": optimizers, "meter": meter, "watch": watch}
+    stateful: dict[str, Stateful] = {"optimizers": optimizers, "meter": meter, "watch": watch, "loss watch": loss_watch}
     if precision.scaler is not None:
         stateful["scaler"] = precision.scaler
     if start.checkpoint is not None:
@@ -229,15 +241,18 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
     )
     record_configuration(config, folder, loggers, state.step)
     console.record_to(folder / "run.log")
-    for note in [*notes, *models.notes]:
+    for note in [*notes, *models.notes, *split.notes]:
         console.event(f"Note: {note}")
+    for held, _, bad in held_out:
+        for file in bad:
+            console.event(f"{file}; the image is left out of {held.tag}")
     for note in report(index, config.data, images_per_step=images_per_step(config), tokens=tokenize).notes():
         console.event(f"Note: {note}.")
     for file in index.bad[:_NAMED]:
         console.event(f"Left out: {file}")
     if len(index.bad) > _NAMED:
         console.event(f"... and {len(index.bad) - _NAMED} more; train.py --check names them")
-    for line in plan_lines(config, models.source, parts.counts, precision, loader.steps_in(0), total_steps, latent_plan):
+    for line in plan_lines(config, models.source, parts.counts, precision, loader.steps_in(0), total_steps, latent_plan, split.lines()):
         console.event(line)
     if start.about is not None:
         console.event(f"Going on after step {state.step} in {folder}.")
@@ -245,7 +260,10 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
             console.event(f"Changed: {sentence}")
 
     shown = [identity for identity, record in enumerate(index.records) if record.multiply > 0]
-    fixed = [shown[place] for place in choose_images(len(shown), config.fixed_loss.fixed_loss_images, config.loop.seed)]
+    count = config.fixed_loss.fixed_loss_images
+    if validation_file.stabilize_training_loss:
+        count = max(1, round(validation_file.stabilize_split_proportion * len(shown)))
+    fixed = [shown[place] for place in choose_images(len(shown), count, config.loop.seed)]
     run = Run(
         folder=folder,
         state=state,
@@ -271,6 +289,11 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
         meter=meter,
         watch=watch,
         fixed_loss=FixedLoss(loader.images.plain(fixed), objective) if fixed else None,
+        validation=Validation(
+            {held.tag: FixedLoss(batches, objective, held.keys) for held, batches, _ in held_out}, validation_file.every_n_epochs
+        ),
+        loss_watch=loss_watch,
+        stop_on_overfit=config.validation.stop_on_overfit,
         sample=lambda step: None,
         sample_first=prompts.generate_pretrain_samples,
         saver=Saver(
@@ -402,6 +425,66 @@ def pieces_of(config: TrainConfig) -> int:
 def images_per_step(config: TrainConfig) -> int:
     """Return the images of a whole optimizer step."""
     return config.data.batch_size * config.loop.grad_accum
+
+
+def read_validation_file(config: TrainConfig) -> ValidationFile:
+    """Return what the validation file asks for.
+
+    Raises:
+        UserError: it has mistakes, or measures too little for what is asked for elsewhere.
+    """
+    from trainer.config.validation_file import load_validation
+
+    named = config.validation.validation_config
+    file = load_validation(Path(named) if named else None)
+    wanted = [
+        key for key, value in (("keep_best", config.saving.keep_best), ("stop_on_overfit", config.validation.stop_on_overfit)) if value
+    ]
+    if wanted and (not file.validate_training or file.val_split_mode == "none"):
+        raise UserError(
+            f"{' and '.join(wanted)}: there is no loss/val, since validation_config sets validate_training to false or val_split_mode to "
+            "none; change that, or set what needs it to false."
+        )
+    if "stop_on_overfit" in wanted and not (config.fixed_loss.fixed_loss_images or file.stabilize_training_loss):
+        raise UserError(
+            "stop_on_overfit: fixed_loss_images is 0, and without the fixed-noise loss of training images overfitting cannot be told; set "
+            "it to 16 again, or stop_on_overfit to false."
+        )
+    return file
+
+
+def read_held_out(
+    config: TrainConfig, held: HeldOut, tokenize: Tokenize, models: Models, precision: Precision, *, size: int
+) -> tuple[list[Batch], list[BadFile]]:
+    """Return held-out images as the VAE encodes them, kept in memory, and the files that cannot be read.
+
+    Args:
+        config: the run's.
+        held: the images.
+        tokenize: of the model.
+        models: the VAE is on the precision's device.
+        precision: in which it computes.
+        size: images and timesteps that are measured at a time.
+
+    Raises:
+        UserError: none of the images can be read.
+    """
+    from data.dataset import Images
+    from trainer.diffusion.moments import encode_pixels
+    from trainer.transfer import to_device
+    from trainer.validation import TIMESTEPS, held_out_batches
+
+    def encode(batch: Batch) -> Batch:
+        assert batch.pixels_BCHW is not None, "images of a reader without latents"
+        moments = encode_pixels(models.vae, to_device(batch.pixels_BCHW, precision.device), precision.autocast).cpu()
+        return replace(batch, pixels_BCHW=None, moments_BCHW=moments)
+
+    images = Images(held.index, config.data, tokenize=tokenize, seed=config.loop.seed)
+    batches = held_out_batches(images, len(held.index.records), max(1, size // TIMESTEPS), encode)
+    bad = list(images.bad.values())
+    if not batches:
+        raise UserError([f"validation_config: none of the images for {held.tag} can be read.", *map(str, bad[:10])])
+    return batches, bad
 
 
 def make_loader(config: TrainConfig, index: Index, tokenize: Tokenize, *, pin: bool, latents: Latents | None = None) -> StepLoader:

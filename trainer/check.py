@@ -90,6 +90,7 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
         make_loader,
         make_tokenize,
         read_prompts,
+        read_validation_file,
         set_noise_schedule,
     )
     from trainer.cache import cache_folder, plan_latents
@@ -100,17 +101,20 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     from trainer.models.trainable import apply_freezing
     from trainer.precision import resolve_precision
     from trainer.resume import changes, check_same_run, describe, find_start
+    from trainer.validation import split_images
 
     quiet_libraries()
     start = find_start(config, weights_only=weights_only)
     config, prompts = read_prompts(config)
     config = replace(config, loop=replace(config.loop, seed=choose_seed(config.loop.seed, start)))
-    index = remembered_index(config.data, cache_folder(config.cache, config.logging.logdir), save=False)
+    kept = cache_folder(config.cache, config.logging.logdir)
+    split = split_images(read_validation_file(config), config.data, remembered_index(config.data, kept, save=False), kept, save=False)
+    index = split.train
     precision = resolve_precision(config.precision, choose_device(config.loop.gpuid))
     check_fused_backward(config, precision)
     total_steps = count_steps(config, index)
     models = describe_model(replace(config.model, resume_ckpt=start.model))
-    notes = [*notes, *check_schedules(config, total_steps), *models.notes]
+    notes = [*notes, *split.notes, *check_schedules(config, total_steps), *models.notes]
     set_noise_schedule(config, prompts, models)
     parts = apply_freezing(models, config.parts, config.optimizers.freezing)
     check_rates(config, {network: part.trained for network, part in parts.counts.items()})
@@ -132,7 +136,7 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
         about = describe(config, index, parts, total_steps)
         check_same_run(about, start.about, str(start.checkpoint))
         changed = changes(about, start.about)
-    plan = _plan(config, models.source, parts.counts, precision, first, total_steps, latents)
+    plan = _plan(config, models.source, parts.counts, precision, first, total_steps, latents, split.lines())
     return _Findings(notes, changed, data, sheets, first, total_steps, plan)
 
 
@@ -144,6 +148,7 @@ def plan_lines(
     steps_of_epoch: int,
     total_steps: int,
     latents: LatentPlan,
+    held_out: Sequence[str] = (),
 ) -> list[str]:
     """Return the plan as aligned lines.
 
@@ -155,8 +160,9 @@ def plan_lines(
         steps_of_epoch: optimizer steps of the first epoch.
         total_steps: optimizer steps of the run.
         latents: how the run comes by them.
+        held_out: what is measured and not trained.
     """
-    return _aligned(_plan(config, model, parts, precision, steps_of_epoch, total_steps, latents))
+    return _aligned(_plan(config, model, parts, precision, steps_of_epoch, total_steps, latents, held_out))
 
 
 def _plan(
@@ -167,6 +173,7 @@ def _plan(
     steps_of_epoch: int,
     total_steps: int,
     latents: LatentPlan,
+    held_out: Sequence[str],
 ) -> list[tuple[str, str]]:
     data, loop, saving, samples = config.data, config.loop, config.saving, config.samples
     accumulated = f" in {loop.grad_accum} passes of {data.batch_size}" if loop.grad_accum > 1 else ""
@@ -182,6 +189,7 @@ def _plan(
         ("steps", f"{total_steps:,} = {loop.max_epochs} epochs of {steps_of_epoch:,}{stop}"),
         ("batch", f"{data.batch_size * loop.grad_accum} images a step{accumulated}, resolution {' and '.join(map(str, data.resolutions))}"),
         ("latents", str(latents)),
+        *([("held out", ", ".join(held_out))] if held_out else []),
         ("precision", f"{precision.name} on {precision.device}"),
         ("seed", str(loop.seed)),
         ("samples", f"every {samples.sample_steps} steps, from {samples.sample_prompts or 'four captions of the data'}"),

@@ -34,6 +34,12 @@ RUN = "sd_dadapt.run"
 STEP = "sd_dadapt.step"
 """Header field of a single file: the optimizer step."""
 
+KIND = "sd_dadapt.kind"
+"""Header field of a single file: why it was written."""
+
+BEST = "best"
+"""The kind of checkpoint that the next of its kind replaces."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SaveOptions:
@@ -72,6 +78,10 @@ class SaveOptions:
 
     keep_last_n: Annotated[int, Ge(1)] | None = None
     """Keep only the newest n checkpoints of the run and delete older ones once a newer one is whole; null keeps all."""
+
+    keep_best: bool = False
+    """Also save a checkpoint, best-..., whenever the validation loss is lower than ever, in the place of the one before it; what is saved
+    on schedule stays. Needs validation_config."""
 
     @property
     def writes_single(self) -> bool:
@@ -124,6 +134,7 @@ def save_checkpoint(
     write_resume: Callable[[Path], None] | None,
     state: TrainState,
     about: dict[str, Any],
+    kind: str = "",
 ) -> None:
     """Write a checkpoint whole or not at all.
 
@@ -133,11 +144,12 @@ def save_checkpoint(
         write_resume: writes what resuming needs, or None for a model alone.
         state: the counters.
         about: what a resumed run has to agree with: seed, data, optimizers, ...
+        kind: why it is written.
     """
     with appearing(folder) as draft:
         draft.mkdir(parents=True)
         write_model(draft)
-        where = {"step": state.step, "epoch": state.epoch, "project": about.get("project")}
+        where = {"step": state.step, "epoch": state.epoch, "project": about.get("project"), "kind": kind}
         _write_manifest(draft, where)
         if write_resume is not None:
             resume = draft / RESUME
@@ -216,19 +228,22 @@ def newest_of(run: Path, *, weights_only: bool = False) -> Path:
 def checkpoints(run: Path) -> list[Path]:
     """Return a run's checkpoint folders, the highest step first, and last those whose manifest cannot be read.
 
-    Of the same step, one that was due comes before one that was written because the run ended untimely: it owes nothing.
+    Of the same step, one that was due comes before one that was written because the run ended untimely or the loss was low: it owes
+    nothing.
     """
     restore(run / "ckpts")
     found = [path.parent for path in (run / "ckpts").glob("*/" + MANIFEST) if not path.parent.name.startswith(".")]
-    return sorted(found, key=lambda folder: (-_manifest(folder)["step"], folder.name.startswith(("interrupted-", "errored-")), folder.name))
+    untimely = ("interrupted-", "errored-", f"{BEST}-")
+    return sorted(found, key=lambda folder: (-_manifest(folder)["step"], folder.name.startswith(untimely), folder.name))
 
 
-def single_files(folder: Path, run: str) -> list[Path]:
+def single_files(folder: Path, run: str, *, best: bool = False) -> list[Path]:
     """Return the single files in `folder` that a run wrote, as their headers say, the highest step first.
 
     Args:
         folder: which other runs may write to, too.
         run: the name of the run's folder.
+        best: those that `keep_best` made instead of all others.
     """
     from trainer.models.tensor_file import read_metadata
 
@@ -238,7 +253,7 @@ def single_files(folder: Path, run: str) -> list[Path]:
             metadata = read_metadata(path)
         except (OSError, UserError):
             continue  # another program's file
-        if metadata.get(RUN) == run and metadata.get(STEP, "").isdigit():
+        if metadata.get(RUN) == run and metadata.get(STEP, "").isdigit() and (metadata.get(KIND) == BEST) == best:
             found.append((int(metadata[STEP]), path))
     return [path for _, path in sorted(found, key=lambda item: (-item[0], item[1].name))]
 
@@ -246,21 +261,28 @@ def single_files(folder: Path, run: str) -> list[Path]:
 def rotate(run: Path, options: SaveOptions, single_folder: Path) -> None:
     """Drop what older checkpoints no longer need, and older checkpoints: to be called when a newer one is whole.
 
-    Resume state goes beyond `keep_resume_n`, with it the folders that are kept for resuming only; models go beyond `keep_last_n`.
+    Resume state goes beyond `keep_resume_n`, with it the folders that are kept for resuming only; models go beyond `keep_last_n`. What
+    `keep_best` made is counted by itself: its newest stays.
 
     Raises:
         OSError: something cannot be deleted, for instance because another program has it open; what is left is whole.
     """
     hidden, resumable = run / "ckpts", 0
-    for place, folder in enumerate(checkpoints(run)):
+    places = {False: -1, True: -1}
+    for folder in checkpoints(run):
+        best = _manifest(folder)["kind"] == BEST
+        places[best] += 1
+        kept = 1 if best else options.keep_last_n
         resumable += (folder / RESUME).is_dir()
-        if options.keep_last_n is not None and place >= options.keep_last_n:
+        if kept is not None and places[best] >= kept:
             drop(folder)
         elif (folder / RESUME).is_dir() and resumable > options.keep_resume_n and not options.save_optimizer:
             drop(folder if options.save_format == "single" else folder / RESUME, hidden)
     if options.keep_last_n is not None:
         for path in single_files(single_folder, run.name)[options.keep_last_n :]:
             drop(path)
+    for path in single_files(single_folder, run.name, best=True)[1:]:
+        drop(path)
 
 
 def _newest_whole(run: Path, damaged: list[str], *, weights_only: bool, project: str | None = None) -> Path | None:
@@ -281,9 +303,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
     """Return what the manifest of a checkpoint says of its place in the run; step -1 where it cannot be read."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return {"step": int(manifest["step"]), "project": manifest["project"]}
+        return {"step": int(manifest["step"]), "project": manifest["project"], "kind": manifest.get("kind", "")}
     except (OSError, ValueError, KeyError, TypeError):
-        return {"step": -1, "project": None}
+        return {"step": -1, "project": None, "kind": ""}
 
 
 def _problem(part: Path) -> str | None:

@@ -20,20 +20,22 @@ if TYPE_CHECKING:
     from trainer.diffusion.objective import Networks, Objective
     from trainer.loggers import Loggers
     from trainer.loggers.console import Console
+    from trainer.loss_watch import LossWatch
     from trainer.metrics import Meter
     from trainer.optim.optimizer_set import OptimizerSet
     from trainer.optim.watch import AdaptationWatch
     from trainer.precision import Precision
     from trainer.saving import Saver
     from trainer.signals import StopSignals
-    from trainer.validation import FixedLoss
+    from trainer.validation import FixedLoss, Measured, Validation
 
 LOSS = "loss/log_step"
 EPOCH_LOSS = "loss/epoch"
 FIXED_LOSS = "loss/stabilize-train"
+GAP = "loss/val minus stabilize-train"
 SKIPPED = "optimizer/skipped steps"
 NOT_FINITE = "optimizer/gradients not finite"
-FIXED, SAMPLES, SAVE = "fixed loss", "samples", "save"
+FIXED, VALIDATION, BEST, SAMPLES, SAVE = "fixed loss", "validation", "best", "samples", "save"
 NORM_TAGS = {"unet": "optimizer/unet_grad_norm", "text encoder": "optimizer/te_grad_norm"}
 MOST_SKIPPED = 50  # steps without a finite loss; fp16's scaler finds its scale within 20
 
@@ -81,12 +83,18 @@ class Run:
     meter: Meter
     watch: AdaptationWatch
     fixed_loss: FixedLoss | None
+    validation: Validation
+    loss_watch: LossWatch
+    stop_on_overfit: bool
+    """Whether the run ends where the validation loss says that it may be overfitting."""
     sample: Callable[[int], None]
     """Draws, saves and records the samples of a step."""
     sample_first: bool
     """Whether samples are drawn before the first step too."""
     saver: Saver
     signals: StopSignals
+    overfits: bool = False
+    """Whether it ends for that reason."""
     bad_files_named: int = 0
 
 
@@ -124,15 +132,15 @@ def make_steps(run: Run) -> None:
 
     state, device = run.state, run.precision.device
     if state.step == 0:
-        state.owed = [FIXED, *([SAMPLES] if run.sample_first else [])]
+        state.owed = [VALIDATION, *([SAMPLES] if run.sample_first else [])]
     settle(run)
-    while not run.cadence.ends(state.step):
+    while not ends(run):
         epoch = state.epoch
         if run.steps_in(epoch) == 0:  # of few images with a small multiply, none may be due
             state.epoch += 1
             continue
         steps = iter(run.loader.steps(epoch, state.step_in_epoch))
-        while not run.cadence.ends(state.step) and state.epoch == epoch:
+        while not ends(run) and state.epoch == epoch:
             started = time.perf_counter()
             with run.meter.waiting():
                 batches = next(steps)
@@ -152,19 +160,37 @@ def make_steps(run: Run) -> None:
                 )
                 norms = {NORM_TAGS[name]: norm for name, norm in result.norms.items()} if run.log_grad_norm else {}
                 run.meter.add({LOSS: result.loss, **norms}, images=images, totals={SKIPPED: result.skipped})
+            before = progress(run)
             state.advance(images, run.steps_in(epoch), time.perf_counter() - started)
             run.console.step(epoch=epoch + 1, epochs=run.epochs, step=state.step)
 
-            ends = state.epoch > epoch
-            due = run.cadence.due(state.step, epoch=epoch + 1, epoch_ends=ends, last_fixed_loss=state.last_fixed_loss)
+            epoch_ends = state.epoch > epoch
+            due = run.cadence.due(state.step, epoch=epoch + 1, epoch_ends=epoch_ends, last_fixed_loss=state.last_fixed_loss)
             if due.report:
                 report(run)
-            if ends:
+            if epoch_ends:
                 next(steps, None)  # the loader's own end of the epoch
                 run.loggers.scalars(run.meter.read_epoch(), state.step)
-            wanted = {FIXED: due.fixed_loss, SAMPLES: due.sample, SAVE: due.save or run.saver.due()}
+            validation = run.validation.due(before, progress(run), last=state.step >= run.cadence.total_steps)
+            wanted = {
+                VALIDATION: validation,
+                FIXED: due.fixed_loss and not validation,
+                SAMPLES: due.sample,
+                SAVE: due.save or run.saver.due(),
+            }
             state.owed = [what for what, is_due in wanted.items() if is_due]
             settle(run)
+
+
+def ends(run: Run) -> bool:
+    """Return whether no step follows."""
+    return run.overfits or run.cadence.ends(run.state.step)
+
+
+def progress(run: Run) -> float:
+    """Return how many epochs have been trained."""
+    state = run.state
+    return state.epoch + (state.step_in_epoch / run.steps_in(state.epoch) if state.step_in_epoch else 0)
 
 
 def settle(run: Run) -> None:
@@ -177,8 +203,13 @@ def settle(run: Run) -> None:
     while state.owed:
         run.signals.check()
         match state.owed[0]:
-            case "fixed loss":
-                measure_fixed_loss(run)
+            case "fixed loss" | "validation" as what:
+                evaluate(run, validation=what == VALIDATION)
+            case "best":
+                state.owed = state.owed[1:]  # before it is saved: a run that goes on from it does not save it again
+                with run.meter.paused():
+                    run.saver.save("best")
+                continue
             case "samples":
                 draw_samples(run)
             case "save":
@@ -233,6 +264,7 @@ def report(run: Run) -> None:
         d, d_hat = numbers[f"dadapt/d {network}"], numbers[f"dadapt/d_hat {network}"]
         for sentence in run.watch.look(network, step=run.state.step, d=d, d_hat=d_hat):
             run.console.event(sentence)
+    run.loss_watch.trained(loss)
     check_gradients(run, numbers)
     if math.isfinite(loss):
         run.state.last_finite = run.state.step
@@ -270,15 +302,45 @@ def name_bad_files(run: Run) -> None:
     run.bad_files_named = len(bad)
 
 
-def measure_fixed_loss(run: Run) -> None:
-    """Measure and record the fixed-noise loss of the model as it is now."""
-    if run.fixed_loss is None:
+def evaluate(run: Run, *, validation: bool) -> None:
+    """Measure and record the losses that can be compared over time, those of held-out images only for `validation`."""
+    from trainer.validation import VALIDATION_LOSS
+
+    losses = {FIXED_LOSS: run.fixed_loss} if run.fixed_loss is not None else {}
+    losses |= run.validation.losses if validation else {}
+    if not losses:
         return
     with run.meter.paused():
-        value = run.fixed_loss.measure(run.networks, run.precision.autocast, run.precision.device, run.signals.check)
+        found = {
+            tag: loss.measure(run.networks, run.precision.autocast, run.precision.device, run.signals.check) for tag, loss in losses.items()
+        }
     run.state.last_fixed_loss = run.state.step
-    run.loggers.scalars({FIXED_LOSS: value}, run.state.step)
-    run.console.event(f"step {run.state.step}: fixed-noise loss {value:.4f}")
+    numbers = {tag: measured.loss for tag, measured in found.items()}
+    if not run.objective.options.is_plain:
+        numbers |= {f"{tag} mse": measured.mse for tag, measured in found.items()}
+    if FIXED_LOSS in found and VALIDATION_LOSS in found:
+        numbers[GAP] = found[VALIDATION_LOSS].loss - found[FIXED_LOSS].loss
+    run.loggers.scalars(numbers, run.state.step)
+    words = {FIXED_LOSS: "fixed-noise loss", VALIDATION_LOSS: "validation loss"}
+    told = ", ".join(f"{words.get(tag, tag.removeprefix('loss/'))} {measured.loss:.4f}" for tag, measured in found.items())
+    run.console.event(f"step {run.state.step}: {told}")
+    judge(run, found.get(FIXED_LOSS), found.get(VALIDATION_LOSS))
+
+
+def judge(run: Run, fixed: Measured | None, validation: Measured | None) -> None:
+    """Say what the course of the losses may mean, and let it save or end the run where that is asked for."""
+    state, watch = run.state, run.loss_watch
+    rates = {network: float(measures["rate"]) for network, measures in run.optimizers.measures().items()}
+    before = watch.overfitting_since
+    sentences = watch.look(step=state.step, fixed=fixed and fixed.loss, validation=validation and validation.loss, rates=rates)
+    for sentence in sentences:
+        run.console.event(sentence)
+    if run.saver.keeps_best and validation is not None and watch.best == state.step > 0:
+        state.owed = [state.owed[0], BEST, *state.owed[1:]]
+    if run.stop_on_overfit and watch.overfitting_since not in (before, None):
+        run.console.event(f"step {state.step}: the run ends here, as stop_on_overfit asks.")
+        run.overfits = True
+        state.owed = [*(what for what in state.owed if what != SAVE), SAVE]
 
 
 def draw_samples(run: Run) -> None:

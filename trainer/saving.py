@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from trainer.checkpoint import RUN, STEP, SaveOptions, TrainState, checkpoints, rotate, save_checkpoint
+from trainer.checkpoint import KIND, RUN, STEP, SaveOptions, TrainState, checkpoints, rotate, save_checkpoint
 from trainer.disk import appearing, free_bytes, in_gib
 from trainer.errors import UserError
 
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
     from trainer.models.load import Models
 
-Kind = Literal["", "last", "interrupted", "errored"]
-"""Why a checkpoint is written, the beginning of its name: on schedule, at the run's end, at a signal, at an error."""
+Kind = Literal["", "last", "interrupted", "errored", "best"]
+"""Why a checkpoint is written, the beginning of its name: on schedule, at the run's end, at a signal, at an error, at the lowest
+validation loss."""
 
 MOST_FAILURES = 3
 """Saves in a row that may fail before the run ends: training on would be for nothing."""
@@ -91,6 +92,11 @@ class Saver:
         self._failures = 0
         self._single_folder = Path(options.save_ckpt_dir) if options.save_ckpt_dir else run / "ckpts"
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether a checkpoint is kept of the lowest validation loss."""
+        return self._options.keep_best
+
     def due(self) -> bool:
         """Return whether the minutes between checkpoints are over."""
         minutes = self._options.ckpt_every_n_minutes
@@ -147,11 +153,12 @@ class Saver:
             write_resume=lambda draft: write_state(training, draft / "training"),
             state=state,
             about=dict(self._about),
+            kind=kind,
         )
         written.append(folder)
         if self._options.writes_single:
             require_room(file.parent, self._model_bytes(single))
-            metadata = {**self._metadata, "modelspec.title": name, RUN: self._run.name, STEP: str(state.step)}
+            metadata = {**self._metadata, "modelspec.title": name, RUN: self._run.name, STEP: str(state.step), KIND: kind}
             with appearing(file) as draft:
                 save_single_file(self._models, draft, single, metadata)
             written.append(file)

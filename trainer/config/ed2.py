@@ -16,11 +16,8 @@ LATER: Mapping[str, tuple[Any, ...]] = {
     "ema_decay_rate": (),
     "ema_resume_model": (),
     "ema_strength_target": (),
-    "keep_best": (False,),
     "lora": (),
     "max_train_time": (),
-    "stop_on_overfit": (False,),
-    "validation_config": (),
     "wandb": (False,),
 }
 """Keys of train.json that a later version takes, with the values, besides null, at which they change nothing."""

@@ -10,12 +10,13 @@ from typing import Any, Literal
 from trainer.config.ed2 import other_word, translate
 from trainer.config.optimizers import BASE, Rates, is_documentation, read_optimizers
 from trainer.config.overrides import help_text, parse
-from trainer.config.paths import find, not_found, resolve_images, resolve_model, resolve_prompts, resolve_vae, shown_path
+from trainer.config.paths import find, not_found, resolve_images, resolve_json, resolve_model, resolve_prompts, resolve_vae, shown_path
 from trainer.config.positions import Document, read_json
 from trainer.config.report import COMMAND_LINE, Place, Report, Written, checked, closest, did_you_mean
 from trainer.config.rules import Settings, apply_optimizer_rules, apply_rules, resolved
 from trainer.config.sample_file import read_sample_prompts
 from trainer.config.schema import CommandOptions, OptimizerConfig, TrainConfig, keys_of, optimizer_keys, sections, train_keys
+from trainer.config.validation_file import read_validation
 from trainer.errors import UserError
 
 _FREEZE = "; to leave a network as it is, set disable_unet_training or disable_textenc_training"
@@ -70,6 +71,8 @@ def load_config(argv: Sequence[str]) -> Loaded:
     optimizers, optimizer_source = _optimizers(settings, source, report)
     if settings.values.get("sample_prompts"):
         read_sample_prompts(Path(settings["sample_prompts"]), report)
+    if settings.values.get("validation_config"):
+        read_validation(Path(settings["validation_config"]), report)
     apply_rules(settings, report)
     if optimizers is not None:
         apply_optimizer_rules(settings, optimizers, shown_path(optimizer_source), report)
@@ -162,7 +165,7 @@ def _settings(written: dict[str, Written], document: Document | None, default: P
 
 def _resolve_paths(values: dict[str, Any], settings: Settings, report: Report) -> None:
     """Make input paths absolute; those where nothing is are reported, and removed from `values`."""
-    single = {"resume_ckpt": resolve_model, "vae": resolve_vae, "sample_prompts": resolve_prompts}
+    single = {"resume_ckpt": resolve_model, "vae": resolve_vae, "sample_prompts": resolve_prompts, "validation_config": resolve_json}
     for name, resolve in single.items():
         if values.get(name) is not None:
             path = resolve(settings.written[name], report)

@@ -106,6 +106,17 @@ def resolve_prompts(written: Written, report: Report) -> str | None:
     return str(path)
 
 
+def resolve_json(written: Written, report: Report) -> str | None:
+    """Return a .json file as an absolute path; None after reporting what is wrong."""
+    path = _found(written, report, "file")
+    if path is None:
+        return None
+    if not path.is_file() or path.suffix.lower() != ".json":
+        report.error(written.place, f"must be a .json file; {written.value} is {'not one' if path.is_file() else 'a folder'}")
+        return None
+    return str(path)
+
+
 def not_found(written: Written, kind: str) -> str:
     """Return the sentence about a path where nothing is: where it was looked for, and the closest name that is there."""
     close = next((close for folder in _folders(written) if (close := _close(folder, written.value))), "")

@@ -191,6 +191,15 @@ def _terminal_snr(settings: Settings, report: Report) -> None:
         )
 
 
+def _validation(settings: Settings, report: Report) -> None:
+    if settings["validation_config"] is None:
+        for key in ("keep_best", "stop_on_overfit"):
+            if settings[key]:
+                report.error(
+                    settings.place(key), "needs a validation loss, and validation_config names no file; name one, or set it to false"
+                )
+
+
 def _nothing_trained(settings: Settings, report: Report) -> None:
     if settings["disable_textenc_training"] and settings["disable_unet_training"]:
         place = settings.place("disable_unet_training")
@@ -307,6 +316,7 @@ def _names(settings: Settings, report: Report) -> None:
 _RULES: tuple[Callable[[Settings, Report], None], ...] = (
     _timesteps,
     _terminal_snr,
+    _validation,
     _nothing_trained,
     _precision,
     _saving,

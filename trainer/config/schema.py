@@ -34,7 +34,7 @@ from trainer.optim.gradients import GradientOptions
 from trainer.optim.schedules import RateOptions
 from trainer.precision import PrecisionOptions
 from trainer.sampling import SampleOptions
-from trainer.validation import FixedLossOptions
+from trainer.validation import FixedLossOptions, ValidationOptions
 
 DEFAULT_OPTIMIZER = "adamw8bit"
 
@@ -106,6 +106,7 @@ class TrainConfig:
     saving: SaveOptions = field(default_factory=SaveOptions)
     samples: SampleOptions = field(default_factory=SampleOptions)
     fixed_loss: FixedLossOptions = field(default_factory=FixedLossOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
     logging: LogOptions = field(default_factory=LogOptions)
     optimizers: OptimizerConfig
     source: Path = field(default=Path("train.json"), compare=False)

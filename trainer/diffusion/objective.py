@@ -1,6 +1,6 @@
 """The training objective of a latent diffusion model: one image's loss, from pixels and caption to a number.
 
-Read this file first: `Objective.losses` is the whole method, top to bottom.
+Read this file first: `Objective.predict` and `Objective.judge` are the whole method, top to bottom.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ class ObjectiveOptions:
 
     clip_skip: Annotated[int, Ge(0), Le(4)] = 0
     """Which hidden state of the text encoder conditions the UNet: 0 the last, n the n-th before it, through the final layer norm."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the loss is the mean squared error and nothing else."""
+        return self.loss_type == "mse" and self.min_snr_gamma is None
 
 
 @dataclass(frozen=True)
@@ -199,12 +204,16 @@ class Objective:
 
     def losses(self, networks: Networks, inputs: Inputs, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Tensor:
         """Return loss_B in fp32, weighted by timestep but not by image; nothing is read back to the host."""
+        return self.judge(*self.predict(networks, inputs, autocast), inputs.t_B)
+
+    def predict(
+        self, networks: Networks, inputs: Inputs, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the UNet predicts of each image, and what it should have."""
         import torch
 
         from trainer.diffusion.conditioning import encode_text
-        from trainer.diffusion.loss import image_losses
         from trainer.diffusion.moments import encode_pixels
-        from trainer.diffusion.weighting import min_snr_weights
 
         moments_BCHW = inputs.moments_BCHW
         if moments_BCHW is None:
@@ -227,6 +236,12 @@ class Objective:
             if inputs.perturbation_BTD is not None:
                 context_BTD = context_BTD + inputs.perturbation_BTD.to(context_BTD.dtype)
             prediction_BCHW = networks.unet(noisy_BCHW, t_B, context_BTD).sample
+        return prediction_BCHW, target_BCHW
+
+    def judge(self, prediction_BCHW: Tensor, target_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        """Return loss_B in fp32: how far predictions are from their targets, by loss_type and the weight of the timestep."""
+        from trainer.diffusion.loss import image_losses
+        from trainer.diffusion.weighting import min_snr_weights
 
         loss_B = image_losses(prediction_BCHW, target_BCHW, t_B, self.options.loss_type, self.schedule.timesteps)
         if self.options.min_snr_gamma is not None:

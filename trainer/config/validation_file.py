@@ -1,0 +1,106 @@
+"""The file that validation_config names: EveryDream2's keys, checked like every other part of the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from trainer.config.paths import resolve_images, shown_path
+from trainer.config.positions import read_json
+from trainer.config.report import Place, Report, Written, checked, did_you_mean
+from trainer.config.schema import keys_of
+from trainer.errors import UserError
+from trainer.validation import ValidationFile
+
+_OLD = {"val_data_root": "manual_data_root", "val_split_proportion": "auto_split_proportion"}
+"""EveryDream2's earlier names of keys."""
+
+_WORDS = ("$schema", "doc", "documentation")
+_RELATIVE = "use_relative_loss"
+
+
+def load_validation(path: Path | None) -> ValidationFile:
+    """Return what a validation file asks for; None is no file, with which nothing is held out.
+
+    Raises:
+        UserError: all problems of the file, each with its line.
+    """
+    if path is None:
+        return ValidationFile(validate_training=False)
+    report = Report()
+    file = read_validation(path, report)
+    if file is None or report.errors:
+        raise UserError(report.errors)
+    return file
+
+
+def read_validation(path: Path, report: Report) -> ValidationFile | None:
+    """Return what a validation file asks for; None after reporting what is wrong.
+
+    Args:
+        path: a .json file; folders that it names are looked for beside it, then in the working directory.
+        report: is given the problems, and notes about what has no effect.
+    """
+    file = shown_path(path)
+    report.files.append(file)
+    before = len(report.errors)
+    try:
+        document = read_json(path.read_bytes())
+    except OSError as reason:
+        report.error(Place(file), f"the validation file cannot be read: {reason.strerror or reason}")
+        return None
+    for issue in document.issues:
+        report.error(Place(file, issue.line), issue.sentence)
+    known = keys_of(ValidationFile)
+    values: dict[str, Any] = {}
+    places: dict[str, Place] = {}
+    for written, value in document.values.items():
+        name = _OLD.get(written, written)
+        place = Place(file, document.lines[(written,)], written)
+        if (written,) in document.unread or written in _WORDS or written.startswith("_"):
+            continue
+        if written == _RELATIVE:
+            if value not in (None, False):
+                report.note(place, "has no effect; EveryDream2 reads it and never uses it")
+        elif name not in known:
+            report.error(place, "unknown key" + (did_you_mean(written, known) or f"; accepted are {', '.join(known)}"))
+        elif value is not None and name in values:
+            report.error(place, f"says the same as {places[name].key}; remove one of the two")
+        elif value is not None:
+            right, read = checked(known[name], value, place, report)
+            values |= {name: read} if right else {}
+            places[name] = place
+    _resolve_folders(values, places, path, report)
+    found = ValidationFile(**values)
+    if len(report.errors) == before:
+        _check(found, places, Place(file), report)
+    return found if len(report.errors) == before else None
+
+
+def _resolve_folders(values: dict[str, Any], places: dict[str, Place], path: Path, report: Report) -> None:
+    root = values.get("manual_data_root")
+    if root is not None and values.get("val_split_mode") == "manual":
+        values["manual_data_root"] = resolve_images(Written(root, places["manual_data_root"], path.parent), report)
+    extra = values.get("extra_manual_datasets")
+    if extra:
+        place = places["extra_manual_datasets"]
+        entries = {name: Written(folder, replace(place, key=f"{place.key}.{name}"), path.parent) for name, folder in extra.items()}
+        values["extra_manual_datasets"] = {name: resolve_images(entry, report) for name, entry in entries.items()}
+
+
+def _check(found: ValidationFile, places: dict[str, Place], file: Place, report: Report) -> None:
+    """Report what contradicts or does nothing."""
+    mode = found.val_split_mode
+    if found.validate_training and mode == "manual" and found.manual_data_root is None:
+        report.error(places["val_split_mode"], "manual needs manual_data_root, the folder of images to measure; name it")
+    idle = {"manual_data_root": "manual", "auto_split_proportion": "automatic"}
+    for name, needed in idle.items():
+        if (
+            name in places
+            and mode != needed
+            and (name == "manual_data_root" or getattr(found, name) != ValidationFile().auto_split_proportion)
+        ):
+            report.note(places[name], f"has no effect: val_split_mode is {mode}")
+    if (not found.validate_training or mode == "none") and not found.extra_manual_datasets and not found.stabilize_training_loss:
+        report.note(file, "asks for no validation: nothing is measured but the fixed-noise loss of training images")
