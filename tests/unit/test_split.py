@@ -6,7 +6,8 @@ import pytest
 
 from data.captions import Caption
 from data.errors import DataError
-from data.index import Index, Record
+from data.index import Index
+from data.record import Record
 from data.split import hold_out, take_out
 
 

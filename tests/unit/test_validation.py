@@ -13,9 +13,9 @@ from data.dataset import DataOptions, Images
 from data.errors import DataError
 from data.index import build_index
 from tests.tiny import tiny_models
-from trainer.build import Tokenize
 from trainer.config.report import Report
 from trainer.config.validation_file import load_validation, read_validation
+from trainer.diffusion.conditioning import Tokenize
 from trainer.diffusion.moments import encode_pixels
 from trainer.diffusion.objective import Networks, Objective, ObjectiveOptions
 from trainer.diffusion.schedule import NoiseSchedule
