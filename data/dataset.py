@@ -67,7 +67,8 @@ class DataOptions:
     training and in samples alike."""
 
     on_bad_image: Literal["skip", "error"] = "skip"
-    """What to do about images and captions that cannot be used: leave them out and name them, or refuse the run."""
+    """What to do about images and captions that cannot be used: leave them out and name them, or refuse the run. Damage inside an image
+    shows when it is read: before training where latents are kept, else in the run, which leaves the image out either way."""
 
     num_workers: Annotated[int, Ge(0)] | None = None
     """Processes that read images; null chooses by the size of the images and the number of cores, 0 reads in the training process."""

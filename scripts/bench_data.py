@@ -270,7 +270,7 @@ def training_steps(kept: str, folder: Path, extra: Sequence[str]) -> Callable[[]
     parts = apply_freezing(models, config.parts, config.optimizers.freezing)
     build.place(models, precision.device, channels_last=config.precision.channels_last, weights=precision.weights)
     index = build_index(config.data)
-    tokenize = build.Tokenize(models.tokenizer)
+    tokenize = build.make_tokenize(config, models.tokenizer)
     plan = plan_latents(config.cache, config.data, index, models.vae.config, epochs=config.loop.max_epochs)
     encoded = encode_images(plan, index, config.data, models.vae, precision, folder=folder, tell=lambda _: None)
     contexts = None

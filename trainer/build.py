@@ -127,6 +127,7 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
     """
     from data.dataset import shown_captions
     from data.index import refuse_bad
+    from data.record import BadFile
     from data.report import report
     from data.saved_index import remembered_index
     from trainer.cache import cache_folder, encode_captions, encode_images, plan_latents
@@ -191,6 +192,9 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
         folder=kept,
         tell=console.event,
     )
+    if latents is not None and config.data.on_bad_image == "error":
+        damaged = [BadFile(index.records[record].name, reason) for record, reason in latents.bad.items()]
+        refuse_bad(replace(index, bad=tuple(damaged)))
     contexts = None
     if latents is not None and TEXT_ENCODER not in parts.parameters:
         captions = shown_captions(index, config.data)

@@ -188,6 +188,15 @@ def test_an_unreadable_image_is_named_and_left_out(workplace, capsys):
         assert out.count("3.png: it is damaged") == 1 and "8 images" in out, out
 
 
+def test_damage_inside_an_image_refuses_the_run_where_that_is_asked(workplace, capsys):
+    content = (workplace / "pictures" / "3.png").read_bytes()
+    (workplace / "pictures" / "3.png").write_bytes(content[: len(content) // 2])
+    assert train.main(["--cache_latents", "memory", "--on_bad_image", "error"]) == 2
+    error = capsys.readouterr().err
+    assert "a file cannot be used" in error and error.count("3.png: it is damaged") == 1
+    assert not (workplace / "logs").exists()
+
+
 def test_full_disks_and_odd_places_are_told_before_anything_is_written(workplace, capsys, monkeypatch):
     (workplace / "file").touch()
     assert train.main(["--cache_latents", "disk", "--cache_dir", "file/cache"]) == 2

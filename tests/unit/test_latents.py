@@ -181,7 +181,7 @@ for number in range(100_000):
 
 def test_a_killed_writer_leaves_whole_files(tmp_path):
     found = 0
-    for delay in (0.02, 0.05, 0.11):
+    for delay in (0.03, 0.1):
         store = tmp_path / f"store {delay}"
         with subprocess.Popen([sys.executable, "-c", WRITER, str(store)], stdout=subprocess.PIPE) as writer:
             assert writer.stdout is not None and writer.stdout.readline() == b"ready\n"
