@@ -52,17 +52,24 @@ def build_index(options: DataOptions) -> Index:
     used, whose images are left out. Pixels are not decoded, so that damage further inside a file shows only when it is trained on.
 
     Raises:
-        DataError: a root is missing, is neither a folder nor a list, or lies inside another; or there is nothing to train on.
+        DataError: a root is missing, is neither a folder nor a list, or lies inside another; or one of them holds no image that can be
+            used, or none is to be shown.
     """
     roots = _roots(options.data_root)
     scan = Scan(sidecar_chain(lines=options.caption_lines), caption_prefix=options.caption_prefix)
+    problems: list[str] = []
     for root, start in zip(roots, _prefixes(roots), strict=True):
+        images, bad = len(scan.records), len(scan.bad)
         (scan.folders if root.is_dir() else scan.table)(root, start)
-    if not any(record.multiply > 0 for record in scan.records):
-        raise DataError(_nothing(roots, len(scan.records), scan.bad))
+        if len(scan.records) == images:
+            problems += _nothing(root, scan.bad[bad:])
+    if scan.records and not any(record.multiply > 0 for record in scan.records):
+        problems = [f"data_root: all {len(scan.records)} images are left out by multiply 0; raise it for some"]
+    if problems:
+        raise DataError(problems)
     records = sorted(scan.records, key=lambda record: (_natural(record.name), record.name))
-    bad = sorted(scan.bad, key=lambda file: (_natural(file.name), file.name))
-    return Index(tuple(records), tuple(bad), roots, scan.notices())
+    unusable = sorted(scan.bad, key=lambda file: (_natural(file.name), file.name))
+    return Index(tuple(records), tuple(unusable), roots, scan.notices())
 
 
 def refuse_bad(index: Index) -> None:
@@ -133,11 +140,10 @@ def _prefixes(roots: Sequence[Path]) -> list[str]:
     return ["" if root == Path(common) else root.relative_to(common).as_posix() + "/" for root in resolved]
 
 
-def _nothing(roots: Sequence[Path], excluded: int, bad: Sequence[BadFile]) -> list[str]:
-    searched = ", ".join(str(root) for root in roots)
-    if excluded:
-        return [f"data_root: {searched}: all {excluded} images are left out by multiply 0; raise it for some"]
+def _nothing(root: Path, bad: Sequence[BadFile]) -> list[str]:
     if bad:
-        problems = [f"data_root: {searched}: none of the {len(bad)} files with an image's extension can be used"]
+        problems = [f"data_root: {root}: none of its images can be used"]
         return problems + [str(file) for file in bad[:10]] + ([f"... and {len(bad) - 10} more"] if len(bad) > 10 else [])
-    return [f"data_root: no images in {searched} or its sub-folders; accepted are files ending in {', '.join(SUFFIXES)}"]
+    if root.is_file():
+        return [f"data_root: {root} lists no images"]
+    return [f"data_root: no images in {root} or its sub-folders; accepted are files ending in {', '.join(SUFFIXES)}"]

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _SHOWN = 10
 """Names listed of one kind; the rest are counted."""
 
+_WORDS = 80
+"""Letters shown of what is cut off a caption."""
+
 
 class Tokens(Protocol):
     """What counts the tokens of captions."""
@@ -105,11 +108,8 @@ class DatasetReport:
         return use.an_epoch < self.images_per_step
 
     def notes(self) -> tuple[str, ...]:
-        """Return a sentence for each thing that a run should warn about; none for clean data."""
-        notes: list[str] = []
-        if self.bad:
-            notes.append(f"{_count(self.bad, 'file')} left out that cannot be used: {_names([file.name for file in self.bad])}")
-        notes += map(str, self.notices)
+        """Return a sentence for each thing that a run should warn about, besides the files left out; none for clean data."""
+        notes = [*map(str, self.notices)]
         if self.missing:
             notes.append(f"{_count(self.missing, 'image')} without a caption, trained on the file name: {_names(self.missing)}")
         if self.empty:
@@ -178,7 +178,7 @@ class DatasetReport:
             yield from _listed("images without a caption, whose folder's name is used", self.folder_named)
         yield from _listed("images with an empty caption", self.empty)
         if self.token_limit is not None:
-            described = [f"{caption.name}: {caption.tokens} tokens; not seen: {caption.cut!r}" for caption in self.long]
+            described = [f"{caption.name}: {caption.tokens} tokens; not seen: {_clipped(caption.cut)}" for caption in self.long]
             yield from _listed(f"captions over {self.token_limit} tokens", described)
         if self.duplicates is not None:
             yield from _listed("images that are there more than once", [" = ".join(group) for group in self.duplicates])
@@ -295,6 +295,10 @@ def _count(things: Sequence[object], noun: str) -> str:
 def _names(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+def _clipped(words: str) -> str:
+    return repr(words) if len(words) <= _WORDS else f"{words[:_WORDS]!r} and {len(words) - _WORDS} letters more"
 
 
 def _size(size: tuple[int, int]) -> str:

@@ -115,7 +115,7 @@ class Scan:
         """Return what has been remarked."""
         notices = [Notice(text, tuple(places[:_PLACES]), len(places)) for text, places in self._remarks.items()]
         if self._unknown:
-            keys = [f"{key!r} ({len(places)} times)" for key, places in self._unknown.items()]
+            keys = [f"{key!r} ({len(places)})" for key, places in self._unknown.items()]
             more = f" and {len(keys) - _KEYS} more" if len(keys) > _KEYS else ""
             first = next(iter(self._unknown.values()))[0]
             notices.append(Notice(f"keys that mean nothing here: {', '.join(keys[:_KEYS])}{more}", (first,), 1))

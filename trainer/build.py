@@ -251,7 +251,7 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
         for file in bad:
             console.event(f"{file}; the image is left out of {held.tag}")
     for note in report(index, config.data, images_per_step=images_per_step(config), tokens=tokenize).notes():
-        console.event(f"Note: {note}.")
+        console.event(f"Note: {note}" if note.endswith("?") else f"Note: {note}.")
     for file in index.bad[:_NAMED]:
         console.event(f"Left out: {file}")
     if len(index.bad) > _NAMED:

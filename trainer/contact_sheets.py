@@ -25,7 +25,10 @@ _AREA = 208**2
 _WIDTH = 1700
 """Pixels of a sheet, about."""
 
-_LINES = 8
+_NARROWEST = 200
+"""Pixels of an image's place on the sheet, so that its words have room."""
+
+_LINES = 16
 """Lines of a caption."""
 
 
@@ -61,7 +64,8 @@ class ContactSheets:
                         number = f"-{page}" if len(pages) > 1 else ""
                         path = folder / f"{several}{bucket[0]}x{bucket[1]}{number}.png"
                         of = f", {(page - 1) * PER_SHEET + 1} to {(page - 1) * PER_SHEET + len(shown)}" if len(pages) > 1 else ""
-                        self._sheet(shown, bucket, f"{bucket[0]} x {bucket[1]}: {len(records)} images{of}").save(path)
+                        images = f"{len(records)} image{'s' if len(records) > 1 else ''}"
+                        self._sheet(shown, bucket, f"{bucket[0]} x {bucket[1]}: {images}{of}").save(path)
                         yield path
         except OSError as error:
             raise UserError(f"--contact_sheets: {folder} cannot be written to ({error.strerror or error}); name another folder.") from error
@@ -79,17 +83,17 @@ class ContactSheets:
         from trainer.grid import labelled_row, tiled
 
         scale = math.sqrt(_AREA / (bucket[0] * bucket[1]))
-        size = (round(bucket[0] * scale), round(bucket[1] * scale)) if scale < 1 else bucket
-        smallest = min(size) * max(1, round(scale))
+        scale = scale if scale < 1 else round(scale)  # small ones by a whole factor
+        size = round(bucket[0] * scale), round(bucket[1] * scale)
+        place = max(size[0], _NARROWEST), size[1]
         cells = [
-            labelled_row([self._picture(record, bucket, size)], [record.name], self._words(record), smallest=smallest, most_lines=_LINES)
+            labelled_row([self._picture(record, bucket, size, place)], [record.name], self._words(record), size=place, most_lines=_LINES)
             for record in records
         ]
         columns = min(len(cells), max(1, round(_WIDTH / max(cell.width for cell in cells))))
-        scissors = "; what follows ✂ is not seen" if any(record.name in self._unseen for record in records) else ""
-        return tiled(cells, columns=columns, title=title + scissors)
+        return tiled(cells, columns=columns, title=title)
 
-    def _picture(self, record: Record, bucket: Bucket, size: tuple[int, int]) -> Image.Image | str:
+    def _picture(self, record: Record, bucket: Bucket, size: tuple[int, int], place: tuple[int, int]) -> Image.Image | str:
         from PIL import Image
 
         from data.errors import FileError
@@ -101,11 +105,13 @@ class ContactSheets:
         except FileError as error:
             self.bad.setdefault(record.name, BadFile(record.name, error.reason))
             return error.reason
-        return Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
+        centred = Image.new("RGB", place, "white")
+        centred.paste(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS), ((place[0] - size[0]) // 2, 0))
+        return centred
 
     def _words(self, record: Record) -> str:
         text = record.caption.text
         cut = self._unseen.get(record.name)
-        seen = f"{text.removesuffix(cut)}✂ {cut}" if cut else text
+        seen = f"{text.removesuffix(cut)}✂ not seen: {cut}" if cut else text
         others = [f"| {caption.text}" for caption in record.caption.others]
         return " ".join([seen or "(no words)", *others])

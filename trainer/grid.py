@@ -21,7 +21,7 @@ def labelled_row(
     labels: Sequence[str],
     caption: str,
     *,
-    smallest: int = _SMALLEST_SIDE,
+    size: tuple[int, int] | None = None,
     most_lines: int = _MOST_LINES,
 ) -> Image.Image:
     """Return pictures side by side, each under its label, over one caption as wide as all of them.
@@ -32,21 +32,21 @@ def labelled_row(
         pictures: pictures, or, in the place of one that could not be made, the reason. Those of a row have one size.
         labels: a short text for each, of which the end is shown where it is too long; all empty leaves no room for them.
         caption: what the row shows, in any script the font has (Latin, Greek, Cyrillic and more); other characters become boxes.
-        smallest: pixels of a picture's shorter side below which it is enlarged.
+        size: (width, height) of the pictures, to show them as they are.
         most_lines: of the caption; an ellipsis stands for the rest.
     """
     from PIL import Image, ImageDraw
 
     made = [picture for picture in pictures if not isinstance(picture, str)]
-    width, height = made[0].size if made else (smallest, smallest)
-    factor = max(1, -(-smallest // min(width, height)))
+    width, height = size or (made[0].size if made else (_SMALLEST_SIDE, _SMALLEST_SIDE))
+    factor = 1 if size else max(1, -(-_SMALLEST_SIDE // min(width, height)))
     width, height = width * factor, height * factor
-    size, gap = max(14, width // 24), max(4, width // 48)
+    letters, gap = max(14, width // 24), max(4, width // 48)
     full_width = len(pictures) * (width + gap) - gap
 
-    font = _font(size)
+    font = _font(letters)
     lines = _wrap(caption, font, full_width, most_lines)
-    line_height = round(size * 1.3)
+    line_height = round(letters * 1.3)
     top = line_height if any(labels) else 0
     row = Image.new("RGB", (full_width, top + height + gap // 2 + line_height * len(lines)), _PAPER)
     draw = ImageDraw.Draw(row)

@@ -420,7 +420,7 @@ def test_unknown_keys_are_remarked_with_the_nearest_known_one(root):
     write(root / "b.json", {"url": "http://y"})
     assert list(map(str, index_of(root).notices)) == [
         "a.yaml:2, b.yaml:2, c.yaml:2 and 1 more: unknown key 'mutliply'; did you mean 'multiply'?",
-        "a.json: keys that mean nothing here: 'url' (2 times), 'sha256' (1 times), 'width' (1 times)",
+        "a.json: keys that mean nothing here: 'url' (2), 'sha256' (1), 'width' (1)",
     ]
 
 
@@ -451,6 +451,28 @@ def test_refusing_bad_files_names_them_all(root):
     for number in range(15):
         (root / f"bad {number}.png").unlink()
     refuse_bad(index_of(root))
+
+
+def test_each_of_several_roots_must_hold_something(tmp_path):
+    picture(tmp_path / "mine/a.png")
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "broken/b.png", "")
+    write(tmp_path / "list.json", [])
+    with pytest.raises(DataError) as caught:
+        index_of(tmp_path / "mine", tmp_path / "empty", tmp_path / "broken", tmp_path / "list.json")
+    assert [problem.split(";")[0] for problem in caught.value.problems] == [
+        f"data_root: no images in {tmp_path / 'empty'} or its sub-folders",
+        f"data_root: {tmp_path / 'broken'}: none of its images can be used",
+        "broken/b.png: it is empty (0 bytes)",
+        f"data_root: {tmp_path / 'list.json'} lists no images",
+    ]
+
+
+def test_multiply_0_for_everything_is_refused(root):
+    picture(root / "a.png")
+    write(root / "multiply.txt", "0")
+    with pytest.raises(DataError, match="all 1 images are left out by multiply 0"):
+        index_of(root)
 
 
 # --- lists ----------------------------------------------------------------------------------------------------------------------------
