@@ -9,12 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.captions.entry import Entry, read_entry
+from data.captions.entry import SETTINGS as SETTINGS_BY_KEY
+from data.captions.entry import WORDS, Entry, read_entry
 from data.captions.yaml_file import read_yaml
 from data.dataset import DataOptions
 from data.errors import DataError, FileError
+from data.folder import FOLDER_FILES
 from data.index import build_index, refuse_bad
 from data.repeats import read_repeats
+from data.table import FILE_KEYS, METADATA
 
 
 @pytest.fixture
@@ -172,8 +175,9 @@ def test_multiply_0_leaves_a_folder_out(root):
 def test_a_regularisation_root_has_its_own_multiply_and_loss_scale(tmp_path):
     picture(tmp_path / "mine/a.png")
     picture(tmp_path / "regularisation/dogs/b.png")
-    write(tmp_path / "regularisation/global.yaml", "multiply: 0.5\nloss_scale: 0.3\n")
+    write(tmp_path / "regularisation/global.yaml", "main_prompt: a dog\nmultiply: 0.5\nloss_scale: 0.3\n")
     mine, other = index_of(tmp_path / "mine", tmp_path / "regularisation").records
+    assert (mine.caption.text, other.caption.text) == ("a", "a dog")
     assert (mine.multiply, mine.loss_scale, other.multiply, other.loss_scale) == (1.0, 1.0, 0.5, 0.3)
 
 
@@ -683,6 +687,15 @@ def test_folders_that_count_are_said_to_be_none_of_kohyas(tmp_path):
     index = index_of(tmp_path)
     assert [(record.multiply, record.caption.source) for record in index.records] == [(1.0, "file name")] * 2
     assert "not read as kohya's repeats, since the numbers count the folders" in str(index.notices[0])
+
+
+def test_the_readme_has_every_key_file_and_source():
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("## Your pictures") : text.index("\n## ", text.index("## Your pictures") + 1)]
+    files = [name for name in FOLDER_FILES if not name.endswith("yml")]
+    assert [name for name in (*SETTINGS_BY_KEY, *WORDS, "tags", *files, *METADATA, *FILE_KEYS[:2]) if f"`{name}`" not in section] == []
+    places = [section.index(f"`{name}`") for name in ("cat.yaml", "cat.yml", "cat.caption", "cat.txt", "cat.json", "metadata.jsonl")]
+    assert places == sorted(places)
 
 
 # --- anything at all ------------------------------------------------------------------------------------------------------------------
