@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from trainer.config.schema import TrainConfig
     from trainer.diffusion.conditioning import Contexts, Tokenize
     from trainer.diffusion.objective import Objective
+    from trainer.ema import Ema, EmaOptions
     from trainer.loggers import Loggers
     from trainer.loggers.console import Console
     from trainer.loop import Run
@@ -137,6 +138,7 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
     from trainer.config import check_fused_backward, check_rates, check_schedules, without_folders
     from trainer.diffusion.objective import Networks
     from trainer.disk import tidy
+    from trainer.ema import plan_ema
     from trainer.loggers import open_loggers
     from trainer.loop import EPOCH_LOSS, LOSS, Run
     from trainer.loss_watch import LossWatch
@@ -169,6 +171,7 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
     check_fused_backward(config, precision)
     total_steps = count_steps(config, index)
     notes = check_schedules(config, total_steps)
+    plan_ema(config.ema, total_steps)  # refuses what cannot be reached, before anything loads
 
     if config.objective.enable_zero_terminal_snr:  # gigabytes later it would be refused all the same
         set_noise_schedule(config, prompts, describe_model(replace(config.model, resume_ckpt=start.model)))
@@ -226,7 +229,10 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
         pieces=pieces_of(config),
     )
     state = start.state or TrainState()
+    ema = make_ema(config, parts, total_steps, device, begins=start.checkpoint is None)
     stateful: dict[str, Stateful] = {"optimizers": optimizers, "meter": meter, "watch": watch, "loss watch": loss_watch}
+    if ema is not None:
+        stateful["ema"] = ema
     if precision.scaler is not None:
         stateful["scaler"] = precision.scaler
     if start.checkpoint is not None:
@@ -292,6 +298,7 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
         loggers=loggers,
         meter=meter,
         watch=watch,
+        ema=ema,
         fixed_loss=FixedLoss(loader.images.plain(fixed), objective) if fixed else None,
         validation=Validation(
             {held.tag: FixedLoss(batches, objective, held.keys) for held, batches, _ in held_out}, validation_file.every_n_epochs
@@ -313,10 +320,11 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
                 **{f"sd_dadapt.{name}": text for name, text in without_folders(config).items()},
             },
             say=console.event,
+            ema=ema,
         ),
         signals=signals,
     )
-    run.sample = make_sampler(sampler, models, run, waiting)
+    run.sample = make_sampler(sampler, models, run, config.ema, waiting)
     return run
 
 
@@ -538,6 +546,39 @@ def make_optimizers(config: TrainConfig, parts: TrainedParts, total_steps: int) 
     )
 
 
+def make_ema(config: TrainConfig, parts: TrainedParts, total_steps: int, device: torch.device, *, begins: bool) -> Ema | None:
+    """Return the averages of what learns, or None where none are asked for.
+
+    Args:
+        config: the run's.
+        parts: what learns, with the weights that it begins from.
+        total_steps: optimizer steps of the run.
+        device: the one that trains.
+        begins: whether the run begins; one that goes on is given its averages afterwards.
+
+    Raises:
+        UserError: the average could never be updated, or the model that it is to begin from does not fit.
+    """
+    import torch
+
+    from trainer.ema import Ema, decay_of, weights_of
+    from trainer.models.load import load_models
+
+    options = config.ema
+    if not options.active:
+        return None
+    ema = Ema(
+        {network: [parameter for _, parameter in named] for network, named in parts.parameters.items()},
+        decay=decay_of(options, total_steps),
+        interval=options.ema_update_interval,
+        device=torch.device("cpu") if options.ema_device == "cpu" else device,
+    )
+    if options.ema_resume_model is not None and begins:
+        models = load_models(replace(config.model, resume_ckpt=options.ema_resume_model, vae=None))
+        ema.begin_from(weights_of(models, parts.parameters, options.ema_resume_model))
+    return ema
+
+
 def make_objective(config: TrainConfig, models: Models, parts: TrainedParts, contexts: Contexts | None = None) -> Objective:
     """Return the objective, fitted to the model's VAE and noise schedule."""
     from trainer.diffusion.objective import Objective
@@ -598,11 +639,22 @@ def record_configuration(config: TrainConfig, folder: Path, loggers: Loggers, st
         loggers.text(f"config/{name}", (folder / name).read_text(encoding="utf-8"), step)
 
 
-def make_sampler(sampler: Sampler, models: Models, run: Run, waiting: Sequence[nn.Module] = ()) -> Callable[[int], None]:
-    """Return the function that draws, saves and records the samples of a step; `waiting` networks are on the CPU in between."""
+def make_sampler(
+    sampler: Sampler, models: Models, run: Run, options: EmaOptions, waiting: Sequence[nn.Module] = ()
+) -> Callable[[int], None]:
+    """Return the function that draws, saves and records the samples of a step.
+
+    Args:
+        sampler: draws them.
+        models: the networks.
+        run: where they are recorded.
+        options: whether the trained or the averaged weights draw.
+        waiting: networks that are on the CPU in between.
+    """
+    from trainer.ema import SUFFIX
     from trainer.transfer import visiting
 
-    def sample(step: int) -> None:
+    def draw(step: int, suffix: str) -> None:
         with visiting(waiting, run.precision.device):
             samples = sampler.draw(
                 models.unet,
@@ -618,10 +670,18 @@ def make_sampler(sampler: Sampler, models: Models, run: Run, waiting: Sequence[n
         for problem in samples.problems:
             run.console.event(f"Note: {problem}.")
         try:
-            run.console.event(f"step {step}: samples in {samples.save(run.folder / 'samples', step)}")
+            run.console.event(f"step {step}: samples in {samples.save(run.folder / 'samples', step, suffix)}")
         except OSError as error:
             run.console.event(f"Note: the samples of step {step} could not be saved ({error.strerror or error}); training goes on.")
         for tag, picture in samples.rows:
-            run.loggers.image(tag, picture, step)
+            run.loggers.image(f"{tag} ({suffix})" if suffix else tag, picture, step)
+
+    def sample(step: int) -> None:
+        averaged = run.ema is not None and options.ema_sample_ema_model
+        if not averaged or options.ema_sample_nonema_model:
+            draw(step, "")
+        if run.ema is not None and averaged:
+            with run.ema.applied():
+                draw(step, SUFFIX)
 
     return sample

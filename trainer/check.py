@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.ema import plan_ema
+
 if TYPE_CHECKING:
     from data.index import Index
     from data.record import BadFile
@@ -175,6 +177,7 @@ def _plan(
     latents: LatentPlan,
     held_out: Sequence[str],
 ) -> list[tuple[str, str]]:
+    averaged = plan_ema(config.ema, total_steps)
     data, loop, saving, samples = config.data, config.loop, config.saving, config.samples
     accumulated = f" in {loop.grad_accum} passes of {data.batch_size}" if loop.grad_accum > 1 else ""
     optimizers: dict[str, OptimizerOptions] = {"unet": config.optimizers.unet, "text encoder": config.optimizers.text_encoder}
@@ -190,6 +193,7 @@ def _plan(
         ("batch", f"{data.batch_size * loop.grad_accum} images a step{accumulated}, resolution {' and '.join(map(str, data.resolutions))}"),
         ("latents", str(latents)),
         *([("held out", ", ".join(held_out))] if held_out else []),
+        *([("ema", averaged)] if averaged else []),
         ("precision", f"{precision.name} on {precision.device}"),
         ("seed", str(loop.seed)),
         ("samples", f"every {samples.sample_steps} steps, from {samples.sample_prompts or 'four captions of the data'}"),

@@ -37,6 +37,9 @@ STEP = "sd_dadapt.step"
 KIND = "sd_dadapt.kind"
 """Header field of a single file: why it was written."""
 
+EMA = "sd_dadapt.ema"
+"""Header field of a single file: "true" where its weights are averages."""
+
 BEST = "best"
 """The kind of checkpoint that the next of its kind replaces."""
 
@@ -237,13 +240,14 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda folder: (-_manifest(folder)["step"], folder.name.startswith(untimely), folder.name))
 
 
-def single_files(folder: Path, run: str, *, best: bool = False) -> list[Path]:
+def single_files(folder: Path, run: str, *, best: bool = False, ema: bool = False) -> list[Path]:
     """Return the single files in `folder` that a run wrote, as their headers say, the highest step first.
 
     Args:
         folder: which other runs may write to, too.
         run: the name of the run's folder.
         best: those that `keep_best` made instead of all others.
+        ema: those of averaged weights instead of all others.
     """
     from trainer.models.tensor_file import read_metadata
 
@@ -253,7 +257,8 @@ def single_files(folder: Path, run: str, *, best: bool = False) -> list[Path]:
             metadata = read_metadata(path)
         except (OSError, UserError):
             continue  # another program's file
-        if metadata.get(RUN) == run and metadata.get(STEP, "").isdigit() and (metadata.get(KIND) == BEST) == best:
+        is_kind = (metadata.get(KIND) == BEST) == best and (metadata.get(EMA) == "true") == ema
+        if metadata.get(RUN) == run and metadata.get(STEP, "").isdigit() and is_kind:
             found.append((int(metadata[STEP]), path))
     return [path for _, path in sorted(found, key=lambda item: (-item[0], item[1].name))]
 
@@ -278,11 +283,12 @@ def rotate(run: Path, options: SaveOptions, single_folder: Path) -> None:
             drop(folder)
         elif (folder / RESUME).is_dir() and resumable > options.keep_resume_n and not options.save_optimizer:
             drop(folder if options.save_format == "single" else folder / RESUME, hidden)
-    if options.keep_last_n is not None:
-        for path in single_files(single_folder, run.name)[options.keep_last_n :]:
+    for ema in (False, True):
+        if options.keep_last_n is not None:
+            for path in single_files(single_folder, run.name, ema=ema)[options.keep_last_n :]:
+                drop(path)
+        for path in single_files(single_folder, run.name, best=True, ema=ema)[1:]:
             drop(path)
-    for path in single_files(single_folder, run.name, best=True)[1:]:
-        drop(path)
 
 
 def _newest_whole(run: Path, damaged: list[str], *, weights_only: bool, project: str | None = None) -> Path | None:

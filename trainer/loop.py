@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trainer.cadence import Cadence
     from trainer.checkpoint import TrainState
     from trainer.diffusion.objective import Networks, Objective
+    from trainer.ema import Ema
     from trainer.loggers import Loggers
     from trainer.loggers.console import Console
     from trainer.loss_watch import LossWatch
@@ -82,6 +83,7 @@ class Run:
     loggers: Loggers
     meter: Meter
     watch: AdaptationWatch
+    ema: Ema | None
     fixed_loss: FixedLoss | None
     validation: Validation
     loss_watch: LossWatch
@@ -162,6 +164,8 @@ def make_steps(run: Run) -> None:
                 run.meter.add({LOSS: result.loss, **norms}, images=images, totals={SKIPPED: result.skipped})
             before = progress(run)
             state.advance(images, run.steps_in(epoch), time.perf_counter() - started)
+            if run.ema is not None:
+                run.ema.after(state.step)
             run.console.step(epoch=epoch + 1, epochs=run.epochs, step=state.step)
 
             epoch_ends = state.epoch > epoch

@@ -118,10 +118,10 @@ class Samples:
     problems: tuple[str, ...]
     """What went wrong, one sentence each; the grid shows the reason in the place of the picture."""
 
-    def save(self, folder: Path, step: int) -> Path:
-        """Write the grid as `gs00100.png` into `folder`, which is made if missing, and return its path."""
+    def save(self, folder: Path, step: int, suffix: str = "") -> Path:
+        """Write the grid as `gs00100.png`, or `gs00100-suffix.png`, into `folder`, which is made if missing, and return its path."""
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"gs{step:05d}.png"
+        path = folder / f"gs{step:05d}{'-' * bool(suffix)}{suffix}.png"
         self.grid.save(path)
         return path
 

@@ -8,13 +8,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from trainer.checkpoint import KIND, RUN, STEP, SaveOptions, TrainState, checkpoints, rotate, save_checkpoint
+from trainer.checkpoint import EMA, KIND, RUN, STEP, SaveOptions, TrainState, checkpoints, rotate, save_checkpoint
 from trainer.disk import appearing, free_bytes, in_gib
+from trainer.ema import SUFFIX
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
+    from trainer.ema import Ema
     from trainer.models.load import Models
 
 Kind = Literal["", "last", "interrupted", "errored", "best"]
@@ -60,6 +62,8 @@ class Saver:
         about: what a continued run has to agree with, and the configuration.
         metadata: further header fields of single files.
         say: takes a sentence for people.
+        ema: averaged weights, which are written too: as a single file with -ema in its name, or without single files as the folder ema
+            inside the checkpoint.
         clock: returns seconds; a change of the computer's time does not matter to it.
     """
 
@@ -75,6 +79,7 @@ class Saver:
         about: Mapping[str, Any],
         metadata: Mapping[str, str],
         say: Callable[[str], None],
+        ema: Ema | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._options = options
@@ -86,6 +91,7 @@ class Saver:
         self._about = about
         self._metadata = metadata
         self._say = say
+        self._ema = ema
         self._clock = clock
         self._last_time = clock()
         self._last_step = state.step  # a checkpoint or the base model holds what has been made so far
@@ -146,10 +152,18 @@ class Saver:
         single = torch.float32 if self._options.save_full_precision else torch.float16
         training = {part: member.state_dict() for part, member in self._parts.items()}
 
-        require_room(folder.parent, self._model_bytes() + size_of_state(training))
+        averaged = self._ema is not None and not self._options.writes_single
+        require_room(folder.parent, self._model_bytes() * (2 if averaged else 1) + size_of_state(training))
+
+        def write_model(draft: Path) -> None:
+            save_diffusers(self._models, draft)
+            if self._ema is not None and averaged:
+                with self._ema.applied():
+                    save_diffusers(self._models, draft / SUFFIX)
+
         save_checkpoint(
             folder,
-            write_model=lambda draft: save_diffusers(self._models, draft),
+            write_model=write_model,
             write_resume=lambda draft: write_state(training, draft / "training"),
             state=state,
             about=dict(self._about),
@@ -162,6 +176,12 @@ class Saver:
             with appearing(file) as draft:
                 save_single_file(self._models, draft, single, metadata)
             written.append(file)
+            if self._ema is not None:
+                file = file.with_name(f"{name}-{SUFFIX}.safetensors")
+                require_room(file.parent, self._model_bytes(single))
+                with self._ema.applied(), appearing(file) as draft:
+                    save_single_file(self._models, draft, single, {**metadata, "modelspec.title": file.stem, EMA: "true"})
+                written.append(file)
 
     def _failed(self, kind: Kind, error: Exception, written: list[Path]) -> None:
         self._failures += 1

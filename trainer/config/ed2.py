@@ -13,9 +13,6 @@ from trainer.config.report import Place, Report, Written, shown, unknown_value
 
 LATER: Mapping[str, tuple[Any, ...]] = {
     "compile": (False,),
-    "ema_decay_rate": (),
-    "ema_resume_model": (),
-    "ema_strength_target": (),
     "lora": (),
     "max_train_time": (),
     "wandb": (False,),
@@ -51,10 +48,6 @@ _REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 }
 
 _IDLE: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "ema_device": (("cpu",), "ema_decay_rate"),
-    "ema_sample_ema_model": ((False,), "ema_decay_rate"),
-    "ema_sample_nonema_model": ((False,), "ema_decay_rate"),
-    "ema_update_interval": ((500,), "ema_decay_rate"),
     "rated_dataset_target_dropout_percent": ((50,), "rated_dataset"),
 }
 """Keys that do nothing unless another is set, which is refused: their usual values, and that other key."""

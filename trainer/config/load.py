@@ -10,7 +10,17 @@ from typing import Any, Literal
 from trainer.config.ed2 import other_word, translate
 from trainer.config.optimizers import BASE, Rates, is_documentation, read_optimizers
 from trainer.config.overrides import help_text, parse
-from trainer.config.paths import find, not_found, resolve_images, resolve_json, resolve_model, resolve_prompts, resolve_vae, shown_path
+from trainer.config.paths import (
+    find,
+    not_found,
+    resolve_average,
+    resolve_images,
+    resolve_json,
+    resolve_model,
+    resolve_prompts,
+    resolve_vae,
+    shown_path,
+)
 from trainer.config.positions import Document, read_json
 from trainer.config.report import COMMAND_LINE, Place, Report, Written, checked, closest, did_you_mean
 from trainer.config.rules import Settings, apply_optimizer_rules, apply_rules, resolved
@@ -165,7 +175,13 @@ def _settings(written: dict[str, Written], document: Document | None, default: P
 
 def _resolve_paths(values: dict[str, Any], settings: Settings, report: Report) -> None:
     """Make input paths absolute; those where nothing is are reported, and removed from `values`."""
-    single = {"resume_ckpt": resolve_model, "vae": resolve_vae, "sample_prompts": resolve_prompts, "validation_config": resolve_json}
+    single = {
+        "resume_ckpt": resolve_model,
+        "vae": resolve_vae,
+        "sample_prompts": resolve_prompts,
+        "validation_config": resolve_json,
+        "ema_resume_model": resolve_average,
+    }
     for name, resolve in single.items():
         if values.get(name) is not None:
             path = resolve(settings.written[name], report)

@@ -58,6 +58,14 @@ def resolve_model(written: Written, report: Report) -> str | None:
     return None
 
 
+def resolve_average(written: Written, report: Report) -> str | None:
+    """Return `ema_resume_model` with a path made absolute, and a hub id as it is; None after reporting what is wrong."""
+    if written.value == FINDLAST:
+        report.error(written.place, "findlast needs no key: a run that goes on brings its averaged weights; set it to null")
+        return None
+    return resolve_model(written, report)
+
+
 def resolve_vae(written: Written, report: Report) -> str | None:
     """Return `vae` with a path made absolute, and a hub id as it is; None after reporting what is wrong."""
     found = _model_path(written, report, "the VAE")

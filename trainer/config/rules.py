@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.report import Place, Report, Written
-from trainer.config.schema import OptimizerConfig, TrainConfig, optimizer_classes
+from trainer.config.schema import OptimizerConfig, TrainConfig, keys_of, optimizer_classes
+from trainer.ema import EmaOptions
 from trainer.errors import UserError
 from trainer.optim import OptimizerOptions
 
@@ -191,6 +192,25 @@ def _terminal_snr(settings: Settings, report: Report) -> None:
         )
 
 
+def _ema(settings: Settings, report: Report) -> None:
+    rate, strength = settings["ema_decay_rate"], settings["ema_strength_target"]
+    if rate is not None and strength is not None:
+        report.error(
+            settings.place("ema_strength_target"),
+            f"contradicts ema_decay_rate {rate:g}, which it would replace; set one of the two to null",
+        )
+    defaults = {name: key.default for name, key in keys_of(EmaOptions).items()}
+    if rate is None and strength is None:
+        for name, usual in defaults.items():
+            if settings[name] != usual:
+                report.note(settings.place(name), "has no effect without ema_decay_rate or ema_strength_target")
+    elif settings["ema_sample_nonema_model"] and not settings["ema_sample_ema_model"]:
+        report.note(
+            settings.place("ema_sample_nonema_model"),
+            "has no effect without ema_sample_ema_model: samples are of the trained weights anyway",
+        )
+
+
 def _validation(settings: Settings, report: Report) -> None:
     if settings["validation_config"] is None:
         for key in ("keep_best", "stop_on_overfit"):
@@ -316,6 +336,7 @@ def _names(settings: Settings, report: Report) -> None:
 _RULES: tuple[Callable[[Settings, Report], None], ...] = (
     _timesteps,
     _terminal_snr,
+    _ema,
     _validation,
     _nothing_trained,
     _precision,

@@ -25,6 +25,7 @@ from data.dataset import DataOptions
 from trainer.cache import CacheOptions
 from trainer.checkpoint import SaveOptions
 from trainer.diffusion.objective import ObjectiveOptions
+from trainer.ema import EmaOptions
 from trainer.loggers.options import LogOptions
 from trainer.loop import LoopOptions
 from trainer.models.load import ModelOptions
@@ -102,6 +103,7 @@ class TrainConfig:
     loop: LoopOptions = field(default_factory=LoopOptions)
     rates: RateOptions = field(default_factory=RateOptions)
     gradients: GradientOptions = field(default_factory=GradientOptions)
+    ema: EmaOptions = field(default_factory=EmaOptions)
     precision: PrecisionOptions = field(default_factory=PrecisionOptions)
     saving: SaveOptions = field(default_factory=SaveOptions)
     samples: SampleOptions = field(default_factory=SampleOptions)

@@ -1,0 +1,198 @@
+"""Averaged weights: diffusers' EMAModel over what is trained, beside the training and never in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Lt
+
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from trainer.models.load import Models
+
+SUFFIX = "ema"
+"""What files of averaged weights are marked with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaOptions:
+    """Whether an exponential moving average of the weights is kept, and what is done with it."""
+
+    ema_decay_rate: Annotated[float, Gt(0), Lt(1)] | None = None
+    """Keep averaged weights, exported beside the trained ones with -ema in their name: the share of them that stays at every update; null
+    keeps none."""
+
+    ema_strength_target: Annotated[float, Gt(0), Lt(1)] | None = None
+    """The same, with the decay chosen so that this share of the weights at the start is left in the average at the run's end."""
+
+    ema_update_interval: Annotated[int, Ge(1)] = 500
+    """Optimizer steps between two updates of the average."""
+
+    ema_device: Literal["cpu", "cuda"] = "cpu"
+    """Where the average is kept, in fp32: in main memory, or with cuda on the device that trains."""
+
+    ema_sample_ema_model: bool = False
+    """Draw samples from the averaged weights instead of the trained ones."""
+
+    ema_sample_nonema_model: bool = False
+    """With ema_sample_ema_model, draw them from the trained weights too."""
+
+    ema_resume_model: str | None = None
+    """A model to begin the average from instead of the one that is trained: a diffusers folder, a hub id or a single file. A run that
+    goes on brings its own."""
+
+    @property
+    def active(self) -> bool:
+        """Whether there is an average."""
+        return self.ema_decay_rate is not None or self.ema_strength_target is not None
+
+
+def decay_of(options: EmaOptions, total_steps: int) -> float:
+    """Return the share of the average that stays at an update.
+
+    Args:
+        options: with a decay or a strength.
+        total_steps: optimizer steps of the run.
+
+    Raises:
+        UserError: a strength is given, and the run has no update to reach it with.
+    """
+    if options.ema_decay_rate is not None:
+        return options.ema_decay_rate
+    assert options.ema_strength_target is not None, "asked where there is an average"
+    updates = total_steps // options.ema_update_interval
+    if updates == 0:
+        raise UserError(
+            f"ema_strength_target: ema_update_interval is {options.ema_update_interval} and the run has {total_steps} optimizer steps, so "
+            "the average is never updated; lower ema_update_interval."
+        )
+    return options.ema_strength_target ** (1 / updates)
+
+
+def plan_ema(options: EmaOptions, total_steps: int) -> str | None:
+    """Return what is averaged, in words, or None where nothing is.
+
+    Raises:
+        UserError: as `decay_of`.
+    """
+    if not options.active:
+        return None
+    updates = total_steps // options.ema_update_interval
+    told = f"{updates:,} updates" if updates else "no update: the run is shorter"
+    decay = decay_of(options, total_steps)
+    return f"decay {decay:.6g} every {options.ema_update_interval} steps ({told}), kept on {options.ema_device}"
+
+
+class Ema:
+    """The averages of all trained weights, in fp32.
+
+    An update is average = decay * average + (1 - decay) * weights, the same from the first to the last: EMAModel's own warm-up would
+    begin by forgetting the weights at the start, and a strength could not be aimed at.
+
+    Args:
+        parameters: by network, what is trained.
+        decay: the share of the average that stays at an update.
+        interval: optimizer steps between two updates.
+        device: where the averages are kept.
+    """
+
+    def __init__(self, parameters: Mapping[str, Sequence[nn.Parameter]], *, decay: float, interval: int, device: torch.device) -> None:
+        import torch
+        from diffusers.training_utils import EMAModel
+
+        self._parameters = {network: list(learning) for network, learning in parameters.items()}
+        self._interval = interval
+        self._device = device
+        self._averages: dict[str, Any] = {}
+        for network, learning in self._parameters.items():
+            # Step -1 as the last before updates makes the very first one an update and no copy.
+            average = EMAModel(learning, decay=decay, min_decay=decay, update_after_step=-1)
+            average.to(device=device, dtype=torch.float32)
+            self._averages[network] = average
+
+    def begin_from(self, weights: Mapping[str, Sequence[Tensor]]) -> None:
+        """Take the averages from other weights, by network in the order of the parameters."""
+        for network, average in self._averages.items():
+            for shadow, weight in zip(average.shadow_params, weights[network], strict=True):
+                shadow.copy_(weight)
+
+    def after(self, step: int) -> None:
+        """Update the averages where one is due after an optimizer step, counted from 1."""
+        if step % self._interval:
+            return
+        for network, average in self._averages.items():
+            average.step([self._at_hand(parameter) for parameter in self._parameters[network]])
+
+    def _at_hand(self, parameter: nn.Parameter) -> Tensor:
+        """Return a weight where its average is; it has to look trained, for EMAModel copies what is not."""
+        if parameter.device == self._device:
+            return parameter
+        return parameter.detach().to(self._device).requires_grad_(True)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Put the averages in the place of the weights for the time of the block, and bring the weights back to the bit."""
+        swapped: list[str] = []
+        try:
+            for network, average in self._averages.items():
+                average.store(self._parameters[network])
+                swapped.append(network)
+                average.copy_to(self._parameters[network])
+            yield
+        finally:
+            for network in swapped:
+                self._averages[network].restore(self._parameters[network])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averages and the number of updates, by network."""
+        return {
+            network: {"updates": average.optimization_step, "averages": list(average.shadow_params)}
+            for network, average in self._averages.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned.
+
+        Raises:
+            UserError: it is of other networks.
+        """
+        if state.keys() != self._averages.keys():
+            raise UserError(
+                f"resume_ckpt: the checkpoint holds averaged weights of {' and '.join(state)}, and what is trained now is "
+                f"{' and '.join(self._averages)}; train the same networks, or start a new run."
+            )
+        self.begin_from({network: saved["averages"] for network, saved in state.items()})
+        for network, saved in state.items():
+            self._averages[network].optimization_step = saved["updates"]
+
+
+def weights_of(models: Models, names: Mapping[str, Sequence[tuple[str, Tensor]]], source: str) -> dict[str, list[Tensor]]:
+    """Return the weights of a model that stand where another's trained parameters do.
+
+    Args:
+        models: where to take them from.
+        names: by network, the trained parameters with their names.
+        source: the model, as messages call it.
+
+    Raises:
+        UserError: it lacks some, or has them in other shapes.
+    """
+    networks: dict[str, Any] = {"unet": models.unet, "text encoder": models.text_encoder}
+    found: dict[str, list[Tensor]] = {}
+    for network, learning in names.items():
+        there = dict(networks[network].named_parameters())
+        wrong = [name for name, parameter in learning if name not in there or there[name].shape != parameter.shape]
+        if wrong:
+            raise UserError(
+                f"ema_resume_model: {source} is another kind of model: {len(wrong)} tensors of its {network} are missing or of other "
+                f"shapes, {wrong[0]} among them; name averaged weights of the model that is trained."
+            )
+        found[network] = [there[name].detach() for name, _ in learning]
+    return found
