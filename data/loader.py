@@ -206,7 +206,11 @@ class _Order(Sampler[tuple[int, MicroBatch]]):
 
 
 def _start_worker(_: int) -> None:
-    # Ctrl-C reaches the whole process group; the trainer decides what it means, and workers end with their parent.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What asks a run to end reaches the whole process group (Ctrl-C, a closed terminal, a scheduler's SIGTERM). The trainer decides what
+    # it means, and workers end with their parent; a second SIGTERM, which is the parent's own, ends them too.
+    for name in ("SIGINT", "SIGHUP", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     # A fork after tokenizing would make the tokenizers library warn in every worker.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -360,7 +360,7 @@ def choose_seed(seed: int, start: Start) -> int:
     """Return the seed of the run: the continued run's where it was drawn (-1), a new one where none is given."""
     if seed != -1:
         return seed
-    return int(start.about["seed"]) if start.about is not None else secrets.randbelow(2**31)
+    return int(start.about["same"]["seed"]) if start.about is not None else secrets.randbelow(2**31)
 
 
 def choose_device(gpuid: int) -> torch.device:

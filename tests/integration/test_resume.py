@@ -12,11 +12,11 @@ from trainer.resume import resume_command
 
 LAST = "last-tiny-ep02-gs00006"
 SHORT = {"max_epochs": 2, "fixed_loss_images": 1, "save_every_n_epochs": None, "save_format": "diffusers"}
-ROWS = [  # every pair of values stands in some row
-    ("dadapt_adam", 1, {"num_workers": 2, "mixed_precision": "bf16"}),
-    ("dadapt_adam8bit", 2, {"num_workers": 0, "grad_accum": 2, "batch_size": 1}),
-    ("adamw8bit", 3, {"num_workers": 0, "channels_last": True, "mixed_precision": "bf16"}),
-    ("adamw", 4, {"num_workers": 0, "gradient_checkpointing": True, "clip_grad_norm": 0.5}),
+ROWS = [
+    ("dadapt_adam", 1, {"num_workers": 2, "mixed_precision": "bf16", "cache_latents": "no"}),
+    ("dadapt_adam8bit", 2, {"num_workers": 0, "grad_accum": 2, "batch_size": 1, "cache_latents": "disk", "cache_dir": "kept"}),
+    ("adamw8bit", 3, {"num_workers": 2, "channels_last": True, "mixed_precision": "bf16"}),
+    ("adamw", 4, {"num_workers": 0, "gradient_checkpointing": True, "clip_grad_norm": 0.5, "cache_latents": "no"}),
 ]
 """Optimizer, step to stop after, and settings. Epochs have three steps, one of them of a single image, in an order of their own."""
 
@@ -78,6 +78,15 @@ def test_one_step_is_the_same_however_it_is_cut(workplace, capsys):
     assert train.main(["--resume_ckpt", "findlast", "--batch_size", "1", "--grad_accum", "8"]) == 0
     assert "Changed: batch_size: 4 -> 1" in capsys.readouterr().out
     assert scalars(run_of(workplace))["loss/log_step"] == {step: pytest.approx(loss, rel=1e-5) for step, loss in losses[0].items()}
+
+
+def test_a_seed_that_was_drawn_is_kept(workplace, capsys):
+    write(workplace, ADAMW, **SHORT)
+    assert train.main(["--seed", "-1", "--stop_after_steps", "2"]) == 0
+    drawn = json.loads((run_of(workplace) / "train.json").read_text())["seed"]
+    assert train.main(["--seed", "-1", "--resume_ckpt", "findlast"]) == 0
+    assert "Changed" not in capsys.readouterr().out
+    assert json.loads((run_of(workplace) / "train.json").read_text())["seed"] == drawn != -1
 
 
 def test_what_has_changed_is_told_and_the_configuration_counts(workplace, capsys):

@@ -6,7 +6,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -113,7 +114,8 @@ class Console:
         self._place, self._step = f"epoch {epoch}/{epochs}", step
         if self._bar is not None:
             self._bar.set_description_str(self._place, refresh=False)
-            self._bar.update(step - self._bar.n)
+            with self._surviving():
+                self._bar.update(step - self._bar.n)
 
     def report(self, report: Report) -> None:
         """Show a due report's numbers: in the bar until the next one, or as a line where there is no bar."""
@@ -121,7 +123,8 @@ class Console:
             return
         line = f"{self._place}, step {self._step}/{self._total}: {report}"
         if self._bar is not None:
-            self._bar.set_postfix_str(str(report) if self._wide else report.compact())
+            with self._surviving():
+                self._bar.set_postfix_str(str(report) if self._wide else report.compact())
         else:
             self._print(f"{line}, {self._remaining()} left")
         self._record(line)
@@ -129,7 +132,8 @@ class Console:
     def close(self) -> None:
         """Leave the bar as it stands; events may follow."""
         if self._bar is not None:
-            self._bar.close()
+            with self._surviving():
+                self._bar.close()
             self._bar = None
 
     def _remaining(self) -> str:
@@ -141,10 +145,21 @@ class Console:
     def _print(self, line: str) -> None:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         line = line.encode(encoding, "backslashreplace").decode(encoding)  # a caption may hold what a Windows console cannot show
-        if self._bar is not None:
-            self._bar.write(line, file=self._stream)
-        else:
-            print(line, file=self._stream, flush=True)
+        with self._surviving():
+            if self._bar is not None:
+                self._bar.write(line, file=self._stream)
+            else:
+                print(line, file=self._stream, flush=True)
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """Train on where the terminal was closed or the program at the other end of a pipe has ended: from then on nobody is told."""
+        try:
+            yield
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # what is still in the stream's buffer goes there too
+            os.close(nowhere)
 
     def _record(self, line: str) -> None:
         if self._path is None:
