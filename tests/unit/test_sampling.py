@@ -209,6 +209,19 @@ def test_clip_skip_acts(models: Any):
     assert pixels(draw(models)) != pixels(draw(models, clip_skip=2))
 
 
+def test_words_beyond_the_first_window_are_drawn_with_further_windows(models: Any):
+    prompts = replace(QUICK, samples=tuple(SamplePrompt(prompt="a " * 80 + words) for words in ("red circle", "blue square")))
+
+    def pictures(**more: Any) -> tuple[list[Any], tuple[str, ...]]:
+        samples = draw(models, prompts, **more)
+        return [row.crop((0, 0, 256, 256)).tobytes() for _, row in samples.rows], samples.problems  # without the caption below
+
+    (red, blue), problems = pictures()
+    assert red == blue and len(problems) == 2 and "has 82 tokens and the text encoder reads 75" in problems[0]
+    (red, blue), problems = pictures(pieces=2)
+    assert red != blue and problems == ()
+
+
 def test_sizes(models: Any):
     prompts = replace(
         QUICK,
