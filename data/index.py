@@ -64,7 +64,7 @@ def build_index(options: DataOptions) -> Index:
         if len(scan.records) == images:
             problems += _nothing(root, scan.bad[bad:])
     if scan.records and not any(record.multiply > 0 for record in scan.records):
-        problems = [f"data_root: all {len(scan.records)} images are left out by multiply 0; raise it for some"]
+        problems.append(f"data_root: all {len(scan.records)} images are left out by multiply 0; raise it for some")
     if problems:
         raise DataError(problems)
     records = sorted(scan.records, key=lambda record: (_natural(record.name), record.name))

@@ -29,7 +29,10 @@ def sidecar_chain(*, lines: bool = False) -> tuple[CaptionSource, ...]:
 
 
 def read_sidecars(stem: str, folder: Folder, chain: Sequence[CaptionSource]) -> tuple[Entry, ...]:
-    """Return what the files beside an image say, in the order of precedence; a text file whose words would not be used is not read.
+    """Return what the files beside an image say, in the order of precedence.
+
+    A text file whose words would not be used is not read. The tags of a JSON file are words too: a downloader's, which nobody meant to
+    add to a caption that stands in another file.
 
     Args:
         stem: the image's file name without its extension.
@@ -47,6 +50,9 @@ def read_sidecars(stem: str, folder: Folder, chain: Sequence[CaptionSource]) -> 
                 entries.append(Entry(remarks=(Remark(name, f"it is not used: the {spoken} file of the same image has the caption"),)))
             continue
         if entry := source.read(stem, folder):
+            if spoken and isinstance(source, JsonFile) and (entry.captions or entry.tags):
+                unused = Remark(f"{stem}.json", f"its words are not used: the {spoken} file of the same image has the caption")
+                entry = replace(entry, captions=(), tags=(), remarks=(*entry.remarks, unused))
             entries.append(entry)
             spoken = spoken or (entry.source if entry.captions else "")
     return tuple(entries)

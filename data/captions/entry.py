@@ -18,6 +18,8 @@ MOST_REPEATS = 10_000
 WORDS = ("caption", "main_prompt", "text")
 """Keys of the caption; where a file has several, the first of these is used. main_prompt is not split into tags."""
 
+_LONGEST_KEY = 40
+
 ORDINARY_BATCH = "default_batch"
 """EveryDream2's batch_id of images that have none."""
 
@@ -208,8 +210,8 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
 
 
 def _unknown(place: str, key: str) -> Remark:
-    close = _closest(key)
-    return Remark(place, f"unknown key {key!r}; did you mean {close!r}?") if close else UnknownKey(place, key)
+    close, shown = _closest(key), key if len(key) <= _LONGEST_KEY else key[:_LONGEST_KEY] + "..."
+    return Remark(place, f"unknown key {shown!r}; did you mean {close!r}?") if close else UnknownKey(place, shown)
 
 
 @lru_cache(maxsize=4096)

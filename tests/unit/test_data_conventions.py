@@ -290,6 +290,16 @@ def test_two_text_files_for_one_image_are_remarked(root):
     assert list(map(str, index.notices)) == ["a.txt: it is not used: the .caption file of the same image has the caption"]
 
 
+def test_what_a_downloader_left_is_not_added_to_a_caption(root):
+    picture(root / "a.png")
+    write(root / "a.json", {"tags": ["1girl", "solo"], "rating": "s", "loss_scale": 0.5})
+    assert texts(index_of(root)) == {"a.png": "1girl, solo"}
+    write(root / "a.txt", "a portrait")
+    index = index_of(root)
+    assert (texts(index), index.records[0].loss_scale) == ({"a.png": "a portrait"}, 0.5)
+    assert "a.json: its words are not used: the .txt file of the same image has the caption" in map(str, index.notices)
+
+
 def test_a_caption_that_looks_like_a_path_is_a_caption(root):
     picture(root / "a.png")
     picture(root / "b.png")
