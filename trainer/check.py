@@ -103,6 +103,7 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     from trainer.models.trainable import apply_freezing
     from trainer.precision import resolve_precision
     from trainer.resume import changes, check_same_run, describe, find_start
+    from trainer.saving import plan_disk
     from trainer.validation import split_images
 
     quiet_libraries()
@@ -139,6 +140,16 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
         check_same_run(about, start.about, str(start.checkpoint))
         changed = changes(about, start.about)
     plan = _plan(config, models.source, parts.counts, precision, first, total_steps, latents, split.lines())
+    disk = plan_disk(
+        config.saving,
+        networks={network: (part.trained, part.total) for network, part in parts.counts.items()},
+        vae=sum(parameter.numel() for parameter in models.vae.parameters()),
+        optimizers={"unet": config.optimizers.unet, "text encoder": config.optimizers.text_encoder},
+        weights=precision.weights,
+        epochs=config.loop.max_epochs,
+        averaged=config.ema.active,
+    )
+    plan += disk.rows(Path(config.logging.logdir))
     return _Findings(notes, changed, data, sheets, first, total_steps, plan)
 
 

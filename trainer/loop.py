@@ -166,6 +166,7 @@ def make_steps(run: Run) -> None:
             state.advance(images, run.steps_in(epoch), time.perf_counter() - started)
             if run.ema is not None:
                 run.ema.after(state.step)
+            run.optimizers.updating = False
             run.console.step(epoch=epoch + 1, epochs=run.epochs, step=state.step)
 
             epoch_ends = state.epoch > epoch
@@ -229,7 +230,7 @@ def save_after(error: Exception, run: Run) -> None:
     from trainer.saving import SavingError
 
     if run.optimizers.updating:
-        run.console.event(f"Note: step {run.state.step + 1} failed while weights were updated, so no checkpoint is saved of it.")
+        run.console.event("Note: it happened while weights were updated, so no checkpoint is saved of this step.")
         return
     try:
         run.saver.save("errored")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from trainer.checkpoint import EMA, KIND, RUN, STEP, SaveOptions, TrainState, checkpoints, rotate, save_checkpoint
-from trainer.disk import appearing, free_bytes, in_gib
+from trainer.disk import appearing, free_bytes, in_gib, writing_speed
 from trainer.ema import SUFFIX
 from trainer.errors import UserError
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
     from trainer.ema import Ema
     from trainer.models.load import Models
+    from trainer.optim import OptimizerOptions
 
 Kind = Literal["", "last", "interrupted", "errored", "best"]
 """Why a checkpoint is written, the beginning of its name: on schedule, at the run's end, at a signal, at an error, at the lowest
@@ -116,13 +119,13 @@ class Saver:
         """
         if kind in ("interrupted", "errored") and self._last_step == self._state.step:
             return []
+        began, written = time.perf_counter(), []
         if networks := self._not_finite():
             raise SavingError(
                 f"step {self._state.step}: weights of the {' and the '.join(networks)} are not finite, so no checkpoint is saved and the "
                 f"run ends; {self._last_good()}; go on from it with a lower rate.",
                 exit_code=1,
             )
-        began, written = time.perf_counter(), []
         try:
             self._write(kind, written)
         except (OSError, MemoryError) as error:
@@ -203,8 +206,9 @@ class Saver:
 
         found = []
         for name, network in (("unet", self._models.unet), ("text encoder", self._models.text_encoder)):
-            finite = [parameter.isfinite().all() for parameter in network.parameters() if parameter.requires_grad]
-            if finite and not torch.stack(finite).all():
+            # Minimum and maximum take no memory beside the weights, and NaN is both where there is one.
+            extremes = [end.float() for parameter in network.parameters() if parameter.requires_grad for end in parameter.aminmax()]
+            if extremes and not torch.stack(extremes).isfinite().all():
                 found.append(name)
         return found
 
@@ -224,6 +228,123 @@ def require_room(folder: Path, size: int) -> None:
     free = free_bytes(folder)
     if free < size + _SLACK:
         raise OSError(errno.ENOSPC, f"{in_gib(size)} are needed and {in_gib(free)} are free on the disk of {folder}")
+
+
+@dataclass(frozen=True)
+class DiskPlan:
+    """The room that a run's checkpoints take, before it begins.
+
+    Attributes:
+        folder: bytes of a diffusers folder, with averaged weights where they lie inside.
+        single: bytes of a checkpoint's single files, 0 where there are none.
+        resume: bytes of what is needed to go on from a checkpoint.
+        saves: how many checkpoints the run writes by epochs, the last one included.
+    """
+
+    options: SaveOptions
+    folder: int
+    single: int
+    resume: int
+    saves: int
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes that one save writes."""
+        return self.folder + self.single + self.resume
+
+    @property
+    def most(self) -> int:
+        """Bytes at the fullest moment: what is kept, and one checkpoint more, since nothing is deleted before that one is whole."""
+        options = self.options
+        models = min(self.saves, options.keep_last_n or self.saves)
+        resumable = models if options.save_optimizer else min(models, options.keep_resume_n)
+        folders = resumable if options.save_format == "single" else models
+        dropped = models < self.saves or resumable < models
+        if options.keep_best:
+            folders, models = folders + 1, models + 1
+        return folders * self.folder + models * self.single + resumable * self.resume + (self.checkpoint if dropped else 0)
+
+    def rows(self, logdir: Path) -> list[tuple[str, str]]:
+        """Return the plan in words, with the time that a save takes where a probe can be written and flushed."""
+        minutes = self.options.ckpt_every_n_minutes
+        more = f", and one every {minutes:g} minutes" if minutes else ""
+        sizes = [(self.folder, "the folder"), (self.single, "single files"), (self.resume, "to go on from it")]
+        parts = " + ".join(f"{in_gib(size)} {what}" for size, what in sizes if size)
+        free = free_bytes(logdir)
+        full = "" if free > self.most else ": not enough"
+        return [
+            ("a checkpoint", f"{in_gib(self.checkpoint)}: {parts}; {self._time(logdir)}"),
+            ("disk", f"{in_gib(self.most)} for {self.saves} of them{more}, of {in_gib(free)} that are free{full}"),
+        ]
+
+    def _time(self, logdir: Path) -> str:
+        try:
+            speed = writing_speed(logdir)
+        except OSError as error:
+            return f"how long a save takes could not be measured ({_reason(error)})"
+        seconds = self.checkpoint / speed + (self.folder + self.resume) / hashing_speed()
+        return f"training waits {max(seconds, 0.1):.1f} s or more for it, at the {speed / 1e6:,.0f} MB/s of a probe just now"
+
+
+def plan_disk(
+    options: SaveOptions,
+    *,
+    networks: Mapping[str, tuple[int, int]],
+    vae: int,
+    optimizers: Mapping[str, OptimizerOptions],
+    weights: torch.dtype,
+    epochs: int,
+    averaged: bool,
+) -> DiskPlan:
+    """Return the room that a run's checkpoints will take.
+
+    Args:
+        options: what is written and kept.
+        networks: by name, how many parameters learn and how many there are.
+        vae: the VAE's parameters.
+        optimizers: their options, by network.
+        weights: the format of the networks that learn.
+        epochs: of the run.
+        averaged: whether averaged weights are kept.
+
+    Raises:
+        UserError: a library that an optimizer needs is missing.
+    """
+    total, learning = (sum(counts[place] for counts in networks.values()) for place in (1, 0))
+    copies = 2 if averaged else 1
+    folder = total * weights.itemsize + 4 * vae
+    single = (total + vae) * (4 if options.save_full_precision else 2)
+    state = sum(count * state_bytes(optimizers[network]) for network, (count, _) in networks.items() if count)
+    every, first = options.save_every_n_epochs, options.save_ckpts_from_n_epochs
+    scheduled = [epoch for epoch in range(every, epochs, every) if epoch >= first] if every else []
+    return DiskPlan(
+        options=options,
+        folder=folder * (1 if options.writes_single else copies),
+        single=single * copies if options.writes_single else 0,
+        resume=round(state) + (4 * learning if averaged else 0),
+        saves=len(scheduled) + 1,
+    )
+
+
+def state_bytes(options: OptimizerOptions) -> float:
+    """Return the bytes of state that an optimizer keeps for a parameter, measured on one of 65,536 after a step."""
+    import torch
+
+    from trainer.state import size_of_state
+
+    parameter = torch.nn.Parameter(torch.ones(256, 256))
+    optimizer = options.build([parameter], options.lr or 1.0)
+    parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer.step()
+    return size_of_state(optimizer.state_dict()["state"]) / parameter.numel()
+
+
+def hashing_speed(size: int = 1 << 24) -> float:
+    """Return bytes per second of SHA-256 on this machine."""
+    block = bytes(size)
+    began = time.perf_counter()
+    hashlib.sha256(block).digest()
+    return size / (time.perf_counter() - began)
 
 
 def _reason(error: Exception) -> str:

@@ -58,7 +58,8 @@ class OptimizerSet:
         self.fused = any(member.fused for member in self.members)
         self._decayed: dict[str, Any] = {}
         self.updating = False
-        """Whether a step is changing weights and state: an error in between leaves neither the old nor the new ones."""
+        """Whether a step has begun to change weights and state: until whoever counts steps has counted it and says so here, neither the
+        number of the step nor the next one is that of the weights."""
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -105,7 +106,6 @@ class OptimizerSet:
                 member.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
                 member.optimizer.grad_scale = None  # type: ignore[attr-defined]
             member.optimizer.step()
-        self.updating = False
 
     def zero_grad(self) -> None:
         """Drop all gradients."""

@@ -1,0 +1,289 @@
+"""Saving a run: what is written and kept, what is said where it cannot be, and the room it takes, told beforehand."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import tiny_models
+from trainer import saving
+from trainer.checkpoint import SaveOptions, TrainState, checkpoints, resume_problem
+from trainer.config.schema import optimizer_classes
+from trainer.disk import size_of
+from trainer.optim.optimizer_set import OptimizerSet
+from trainer.saving import DiskPlan, Saver, SavingError, plan_disk, state_bytes
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+class Bench:
+    """A saver of tiny networks that have made a step with AdamW, and what it says."""
+
+    def __init__(self, tmp_path, optimizer="adamw", **options):
+        self.models = tiny_models()
+        self.models.vae.requires_grad_(False)
+        self.parameters = {"unet": list(self.models.unet.parameters()), "text encoder": list(self.models.text_encoder.parameters())}
+        chosen = optimizer_classes()[optimizer](lr=1e-3)
+        self.optimizers = OptimizerSet(dict.fromkeys(self.parameters, chosen), self.parameters, total_steps=10)
+        for parameter in (*self.parameters["unet"], *self.parameters["text encoder"]):
+            parameter.grad = torch.ones_like(parameter)
+        self.optimizers.step(torch.tensor(0.0))
+        self.run, self.said, self.clock, self.state = tmp_path / "demo-20260101-000000", [], Clock(), TrainState()
+        self.saver = Saver(
+            SaveOptions(**options),
+            run=self.run,
+            project="demo",
+            models=self.models,
+            state=self.state,
+            parts={"optimizers": self.optimizers},
+            about={"project": "demo"},
+            metadata={"sd_dadapt.train.json": "{}"},
+            say=self.said.append,
+            clock=self.clock,
+        )
+
+    def save(self, step, kind=""):
+        self.state.step = step
+        return self.saver.save(kind)
+
+    @property
+    def names(self):
+        return sorted(path.name for path in (self.run / "ckpts").iterdir()) if (self.run / "ckpts").exists() else []
+
+
+def test_what_is_written_is_whole_and_the_wait_is_told(tmp_path):
+    bench = Bench(tmp_path)
+    folder, file = bench.save(5)
+    assert resume_problem(folder) is None and file.is_file()
+    assert len(bench.said) == 1 and "step 5: saved" in bench.said[0] and "training waited 0." in bench.said[0]
+    from trainer.models.tensor_file import read_metadata
+
+    header = read_metadata(file)
+    assert (header["sd_dadapt.run"], header["sd_dadapt.step"], header["modelspec.title"]) == (bench.run.name, "5", "demo-ep00-gs00005")
+    assert header["sd_dadapt.train.json"] == "{}"
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "names"),
+    [
+        ({}, "", ["demo-ep02-gs00007", "demo-ep02-gs00007.safetensors"]),
+        ({"save_format": "diffusers"}, "last", ["last-demo-ep02-gs00007"]),
+        ({"no_save_ckpt": True}, "interrupted", ["interrupted-demo-ep02-gs00007"]),
+        ({"save_format": "single"}, "errored", ["errored-demo-ep02-gs00007", "errored-demo-ep02-gs00007.safetensors"]),
+        ({"no_prepend_last": True, "save_format": "diffusers"}, "last", ["demo-ep02-gs00007"]),
+        ({"no_prepend_last": True, "save_format": "diffusers"}, "errored", ["errored-demo-ep02-gs00007"]),
+    ],
+)
+def test_names_say_why_and_where(tmp_path, options, kind, names):
+    bench = Bench(tmp_path, **options)
+    bench.state.epoch, bench.state.step_in_epoch = 1, 3
+    bench.save(7, kind)
+    assert bench.names == names
+
+
+@pytest.mark.parametrize(("full", "dtype"), [(True, torch.float32), (False, torch.float16)])
+def test_the_single_file_is_fp16_unless_full_precision_is_asked_for_and_goes_where_it_should(tmp_path, full, dtype):
+    from trainer.models.tensor_file import TensorFile
+
+    bench = Bench(tmp_path, save_full_precision=full, save_ckpt_dir=str(tmp_path / "shelf"), save_format="single")
+    written = bench.save(1)
+    assert written[1].parent == tmp_path / "shelf"
+    assert {tensor.dtype for tensor in TensorFile(written[1]).values() if tensor.is_floating_point()} == {dtype}
+
+
+def test_an_untimely_end_saves_only_what_is_not_saved_yet(tmp_path):
+    bench = Bench(tmp_path, save_format="diffusers")
+    assert bench.save(0, "interrupted") == [], "nothing was trained"
+    bench.save(5)
+    assert bench.save(5, "interrupted") == bench.save(5, "errored") == []
+    assert bench.save(6, "interrupted") and bench.names == ["demo-ep00-gs00005", "interrupted-demo-ep00-gs00006"]
+
+
+def test_rotation_follows_a_whole_checkpoint(tmp_path):
+    bench = Bench(tmp_path, keep_last_n=2)
+    for step in (1, 2, 3):
+        bench.save(step)
+    assert bench.names == [f"demo-ep00-gs0000{step}{end}" for step in (2, 3) for end in ("", ".safetensors")]
+    assert [(folder / "resume").is_dir() for folder in checkpoints(bench.run)] == [True, False]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_a_note(tmp_path, monkeypatch):
+    bench = Bench(tmp_path, keep_last_n=1)
+    bench.save(1)
+
+    def refuse(*_):
+        raise PermissionError(13, "used by another process", "demo-ep00-gs00001")
+
+    monkeypatch.setattr("trainer.checkpoint.drop", refuse)
+    assert bench.save(2)
+    assert "could not be deleted (used by another process: demo-ep00-gs00001)" in bench.said[-1]
+
+
+def test_without_room_nothing_is_written_training_goes_on_and_the_third_time_ends_it(tmp_path, monkeypatch):
+    bench = Bench(tmp_path)
+    good = bench.save(1)[0]
+    free = [1 << 20]
+    monkeypatch.setattr(saving, "free_bytes", lambda _: free[0])
+    before = bench.names
+    assert bench.save(2) == []
+    assert "MiB are needed and 1.0 MiB are free on the disk of" in bench.said[-1]
+    assert f"the last good one is {good}; training goes on (1 of 3)" in bench.said[-1] and bench.names == before
+    free[0] = 1 << 40
+    assert bench.save(3), "room was made"
+    free[0] = 0
+    assert bench.save(4) == [] == bench.save(5), "the count began anew"
+    with pytest.raises(SavingError, match="third time in a row") as ended:
+        bench.save(6)
+    assert ended.value.exit_code == 1
+    assert resume_problem(checkpoints(bench.run)[0]) is None and not [name for name in bench.names if name.startswith(".")]
+
+
+def test_the_last_checkpoint_of_a_run_must_be_written(tmp_path, monkeypatch):
+    bench = Bench(tmp_path)
+    monkeypatch.setattr(saving, "free_bytes", lambda _: 0)
+    with pytest.raises(SavingError, match="there is none yet; make room or choose another place, and go on with --resume_ckpt"):
+        bench.save(9, "last")
+
+
+def test_a_disk_that_fills_up_while_writing_keeps_the_last_good_one(tmp_path):
+    """A limit of the system on the size of files: the write fails in the middle of the weights, whatever was free before."""
+    resource = pytest.importorskip("resource")
+    bench = Bench(tmp_path)
+    good = bench.save(1)[0]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    try:
+        assert bench.save(2) == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in bench.said[-1] and "training goes on (1 of 3)" in bench.said[-1]
+    assert bench.names == [good.name, f"{good.name}.safetensors"] and resume_problem(good) is None
+    assert bench.save(3)
+
+
+def test_a_single_file_that_cannot_be_written_leaves_the_folder(tmp_path, monkeypatch):
+    bench = Bench(tmp_path)
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("trainer.export.save_single_file", fail)
+    (folder,) = bench.save(1)
+    assert resume_problem(folder) is None and bench.names == [folder.name]
+    assert f"{folder} is saved, its single file could not be written (Input/output error)" in bench.said[-1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, value):
+    bench = Bench(tmp_path)
+    good = bench.save(1)[0]
+    with torch.no_grad():
+        bench.parameters["unet"][3].view(-1)[-1] = value
+    with pytest.raises(SavingError, match=f"weights of the unet are not finite.*last good one is {good}"):
+        bench.save(2, "last")
+    assert checkpoints(bench.run) == [good]
+
+
+def test_minutes_are_counted_by_a_clock_that_does_not_jump(tmp_path, monkeypatch):
+    bench = Bench(tmp_path, ckpt_every_n_minutes=2.0)
+    assert not bench.saver.due()
+    monkeypatch.setattr("time.time", lambda: 4e9)
+    assert not bench.saver.due()
+    bench.clock.now += 121
+    assert bench.saver.due()
+    bench.save(1)
+    assert not bench.saver.due()
+    assert not Bench(tmp_path).saver.due()
+
+
+@pytest.mark.parametrize(
+    ("options", "saves", "kept", "resumable", "more"),
+    [
+        ({}, 4, 4, 1, 1),
+        ({}, 1, 1, 1, 0),
+        ({"keep_last_n": 2}, 4, 2, 1, 1),
+        ({"save_optimizer": True}, 4, 4, 4, 0),
+        ({"keep_resume_n": 3}, 2, 2, 2, 0),
+        ({"keep_last_n": 2, "save_optimizer": True}, 9, 2, 2, 1),
+        ({"keep_best": True}, 4, 5, 1, 1),
+    ],
+)
+def test_the_fullest_moment(options, saves, kept, resumable, more):
+    plan = DiskPlan(SaveOptions(**options), folder=100, single=50, resume=7, saves=saves)
+    assert plan.most == kept * 150 + resumable * 7 + more * 157
+
+
+def test_a_single_file_alone_keeps_its_folder_for_resuming_only():
+    plan = DiskPlan(SaveOptions(save_format="single"), folder=100, single=50, resume=7, saves=4)
+    assert plan.most == 107 + 4 * 50 + 157
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "dadapt_adam", "dadapt_adam_reference"])
+def test_what_is_told_before_is_what_is_written(tmp_path, optimizer):
+    bench = Bench(tmp_path, optimizer=optimizer)
+    folder, file = bench.save(1)
+    plan = plan_disk(
+        SaveOptions(save_every_n_epochs=2),
+        networks={name: (len(torch.cat([p.view(-1) for p in group])),) * 2 for name, group in bench.parameters.items()},
+        vae=sum(parameter.numel() for parameter in bench.models.vae.parameters()),
+        optimizers=dict.fromkeys(bench.parameters, optimizer_classes()[optimizer](lr=1e-3)),
+        weights=torch.float32,
+        epochs=7,
+        averaged=False,
+    )
+    assert plan.saves == 4
+    weights = sum(path.stat().st_size for part in ("unet", "text_encoder", "vae") for path in (folder / part).glob("*.safetensors"))
+    header = 120 * 900  # a line for each tensor
+    assert plan.folder <= weights <= plan.folder + header
+    assert plan.single <= size_of(file) <= plan.single + header + 60_000  # and the tokenizer's vocabulary
+    state = (folder / "resume" / "training.safetensors").stat().st_size
+    assert plan.resume <= state * 1.01 <= (plan.resume + 3 * header) * 1.01
+
+
+def test_eight_bit_state_takes_two_and_three_bytes():
+    classes = optimizer_classes()
+    assert state_bytes(classes["adamw8bit"](lr=1e-3)) == pytest.approx(2.06, abs=0.02)
+    assert state_bytes(classes["dadapt_adam8bit"]()) == pytest.approx(3.01, abs=0.01)
+    assert state_bytes(classes["dadapt_adam8bit"](fused_backward=True)) == pytest.approx(3.01, abs=0.01)
+
+
+def test_the_plan_in_words(tmp_path, monkeypatch):
+    plan = DiskPlan(SaveOptions(ckpt_every_n_minutes=30), folder=4 << 30, single=2 << 30, resume=2 << 30, saves=3)
+    monkeypatch.setattr(saving, "free_bytes", lambda _: 30 << 30)
+    monkeypatch.setattr(saving, "writing_speed", lambda _: 1e9)
+    (_, sizes), (_, room) = plan.rows(tmp_path)
+    assert sizes.startswith("8.0 GiB: 4.0 GiB the folder + 2.0 GiB single files + 2.0 GiB to go on from it; training waits ")
+    assert sizes.endswith("s or more for it, at the 1,000 MB/s of a probe just now")
+    assert room == "28.0 GiB for 3 of them, and one every 30 minutes, of 30.0 GiB that are free"
+    monkeypatch.setattr(saving, "free_bytes", lambda _: 20 << 30)
+
+    def fail(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(saving, "writing_speed", fail)
+    (_, sizes), (_, room) = plan.rows(tmp_path)
+    assert "could not be measured (Permission denied)" in sizes and room.endswith("of 20.0 GiB that are free: not enough")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of the most memory")
+def test_no_second_copy_of_the_state_is_made(tmp_path):
+    """Write 256 MiB of state in tensors of 16 MiB: the process may grow by little more than one of them."""
+    from trainer.state import write_state
+
+    def status(key):
+        return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)).split()[1]) * 1024
+
+    state = {str(number): torch.full((1 << 22,), float(number)) for number in range(16)}
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    write_state(state, tmp_path / "state")
+    assert size_of(tmp_path) > 1 << 28
+    assert status("VmHWM") - before < 3 << 24
+    assert json.loads((tmp_path / "state.json").read_text())["3"] == {"$tensor": "state.3"}
