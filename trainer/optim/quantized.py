@@ -42,11 +42,9 @@ def decode(codes: Tensor, exponents: Tensor) -> Tensor:
     signed = codes.dtype == torch.int8
     unit = stored((exponents.to(torch.int32) << _FRACTION).view(torch.float32))
     level = codes.to(torch.float32)
-    # 4 * (bits - levels - _ONE) + _ONE, in 32 bits that wrap around; the sign is shifted out.
-    shift = _wrapped(-3 * _ONE - (4 * (_SIGNED_LEVELS if signed else _UNSIGNED_LEVELS) << _FRACTION))
-    size = (level.view(torch.int32) << 2).add_(shift).view(torch.float32).mul_(unit)
-    # Of the unsigned codes only those of a fresh state are 0, with a unit of 0.
-    return size.mul_(level.clamp_(-1, 1)) if signed else size
+    bits = (level.abs() if signed else level).view(torch.int32).sub(_offset(signed)).clamp_(min=0)  # below 0 for the code 0 alone
+    size = (bits << 2).view(torch.float32).mul_(unit)
+    return _signed(size, level) if signed else size
 
 
 def encode(values: Tensor, noise: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
@@ -63,12 +61,18 @@ def encode(values: Tensor, noise: Tensor, signed: bool) -> tuple[Tensor, Tensor]
     bound = size.amax(-1, keepdim=True) * ((32 / 31 if signed else 64 / 63) * (1 + 2e-5))
     exponents = stored(((bound.view(torch.int32) >> _FRACTION) + 1).clamp(min=_SMALLEST_EXPONENT))
     part = size * stored(((2 * _BIAS - exponents) << _FRACTION).view(torch.float32))
-    # ((bits - _ONE) >> 2) + _ONE + levels
-    shift = _ONE - (_ONE >> 2) + ((_SIGNED_LEVELS if signed else _UNSIGNED_LEVELS) << _FRACTION)
-    level = (part.view(torch.int32) >> 2).add_(shift).view(torch.float32).add_(noise)
-    if signed:
-        return (values.view(torch.int32) & _SIGN).bitwise_or_(level.view(torch.int32)).view(torch.float32), exponents
-    return level.clamp_(min=1), exponents
+    bits = (part.view(torch.int32) >> 2).add_(_offset(signed))
+    level = (bits if signed else bits.clamp_(min=_ONE)).view(torch.float32).add_(noise)
+    return _signed(level, values) if signed else level, exponents
+
+
+def _offset(signed: bool) -> int:
+    """Return by how much the bits of a code, which is y^-1 times 2^levels, exceed a quarter of the bits of its value."""
+    return _ONE - (_ONE >> 2) + ((_SIGNED_LEVELS if signed else _UNSIGNED_LEVELS) << _FRACTION)
+
+
+def _signed(size: Tensor, like: Tensor) -> Tensor:
+    return (like.view(torch.int32) & _SIGN).bitwise_or_(size.view(torch.int32)).view(torch.float32)
 
 
 def to_bf16(values: Tensor, noise: Tensor) -> Tensor:
@@ -90,7 +94,3 @@ def give_hints() -> None:
 
     global _store
     _store = getattr(torch.ops.prims, "inductor_force_stride_order", None)
-
-
-def _wrapped(bits: int) -> int:
-    return (bits + (1 << 31)) % (1 << 32) - (1 << 31)
