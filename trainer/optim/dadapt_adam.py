@@ -51,8 +51,8 @@ class DAdaptAdam(Optimizer):
     they are looked up. State is kept in fp32 (fp64 for fp64 parameters, or 8 bits) whatever the parameters' precision. bf16 parameters
     are rounded stochastically, since most steps are smaller than what separates two of their values; weights decay before, in fp32.
     Rounding draws from the number of the step and the place of the element alone. (Against keeping the lower 16 bits in the state, which
-    trains as fp32 does: two bytes less for a parameter, steps 5 to 20% shorter, and 0.3% more loss on a regression of steps a tenth of
-    that spacing, where rounding to nearest gives 370% more. On the embedded model all end at the same loss.)
+    trains as fp32 does: two bytes less for a parameter, steps 5 to 20% shorter, and 0.3% more loss on a regression of steps far below
+    that spacing, where rounding to nearest gives 370% more. On the embedded model both end at the loss of fp32.)
 
     Gradients that are not finite: if `found_inf` (and `grad_scale`) are set on the optimizer before `step()`, as torch's GradScaler
     does for optimizers with `_step_supports_amp_scaling`, they decide; otherwise the step looks for itself. Either way the whole step
@@ -72,8 +72,9 @@ class DAdaptAdam(Optimizer):
         growth_rate: the most that d may grow by in one step, as a factor.
         d_max: d does not grow beyond this.
         compile: run through torch.compile, True or False; None does so if there are sixteen million parameters or more, below which the
-            time it takes, once, is not won back soon. Where it does not work, or for fp64, the step runs eagerly, which gives the
-            same results but for the last bits. Which way it was is saved with the state, and with None a loaded state decides.
+            12 s it takes before the first step (measured on the CPU; torch keeps the result on disk) are not won back soon. Where it does
+            not work, or for fp64, the step runs eagerly, which gives the same results but for the last bits. Which way it was is saved
+            with the state, and with None a loaded state decides.
         state_bits: 32, or 8 for one byte for each of m, v and s (trainer.optim.quantized), 3.01 bytes for a parameter instead of 12.
         fused_backward: update each parameter inside `loss.backward()`, as soon as its gradient is complete, and drop the gradient, so that
             the gradients never exist together. `step()` closes the step: it moves d. Bit-equal to the plain step. One backward a step:
