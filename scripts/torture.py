@@ -177,7 +177,7 @@ def inspect(logdir: Path) -> int:
                 raise Broken(problem)
             if (folder / RESUME).exists():
                 highest = max(highest, read_resume(folder)[0].step)
-        for file in (run / "ckpts").glob("*.safetensors"):
+        for file in (run / "ckpts").glob("[!.]*.safetensors"):  # a draft that a kill left behind has a hidden name
             try:
                 TensorFile(file)
             except UserError as error:

@@ -56,9 +56,13 @@ def test_the_first_signal_saves_and_the_run_goes_on_to_the_bit(
     workplace, tmp_path_factory, monkeypatch, capsys, number, code, place, count, checkpoint
 ):
     write(workplace, DADAPT, **SETTINGS)
-    with monkeypatch.context() as patch:
-        at_call(patch, place, number, count)
-        assert train.main([]) == code
+    before = signal.signal(number, signal.default_int_handler)  # a test run under nohup would pass SIGHUP's being ignored on
+    try:
+        with monkeypatch.context() as patch:
+            at_call(patch, place, number, count)
+            assert train.main([]) == code
+    finally:
+        signal.signal(number, before)
     told = capsys.readouterr()
     run = run_of(workplace)
     assert checkpoints(run)[0].name == checkpoint and resume_problem(checkpoints(run)[0]) is None
