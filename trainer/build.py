@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
+from trainer.memory import cheapest_key, is_out_of_memory, memory_table
 from trainer.resume import Start, changes, check_same_run, describe, find_start, resume_command
 
 if TYPE_CHECKING:
@@ -70,15 +71,29 @@ def run_training(config: TrainConfig, notes: Sequence[str], *, weights_only: boo
     console = Console()
     for note in [*notes, *check_cuda()]:
         console.event(f"Note: {note}")
-    run = build_run(config, console, weights_only=weights_only, signals=signals)
+    try:
+        run = build_run(config, console, weights_only=weights_only, signals=signals)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError([f"Memory has run out before the first step ({_said(error)}).", cheapest_key(config)]) from error
     console.start(total_steps=run.cadence.total_steps, first_step=run.state.step)
     try:
         train(run)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        said = f"Memory has run out in step {run.state.step + 1} ({_said(error)}). Where it is:"
+        raise UserError([said, *memory_table(run), cheapest_key(config)], exit_code=1) from error
     finally:
         console.close()
         run.loggers.close()
         for sentence in closing(run, resume_command(arguments, run.folder, stops_early=config.loop.stop_after_steps is not None)):
             console.event(sentence)
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def closing(run: Run, command: str) -> list[str]:

@@ -108,8 +108,14 @@ class TrainState:
     images: int = 0
     """Images trained, repeats counted."""
 
+    last_report: int = 0
+    """The step of the last report."""
+
+    skipped: int = 0
+    """Steps until then that changed nothing, since their gradients were not finite."""
+
     last_finite: int = 0
-    """The last reported step with a finite loss."""
+    """The last reported step before which, since the report before it, some step changed something."""
 
     seconds: float = 0.0
     """Time spent training."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,8 @@ from annotated_types import Ge
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from data.loader import StepLoader
     from trainer.cadence import Cadence
     from trainer.checkpoint import TrainState
@@ -38,7 +40,8 @@ SKIPPED = "optimizer/skipped steps"
 NOT_FINITE = "optimizer/gradients not finite"
 FIXED, VALIDATION, BEST, SAMPLES, SAVE = "fixed loss", "validation", "best", "samples", "save"
 NORM_TAGS = {"unet": "optimizer/unet_grad_norm", "text encoder": "optimizer/te_grad_norm"}
-MOST_SKIPPED = 50  # steps without a finite loss; fp16's scaler finds its scale within 20
+MOST_SKIPPED = 50  # steps in a row that changed nothing; fp16's scaler finds its scale within 20
+MOST_UNREAD = 10  # steps in a row of which no image could be read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +101,10 @@ class Run:
     overfits: bool = False
     """Whether it ends for that reason."""
     bad_files_named: int = 0
+    latest: Sequence[tuple[Sequence[str], Tensor]] = ()
+    """Of each micro-batch of the last step, the images' names and timesteps (B,), on the CPU."""
+    fed: TrainState | None = None
+    """Where the run was before the first of the last steps of which no image could be read; None where the last one had some."""
 
 
 def train(run: Run) -> None:
@@ -122,6 +129,8 @@ def train(run: Run) -> None:
     except SavingError:
         raise
     except Exception as error:
+        if run.fed is not None:  # nothing has been trained since: these steps can be made when the images are back
+            vars(run.state).update(vars(run.fed))
         save_after(error, run)
         if isinstance(error, DataError):
             raise UserError(error.problems, exit_code=1) from error
@@ -149,8 +158,10 @@ def make_steps(run: Run) -> None:
             name_bad_files(run)
             images = sum(len(batch) for batch in batches if not batch.filler)
             if images:
+                drawn = [run.objective.draw(batch) for batch in batches]
+                run.latest = [(batch.names, inputs.t_B) for batch, inputs in zip(batches, drawn, strict=True)]
                 result = train_step(
-                    [run.objective.draw(batch).to(device) for batch in batches],
+                    [inputs.to(device) for inputs in drawn],
                     run.networks,
                     run.objective,
                     run.optimizers,
@@ -162,6 +173,12 @@ def make_steps(run: Run) -> None:
                 )
                 norms = {NORM_TAGS[name]: norm for name, norm in result.norms.items()} if run.log_grad_norm else {}
                 run.meter.add({LOSS: result.loss, **norms}, images=images, totals={SKIPPED: result.skipped})
+            run.fed = None if images else run.fed or replace(state)
+            if run.fed is not None and state.step - run.fed.step >= MOST_UNREAD:
+                raise UserError(
+                    f"of the last {MOST_UNREAD} steps no image could be read (see the names above): put the images back where they were.",
+                    exit_code=1,
+                )
             before = progress(run)
             state.advance(images, run.steps_in(epoch), time.perf_counter() - started)
             if run.ema is not None:
@@ -227,11 +244,16 @@ def settle(run: Run) -> None:
 
 def save_after(error: Exception, run: Run) -> None:
     """Keep what has been learned before an error, where it is known to be whole."""
+    import torch
+
     from trainer.saving import SavingError
 
     if run.optimizers.updating:
         run.console.event("Note: it happened while weights were updated, so no checkpoint is saved of this step.")
         return
+    run.optimizers.zero_grad()  # where memory has run out, saving needs some too
+    if run.precision.device.type == "cuda":
+        torch.cuda.empty_cache()
     try:
         run.saver.save("errored")
     except (SavingError, RuntimeError) as second:  # a broken device fails again, and the first error is the one to be told
@@ -271,12 +293,36 @@ def report(run: Run) -> None:
             run.console.event(sentence)
     run.loss_watch.trained(loss)
     check_gradients(run, numbers)
-    if math.isfinite(loss):
-        run.state.last_finite = run.state.step
-    elif run.state.step - run.state.last_finite >= MOST_SKIPPED:
+    check_progress(run, int(numbers.get(SKIPPED, 0)))
+
+
+def check_progress(run: Run, skipped: int) -> None:
+    """Say how many steps since the last report changed nothing, and stop where none has for long.
+
+    Args:
+        run: the run.
+        skipped: steps without a finite gradient since the run began.
+
+    Raises:
+        UserError: `MOST_SKIPPED` steps or more have been skipped in a row.
+    """
+    state = run.state
+    new, made = skipped - state.skipped, state.step - state.last_report
+    state.skipped, state.last_report = skipped, state.step
+    if new < made:
+        state.last_finite = state.step
+    if new:
+        run.console.event(
+            f"Note: the gradients of {new} of the last {made} steps were not finite, so these steps changed nothing ({skipped} of "
+            f"{state.step} in all)."
+        )
+    if state.step - state.last_finite >= MOST_SKIPPED:
+        images = [f"{name} at {t}" for names, t_B in run.latest for name, t in zip(names, t_B.tolist(), strict=True)]
+        more = f" and {len(images) - 8} more" if len(images) > 8 else ""
         raise UserError(
-            f"no loss has been finite since step {run.state.last_finite} (now at step {run.state.step}), so no weight has changed since: "
-            "lower the rate, or try mixed_precision: no; the last checkpoint is good.",
+            f"no step has had finite gradients since step {state.last_finite} (now at step {state.step}), so no weight has changed since; "
+            f"the last one trained, each at its timestep, {', '.join(images[:8])}{more}: lower the rate, try mixed_precision: no, or "
+            "look at these images.",
             exit_code=1,
         )
 

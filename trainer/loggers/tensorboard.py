@@ -125,8 +125,10 @@ class TensorBoardLogger:
         events.append(Event(wall_time=now, summary=custom_scalars(self._layout)))
 
         self._folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads a folder's event files in the order of their names.
-        path = self._folder / f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}.{next(_file_numbers)}"
+        # TensorBoard reads a folder's event files in the order of their names, also where the computer's clock has been put back.
+        newest = max((int(found[1]) for path in self._folder.iterdir() if (found := _EVENT_FILE.match(path.name))), default=0)
+        stamp = max(int(now), newest + 1)
+        path = self._folder / f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}.{next(_file_numbers)}"
         file = path.open("xb", buffering=0)
         try:
             _append(file, events)
@@ -176,6 +178,7 @@ def layout(*, networks: Sequence[str], adaptive: Collection[str]) -> Layout:
 
 
 _file_numbers = itertools.count()
+_EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 
 
 def _append(file: io.FileIO, events: Sequence[Any]) -> None:

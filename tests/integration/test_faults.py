@@ -1,0 +1,319 @@
+"""Faults injected into whole runs: what is kept, what is said, and how the run ends. The README's table has a row for each."""
+
+import errno
+import os
+import shutil
+import time
+
+import pytest
+import torch
+
+import train
+from tests.runs import ADAMW, DADAPT, FUSED, run_of, same_run, scalars, write
+from trainer.checkpoint import checkpoints, resume_problem
+
+SETTINGS = {"max_epochs": 2, "sample_steps": 100, "fixed_loss_images": 0, "save_every_n_epochs": None, "save_format": "diffusers"}
+LAST = "last-tiny-ep02-gs00006"
+
+
+def at_step(monkeypatch, step, act):
+    """Do something when optimizer step `step`, counted from 1, begins; it may take the optimizers."""
+    import inspect
+
+    import trainer.step
+
+    real = trainer.step.train_step
+
+    def train_step(*arguments, **keywords):
+        if keywords["step"] + 1 == step:
+            act(*arguments[3:4] if inspect.signature(act).parameters else ())
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(trainer.step, "train_step", train_step)
+
+
+def poison(monkeypatch, steps, value, where="loss"):
+    """Make loss or gradients of some steps, counted from 1, NaN or infinite."""
+    import trainer.step
+    from trainer.diffusion.objective import Objective
+
+    real, step, now = Objective.losses, trainer.step.train_step, []
+
+    def losses(self, *arguments, **keywords):
+        loss_B = real(self, *arguments, **keywords)
+        if now and now[-1] in steps:
+            if where == "loss":
+                return loss_B * value
+            loss_B.register_hook(lambda gradient: gradient * value)
+        return loss_B
+
+    def train_step(*arguments, **keywords):
+        now.append(keywords["step"] + 1)
+        result = step(*arguments, **keywords)
+        now.clear()
+        return result
+
+    monkeypatch.setattr(Objective, "losses", losses)
+    monkeypatch.setattr(trainer.step, "train_step", train_step)
+
+
+def resumes_to_the_bit(workplace):
+    assert train.main(["--resume_ckpt", "findlast"]) == 0
+    assert train.main(["--logdir", "whole"]) == 0
+    whole = next((workplace / "whole").glob("tiny-*"))
+    same_run(*(run / "ckpts" / LAST for run in (whole, run_of(workplace))))
+
+
+def test_out_of_memory_keeps_the_steps_before_and_names_the_cheapest_key(workplace, monkeypatch, capsys):
+    write(workplace, DADAPT, **SETTINGS)
+    with monkeypatch.context() as patch:
+
+        def fail():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+        at_step(patch, 5, fail)
+        assert train.main([]) == 1
+    told = capsys.readouterr()
+    assert [path.name for path in checkpoints(run_of(workplace))] == ["errored-tiny-ep02-gs00004"]
+    lines = told.err.splitlines()
+    assert lines[0].startswith("Memory has run out in step 5 (CUDA out of memory. Tried to allocate 20.00 MiB.). Where it is:")
+    assert lines[1].startswith("  unet         weights 0.2 MiB, gradients 0.2 MiB, optimizer state 0.6 MiB")
+    assert lines[-1].startswith("Set gradient_checkpointing to true") and "Traceback" not in told.err
+    assert "Go on with:  python train.py --resume_ckpt" in told.out
+    resumes_to_the_bit(workplace)
+
+
+def test_out_of_memory_while_the_optimizer_works_keeps_nothing_of_that_step(workplace, monkeypatch, capsys):
+    write(workplace, ADAMW, **SETTINGS | {"save_every_n_epochs": 1})
+    calls = []
+    real = torch.optim.AdamW.step
+
+    def step(self, *arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 10:  # the text encoder's in step 5: the UNet has made its step
+            raise MemoryError
+        return real(self, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        assert train.main([]) == 1
+    assert "while weights were updated, so no checkpoint is saved of this step" in capsys.readouterr().out
+    assert [path.name for path in checkpoints(run_of(workplace))] == ["tiny-ep01-gs00003"]
+    resumes_to_the_bit(workplace)
+
+
+def test_out_of_memory_before_the_first_step_says_which_key_to_change(workplace, monkeypatch, capsys):
+    write(workplace, ADAMW, **SETTINGS, gradient_checkpointing=True)
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("trainer.build.place", fail)
+    assert train.main([]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "Memory has run out before the first step (CUDA out of memory.).",
+        "Set batch_size to 1 and grad_accum to 2: the same images a step.",
+    ]
+    assert not list((workplace / "logs").glob("tiny-*"))
+
+
+def test_an_error_that_is_a_bug_keeps_its_traceback_and_the_steps(workplace, monkeypatch):
+    write(workplace, FUSED, **SETTINGS)
+    with monkeypatch.context() as patch:
+
+        def fail():
+            raise ZeroDivisionError("a bug")
+
+        at_step(patch, 3, fail)
+        with pytest.raises(ZeroDivisionError, match="a bug"):
+            train.main([])
+    assert [path.name for path in checkpoints(run_of(workplace))] == ["errored-tiny-ep01-gs00002"]
+    resumes_to_the_bit(workplace)
+
+
+@pytest.mark.parametrize("optimizer", [DADAPT, ADAMW, FUSED], ids=["dadapt", "adamw", "fused"])
+def test_a_loss_that_is_nan_once_skips_that_step_and_is_counted(workplace, monkeypatch, capsys, optimizer):
+    write(workplace, optimizer, **SETTINGS)
+    poison(monkeypatch, {4}, float("nan"))
+    assert train.main([]) == 0
+    assert "Note: the gradients of 1 of the last 2 steps were not finite, so these steps changed nothing (1 of 4 in all)." in (
+        capsys.readouterr().out
+    )
+    assert scalars(run_of(workplace))["optimizer/skipped steps"] == {1: 0, 2: 0, 4: 1, 6: 1}
+    assert checkpoints(run_of(workplace))[0].name == LAST
+
+
+def test_infinite_gradients_without_end_stop_the_run_with_images_and_timesteps(workplace, monkeypatch, capsys):
+    write(workplace, ADAMW, **SETTINGS | {"max_epochs": 5})
+    monkeypatch.setattr("trainer.loop.MOST_SKIPPED", 4)
+    poison(monkeypatch, set(range(5, 100)), float("inf"), where="gradients")
+    assert train.main([]) == 1
+    error = capsys.readouterr().err
+    assert "no step has had finite gradients since step 4 (now at step 8), so no weight has changed since; the last one trained" in error
+    assert ".png at " in error
+    found = checkpoints(run_of(workplace))[0]
+    assert found.name == "errored-tiny-ep03-gs00008" and resume_problem(found) is None
+    monkeypatch.undo()
+    os.chdir(workplace)
+    assert train.main(["--resume_ckpt", "findlast", "--max_epochs", "5"]) == 0
+
+
+def test_d_that_overflows_spoils_no_checkpoint(workplace, monkeypatch, capsys):
+    write(workplace, DADAPT, **SETTINGS | {"save_every_n_epochs": 1})
+
+    def overflow(optimizers):
+        for member in optimizers.members:
+            member.optimizer.d.fill_(1e300)
+
+    at_step(monkeypatch, 5, overflow)
+    assert train.main([]) == 1
+    (good,) = checkpoints(run_of(workplace))
+    error = capsys.readouterr().err
+    assert "step 6: weights of the unet" in error and f"so no checkpoint is saved and the run ends; the last good one is {good}" in error
+    assert good.name == "tiny-ep01-gs00003" and resume_problem(good) is None
+
+
+def test_a_full_disk_is_survived(workplace, monkeypatch, capsys):
+    """A limit on the size of files, which plays the full disk, from the first save to the second."""
+    resource = pytest.importorskip("resource")
+    write(workplace, DADAPT, **SETTINGS | {"max_epochs": 3, "save_every_n_epochs": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    at_step(monkeypatch, 5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1])))
+    import trainer.loop
+
+    real = trainer.loop.settle
+
+    def settle(run):
+        saves = trainer.loop.SAVE in run.state.owed
+        real(run)
+        if saves:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(trainer.loop, "settle", settle)
+    try:
+        assert train.main([]) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    out = capsys.readouterr().out
+    assert "step 6: the checkpoint could not be written (File too large" in out and "tiny-ep01-gs00003; training goes on (1 of 3)" in out
+    assert [path.name for path in checkpoints(run_of(workplace))] == ["last-tiny-ep03-gs00009", "tiny-ep01-gs00003"]
+
+
+def test_a_run_folder_that_is_deleted_is_made_again_by_the_next_save(workplace, monkeypatch, capsys):
+    write(workplace, DADAPT, **SETTINGS)
+    at_step(monkeypatch, 4, lambda: shutil.rmtree(run_of(workplace)))
+    assert train.main([]) == 0
+    out = capsys.readouterr().out
+    assert "its event file was deleted" in out and "training goes on" in out
+    assert [path.name for path in checkpoints(run_of(workplace))] == [LAST]
+    assert list(scalars(run_of(workplace))["loss/log_step"]) == [4, 6]
+
+
+def test_a_folder_that_has_become_read_only_is_survived_until_the_last_save(workplace, monkeypatch, capsys):
+    write(workplace, DADAPT, **SETTINGS | {"save_every_n_epochs": 1})
+    from pathlib import Path
+
+    real = Path.mkdir
+
+    def mkdir(path, *arguments, **keywords):
+        if path.name.startswith(".draft-") and "ep01" not in path.name:
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return real(path, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    assert train.main([]) == 1
+    error = capsys.readouterr().err
+    assert "step 6: the checkpoint could not be written (Read-only file system" in error and "the last good one is" in error
+    assert [path.name for path in checkpoints(run_of(workplace))] == ["tiny-ep01-gs00003"]
+
+
+def test_a_log_folder_that_cannot_be_written_to_is_said_before_anything_loads(workplace, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr("trainer.models.load.load_models", lambda *_: pytest.fail("nothing is to be loaded"))
+    assert train.main([]) == 2
+    assert "cannot be written to; choose another logdir" in capsys.readouterr().err
+
+
+def test_a_clock_that_is_put_back_changes_nothing(workplace, monkeypatch):
+    write(workplace, DADAPT, **SETTINGS)
+    assert train.main(["--stop_after_steps", "4"]) == 0
+    real = time.time
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: real() - 86_400)
+        resumes_to_the_bit(workplace)
+    whole = next((workplace / "whole").glob("tiny-*"))
+    curves = [
+        {tag: steps for tag, steps in scalars(run).items() if not tag.startswith("performance/")} for run in (whole, run_of(workplace))
+    ]
+    assert curves[0] == curves[1]
+
+
+def test_images_that_vanish_end_the_run_where_it_was_and_it_goes_on_when_they_are_back(workplace, monkeypatch, capsys):
+    write(workplace, DADAPT, **SETTINGS | {"max_epochs": 2}, cache_latents="no")
+    monkeypatch.setattr("trainer.loop.MOST_UNREAD", 2)
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: (workplace / "pictures").rename(workplace / "elsewhere"))
+        assert train.main([]) == 1
+    told = capsys.readouterr()
+    assert "of the last 2 steps no image could be read" in told.err or "none of the images can be read any more" in told.err
+    assert "the image is left out" in told.out
+    (found,) = checkpoints(run_of(workplace))
+    assert found.name in ("errored-tiny-ep01-gs00002", "errored-tiny-ep01-gs00003")
+    (workplace / "elsewhere").rename(workplace / "pictures")
+    resumes_to_the_bit(workplace)
+
+
+def test_an_image_that_gives_an_input_output_error_is_left_out(workplace, monkeypatch, capsys):
+    from PIL import ImageFile
+
+    real = ImageFile.ImageFile.load
+
+    def load(image):
+        if image.fp is not None and str(getattr(image.fp, "name", "")).endswith("3.png"):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    write(workplace, DADAPT, **SETTINGS, cache_latents="no")
+    assert train.main([]) == 0
+    out = capsys.readouterr().out
+    assert "3.png: " in out and "left out" in out and "8 images" in out
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(workplace, monkeypatch, capsys):
+    write(workplace, DADAPT, **SETTINGS | {"save_every_n_epochs": 1, "keep_resume_n": 2})
+    assert train.main([]) == 0
+    import hashlib
+
+    real = hashlib.file_digest
+
+    def file_digest(file, *arguments):
+        if LAST in str(file.name) and "training" in str(file.name):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(file, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", file_digest)
+        assert train.main(["--resume_ckpt", str(run_of(workplace) / "ckpts" / LAST)]) == 2
+        assert "the file cannot be read (Input/output error); choose another checkpoint" in capsys.readouterr().err
+        assert train.main(["--resume_ckpt", "findlast", "--stop_after_steps", "3"]) == 0
+        assert "Going on after step 3" in capsys.readouterr().out
+
+
+def test_an_event_file_that_is_locked_costs_its_numbers_only(workplace, monkeypatch, capsys):
+    from trainer.loggers import tensorboard
+
+    real, calls = tensorboard._append, []
+
+    def append(file, events):
+        calls.append(1)
+        if 3 < len(calls) < 6:
+            raise PermissionError(errno.EACCES, "the file is used by another process")
+        return real(file, events)
+
+    monkeypatch.setattr(tensorboard, "_append", append)
+    write(workplace, DADAPT, **SETTINGS)
+    assert train.main([]) == 0
+    out = capsys.readouterr().out
+    assert out.count("TensorBoard's events are not recorded (the file is used by another process)") == 1
+    assert checkpoints(run_of(workplace))[0].name == LAST and 6 in scalars(run_of(workplace))["loss/log_step"]
