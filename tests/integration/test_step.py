@@ -38,6 +38,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "offset noise": {"zero_frequency_noise_ratio": 0.1},
     "pyramid noise": {"pyramid_noise_discount": 0.5},
     "perturbed captions": {"embedding_perturbation": 1.0},
+    "perturbed inputs": {"input_perturbation": 0.1},
     "clip skip": {"clip_skip": 2},
     "a range of timesteps": {"timestep_start": 400, "timestep_end": 500},
     "v-prediction": {"prediction": "v_prediction"},
@@ -298,6 +299,28 @@ def test_a_perturbation_of_the_captions_is_added_to_them():
     assert inputs.perturbation_BTD is not None and inputs.perturbation_BTD.shape == context.shape
     moved = replace(inputs, context_BTD=context + inputs.perturbation_BTD, perturbation_BTD=None)
     assert torch.equal(objective.losses(networks, inputs), objective.losses(networks, moved))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_perturbation_of_the_inputs_is_seen_and_not_predicted(prediction):
+    """At alpha_bar = a, the UNet sees sqrt(a) x + sqrt(1 - a) (noise + gamma * xi), and the target is that of the noise alone."""
+    networks, objective, _ = _setup(prediction=prediction, input_perturbation=0.1)
+    inputs = objective.draw(_batch(range(2)))
+    moments = torch.cat([torch.full((2, 4, 8, 8), 0.5), torch.zeros(2, 4, 8, 8)], dim=1)
+    inputs = replace(inputs, pixels_BCHW=None, moments_BCHW=moments, t_B=torch.tensor([100, 800]))
+    seen = {}
+    networks.unet.register_forward_pre_hook(lambda module, args: seen.update(noisy=args[0]))
+    _, target = objective.predict(networks, inputs)
+
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    a = torch.cumprod(1 - betas, 0)[[100, 800]].reshape(2, 1, 1, 1)
+    x, noise = 0.5 * objective.scaling_factor, inputs.noise_BCHW.double()
+    assert inputs.unseen_BCHW is not None and inputs.unseen_BCHW.std().item() == pytest.approx(0.1, rel=0.1)
+    xi = inputs.unseen_BCHW.double() / 0.1
+    torch.testing.assert_close(seen["noisy"].double(), a.sqrt() * x + (1 - a).sqrt() * (noise + 0.1 * xi), rtol=1e-4, atol=1e-5)
+    expected = noise if prediction == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * x
+    torch.testing.assert_close(target.double(), expected, rtol=1e-4, atol=1e-5)
+    assert abs(float((xi * noise).mean())) < 0.2, "drawn by itself"
 
 
 def _step_on_meta(name, networks, objective, optimizers):

@@ -41,6 +41,10 @@ class ObjectiveOptions:
     embedding_perturbation: Annotated[float, Ge(0)] = 0.0
     """Add noise of about this length to each token's vector of the encoded caption, so that captions are learned less by heart."""
 
+    input_perturbation: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Noise the latents with this much more noise than the UNet is asked to predict, as what it sees when it samples is never quite what
+    it has learned from (arXiv 2301.11706); 0.1 is usual."""
+
     enable_zero_terminal_snr: bool = False
     """Rescale the noise schedule so that the last timestep is noise alone (arXiv 2305.08891), for v-prediction models only; the exported
     scheduler says so, and samples use trailing timesteps and rescaled guidance. A model that was trained so needs no switch."""
@@ -99,6 +103,9 @@ class Inputs:
 
     perturbation_BTD: Tensor | None = None
     """fp32 noise that is added to the context; None for none."""
+
+    unseen_BCHW: Tensor | None = None
+    """fp32 noise that is mixed into the latents too and not predicted; None for none."""
 
     def to(self, device: torch.device) -> Inputs:
         """Copy everything to `device`, without waiting where the memory is pinned."""
@@ -189,6 +196,10 @@ class Objective:
             vectors = (batch.tokens_BT.shape[1], self.context_width)
             strength = self.options.embedding_perturbation
             perturbation = torch.tensor(np.stack([noise.perturbation(vectors, strength, self.seed, *place) for place in places]))
+        unseen = None
+        if self.options.input_perturbation > 0:
+            strength = self.options.input_perturbation
+            unseen = torch.tensor(np.stack([noise.unseen(shape, strength, self.seed, *place) for place in places]))
         posterior = [stream(self.seed, "latent", *place).standard_normal(shape, dtype=np.float32) for place in places]
         return Inputs(
             pixels_BCHW=batch.pixels_BCHW,
@@ -200,6 +211,7 @@ class Objective:
             moments_BCHW=batch.moments_BCHW,
             context_BTD=None if self.contexts is None else self.contexts.of(batch.tokens_BT),
             perturbation_BTD=perturbation,
+            unseen_BCHW=unseen,
         )
 
     def losses(self, networks: Networks, inputs: Inputs, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Tensor:
@@ -225,7 +237,8 @@ class Objective:
         latents_BCHW = (mean_BCHW + std_BCHW * inputs.posterior_BCHW) * self.scaling_factor
 
         t_B = inputs.t_B
-        noisy_BCHW = self.schedule.noisy(latents_BCHW, inputs.noise_BCHW, t_B)
+        mixed_BCHW = inputs.noise_BCHW if inputs.unseen_BCHW is None else inputs.noise_BCHW + inputs.unseen_BCHW
+        noisy_BCHW = self.schedule.noisy(latents_BCHW, mixed_BCHW, t_B)
         target_BCHW = self.schedule.target(latents_BCHW, inputs.noise_BCHW, t_B)
 
         with autocast():

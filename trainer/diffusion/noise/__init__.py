@@ -57,3 +57,11 @@ def offset(shape_CHW: tuple[int, int, int], strength: float, seed: int, *place: 
     noise hardly ever does.
     """
     return np.float32(strength) * stream(seed, "offset noise", *place).standard_normal((shape_CHW[0], 1, 1), dtype=np.float32)
+
+
+def unseen(shape_CHW: tuple[int, int, int], strength: float, seed: int, *place: int) -> np.ndarray:
+    """Return what one image's noise is perturbed by, fp32 with standard deviation `strength`: mixed into its latents, and not predicted.
+
+    Source: M. Ning et al., "Input Perturbation Reduces Exposure Bias in Diffusion Models", 2023 (arXiv 2301.11706), algorithm 1.
+    """
+    return np.float32(strength) * stream(seed, "input perturbation", *place).standard_normal(shape_CHW, dtype=np.float32)
