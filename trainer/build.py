@@ -64,7 +64,7 @@ def run_training(config: TrainConfig, notes: Sequence[str], *, weights_only: boo
     """
     from trainer.environment import check_cuda
     from trainer.loggers.console import Console
-    from trainer.loop import train
+    from trainer.loop import out_of_time, train
     from trainer.models.quiet import quiet_libraries
 
     quiet_libraries()
@@ -88,7 +88,8 @@ def run_training(config: TrainConfig, notes: Sequence[str], *, weights_only: boo
     finally:
         console.close()
         run.loggers.close()
-        for sentence in closing(run, resume_command(arguments, run.folder, stops_early=config.loop.stop_after_steps is not None)):
+        over = {"stop_after_steps": config.loop.stop_after_steps is not None, "max_train_time": out_of_time(run)}
+        for sentence in closing(run, resume_command(arguments, run.folder, lift=[key for key, is_over in over.items() if is_over])):
             console.event(sentence)
 
 
@@ -320,6 +321,7 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
         ),
         loss_watch=loss_watch,
         stop_on_overfit=config.validation.stop_on_overfit,
+        max_seconds=None if config.loop.max_train_time is None else 60 * config.loop.max_train_time,
         sample=lambda step: None,
         sample_first=prompts.generate_pretrain_samples,
         saver=Saver(

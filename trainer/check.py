@@ -196,7 +196,9 @@ def _plan(
     for network, part in parts.items():
         learning = f"{_optimizer(optimizers[network])}; " if part.trained else ""
         lines.append((network, f"{learning}trains {part.what}: {part.trained:,} of {part.total:,} parameters"))
-    stop = f", stopping after {loop.stop_after_steps}" if loop.stop_after_steps else ""
+    limits = [f"{loop.stop_after_steps}"] if loop.stop_after_steps else []
+    limits += [f"{loop.max_train_time:g} minutes of training"] if loop.max_train_time else []
+    stop = f", stopping after {' or '.join(limits)}" if limits else ""
     every = f"every {saving.save_every_n_epochs} epochs and " if saving.save_every_n_epochs else ""
     form = {"both": "diffusers folder and single .safetensors", "diffusers": "diffusers folder", "single": "single .safetensors"}
     lines += [

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 from trainer.errors import UserError
 
@@ -60,6 +60,10 @@ class LoopOptions:
     stop_after_steps: Annotated[int, Ge(1)] | None = None
     """Save a checkpoint and stop with exit code 0 when the run has made this many optimizer steps in all, counted from its beginning."""
 
+    max_train_time: Annotated[float, Gt(0)] | None = None
+    """Save a checkpoint and stop with exit code 0 after the first step with which the run has trained for this many minutes in all, over
+    all its starts; time for loading, samples, validation and checkpoints does not count."""
+
     gpuid: Annotated[int, Ge(0)] = 0
     """Which CUDA device to train on."""
 
@@ -98,6 +102,8 @@ class Run:
     """Whether samples are drawn before the first step too."""
     saver: Saver
     signals: StopSignals
+    max_seconds: float | None = None
+    """The training time at which the run ends."""
     overfits: bool = False
     """Whether it ends for that reason."""
     bad_files_named: int = 0
@@ -198,7 +204,7 @@ def make_steps(run: Run) -> None:
                 VALIDATION: validation,
                 FIXED: due.fixed_loss and not validation,
                 SAMPLES: due.sample,
-                SAVE: due.save or run.saver.due(),
+                SAVE: due.save or run.saver.due() or out_of_time(run),
             }
             state.owed = [what for what, is_due in wanted.items() if is_due]
             settle(run)
@@ -206,7 +212,12 @@ def make_steps(run: Run) -> None:
 
 def ends(run: Run) -> bool:
     """Return whether no step follows."""
-    return run.overfits or run.cadence.ends(run.state.step)
+    return run.overfits or out_of_time(run) or run.cadence.ends(run.state.step)
+
+
+def out_of_time(run: Run) -> bool:
+    """Return whether max_train_time is over."""
+    return run.max_seconds is not None and run.state.seconds >= run.max_seconds
 
 
 def progress(run: Run) -> float:

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 _NEW_RUN = "or start a new run from its weights with --resume_weights_only"
 
-_OWN_TO_A_START = ("resume_ckpt", "stop_after_steps", "optimizer_config")
+_OWN_TO_A_START = ("resume_ckpt", "stop_after_steps", "max_train_time", "optimizer_config")
 """Keys that say how this start of the run goes, and nothing about the run."""
 
-_GIVEN_BY_RESUMING = ("resume_ckpt", "stop_after_steps", "resume_weights_only")
+_GIVEN_BY_RESUMING = ("resume_ckpt", "resume_weights_only")
 
 
 @dataclass(frozen=True)
@@ -129,21 +129,22 @@ def changes(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def resume_command(arguments: Sequence[str], folder: Path, *, stops_early: bool) -> str:
+def resume_command(arguments: Sequence[str], folder: Path, *, lift: Sequence[str]) -> str:
     """Return the command line that goes on with the run in `folder`.
 
     Args:
         arguments: this start's own, without the program's name.
         folder: the run's.
-        stops_early: whether the configuration sets stop_after_steps.
+        lift: keys of the configuration that would stop it again.
     """
-    given = any(word.replace("-", "_").startswith("__stop_after_steps") for word in arguments)
+    given: set[str] = set()
     kept: list[str] = []
     dropped = False
     for word in arguments:
         if word.startswith("--"):
             name = word[2:].partition("=")[0].replace("-", "_")
-            dropped = name in _GIVEN_BY_RESUMING
+            given.add(name)
+            dropped = name in (*_GIVEN_BY_RESUMING, *lift)
             if dropped:
                 continue
         elif dropped:
@@ -151,8 +152,8 @@ def resume_command(arguments: Sequence[str], folder: Path, *, stops_early: bool)
             continue
         kept.append(word)
     words = ["python", "train.py", *kept, "--resume_ckpt", str(folder)]
-    if stops_early and not given:
-        words += ["--stop_after_steps", "null"]
+    for name in lift:
+        words += [] if name in given else [f"--{name}", "null"]
     return subprocess.list2cmdline(words) if WINDOWS else shlex.join(words)
 
 

@@ -150,6 +150,22 @@ def test_a_finished_run_does_nothing_more_unless_epochs_are_added(workplace, cap
     assert "Stopped after step 6 of 9" in capsys.readouterr().out, "a step that has been made is not made again"
 
 
+def test_a_run_that_is_out_of_time_saves_and_goes_on_to_the_bit(workplace, capsys):
+    """The time counts over all starts: with the same limit the second one trains nothing."""
+    write(workplace, ADAMW, **SHORT, log_step=2)
+    assert train.main(["--logdir", "whole"]) == 0
+    for steps in (1, 1):
+        capsys.readouterr()
+        assert train.main(["--max_train_time", "1e-9", *(["--resume_ckpt", "findlast"] if (workplace / "logs").exists() else [])]) == 0
+        out = capsys.readouterr().out
+        assert f"Stopped after step {steps} of 6" in out and "--max_train_time" not in out.split("Go on with:")[1]
+    assert train.main(["--resume_ckpt", "findlast", "--max_train_time", "60"]) == 0
+    assert "Changed: max_train_time" not in capsys.readouterr().out
+    whole, stopped = next((workplace / "whole").iterdir()), run_of(workplace)
+    assert curves(whole) == curves(stopped)
+    same_run(*(run / "ckpts" / LAST for run in (whole, stopped)))
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_named(workplace, capsys):
     write(workplace, DADAPT, **SHORT | {"save_every_n_epochs": 1, "keep_resume_n": 2})
     assert train.main([]) == 0
@@ -165,18 +181,20 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(workplace, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "stops_early", "command"),
+    ("arguments", "lift", "command"),
     [
-        ([], False, "python train.py --resume_ckpt logs/x"),
-        (["--config", "a b.json", "--lr", "-1"], False, "python train.py --config 'a b.json' --lr -1 --resume_ckpt logs/x"),
-        (["--resume-ckpt", "old", "--seed", "3"], False, "python train.py --seed 3 --resume_ckpt logs/x"),
-        (["--resume_ckpt=old", "--check"], False, "python train.py --check --resume_ckpt logs/x"),
-        (["--stop_after_steps", "4", "--resume_weights_only"], True, "python train.py --resume_ckpt logs/x"),
-        (["--resume_weights_only", "true", "--no-amp"], False, "python train.py --no-amp --resume_ckpt logs/x"),
-        ([], True, "python train.py --resume_ckpt logs/x --stop_after_steps null"),
+        ([], [], "python train.py --resume_ckpt logs/x"),
+        (["--config", "a b.json", "--lr", "-1"], [], "python train.py --config 'a b.json' --lr -1 --resume_ckpt logs/x"),
+        (["--resume-ckpt", "old", "--seed", "3"], [], "python train.py --seed 3 --resume_ckpt logs/x"),
+        (["--resume_ckpt=old", "--check"], [], "python train.py --check --resume_ckpt logs/x"),
+        (["--stop_after_steps", "4", "--resume_weights_only"], ["stop_after_steps"], "python train.py --resume_ckpt logs/x"),
+        (["--resume_weights_only", "true", "--no-amp"], [], "python train.py --no-amp --resume_ckpt logs/x"),
+        ([], ["stop_after_steps"], "python train.py --resume_ckpt logs/x --stop_after_steps null"),
+        (["--max_train_time", "9"], [], "python train.py --max_train_time 9 --resume_ckpt logs/x"),
+        (["--stop_after_steps=2"], ["max_train_time"], "python train.py --stop_after_steps=2 --resume_ckpt logs/x --max_train_time null"),
     ],
 )
-def test_the_command_that_goes_on_is_the_one_that_began(tmp_path, arguments, stops_early, command):
+def test_the_command_that_goes_on_is_the_one_that_began(tmp_path, arguments, lift, command):
     from pathlib import Path
 
-    assert resume_command(arguments, Path("logs/x"), stops_early=stops_early) == command
+    assert resume_command(arguments, Path("logs/x"), lift=lift) == command

@@ -14,7 +14,6 @@ from trainer.config.report import Place, Report, Written, shown, unknown_value
 LATER: Mapping[str, tuple[Any, ...]] = {
     "compile": (False,),
     "lora": (),
-    "max_train_time": (),
     "wandb": (False,),
 }
 """Keys of train.json that a later version takes, with the values, besides null, at which they change nothing."""
