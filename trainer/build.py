@@ -161,6 +161,7 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
     from trainer.metrics import Meter
     from trainer.models.load import describe as describe_model
     from trainer.models.load import load_models
+    from trainer.models.lora import Lora, base_of, begin, read_adapter
     from trainer.models.trainable import apply_freezing
     from trainer.optim.dadapt import EstimateOptions
     from trainer.optim.watch import AdaptationWatch
@@ -193,12 +194,18 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
         set_noise_schedule(config, prompts, describe_model(replace(config.model, resume_ckpt=start.model)))
     models = load_models(replace(config.model, resume_ckpt=start.model))
     set_noise_schedule(config, prompts, models)
+    base = base_of(models, start.model, start.adapter) if config.parts.lora is not None else None  # before anything is put on it
     parts = apply_freezing(models, config.parts, config.optimizers.freezing)
     check_rates(config, {network: part.trained for network, part in parts.counts.items()})
     about = describe(config, index, parts, total_steps)
     if start.about is not None:
         check_same_run(about, start.about, str(start.checkpoint))
+    matrices = read_adapter(start.adapter, parts, config.parts.lora) if start.adapter is not None else None
     place(models, device, channels_last=config.precision.channels_last, weights=precision.weights)
+    lora = None
+    if config.parts.lora is not None and base is not None:
+        lora = Lora(config.parts.lora, base, parts)
+        begin(parts, config.loop.seed, matrices)
 
     tokenize = make_tokenize(config, models.tokenizer)
     latent_plan = plan_latents(config.cache, config.data, index, models.vae.config, epochs=config.loop.max_epochs)
@@ -338,6 +345,7 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
             },
             say=console.event,
             ema=ema,
+            lora=lora,
         ),
         signals=signals,
     )

@@ -83,6 +83,8 @@ class _Findings:
 
 
 def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, contact_sheets: Path | None) -> _Findings:
+    import torch
+
     from data.saved_index import remembered_index
     from trainer.build import (
         choose_device,
@@ -99,6 +101,7 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     from trainer.config import check_fused_backward, check_rates, check_schedules
     from trainer.errors import UserError
     from trainer.models.load import describe as describe_model
+    from trainer.models.lora import read_adapter
     from trainer.models.quiet import quiet_libraries
     from trainer.models.trainable import apply_freezing
     from trainer.precision import resolve_precision
@@ -139,13 +142,16 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
         about = describe(config, index, parts, total_steps)
         check_same_run(about, start.about, str(start.checkpoint))
         changed = changes(about, start.about)
+    if start.adapter is not None:
+        read_adapter(start.adapter, parts, config.parts.lora)
     plan = _plan(config, models.source, parts.counts, precision, first, total_steps, latents, split.lines())
+    lora = config.parts.lora is not None  # of which checkpoints hold the matrices alone, in fp32
     disk = plan_disk(
         config.saving,
-        networks={network: (part.trained, part.total) for network, part in parts.counts.items()},
-        vae=sum(parameter.numel() for parameter in models.vae.parameters()),
+        networks={network: (part.trained, part.trained if lora else part.total) for network, part in parts.counts.items()},
+        vae=0 if lora else sum(parameter.numel() for parameter in models.vae.parameters()),
         optimizers={"unet": config.optimizers.unet, "text encoder": config.optimizers.text_encoder},
-        weights=precision.weights,
+        weights=torch.float32 if lora else precision.weights,
         epochs=config.loop.max_epochs,
         averaged=config.ema.active,
     )
@@ -200,7 +206,8 @@ def _plan(
     limits += [f"{loop.max_train_time:g} minutes of training"] if loop.max_train_time else []
     stop = f", stopping after {' or '.join(limits)}" if limits else ""
     every = f"every {saving.save_every_n_epochs} epochs and " if saving.save_every_n_epochs else ""
-    form = {"both": "diffusers folder and single .safetensors", "diffusers": "diffusers folder", "single": "single .safetensors"}
+    folder, single = ("diffusers folder", "single .safetensors") if config.parts.lora is None else ("LoRA folder", "LoRA .safetensors")
+    form = {"both": f"{folder} and {single}", "diffusers": folder, "single": single}
     lines += [
         ("steps", f"{total_steps:,} = {loop.max_epochs} epochs of {steps_of_epoch:,}{stop}"),
         ("batch", f"{data.batch_size * loop.grad_accum} images a step{accumulated}, resolution {' and '.join(map(str, data.resolutions))}"),

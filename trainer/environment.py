@@ -23,8 +23,8 @@ REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
 CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
 """Where torch's builds for CUDA 13.0 are, which is what the package index has for Linux alone."""
 
-OPTIONAL = frozenset({"bitsandbytes", "dadaptation", "prodigyopt"})
-"""Pinned packages that only some choices of optimizer need: those ask for them."""
+OPTIONAL = frozenset({"bitsandbytes", "dadaptation", "peft", "prodigyopt"})
+"""Pinned packages that only LoRA or some choices of optimizer need: those ask for them."""
 
 COMPANIONS = ("torchvision", "torchaudio")
 """Packages that training does not need, but that diffusers and transformers import wherever they are installed."""

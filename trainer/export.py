@@ -1,20 +1,23 @@
-"""Writing a model so that other programs read it: a diffusers folder, or one .safetensors file in the original layout.
+"""Writing a model so that other programs read it: a diffusers folder, or one .safetensors file in the original layout; and a LoRA.
 
-Both write straight to the path that they are given; the caller writes beside and renames (`trainer.checkpoint`).
+All write straight to the path that they are given; the caller writes beside and renames (`trainer.checkpoint`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from trainer.models.checkpoint_file import CONFIGS, PREDICTION_TYPE, TOKENIZER
 from trainer.models.folder import INDEX, WEIGHTS
+from trainer.models.lora import ADAPTER_CONFIG, BASE_FILE, LORA_FILE, PREFIX, Lora, in_file, named
 from trainer.models.single_file import to_original
 from trainer.models.tensor_file import write_tensors
 from trainer.models.tokenizer import is_clip_tokenizer, tokenizer_to_text, write_tokenizer
@@ -104,6 +107,56 @@ def save_single_file(models: Models, path: Path, dtype: torch.dtype = torch.floa
     if not is_clip_tokenizer(models.tokenizer):
         header[TOKENIZER] = tokenizer_to_text(models.tokenizer)
     write_tensors(path, to_original(models), dtype, {**header, **(metadata or {})})
+
+
+def save_lora(lora: Lora, folder: Path) -> None:
+    """Write a folder that `pipe.load_lora_weights(folder)` loads, matrices in fp32, and beside them which model they belong to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config: dict[str, Any] = {}
+    for network, learning in lora.parts.parameters.items():
+        layers = sorted({name.partition(".lora_")[0] for name, _ in learning})
+        values = {"r": lora.options.rank, "lora_alpha": lora.options.strength, "target_modules": layers}
+        config |= {f"{PREFIX[network]}.{key}": value for key, value in values.items()}
+    tensors = {in_file(name): tensor for name, tensor in named(lora.parts).items()}
+    write_tensors(folder / LORA_FILE, tensors, torch.float32, {"format": "pt", ADAPTER_CONFIG: json.dumps(config)})
+    _write_json(folder / BASE_FILE, asdict(lora.base))
+
+
+def save_lora_file(models: Models, lora: Lora, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
+    """Write one .safetensors file with the names and header fields of kohya's scripts, which web UIs and diffusers read.
+
+    Args:
+        models: under the LoRA.
+        lora: what is written.
+        path: the file to write.
+        dtype: of the matrices in the file.
+        metadata: further header fields; they win over those made here.
+    """
+    prediction = models.scheduler_config.get("prediction_type", "epsilon")
+    strength = lora.options.strength
+    header = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
+        "modelspec.title": path.stem,
+        "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
+        PREDICTION_TYPE: "v" if prediction == "v_prediction" else prediction,
+        "ss_base_model_version": "sd_v1",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(lora.options.rank),
+        "ss_network_alpha": str(strength),
+        "ss_output_name": path.stem,
+        "ss_sd_model_name": Path(lora.base.model).name if Path(lora.base.model).is_absolute() else lora.base.model,
+        "ss_v2": "False",
+    }
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in named(lora.parts).items():
+        layer, _, which = in_file(name).partition(".lora_")
+        kohya = layer.replace("text_encoder.", "lora_te.", 1).replace("unet.", "lora_unet.", 1).replace(".", "_")
+        tensors[f"{kohya}.{'lora_down' if which.startswith('A') else 'lora_up'}.weight"] = tensor
+        tensors[f"{kohya}.alpha"] = torch.tensor(strength)
+    write_tensors(path, tensors, dtype, {**header, **metadata})
 
 
 def _configs(models: Models) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ from trainer.checkpoint import RESUME, TrainState, find_last, newest_of, read_re
 from trainer.config import flattened
 from trainer.disk import WINDOWS
 from trainer.errors import UserError
+from trainer.models.lora import read_base
 
 if TYPE_CHECKING:
     from data.index import Index
@@ -38,6 +39,9 @@ class Start:
     """The checkpoint folder of the run that is continued."""
 
     state: TrainState | None = None
+    adapter: Path | None = None
+    """The checkpoint folder whose LoRA is put on that model."""
+
     about: Mapping[str, Any] | None = None
     """What the continued run was, as its checkpoint says."""
 
@@ -57,14 +61,17 @@ def find_start(config: TrainConfig, *, weights_only: bool) -> Start:
         folder = find_last(Path(config.logging.logdir), config.logging.project_name, weights_only=weights_only)
     elif (folder / "ckpts").is_dir():
         folder = newest_of(folder, weights_only=weights_only)
-    elif weights_only or not (folder / RESUME).is_dir():
-        return Start(named)
-    elif problem := resume_problem(folder):
+    elif not (folder / RESUME).is_dir():
+        weights_only = True
+    elif not weights_only and (problem := resume_problem(folder)):
         raise UserError(f"resume_ckpt: {problem}")
+    base = read_base(folder)
+    whole = named if folder == Path(named) else str(folder)  # a hub id is no path
+    model, adapter = (whole, None) if base is None else (base.model, folder)
     if weights_only:
-        return Start(str(folder))
+        return Start(model, adapter=adapter)
     state, about = read_resume(folder)
-    return Start(str(folder), folder, state, about)
+    return Start(model, folder, state, adapter, about)
 
 
 def describe(config: TrainConfig, index: Index, parts: TrainedParts, total_steps: int) -> dict[str, Any]:

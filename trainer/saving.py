@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from trainer.ema import Ema
     from trainer.models.load import Models
+    from trainer.models.lora import Lora
     from trainer.optim import OptimizerOptions
 
 Kind = Literal["", "last", "interrupted", "errored", "best"]
@@ -67,6 +68,7 @@ class Saver:
         say: takes a sentence for people.
         ema: averaged weights, which are written too: as a single file with -ema in its name, or without single files as the folder ema
             inside the checkpoint.
+        lora: where one is trained, which is written instead of the model.
         clock: returns seconds; a change of the computer's time does not matter to it.
     """
 
@@ -83,6 +85,7 @@ class Saver:
         metadata: Mapping[str, str],
         say: Callable[[str], None],
         ema: Ema | None = None,
+        lora: Lora | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._options = options
@@ -95,6 +98,7 @@ class Saver:
         self._metadata = metadata
         self._say = say
         self._ema = ema
+        self._lora = lora
         self._clock = clock
         self._last_time = clock()
         self._last_step = state.step  # a checkpoint or the base model holds what has been made so far
@@ -144,14 +148,14 @@ class Saver:
     def _write(self, kind: Kind, written: list[Path]) -> None:
         import torch
 
-        from trainer.export import save_diffusers, save_single_file
         from trainer.state import size_of_state, write_state
 
         state = self._state
         epoch = state.epoch + (1 if state.step_in_epoch else 0)
         prefix = "" if kind == "" or (kind == "last" and self._options.no_prepend_last) else f"{kind}-"
         name = f"{prefix}{self._project}-ep{epoch:02d}-gs{state.step:05d}"
-        folder, file = self._run / "ckpts" / name, self._single_folder / f"{name}.safetensors"
+        stem = name if self._lora is None else f"{name}-lora"
+        folder, file = self._run / "ckpts" / name, self._single_folder / f"{stem}.safetensors"
         single = torch.float32 if self._options.save_full_precision else torch.float16
         training = {part: member.state_dict() for part, member in self._parts.items()}
 
@@ -159,10 +163,10 @@ class Saver:
         require_room(folder.parent, self._model_bytes() * (2 if averaged else 1) + size_of_state(training))
 
         def write_model(draft: Path) -> None:
-            save_diffusers(self._models, draft)
+            self._write_folder(draft)
             if self._ema is not None and averaged:
                 with self._ema.applied():
-                    save_diffusers(self._models, draft / SUFFIX)
+                    self._write_folder(draft / SUFFIX)
 
         save_checkpoint(
             folder,
@@ -175,16 +179,32 @@ class Saver:
         written.append(folder)
         if self._options.writes_single:
             require_room(file.parent, self._model_bytes(single))
-            metadata = {**self._metadata, "modelspec.title": name, RUN: self._run.name, STEP: str(state.step), KIND: kind}
+            metadata = {**self._metadata, "modelspec.title": stem, RUN: self._run.name, STEP: str(state.step), KIND: kind}
             with appearing(file) as draft:
-                save_single_file(self._models, draft, single, metadata)
+                self._write_single(draft, single, metadata)
             written.append(file)
             if self._ema is not None:
-                file = file.with_name(f"{name}-{SUFFIX}.safetensors")
+                file = file.with_name(f"{stem}-{SUFFIX}.safetensors")
                 require_room(file.parent, self._model_bytes(single))
                 with self._ema.applied(), appearing(file) as draft:
-                    save_single_file(self._models, draft, single, {**metadata, "modelspec.title": file.stem, EMA: "true"})
+                    self._write_single(draft, single, {**metadata, "modelspec.title": file.stem, EMA: "true"})
                 written.append(file)
+
+    def _write_folder(self, folder: Path) -> None:
+        from trainer.export import save_diffusers, save_lora
+
+        if self._lora is None:
+            save_diffusers(self._models, folder)
+        else:
+            save_lora(self._lora, folder)
+
+    def _write_single(self, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
+        from trainer.export import save_lora_file, save_single_file
+
+        if self._lora is None:
+            save_single_file(self._models, path, dtype, metadata)
+        else:
+            save_lora_file(self._models, self._lora, path, dtype, metadata)
 
     def _failed(self, kind: Kind, error: Exception, written: list[Path]) -> None:
         self._failures += 1
@@ -213,9 +233,10 @@ class Saver:
         return found
 
     def _model_bytes(self, dtype: torch.dtype | None = None) -> int:
-        """Return the bytes of all weights, in `dtype` or each in its own."""
+        """Return the bytes of all weights that are written, in `dtype` or each in its own."""
         networks = (self._models.unet, self._models.text_encoder, self._models.vae)
-        weights = [parameter for network in networks for parameter in network.parameters()]
+        everything = self._lora is None
+        weights = [parameter for network in networks for parameter in network.parameters() if everything or parameter.requires_grad]
         return sum(parameter.numel() * (dtype or parameter.dtype).itemsize for parameter in weights)
 
 

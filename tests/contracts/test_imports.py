@@ -36,6 +36,7 @@ LIBRARIES = {  # which modules may import a library; the scripts may import all,
     "diffusers": DIFFUSION,
     "transformers": DIFFUSION,
     "accelerate": ("trainer.build", "trainer.loop", "trainer.step", "trainer.checkpoint"),
+    "peft": ("trainer.models.lora",),
     "pydantic": ("trainer.config",),
     "bitsandbytes": ("trainer.optim",),
     "dadaptation": ("trainer.optim",),
@@ -51,8 +52,8 @@ ALL_IMPORTS = {  # everything that a package may import besides the standard lib
 }
 
 SLOW = (
-    "torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "dadaptation", "prodigyopt", "tensorboard", "matplotlib",
-    "safetensors",
+    "torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "dadaptation", "prodigyopt", "tensorboard",
+    "matplotlib", "safetensors",
 )  # fmt: skip
 """Libraries that take seconds to import together: a configuration error is shown before any of them is."""
 

@@ -13,7 +13,6 @@ from trainer.config.report import Place, Report, Written, shown, unknown_value
 
 LATER: Mapping[str, tuple[Any, ...]] = {
     "compile": (False,),
-    "lora": (),
     "wandb": (False,),
 }
 """Keys of train.json that a later version takes, with the values, besides null, at which they change nothing."""
@@ -72,10 +71,13 @@ _OTHER_WORDS: Mapping[str, str] = {
     "gradient_accumulation_steps": "grad_accum",
     "keep_tokens": "keep_tags",
     "learning_rate": "lr",
+    "lora_rank": "lora",
     "max_grad_norm": "clip_grad_norm",
     "max_token_length": "max_tokens",
     "max_train_epochs": "max_epochs",
     "model": "resume_ckpt",
+    "network_alpha": "lora",
+    "network_dim": "lora",
     "noise_offset": "zero_frequency_noise_ratio",
     "num_train_epochs": "max_epochs",
     "optimizer": "optimizer_config",

@@ -10,8 +10,10 @@ from trainer.config.schema import (
     FreezingOptions,
     Key,
     OptimizerFileOptions,
+    closed_object,
     described,
     keys_of,
+    object_schema,
     optimizer_keys,
     train_keys,
 )
@@ -23,7 +25,7 @@ def train_schema() -> dict[str, Any]:
     """Return the JSON Schema of train.json."""
     keys = {name: key.json_schema() for name, key in train_keys().items()}
     required = [name for name, key in train_keys().items() if key.required]
-    return {"$schema": _DIALECT, "title": "train.json", **_object({**keys, **foreign_schema()}), "required": required}
+    return {"$schema": _DIALECT, "title": "train.json", **closed_object({**keys, **foreign_schema()}), "required": required}
 
 
 def optimizer_schema() -> dict[str, Any]:
@@ -33,7 +35,9 @@ def optimizer_schema() -> dict[str, Any]:
     }
     foreign |= {name: {"description": "Used by none of this version's optimizers."} for name in UNUSED_OPTIMIZER}
     own = {name: _section_key(users) for name, users in optimizer_keys().items()}
-    section = _object({"optimizer": own.pop("optimizer"), **own, **{name: entry for name, entry in foreign.items() if name not in own}})
+    section = closed_object(
+        {"optimizer": own.pop("optimizer"), **own, **{name: entry for name, entry in foreign.items() if name not in own}}
+    )
     top = {
         BASE: {"$ref": "#/$defs/section", "description": "The UNet's optimizer, and the default of the text encoder's."},
         OVERRIDES: {
@@ -41,13 +45,13 @@ def optimizer_schema() -> dict[str, Any]:
             "description": "The text encoder's optimizer; what is absent or null comes from base.",
         },
         FREEZING: {
-            "anyOf": [_object({name: key.json_schema() for name, key in keys_of(FreezingOptions).items()}), {"type": "null"}],
+            "anyOf": [object_schema(FreezingOptions), {"type": "null"}],
             "description": (FreezingOptions.__doc__ or "").splitlines()[0],
         },
         **{name: key.json_schema() for name, key in keys_of(OptimizerFileOptions).items()},
         SCALER_TWEAKS: {"type": ["boolean", "null"], "description": "EveryDream2's; without effect in this version."},
     }
-    return {"$schema": _DIALECT, "title": "optimizer file", **_object(top), "required": [BASE], "$defs": {"section": section}}
+    return {"$schema": _DIALECT, "title": "optimizer file", **closed_object(top), "required": [BASE], "$defs": {"section": section}}
 
 
 def _section_key(users: dict[str, Key]) -> dict[str, Any]:
@@ -60,12 +64,3 @@ def _section_key(users: dict[str, Key]) -> dict[str, Any]:
         del schema["description"], schema["default"]
     kinds = list({str(schema): schema for schema in schemas}.values())
     return {**(kinds[0] if len(kinds) == 1 else {"anyOf": kinds}), "description": described(users), "default": default}
-
-
-def _object(properties: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": {"$schema": {"type": "string"}, "doc": {"description": "Text for readers."}, **properties},
-        "patternProperties": {"^_": {"description": "Text for readers."}},
-        "additionalProperties": False,
-    }

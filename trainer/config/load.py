@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +23,10 @@ from trainer.config.paths import (
     shown_path,
 )
 from trainer.config.positions import Document, read_json
-from trainer.config.report import COMMAND_LINE, Place, Report, Written, checked, closest, did_you_mean
+from trainer.config.report import COMMAND_LINE, Place, Report, Written, checked, closest, did_you_mean, shown
 from trainer.config.rules import Settings, apply_optimizer_rules, apply_rules, resolved
 from trainer.config.sample_file import read_sample_prompts
-from trainer.config.schema import CommandOptions, OptimizerConfig, TrainConfig, keys_of, optimizer_keys, sections, train_keys
+from trainer.config.schema import CommandOptions, Key, OptimizerConfig, TrainConfig, accepts, keys_of, optimizer_keys, sections, train_keys
 from trainer.config.validation_file import read_validation
 from trainer.errors import UserError
 
@@ -159,7 +160,10 @@ def _settings(written: dict[str, Written], document: Document | None, default: P
     for name, key in train_keys().items():
         if name in given:
             hint = _FREEZE if name == "lr" and given[name].value == 0 else ""
-            right, value = checked(key, given[name].value, given[name].place, report, hint)
+            if dataclasses.is_dataclass(key.kind):
+                right, value = _object(key, given[name], document, report)
+            else:
+                right, value = checked(key, given[name].value, given[name].place, report, hint)
             if right:
                 values[name] = value
                 given[name] = replace(given[name], value=value)
@@ -171,6 +175,28 @@ def _settings(written: dict[str, Written], document: Document | None, default: P
     settings = Settings(values, given, default)
     _resolve_paths(values, settings, report)
     return settings
+
+
+def _object(key: Key, entry: Written, document: Document | None, report: Report) -> tuple[bool, Any]:
+    """Return whether an object fits the options class that a key takes, and the options; what does not fit is reported."""
+    if not isinstance(entry.value, dict):
+        report.error(entry.place, f"must be {accepts(key.annotation)}; got {shown(entry.value)}")
+        return False, None
+    known, values, fits = keys_of(key.kind), {}, True
+    of_file = document if document is not None and entry.place.file != COMMAND_LINE else Document()
+    for name, value in entry.value.items():
+        line = of_file.lines.get((key.name, name), entry.place.line)
+        place = Place(entry.place.file, line, f"{key.name}.{name}")
+        if is_documentation(name) or (key.name, name) in of_file.unread:
+            continue
+        if name not in known:
+            report.error(place, "unknown key" + (did_you_mean(name, known) or f"; accepted are {', '.join(known)}"))
+            fits = False
+        elif value is not None:
+            right, read = checked(known[name], value, place, report)
+            values |= {name: read} if right else {}
+            fits = fits and right
+    return fits, key.kind(**values)
 
 
 def _resolve_paths(values: dict[str, Any], settings: Settings, report: Report) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import textwrap
 from collections.abc import Sequence
@@ -111,6 +112,10 @@ def help_text(width: int = 100) -> str:
     model, *rest = sections().values()
     for options in (CommandOptions, model, FileOptions, *rest):
         lines += ["", (getdoc(options) or "").splitlines()[0], *_rows(options, "--", width)]
+    for key in train_keys().values():
+        if isinstance(key.kind, type) and dataclasses.is_dataclass(key.kind):
+            example = json.dumps({name: plain(inner.default) for name, inner in keys_of(key.kind).items()})
+            lines += ["", f"Keys inside {key.name} (on the command line --{key.name} '{example}'):", *_rows(key.kind, "", width)]
     lines += ["", "Keys of the optimizer file's sections base and text_encoder_overrides:"]
     names = ", ".join(optimizer_classes())
     for name, users in optimizer_keys().items():

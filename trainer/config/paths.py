@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from trainer.config.report import Place, Report, Written, closest
+from trainer.models.lora import BASE_FILE
 
 FINDLAST = "findlast"
 
@@ -46,7 +47,7 @@ def resolve_model(written: Written, report: Report) -> str | None:
         return found
     if found.is_file():
         return _model_file(found, written.place, report)
-    if any((found / name).exists() for name in ("model_index.json", "ckpts", "resume")):
+    if any((found / name).exists() for name in ("model_index.json", "ckpts", "resume", BASE_FILE)):
         return str(found)
     inside = sorted(entry.name for entry in found.iterdir() if (entry / "model_index.json").exists()) if os.access(found, os.R_OK) else []
     close = f"; did you mean '{written.value.rstrip('/')}/{inside[0]}'?" if inside else ""

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 HIGH_LR = 1e-5
 """The largest AdamW rate that a full fine-tune of Stable Diffusion is known to bear."""
 
+LORA_LR = 1e-4
+"""A usual AdamW rate of a LoRA."""
+
 FULL_SIZE = 500_000_000
 """Trained parameters from which a run counts as a full fine-tune."""
 
@@ -73,6 +76,7 @@ def apply_optimizer_rules(settings: Settings, optimizers: OptimizerConfig, file:
         }
         _fused_backward(settings, sections, file, report)
         _weights(settings, sections, file, report)
+        _lora_rates(settings, sections, optimizers, file, report)
     except Unknown:
         return
 
@@ -301,13 +305,42 @@ def _weights(settings: Settings, sections: Mapping[str, OptimizerOptions], file:
             settings.place("weights_dtype"), f"bf16 contradicts mixed_precision: {asked}; use mixed_precision auto or bf16 with it"
         )
     for name, options in sections.items():
-        if not options.rounds_bf16:
+        if not options.rounds_bf16 and settings["lora"] is None:  # whose matrices stay in fp32
             able = " or ".join(name for name, options in optimizer_classes().items() if options.rounds_bf16)
             report.error(
                 settings.place("weights_dtype"),
                 f"bf16 needs an optimizer that rounds stochastically, since most steps are smaller than the spacing of bf16 numbers and "
                 f"would be lost with {options.optimizer} ({file}: {name}); use {able} there, or weights_dtype fp32",
             )
+
+
+def _lora_rates(
+    settings: Settings, sections: Mapping[str, OptimizerOptions], optimizers: OptimizerConfig, file: str, report: Report
+) -> None:
+    if settings["lora"] is None:
+        return
+    for name, options in sections.items():
+        if not options.adapts and (options.lr or 0) <= HIGH_LR:
+            report.note(
+                Place(file, None, f"{name}.lr"),
+                f"{options.lr:g} is a rate for training whole networks; a LoRA learns little at it, {LORA_LR:g} is usual",
+            )
+    if optimizers.freezing.freeze_embeddings is False and "text_encoder_overrides" in sections:
+        report.note(Place(file, None, "text_encoder_freezing.freeze_embeddings"), "has no effect: lora trains no embeddings")
+
+
+def _lora(settings: Settings, report: Report) -> None:
+    if settings["lora"] is None:
+        return
+    if settings["ema_resume_model"] is not None:
+        report.error(
+            settings.place("ema_resume_model"), "contradicts lora: a model holds no LoRA that an average could begin from; set it to null"
+        )
+    if settings["enable_zero_terminal_snr"]:
+        report.note(
+            settings.place("enable_zero_terminal_snr"),
+            "a LoRA file cannot hold a noise schedule: set rescale_betas_zero_snr and timestep_spacing trailing wherever you draw with it",
+        )
 
 
 def _attention(settings: Settings, report: Report) -> None:
@@ -344,6 +377,7 @@ _RULES: tuple[Callable[[Settings, Report], None], ...] = (
     _keeping,
     _cadence,
     _attention,
+    _lora,
     _cache,
     _names,
 )

@@ -155,7 +155,8 @@ class Key:
 
     def json_schema(self) -> dict[str, Any]:
         """Return the key's JSON Schema: type, range, description and default; null stands for the default."""
-        schema = _adapter(self.kind).json_schema()
+        is_object = dataclasses.is_dataclass(self.kind)
+        schema = object_schema(self.kind) if is_object else _adapter(self.kind).json_schema()
         variants = schema.pop("anyOf", [schema])
         if not self.required:
             variants = [*variants, {"type": "null"}]
@@ -233,6 +234,21 @@ def docstrings(options: type) -> dict[str, str]:
     return found
 
 
+def object_schema(options: Any) -> dict[str, Any]:
+    """Return the JSON Schema of an object whose keys are the fields of an options class."""
+    return closed_object({name: key.json_schema() for name, key in keys_of(options).items()})
+
+
+def closed_object(properties: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON Schema of an object that has these keys, text for readers, and no others."""
+    return {
+        "type": "object",
+        "properties": {"$schema": {"type": "string"}, "doc": {"description": "Text for readers."}, **properties},
+        "patternProperties": {"^_": {"description": "Text for readers."}},
+        "additionalProperties": False,
+    }
+
+
 def accepts(annotation: Any) -> str:
     """Return in words what a type takes: "a whole number, at least 1", "one of 'mse', 'huber'"."""
     members = [member for member in _members(annotation) if member is not types.NoneType]
@@ -248,7 +264,9 @@ def accepts(annotation: Any) -> str:
         if inner[-1] is Ellipsis:
             return f"a list, each {accepts(inner[0])}"
         return f"a list of {len(inner)}, each {accepts(inner[0])}"
-    name = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "an object")
+    if dataclasses.is_dataclass(kind):
+        return f"an object in braces, {{ ... }}, of {', '.join(keys_of(kind))}"  # pyright: ignore[reportArgumentType]
+    name = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
     return ", ".join([name, *(words for limit in limits if (words := _limit(limit)))])
 
 

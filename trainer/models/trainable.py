@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge
 
 from trainer.errors import UserError
+from trainer.models.lora import LoraOptions, attach
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,6 +28,10 @@ class TrainableOptions:
 
     disable_unet_training: bool = False
     """Freeze the whole UNet."""
+
+    lora: LoraOptions | None = None
+    """Train a LoRA, small matrices beside the layers, and leave the model as it is; {} takes every default, null trains the model
+    itself."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: much less memory for one more forward pass a step."""
@@ -93,6 +98,11 @@ def apply_freezing(models: Models, parts: TrainableOptions, freezing: FreezingOp
     unet_trains = not parts.disable_unet_training
     models.unet.requires_grad_(unet_trains)
     models.vae.requires_grad_(False)
+    networks: dict[str, nn.Module] = {UNET: models.unet, TEXT_ENCODER: models.text_encoder}
+    words = {UNET: "everything" if unet_trains else "nothing", TEXT_ENCODER: what}
+    if parts.lora is not None:
+        words = {name: _in_words(parts.lora, attach(network, parts.lora)) for name, network in networks.items()}
+        text_encoder_trains = words[TEXT_ENCODER] != "nothing"
     if not unet_trains and not text_encoder_trains:
         reason = "disable_textenc_training" if parts.disable_textenc_training else "text_encoder_freezing"
         raise UserError(f"disable_unet_training and {reason} together leave nothing to train; let the UNet or text encoder layers train.")
@@ -108,8 +118,6 @@ def apply_freezing(models: Models, parts: TrainableOptions, freezing: FreezingOp
     if parts.attn_type == "slice":
         models.unet.set_attention_slice("auto")
 
-    networks: dict[str, nn.Module] = {UNET: models.unet, TEXT_ENCODER: models.text_encoder}
-    words = {UNET: "everything" if unet_trains else "nothing", TEXT_ENCODER: what}
     learning = {name: [(key, p) for key, p in network.named_parameters() if p.requires_grad] for name, network in networks.items()}
     return TrainedParts(
         parameters={name: parameters for name, parameters in learning.items() if parameters},
@@ -118,6 +126,12 @@ def apply_freezing(models: Models, parts: TrainableOptions, freezing: FreezingOp
             for name, network in networks.items()
         },
     )
+
+
+def _in_words(lora: LoraOptions, layers: int) -> str:
+    """Return what learns of a network that has matrices beside `layers` layers."""
+    kind = {"attention": "attention layers", "all": "layers"}[lora.targets]
+    return f"a LoRA of rank {lora.rank} and alpha {lora.strength:g} on {layers} {kind}" if layers else "nothing"
 
 
 def _freeze_text_encoder(text_encoder: Any, freezing: FreezingOptions, *, disabled: bool) -> tuple[bool, str]:

@@ -1,0 +1,195 @@
+"""LoRA runs: what is written loads elsewhere and draws the same, a stopped run goes on to the bit, and the model stays as it is."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+import train
+from tests.runs import ADAMW, DADAPT, FUSED, run_of, scalars, write
+from tests.tiny import tiny_models, write_tiny_folder
+from trainer.checkpoint import checkpoints, single_files
+from trainer.models.load import ModelOptions, load_models
+from trainer.models.lora import LORA_FILE, LoraOptions, begin, named, read_adapter
+from trainer.models.tensor_file import TensorFile
+from trainer.models.trainable import FreezingOptions, TrainableOptions, apply_freezing
+from trainer.state import read_state
+
+ALL = {"rank": 3, "alpha": 1.5, "targets": "all"}
+SHORT = {"max_epochs": 2, "fixed_loss_images": 0, "save_every_n_epochs": None, "sample_steps": 100}
+QUICK = {"base": {"optimizer": "adamw", "lr": 1e-2}, "text_encoder_freezing": {"freeze_front_n_layers": 2}}
+
+
+def adapted(models, lora, *, seed=1, values=None, freezing=None, **options):
+    parts = apply_freezing(models, TrainableOptions(lora=LoraOptions(**lora), **options), FreezingOptions(**(freezing or {})))
+    begin(parts, seed, values)
+    return parts
+
+
+def pipeline(models_folder):
+    pipe = StableDiffusionPipeline.from_pretrained(models_folder, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def picture(pipe):
+    generator = torch.Generator().manual_seed(0)
+    image: Any = pipe("a red circle", num_inference_steps=2, generator=generator, height=64, width=64, output_type="pt").images
+    return image
+
+
+def trained_pipeline(base, checkpoint, lora, **options):
+    """Return a pipeline with the networks as they were trained, put together by this program's own reader."""
+    models = load_models(ModelOptions(resume_ckpt=str(base)))
+    parts = adapted(models, lora, **options)
+    begin(parts, 0, read_adapter(checkpoint, parts, LoraOptions(**lora)))
+    pipe = pipeline(base)
+    pipe.unet, pipe.text_encoder = models.unet.eval(), models.text_encoder.eval()
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("shape", "lora"),
+    [pytest.param("sd15", ALL, marks=pytest.mark.slow), ("small", ALL), ("mini", {"rank": 4})],
+    ids=["sd15", "all", "attention"],
+)
+def test_both_files_load_in_diffusers_and_draw_what_was_trained(workplace, tmp_path, shape, lora):
+    base = write_tiny_folder(tmp_path / "base", shape=shape)
+    write(workplace, QUICK, **SHORT | {"max_epochs": 1}, model=str(base), lora=lora, save_full_precision=True)
+    assert train.main([]) == 0
+    run = run_of(workplace)
+    [checkpoint] = checkpoints(run)
+    [single] = single_files(run / "ckpts", run.name)
+    assert single.name == "last-tiny-ep01-gs00003-lora.safetensors"
+    files = sorted(path.name for path in checkpoint.iterdir())
+    assert files == ["base.json", "manifest.json", LORA_FILE, "resume"], "no model is written"
+    before = picture(pipeline(base))
+    expected = picture(trained_pipeline(base, checkpoint, lora, freezing={"freeze_front_n_layers": 2}))
+    assert (expected - before).abs().max() > 1e-3, "the LoRA does something"
+    for source in ((checkpoint, {}), (single.parent, {"weight_name": single.name})):
+        pipe = pipeline(base)
+        pipe.load_lora_weights(source[0], **source[1])
+        assert (picture(pipe) - expected).abs().max() < 1e-5, source
+    header = TensorFile(single).metadata
+    assert (header["ss_network_dim"], header["ss_network_alpha"]) == (str(lora["rank"]), str(float(lora.get("alpha", lora["rank"]))))
+    assert header["ss_sd_model_name"] == "base" and header["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert str(tmp_path) not in json.dumps([header, TensorFile(checkpoint / LORA_FILE).metadata])
+
+
+def test_kohyas_names(workplace):
+    write(workplace, DADAPT, **SHORT, lora={"rank": 2, "targets": "all"}, stop_after_steps=1)
+    assert train.main([]) == 0
+    run = run_of(workplace)
+    shapes = TensorFile(single_files(run / "ckpts", run.name)[0]).shapes
+    for layer in (
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0",
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_ff_net_0_proj",
+        "lora_unet_mid_block_resnets_1_conv2",
+        "lora_unet_up_blocks_0_upsamplers_0_conv",
+        "lora_te_text_model_encoder_layers_3_self_attn_q_proj",
+        "lora_te_text_model_encoder_layers_2_mlp_fc1",
+    ):
+        assert shapes[f"{layer}.lora_down.weight"][0] == 2 == shapes[f"{layer}.lora_up.weight"][1] and shapes[f"{layer}.alpha"] == ()
+    assert not any("layers_1_" in name or "conv_in" in name or "time_embedding" in name for name in shapes)
+    assert len(shapes) % 3 == 0
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "settings"),
+    [
+        (DADAPT, {"ema_decay_rate": 0.5, "ema_update_interval": 1}),
+        (FUSED, {"max_epochs": 1, "channels_last": True, "weights_dtype": "bf16", "gradient_checkpointing": True, "lora": {"rank": 2}}),
+        (ADAMW, {"grad_accum": 2, "batch_size": 1, "save_format": "single", "disable_textenc_training": True}),
+    ],
+    ids=["ema", "bf16 base", "single"],
+)
+def test_a_stopped_run_goes_on_to_the_bit(workplace, optimizer, settings, model):
+    frozen = {path: path.read_bytes() for path in model.rglob("*.safetensors")}
+    write(workplace, optimizer, **SHORT | {"lora": ALL} | settings)
+    assert train.main(["--logdir", "whole"]) == 0
+    assert train.main(["--stop_after_steps", "2"]) == 0
+    assert train.main(["--resume_ckpt", "findlast"]) == 0
+    whole, stopped = next((workplace / "whole").iterdir()), run_of(workplace)
+    left, right = checkpoints(whole)[0], checkpoints(stopped)[0]
+    assert left.name == right.name
+    assert (left / LORA_FILE).read_bytes() == (right / LORA_FILE).read_bytes()
+    assert (left / "resume/training.safetensors").read_bytes() == (right / "resume/training.safetensors").read_bytes()
+    assert scalars(whole)["loss/log_step"] == scalars(stopped)["loss/log_step"]
+    assert frozen == {path: path.read_bytes() for path in model.rglob("*.safetensors")}
+    if "ema_decay_rate" in settings:
+        averages = read_state(right / "resume" / "training")["ema"]["unet"]["averages"]
+        ema = TensorFile(single_files(stopped / "ckpts", stopped.name, ema=True)[0])
+        assert ema.path.name.endswith("-lora-ema.safetensors")
+        first = next(tensor for tensor in averages if tensor.any())
+        assert any(tensor.shape == first.shape and torch.equal(tensor, first.half()) for tensor in ema.values())
+
+
+def test_what_does_not_fit_a_lora_is_refused(workplace, capsys, tmp_path):
+    write(workplace, DADAPT, **SHORT, lora={"rank": 2})
+    assert train.main(["--stop_after_steps", "1"]) == 0
+    [checkpoint] = checkpoints(run_of(workplace))
+    for more, sentence in (
+        (
+            ["--lora", '{"rank": 3}'],
+            "what learns of the unet was a LoRA of rank 2 and alpha 2 on 32 attention layers, and is a LoRA of rank 3",
+        ),
+        (["--lora", "null"], "and is everything now"),
+        (["--lora", '{"rank": 3}', "--resume_weights_only"], "holds a LoRA of other layers or of another rank"),
+        (["--lora", '{"rank": 2, "alpha": 1}', "--resume_weights_only"], "holds a LoRA of alpha 2.0, and lora.alpha is 1 now"),
+        (["--lora", "null", "--resume_weights_only"], "holds a LoRA, and lora is null"),
+    ):
+        for action in ([], ["--check"]):
+            assert train.main(["--resume_ckpt", str(checkpoint), *more, *action]) == 2
+            assert sentence in capsys.readouterr().err, (more, action)
+    assert train.main(["--resume_ckpt", str(checkpoint), "--resume_weights_only"]) == 0
+
+    base = json.loads((checkpoint / "base.json").read_text())
+    other = write_tiny_folder(tmp_path / "other", seed=5)
+    (checkpoint / "base.json").write_text(json.dumps({**base, "model": str(other)}))
+    assert train.main(["--resume_ckpt", str(checkpoint), "--resume_weights_only"]) == 2
+    assert f"was trained on other weights than {other} holds now" in capsys.readouterr().err
+    (checkpoint / "base.json").write_text(json.dumps({**base, "model": str(tmp_path / "gone")}))
+    assert train.main(["--resume_ckpt", str(checkpoint), "--resume_weights_only"]) == 2
+    assert "is not there any more; put it back" in capsys.readouterr().err
+
+
+def test_a_new_lora_changes_no_bit_and_depends_on_the_seed_and_the_layer_alone():
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 500]), torch.randn(2, 77, 16)
+    plain, models = tiny_models(), tiny_models()
+    state = torch.random.get_rng_state()
+    attention = named(adapted(models, {"rank": 2}))
+    assert torch.equal(torch.random.get_rng_state(), state), "nothing is drawn from the global generator"
+    with torch.no_grad():
+        assert torch.equal(models.unet(*inputs).sample, plain.unet(*inputs).sample)
+    everything = named(adapted(tiny_models(), {"rank": 2, "targets": "all"}))
+    other = named(adapted(tiny_models(), {"rank": 2}, seed=2))
+    assert attention.keys() < everything.keys() and attention.keys() == other.keys()
+    for name, matrix in attention.items():
+        assert torch.equal(matrix, everything[name])
+        if ".lora_A." in name:
+            assert not torch.equal(matrix, other[name])
+        else:
+            assert not matrix.any()
+    drawn = [matrix * matrix[0].numel() ** 0.5 for name, matrix in everything.items() if ".lora_A." in name]
+    spread = torch.cat([matrix.flatten() for matrix in drawn])
+    assert spread.abs().max() <= 1 and spread.std().item() == pytest.approx(3**-0.5, rel=0.02), "uniform in +-1/sqrt(fan in)"
+
+
+@pytest.mark.parametrize("unet", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(unet):
+    tokens, latents, times = torch.randint(0, 100, (2, 77)), torch.randn(2, 4, 8, 8), torch.tensor([3, 500])
+    found = []
+    for checkpointing in (False, True):
+        models = tiny_models()
+        parts = adapted(models, {"rank": 2, "targets": "all"}, gradient_checkpointing=checkpointing, disable_unet_training=not unet)
+        assert ("unet" in parts.parameters) == unet
+        with torch.no_grad():
+            for name, matrix in named(parts).items():
+                matrix.add_(0.1 if ".lora_B." in name else 0)
+        context = models.text_encoder(tokens).last_hidden_state
+        models.unet(latents, times, context).sample.square().mean().backward()
+        found.append({name: matrix.grad for name, matrix in named(parts).items()})
+        assert all(grad is not None and grad.any() for grad in found[-1].values())
+    assert all(torch.allclose(grad, found[1][name], rtol=1e-4, atol=1e-7) for name, grad in found[0].items())

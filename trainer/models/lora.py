@@ -1,0 +1,231 @@
+"""LoRA: small matrices beside frozen layers, which learn in their place (Hu et al. 2021, arXiv 2106.09685; the layers are peft's)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from annotated_types import Ge, Gt
+
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from trainer.models.load import Models
+    from trainer.models.trainable import TrainedParts
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""The name that diffusers looks for in a folder."""
+
+BASE_FILE = "base.json"
+"""Beside it in a checkpoint: which model it belongs to."""
+
+ADAPTER_CONFIG = "lora_adapter_metadata"
+"""Header field from which diffusers takes rank and alpha."""
+
+PREFIX = {"unet": "unet", "text encoder": "text_encoder"}
+"""What a network's tensors begin with in files."""
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.", "encoder.layers.", "text_model.encoder.layers.")
+"""Where layers have names that every program knows; those before and after the blocks do not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """How large the matrices are that learn in the place of layers, and of which."""
+
+    rank: Annotated[int, Ge(1)] = 16
+    """Rows of the one matrix and columns of the other."""
+
+    alpha: Annotated[float, Gt(0)] | None = None
+    """The product of the matrices counts alpha / rank; null is the rank, so that it counts as it is."""
+
+    targets: Literal["attention", "all"] = "attention"
+    """Which layers: the four of each attention, or all linear layers and convolutions in the blocks of UNet and text encoder."""
+
+    @property
+    def strength(self) -> float:
+        """Alpha, its default applied."""
+        return float(self.rank if self.alpha is None else self.alpha)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model under a LoRA."""
+
+    model: str
+    """What `load_models` loads."""
+
+    fingerprint: str
+    """Of its weights."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA as it is written."""
+
+    options: LoraOptions
+    base: Base
+    parts: TrainedParts
+
+
+def attach(network: nn.Module, options: LoraOptions) -> int:
+    """Put matrices beside the targeted layers whose weights would learn, let these alone learn, and return how many layers have them.
+
+    All matrices are 0 until `begin` gives them values. Works on networks of the meta device too.
+
+    Raises:
+        UserError: peft is not there.
+    """
+    import torch
+
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UserError(f"lora: peft does not load ({error}); install it with `pip install peft`, or set lora to null.") from error
+
+    layers = [name for name, layer in network.named_modules() if _is_target(name, layer, options)]
+    network.requires_grad_(False)
+    if layers:
+        config = LoraConfig(r=options.rank, lora_alpha=options.strength, target_modules=layers, init_lora_weights=False)  # type: ignore[arg-type]
+        with torch.random.fork_rng(devices=[]):  # peft draws what is overwritten here
+            inject_adapter_in_model(config, network)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                if parameter.requires_grad:
+                    parameter.zero_()
+    return len(layers)
+
+
+def begin(parts: TrainedParts, seed: int, values: Mapping[str, Tensor] | None = None) -> None:
+    """Give the matrices their first values in fp32: what `read_adapter` returned, or new ones.
+
+    Of new ones A is uniform in +-1/sqrt(fan in), as linear layers begin, and B is 0, so that the model begins as it is. Each A depends
+    on the seed and the layer's name alone, neither on the other layers nor on the device.
+    """
+    import torch
+
+    for name, parameter in named(parts).items():
+        value = values[name] if values is not None else _new(name, tuple(parameter.shape), seed)
+        # In fp32 whatever the frozen weights are kept in, and channels last where they are.
+        parameter.data = torch.empty_like(parameter, dtype=torch.float32).copy_(value)
+
+
+def named(parts: TrainedParts) -> dict[str, nn.Parameter]:
+    """Return the matrices by the names that they have in diffusers' files: unet.mid_block.attentions.0....to_q.lora_A.weight."""
+    return {
+        f"{PREFIX[network]}.{name.replace('.default.', '.').removeprefix('text_model.')}": parameter
+        for network, learning in parts.parameters.items()
+        for name, parameter in learning
+    }
+
+
+def read_adapter(folder: Path, parts: TrainedParts, options: LoraOptions | None) -> dict[str, Tensor]:
+    """Return the matrices of a checkpoint by the names of `named`.
+
+    Raises:
+        UserError: they are of another rank, alpha or other layers than what is trained now.
+    """
+    from trainer.models.tensor_file import TensorFile
+
+    file = TensorFile(folder / LORA_FILE)
+    where = f"resume_ckpt: {folder} holds a LoRA"
+    if options is None:
+        raise UserError(f"{where}, and lora is null; set lora to the rank, alpha and targets that it was trained with.")
+    here = {in_file(name): (name, tuple(parameter.shape)) for name, parameter in named(parts).items()}
+    if {name: shape for name, (_, shape) in here.items()} != file.shapes:
+        raise UserError(
+            f"{where} of other layers or of another rank than lora, disable_unet_training, disable_textenc_training and "
+            "text_encoder_freezing ask for; put them back as they were."
+        )
+    config = json.loads(file.metadata.get(ADAPTER_CONFIG, "{}"))
+    alphas = {value for key, value in config.items() if key.endswith(".lora_alpha")}
+    if alphas != {options.strength}:
+        raise UserError(f"{where} of alpha {', '.join(map(str, alphas))}, and lora.alpha is {options.strength:g} now; put it back.")
+    return {ours: file[name] for name, (ours, _) in here.items()}
+
+
+def in_file(name: str) -> str:
+    """Return a matrix's name in diffusers' files: the text encoder's begin with text_model, which newer versions accept."""
+    return name.replace("text_encoder.", "text_encoder.text_model.", 1) if name.startswith("text_encoder.") else name
+
+
+def base_of(models: Models, model: str, adapter: Path | None) -> Base:
+    """Return what is under a LoRA, before it is put there.
+
+    Args:
+        models: as they were loaded.
+        model: the name that they were loaded by.
+        adapter: the checkpoint of the LoRA that was trained on it, None for a new one.
+
+    Raises:
+        UserError: its weights are not those that this LoRA was trained on.
+    """
+    there = Path(model).expanduser()
+    base = Base(str(there.resolve()) if there.exists() else model, fingerprint(models))
+    before = read_base(adapter) if adapter is not None else None
+    if before is not None and before.fingerprint != base.fingerprint:
+        raise UserError(
+            f"resume_ckpt: the LoRA in {adapter} was trained on other weights than {before.model} holds now; put that model back as it was."
+        )
+    return base
+
+
+def fingerprint(models: Models) -> str:
+    """Return a hash over 64 values of each tensor of UNet and text encoder, evenly spread: any training changes it."""
+    import torch
+
+    found = hashlib.blake2b(digest_size=16)
+    for network in (models.unet, models.text_encoder):
+        for name, tensor in network.state_dict().items():
+            flat = tensor.reshape(-1)
+            places = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).round().long()
+            found.update(f"{name} {tuple(tensor.shape)}".encode())
+            found.update(flat[places].to("cpu", torch.float32).numpy().tobytes())
+    return found.hexdigest()
+
+
+def read_base(folder: Path) -> Base | None:
+    """Return the model that a checkpoint's LoRA belongs to, None where the checkpoint holds a model of its own.
+
+    Raises:
+        UserError: the file that says so cannot be read, or the model is not there any more.
+    """
+    if not (folder / LORA_FILE).is_file() or not (folder / BASE_FILE).is_file():
+        return None
+    try:
+        base = Base(**json.loads((folder / BASE_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder / BASE_FILE}: the model under the LoRA cannot be read ({error}); choose another checkpoint.") from error
+    if Path(base.model).is_absolute() and not Path(base.model).exists():
+        raise UserError(
+            f"resume_ckpt: {folder} is a LoRA, and the model that it was trained on, {base.model}, is not there any more; put it back."
+        )
+    return base
+
+
+def _is_target(name: str, layer: nn.Module, options: LoraOptions) -> bool:
+    import torch
+
+    if not isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)) or not layer.weight.requires_grad or not name.startswith(_BLOCKS):
+        return False
+    return options.targets == "all" or name.endswith(tuple(f".{ending}" for ending in _ATTENTION))
+
+
+def _new(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    import numpy as np
+    import torch
+
+    from data.rng import stream
+
+    if not name.endswith(".lora_A.weight"):
+        return torch.zeros(shape)
+    bound = 1 / math.sqrt(math.prod(shape[1:]))
+    return torch.from_numpy(stream(seed, f"lora {name}").uniform(-bound, bound, shape).astype(np.float32))
