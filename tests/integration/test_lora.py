@@ -28,7 +28,7 @@ def adapted(models, lora, *, seed=1, values=None, freezing=None, **options):
     return parts
 
 
-def pipeline(models_folder):
+def pipeline(models_folder) -> Any:
     pipe = StableDiffusionPipeline.from_pretrained(models_folder, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
