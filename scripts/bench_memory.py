@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{name}: ended with status {done.returncode}; -9 is what the system does when memory runs out", flush=True)
                 continue
             results.setdefault(name, []).append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"{name}: {results[name][-1]['peak'] / GIB:.2f} GiB", file=sys.stderr, flush=True)  # minutes each: an end may come before
     _print(options, results)
     return 0
 

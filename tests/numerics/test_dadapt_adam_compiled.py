@@ -201,6 +201,8 @@ def test_the_number_of_calls_does_not_follow_the_number_of_tensors(calls):
 def test_compiling_is_chosen_by_size_and_saved(calls):
     small = DAdaptAdam([nn.Parameter(torch.zeros(1000))])
     assert not small.compiled and DAdaptAdam([nn.Parameter(torch.zeros(1 << 24))]).compiled
+    assert DAdaptAdam([nn.Parameter(torch.zeros(1 << 20))], state_bits=8).compiled, "8 bits gain more"
+    assert not DAdaptAdam([nn.Parameter(torch.zeros(1 << 20))]).compiled
     one = DAdaptAdam([nn.Parameter(torch.zeros(1000))], compile=True)
     small.load_state_dict(one.state_dict())
     assert small.compiled

@@ -10,6 +10,7 @@ from diffusers.training_utils import compute_snr
 
 from data.rng import stream
 from tests.tiny import tiny_models, tiny_tokenizer
+from trainer.diffusion import conditioning
 from trainer.diffusion.conditioning import Tokenize, encode_text
 from trainer.diffusion.loss import image_losses
 from trainer.diffusion.noise import gaussian, offset, perturbation, pyramid
@@ -223,3 +224,12 @@ def test_the_windows_of_a_short_caption_that_it_does_not_reach_are_the_empty_cap
     short, empty = tokenize(["a cat", ""])
     assert torch.equal(short[77:], empty[77:]) and torch.equal(empty[:77], empty[77:])
     assert torch.equal(tokenize(["a cat", "a dog " * 60])[0], short), "what a caption becomes must not depend on the others"
+
+
+def test_remembered_tokens_are_those_of_the_tokenizer(monkeypatch):
+    monkeypatch.setattr(conditioning, "_REMEMBERED", 2)
+    captions = ["a cat", "a dog", "an owl", "a cat", "", "an owl"]
+    tokenize = Tokenize(clip_tokenizer())
+    for _ in range(2):
+        assert torch.equal(tokenize(captions), torch.cat([Tokenize(clip_tokenizer())([caption]) for caption in captions]))
+    assert list(tokenize.known) == ["a cat", "a dog"]

@@ -36,8 +36,8 @@ from torch.optim import Optimizer
 from trainer.optim.dadapt_kernels import NEUTRAL, ROW, Coefficients, Kernel, advance, compiled_kernel
 from trainer.optim.flat_state import PACK_ROWS, Bank, Layout, Pack, Segment, is_large
 
-_WORTH_COMPILING = 1 << 24
-"""Parameters from which on compiling is tried without being asked for."""
+_WORTH_COMPILING = {32: 1 << 24, 8: 1 << 20}
+"""By bits of state, the parameters from which on compiling is tried without being asked for."""
 
 _LEARNED = ("d", "k", "numerator_weighted")
 _SHARED = ("betas", "decouple", "use_bias_correction", "d0", "growth_rate", "d_max")
@@ -71,10 +71,11 @@ class DAdaptAdam(Optimizer):
         d0: where d starts.
         growth_rate: the most that d may grow by in one step, as a factor.
         d_max: d does not grow beyond this.
-        compile: run through torch.compile, True or False; None does so if there are sixteen million parameters or more, below which the
-            12 s it takes before the first step (measured on the CPU; torch keeps the result on disk) are not won back soon. Where it does
-            not work, or for fp64, the step runs eagerly, which gives the same results but for the last bits. Which way it was is saved
-            with the state, and with None a loaded state decides.
+        compile: run through torch.compile, True or False; None does so if there are sixteen million parameters or more, with 8 bits a
+            million, below which the 12 s it takes before the first step (measured on the CPU; torch keeps the result on disk) are not won
+            back soon: for four million a step takes 57 ms and compiled 24, with 8 bits 231 and 27. Where it does not work, or for fp64,
+            the step runs eagerly, which gives the same results but for the last bits. Which way it was is saved with the state, and
+            with None a loaded state decides.
         state_bits: 32, or 8 for one byte for each of m, v and s (trainer.optim.quantized), 3.01 bytes for a parameter instead of 12.
         fused_backward: update each parameter inside `loss.backward()`, as soon as its gradient is complete, and drop the gradient, so that
             the gradients never exist together. `step()` closes the step: it moves d. Bit-equal to the plain step. One backward a step:
@@ -463,7 +464,7 @@ class DAdaptAdam(Optimizer):
             self._squares = torch.zeros((), dtype=torch.float64, device=layout.device)
             for group in self.param_groups:
                 group.update({key: self._scalars[key] for key in _LEARNED})
-            worth_it = sum(segment.numel for segment in layout.segments) >= _WORTH_COMPILING
+            worth_it = sum(segment.numel for segment in layout.segments) >= _WORTH_COMPILING[self.state_bits]
             self._choose_kernels(layout, compile=worth_it if self.compile is None else self.compile)
         return self._layout
 
