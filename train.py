@@ -31,6 +31,7 @@ def main(arguments: list[str]) -> int:
                     weights_only=loaded.weights_only,
                     as_json=loaded.check_json,
                     contact_sheets=loaded.contact_sheets,
+                    vram=loaded.vram,
                 )
             from trainer.build import run_training
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
-from trainer.memory import cheapest_key, is_out_of_memory, memory_table
+from trainer.memory import cheapest_key, estimate, is_out_of_memory, memory_table, size_of_device, work_of
 from trainer.resume import Start, changes, check_same_run, describe, find_start, resume_command
 
 if TYPE_CHECKING:
@@ -166,7 +166,6 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
     from trainer.optim.dadapt import EstimateOptions
     from trainer.optim.watch import AdaptationWatch
     from trainer.precision import resolve_precision
-    from trainer.sampling import Sampler
     from trainer.saving import Saver, Stateful
     from trainer.state import read_state
     from trainer.validation import VALIDATION_LOSS, FixedLoss, Validation, choose_images, split_images
@@ -242,15 +241,7 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
     adaptive = {member.network: member.options for member in optimizers.members if isinstance(member.options, EstimateOptions)}
     watch = AdaptationWatch(adaptive, SECTIONS)
     loss_watch = LossWatch(tuple(adaptive), " ".join(held.index.fingerprint() for held in split.held_out if held.tag == VALIDATION_LOSS))
-    sampler = Sampler(
-        prompts,
-        resolution=max(config.data.resolutions),
-        seed=config.loop.seed,
-        batch_size=config.data.batch_size,
-        captions=[record.caption.text for record in index.records],
-        clip_skip=config.objective.clip_skip,
-        pieces=pieces_of(config),
-    )
+    sampler = choose_samples(config, prompts, index)
     state = start.state or TrainState()
     ema = make_ema(config, parts, total_steps, device, begins=start.checkpoint is None)
     stateful: dict[str, Stateful] = {"optimizers": optimizers, "meter": meter, "watch": watch, "loss watch": loss_watch}
@@ -287,6 +278,17 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
         console.event(f"... and {len(index.bad) - _NAMED} more; train.py --check names them")
     for line in plan_lines(config, models.source, parts.counts, precision, loader.steps_in(0), total_steps, latent_plan, split.lines()):
         console.event(line)
+    if device.type == "cuda":
+        work = work_of(
+            config,
+            index,
+            sampler,
+            latents_kept=latents is not None,
+            trains_text=TEXT_ENCODER in parts.parameters,
+            held_out=held_size if held_out else 0,
+        )
+        for line in estimate(config, models, precision, work, holds=size_of_device(precision)).lines():
+            console.event(line)
     if start.about is not None:
         console.event(f"Going on after step {state.step} in {folder}.")
         for sentence in [*changes(about, start.about), *rate_jumps(optimizers, state.step, total_steps, start.about["total_steps"])]:
@@ -379,6 +381,21 @@ def read_prompts(config: TrainConfig) -> tuple[TrainConfig, SamplePrompts]:
     prompts = load_sample_prompts(Path(config.samples.sample_prompts) if config.samples.sample_prompts else None)
     steps = prompts.generate_samples_every_n_steps or config.samples.sample_steps
     return replace(config, samples=replace(config.samples, sample_steps=steps)), prompts
+
+
+def choose_samples(config: TrainConfig, prompts: SamplePrompts, index: Index) -> Sampler:
+    """Return what draws the run's samples."""
+    from trainer.sampling import Sampler
+
+    return Sampler(
+        prompts,
+        resolution=max(config.data.resolutions),
+        seed=config.loop.seed,
+        batch_size=config.data.batch_size,
+        captions=[record.caption.text for record in index.records],
+        clip_skip=config.objective.clip_skip,
+        pieces=pieces_of(config),
+    )
 
 
 def choose_seed(seed: int, start: Start) -> int:

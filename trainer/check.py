@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.ema import plan_ema
+from trainer.memory import estimate, size_of_device, work_of
 
 if TYPE_CHECKING:
     from data.index import Index
@@ -19,13 +20,20 @@ if TYPE_CHECKING:
     from trainer.cache import LatentPlan
     from trainer.config.schema import TrainConfig
     from trainer.diffusion.conditioning import Tokenize
+    from trainer.memory import Estimate
     from trainer.models.trainable import Part
     from trainer.optim import OptimizerOptions
     from trainer.precision import Precision
 
 
 def check(
-    config: TrainConfig, notes: Sequence[str], *, weights_only: bool, as_json: bool = False, contact_sheets: Path | None = None
+    config: TrainConfig,
+    notes: Sequence[str],
+    *,
+    weights_only: bool,
+    as_json: bool = False,
+    contact_sheets: Path | None = None,
+    vram: float | None = None,
 ) -> int:
     """Check all that can be checked without loading weights, scan the images, print what they hold and the plan.
 
@@ -35,6 +43,7 @@ def check(
         weights_only: whether a checkpoint gives its weights to a new run instead of being continued.
         as_json: whether to print one JSON object, and nothing else on the standard output.
         contact_sheets: a folder for pictures of the data, which also finds damaged images.
+        vram: GiB of the card that the run is for, which need not be in this machine; None for the device of this machine.
 
     Returns:
         The exit code: 1 if on_bad_image is error and some file cannot be used, else 0.
@@ -44,7 +53,7 @@ def check(
         DataError: the images do not.
     """
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        findings = _examine(config, notes, weights_only, contact_sheets)
+        findings = _examine(config, notes, weights_only, contact_sheets, vram)
     refused = bool(findings.data.bad) and config.data.on_bad_image == "error"
     print(json.dumps(findings.as_json(usable=not refused), indent=1) if as_json else "\n".join(findings.lines(refused=refused)))
     return 1 if refused else 0
@@ -60,13 +69,14 @@ class _Findings:
     steps_of_first_epoch: int
     steps: int
     plan: Sequence[tuple[str, str]]
+    memory: Estimate
 
     def lines(self, *, refused: bool) -> list[str]:
         """Return the findings as plain text."""
         sheets = [f"contact sheets: {len(self.sheets)} in {self.sheets[0].parent}"] if self.sheets else []
         refusal = ["", f"on_bad_image is error: a run would be refused for {len(self.data.bad)} of the files."] if refused else []
         told = [*(f"Note: {note}" for note in self.notes), *(f"Changed: {change}" for change in self.changed)]
-        return [*told, *self.data.lines(), *sheets, "", *_aligned(self.plan), *refusal]
+        return [*told, *self.data.lines(), *sheets, "", *_aligned(self.plan), "", *self.memory.lines(), *refusal]
 
     def as_json(self, *, usable: bool) -> dict[str, Any]:
         """Return the findings as JSON holds them."""
@@ -78,16 +88,18 @@ class _Findings:
             "steps": self.steps,
             "steps_of_first_epoch": self.steps_of_first_epoch,
             "plan": dict(self.plan),
+            "memory": self.memory.as_json(),
             "contact_sheets": [str(path) for path in self.sheets],
         }
 
 
-def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, contact_sheets: Path | None) -> _Findings:
+def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, contact_sheets: Path | None, vram: float | None) -> _Findings:
     import torch
 
     from data.saved_index import remembered_index
     from trainer.build import (
         choose_device,
+        choose_samples,
         choose_seed,
         count_steps,
         log_folder_problem,
@@ -104,7 +116,7 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     from trainer.models.lora import read_adapter
     from trainer.models.quiet import quiet_libraries
     from trainer.models.trainable import apply_freezing
-    from trainer.precision import resolve_precision
+    from trainer.precision import imagined_precision, resolve_precision
     from trainer.resume import changes, check_same_run, describe, find_start
     from trainer.saving import plan_disk
     from trainer.validation import split_images
@@ -114,9 +126,12 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     config, prompts = read_prompts(config)
     config = replace(config, loop=replace(config.loop, seed=choose_seed(config.loop.seed, start)))
     kept = cache_folder(config.cache, config.logging.logdir)
-    split = split_images(read_validation_file(config), config.data, remembered_index(config.data, kept, save=False), kept, save=False)
+    validation_file = read_validation_file(config)
+    split = split_images(validation_file, config.data, remembered_index(config.data, kept, save=False), kept, save=False)
     index = split.train
-    precision = resolve_precision(config.precision, choose_device(config.loop.gpuid))
+    device = choose_device(config.loop.gpuid)
+    elsewhere = vram is not None and device.type != "cuda"
+    precision = imagined_precision(config.precision) if elsewhere else resolve_precision(config.precision, device)
     check_fused_backward(config, precision)
     total_steps = count_steps(config, index)
     models = describe_model(replace(config.model, resume_ckpt=start.model))
@@ -156,7 +171,16 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
         averaged=config.ema.active,
     )
     plan += disk.rows(Path(config.logging.logdir))
-    return _Findings(notes, changed, data, sheets, first, total_steps, plan)
+    work = work_of(
+        config,
+        index,
+        choose_samples(config, prompts, index),
+        latents_kept=latents.mode != "no",
+        trains_text=parts.counts["text encoder"].trained > 0,
+        held_out=(validation_file.batch_size or config.data.batch_size) if split.held_out else 0,
+    )
+    memory = estimate(config, models, precision, work, holds=round(vram * 2**30) if vram is not None else size_of_device(precision))
+    return _Findings(notes, changed, data, sheets, first, total_steps, plan, memory)
 
 
 def plan_lines(

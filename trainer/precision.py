@@ -86,3 +86,12 @@ def resolve_precision(options: PrecisionOptions, device: torch.device) -> Precis
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[kind]
     weights = torch.bfloat16 if options.weights_dtype == "bf16" else torch.float32
     return Precision(device, dtype, torch.amp.GradScaler("cuda") if kind == "fp16" else None, weights)
+
+
+def imagined_precision(options: PrecisionOptions) -> Precision:
+    """Return what the options come to on a CUDA card that is not here and computes bf16 natively; without a scaler."""
+    import torch
+
+    kind = "no" if options.disable_amp else options.mixed_precision
+    dtype = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[kind]
+    return Precision(torch.device("cuda"), dtype, None, torch.bfloat16 if options.weights_dtype == "bf16" else torch.float32)

@@ -210,6 +210,12 @@ class Sampler:
         grid = tiled(rows, columns=1 if several else min(4, len(rows)), title=self._title(step))
         return Samples(grid, tuple((self._tag(job), row) for job, row in zip(jobs, rows, strict=True)), tuple(problems))
 
+    def largest(self) -> tuple[tuple[int, int], int]:
+        """Return width and height of the largest pictures that are drawn together, and the rows of the UNet's batch for them."""
+        batches = self._batches([self._job(place, prompt, 0) for place, prompt in enumerate(self.prompts)])
+        batch = max(batches, key=lambda jobs: len(jobs) * jobs[0].width * jobs[0].height)
+        return (batch[0].width, batch[0].height), len(batch) * (2 if max(self._options.cfgs) > 1 else 1)
+
     def _job(self, place: int, prompt: SamplePrompt, step: int) -> _Job:
         from data.rng import stream
 

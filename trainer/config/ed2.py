@@ -29,7 +29,7 @@ NEVER_NAMES: Mapping[str, str] = {
 }
 """Optimizers that EveryDream2 names and this program leaves out, and what to use instead."""
 
-COMMAND_LATER = ("vram",)
+COMMAND_LATER: tuple[str, ...] = ()
 """Options of the command line that a later version takes."""
 
 SCALER_TWEAKS = "apply_grad_scaler_step_tweaks"

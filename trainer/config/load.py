@@ -51,6 +51,8 @@ class Loaded:
     """Whether the check prints for programs."""
     contact_sheets: Path | None = None
     """The folder for the check's pictures."""
+    vram: float | None = None
+    """GiB of the card that the check is for; None for the device of this machine."""
 
 
 def load_config(argv: Sequence[str]) -> Loaded:
@@ -95,6 +97,7 @@ def load_config(argv: Sequence[str]) -> Loaded:
         action="check" if arguments.check else "train",
         check_json=arguments.check == "json",
         contact_sheets=Path(arguments.contact_sheets) if arguments.contact_sheets else None,
+        vram=arguments.vram,
         notes=report.notes,
         weights_only=arguments.resume_weights_only,
     )

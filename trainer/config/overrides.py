@@ -40,6 +40,7 @@ class Arguments:
     config: str = CommandOptions.config
     check: Literal["text", "json"] | None = None
     contact_sheets: str | None = None
+    vram: float | None = None
     resume_weights_only: bool = False
     help: bool = False
     values: dict[str, Any] = field(default_factory=dict)
@@ -92,8 +93,9 @@ def parse(argv: Sequence[str], report: Report) -> Arguments:
                 setattr(result, key.name, value)
         else:
             result.values[key.name] = value
-    if result.contact_sheets is not None and result.check is None:
-        report.error(Place(COMMAND_LINE, None, "contact_sheets"), "is made by a check; add --check")
+    for name, sentence in (("contact_sheets", "is made by a check; add --check"), ("vram", "is for a check; add --check")):
+        if getattr(result, name) is not None and result.check is None:
+            report.error(Place(COMMAND_LINE, None, name), sentence)
     return result
 
 

@@ -62,6 +62,10 @@ class CommandOptions:
     contact_sheets: str | None = None
     """With check, a folder for pictures that show, for each bucket, all images as they are cropped, over their captions."""
 
+    vram: Annotated[float, Gt(0)] | None = None
+    """With check, the GiB of a graphics card, which need not be in this machine: whether the run fits it, and if not, what would make it
+    fit."""
+
     resume_weights_only: bool = False
     """Begin a new run, at step 0, from the weights of the checkpoint that resume_ckpt names, instead of continuing its run."""
 

@@ -472,7 +472,7 @@ class DAdaptAdam(Optimizer):
         self._kernels: dict[Bank, Kernel | None] = {}
         self._stages: dict[Bank, tuple[Tensor, Tensor, Tensor]] = {}
         for bank in layout.banks:
-            possible = compile and bank.dtype == torch.float32 and bank.device.type != "meta"
+            possible = compile and bank.dtype == torch.float32
             self._kernels[bank] = compiled_kernel(bank.device, self.state_bits, bank.weights) if possible else None
             if self._kernels[bank] is not None:
                 weights, gradients = (torch.zeros(PACK_ROWS + 1, ROW, dtype=bank.weights, device=bank.device) for _ in range(2))

@@ -151,7 +151,10 @@ def compiled_kernel(device: torch.device, state_bits: int, weights: torch.dtype)
 
     The first call compiles for any number of rows above one and tries the result out, in some seconds (torch keeps it on disk). One
     graph serves every shape, group and optimizer. If it fails, or TORCH_COMPILE_DISABLE=1 forbids it, a warning of one line says so.
+    For the meta device it is a function that does nothing, in as much memory as the compiled one.
     """
+    if device.type == "meta":
+        return _nothing
     key = (device.type, state_bits, weights)
     if key not in _compiled:
         try:
@@ -161,6 +164,11 @@ def compiled_kernel(device: torch.device, state_bits: int, weights: torch.dtype)
             warnings.warn(f"torch.compile does not work here ({reason}): the optimizer runs without it, slower", stacklevel=2)
             _compiled[key] = None
     return _compiled[key]
+
+
+def _nothing(p: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    num, l1 = (torch.zeros(len(p), device=p.device) for _ in range(2))
+    return num, l1
 
 
 def _tried(device: torch.device, state_bits: int, weights: torch.dtype) -> Kernel:

@@ -1,0 +1,169 @@
+"""What a run is said to hold before it, against torch's own count, against what follows from the options, and against a real process."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+
+import trainer.footprint
+from tests.tiny import tiny_models
+from trainer.build import make_objective, place
+from trainer.config.schema import OptimizerConfig, TrainConfig, optimizer_classes
+from trainer.diffusion.objective import Inputs, Networks
+from trainer.footprint import ACTIVATIONS, COPIES, EMA, GRADIENTS, STATE, WEIGHTS, Work, footprint
+from trainer.memory import Estimate, cheapest_key, estimate
+from trainer.models.load import ModelOptions
+from trainer.models.networks import SD15, empty_text_encoder, empty_unet, empty_vae
+from trainer.models.trainable import FreezingOptions, TrainableOptions, apply_freezing
+from trainer.optim.optimizer_set import OptimizerSet
+from trainer.precision import Precision
+from trainer.step import train_step
+
+CPU = Precision(torch.device("cpu"), None, None, torch.float32)
+CUDA = Precision(torch.device("cuda"), torch.bfloat16, None, torch.float32)
+WORK = Work(size=(64, 64), images=2)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Networks of SD 1.5's width and few layers: without data, size costs nothing."""
+    shape = {"block_out_channels": [320, 640], "layers_per_block": 1}
+    unet = {**SD15.unet, **shape, "down_block_types": SD15.unet["down_block_types"][2:], "up_block_types": SD15.unet["up_block_types"][:2]}
+    return replace(
+        tiny_models(0),
+        unet=empty_unet(unet),
+        text_encoder=empty_text_encoder({**SD15.text_encoder, "num_hidden_layers": 2}),
+        vae=empty_vae({**SD15.vae, "layers_per_block": 1}),
+    )
+
+
+def options(name="dadapt_adam", fused=False, **changes):
+    chosen = optimizer_classes()[name](lr=1.0, lr_scheduler="constant")
+    chosen = replace(chosen, fused_backward=True) if fused else chosen
+    optimizers = OptimizerConfig(unet=chosen, text_encoder=chosen, freezing=FreezingOptions(freeze_embeddings=True))
+    return TrainConfig(model=ModelOptions(resume_ckpt="tiny"), optimizers=optimizers, **changes)
+
+
+def step(config, models, precision=CPU, work=WORK):
+    return next(phase for phase in footprint(config, models, precision, work) if phase.name == "training step")
+
+
+def of(phase, kind):
+    return sum(size for (what, _), size in phase.bytes_by_kind.items() if what == kind)
+
+
+def rounded(tensors):
+    return sum(-(-tensor.numel() * tensor.element_size() // 512) * 512 for tensor in tensors)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_holds_what_torch_counts(checkpointing, monkeypatch):
+    """The same networks on the CPU, really trained, under torch's own counter, which does not round sizes there."""
+    parts = TrainableOptions(gradient_checkpointing=checkpointing)
+    config = options("adamw", parts=parts)
+    everything = replace(config.optimizers, freezing=FreezingOptions(freeze_embeddings=False))  # on frozen weights its hooks fail
+    config = replace(config, optimizers=everything)
+    expected = tiny_models(0)
+    trained = apply_freezing(expected, parts, config.optimizers.freezing)
+    place(expected, torch.device("cpu"), channels_last=True, weights=torch.float32)
+    networks = Networks(expected.unet, expected.text_encoder, expected.vae)
+    learning = {name: [parameter for _, parameter in named] for name, named in trained.parameters.items()}
+    optimizers = OptimizerSet(dict.fromkeys(learning, config.optimizers.unet), learning, total_steps=2)
+    objective = make_objective(config, expected, trained)
+    inputs = Inputs(
+        pixels_BCHW=None,
+        moments_BCHW=torch.zeros(8, 8, 8, 8),
+        tokens_BT=torch.zeros(8, 77, dtype=torch.int64),
+        scale_B=torch.ones(8),
+        posterior_BCHW=torch.zeros(8, 4, 8, 8),
+        noise_BCHW=torch.randn(8, 4, 8, 8),
+        t_B=torch.full((8,), 500),
+    )
+    train_step([inputs], networks, objective, optimizers, step=0, images=8)
+    tracker = MemTracker()
+    tracker.track_external(networks.unet, networks.text_encoder, *optimizers.optimizers)
+    with tracker:
+        train_step([inputs], networks, objective, optimizers, step=1, images=8)
+    counted = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    monkeypatch.setattr(trainer.footprint, "_GRAIN", 1)  # which it rounds to on CUDA alone
+    on_cuda = Precision(torch.device("cuda"), None, None, torch.float32)  # where a VAE that is not needed waits elsewhere
+    assert step(config, expected, on_cuda, Work(size=(64, 64), images=8, latents_kept=True)).total == pytest.approx(counted, rel=0.03)
+
+
+def test_weights_gradients_and_state_are_exact(models):
+    found = step(options("adamw"), models)
+    parameters = rounded(models.unet.parameters())
+    assert (found.of(WEIGHTS, "unet"), found.of(GRADIENTS, "unet")) == (parameters, parameters)
+    assert found.of(STATE, "unet") == pytest.approx(2 * parameters, rel=0.01)
+
+
+@pytest.mark.parametrize("name", optimizer_classes())
+def test_every_optimizer_keeps_the_state_that_it_really_keeps(name):
+    config = options(name, parts=TrainableOptions(disable_textenc_training=True))
+    real = tiny_models(0)
+    parameters = list(real.unet.parameters())
+    optimizer = config.optimizers.unet.build(parameters, 1.0)
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer.step()
+    kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    bytes_of = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}
+    # Rounded up to 512 bytes for each of the parameters; the maps of bitsandbytes are shared by all.
+    assert 0 <= step(config, real).of(STATE, "unet") - sum(bytes_of.values()) < (512 + 2 * 2048) * len(parameters)
+
+
+def test_each_key_spares_what_it_is_for(models):
+    work = Work(size=(512, 512), images=4, latents_kept=True)
+    plain = step(options(), models, CUDA, work)
+    assert plain.of(COPIES, "unet") == pytest.approx(plain.of(WEIGHTS, "unet") / 2, rel=0.02), "all are kept for backward"
+    frozen = options(parts=TrainableOptions(disable_textenc_training=True))
+    without = step(frozen, models, CUDA, replace(work, contexts_kept=True))
+    assert without.of(STATE, "text encoder") == without.of(WEIGHTS, "text encoder") == without.of(WEIGHTS, "vae") == 0
+    saved = step(options(parts=TrainableOptions(gradient_checkpointing=True)), models, CUDA, work)
+    assert of(saved, ACTIVATIONS) < 0.6 * of(plain, ACTIVATIONS) and of(saved, COPIES) < 0.7 * of(plain, COPIES)
+    assert of(step(options("dadapt_adam8bit"), models, CUDA, work), STATE) == pytest.approx(of(plain, STATE) / 4, rel=0.02)
+    small = Work(size=(64, 64), images=1, latents_kept=True)
+    assert of(step(options(fused=True), models, CUDA, small), GRADIENTS) < 0.3 * of(step(options(), models, CUDA, small), GRADIENTS)
+    half = step(options(), models, replace(CUDA, weights=torch.bfloat16), work)
+    assert half.of(WEIGHTS, "unet") == pytest.approx(plain.of(WEIGHTS, "unet") / 2, rel=0.01) and of(half, COPIES) < 1 << 18
+    sliced = step(options(parts=TrainableOptions(attn_type="slice")), models, CUDA, work)
+    assert of(sliced, ACTIVATIONS) > 1.5 * of(plain, ACTIVATIONS), "its matrices of attention are kept for backward"
+
+
+def test_what_is_kept_beside_training_counts(models):
+    work = Work(size=(64, 64), images=2, latents_kept=True, evaluated=8, sample=(512, 512), sampled=4)
+    config = options()
+    config = replace(config, ema=replace(config.ema, ema_decay_rate=0.9), loop=replace(config.loop, grad_accum=4))
+    encoding, training, fixed, samples = footprint(config, models, CUDA, work)
+    assert of(training, EMA) == 0, "kept in main memory"
+    assert of(encoding, STATE) == 0 < of(fixed, STATE) == of(samples, STATE)
+    assert encoding.of(WEIGHTS, "vae") == samples.of(WEIGHTS, "vae") > 0 == training.of(WEIGHTS, "vae") == fixed.of(WEIGHTS, "vae")
+    there = replace(config, ema=replace(config.ema, ema_device="cuda"))
+    beside = step(there, models, CUDA, work)
+    assert of(beside, EMA) == pytest.approx(of(beside, GRADIENTS), rel=0.2) and beside.total == training.total + of(beside, EMA)
+    once = replace(config, loop=replace(config.loop, grad_accum=1))
+    assert step(once, models, CUDA, replace(work, images=16)).total < step(config, models, CUDA, replace(work, images=16)).total
+
+
+def test_the_changes_proposed_come_in_their_order_and_end_where_it_fits(models):
+    config = options("adamw")
+    work = Work(size=(256, 256), images=4)
+    config = replace(config, data=replace(config.data, batch_size=4))
+    whole = estimate(config, models, CUDA, work, holds=2**40)
+    assert whole.fits and not whole.spared
+    tight = estimate(config, models, CUDA, work, holds=whole.peak - (1 << 28))
+    assert not tight.fits and tight.spared[0][0] == cheapest_key(config)
+    peaks = [whole.peak, *(peak for _, peak in tight.spared)]
+    assert peaks == sorted(peaks, reverse=True) and peaks[-1] < whole.peak - (1 << 28) < peaks[-2]
+
+
+def test_lines_name_the_peak_and_what_would_fit():
+    from trainer.footprint import Phase
+
+    gib = 2**30
+    found = Estimate([Phase("training step", {(WEIGHTS, "unet"): 10 * gib})], "cuda", gib, 8 * gib, [("Set x to y.", 7 * gib)])
+    lines = found.lines()
+    assert lines[1].split() == ["weights", "10.00"]
+    assert "peak: 11.5 GiB, in the training step (tensors alone: 10.0)" in lines
+    assert lines[-2].startswith("does not fit into the 8.0 GiB of the card") and lines[-1] == "  Set x to y. Then 7.0 GiB, which fits."
