@@ -1,6 +1,6 @@
-"""Write the JSON Schemas of train.json and of optimizer files, which editors complete and check against.
+"""Write the JSON Schemas of train.json and of optimizer files, which editors complete and check against, and the page of every key.
 
-`python scripts/export_schema.py` rewrites configs/schema/; with --check it only says whether the files there are up to date.
+`python scripts/export_schema.py` rewrites configs/schema/ and docs/keys.md; with --check it only says whether they are up to date.
 """
 
 from __future__ import annotations
@@ -13,25 +13,33 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "configs" / "schema"
+REFERENCE = ROOT / "docs" / "keys.md"
 
 
 def main(arguments: list[str]) -> int:
-    """Write the schemas, or check them: 1 if a file differs from what the code says."""
+    """Write the files, or check them: 1 if one differs from what the code says."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a file is out of date")
     check = parser.parse_args(arguments).check
     stale = []
-    for name, schema in schemas().items():
-        path, text = FOLDER / name, json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+    for path, text in texts().items():
         if path.exists() and path.read_text(encoding="utf-8") == text:
             continue
-        stale.append(name)
+        stale.append(path.name)
         if not check:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
     if stale:
         print(f"{'out of date' if check else 'written'}: {', '.join(stale)}")
     return int(bool(check and stale))
+
+
+def texts() -> dict[Path, str]:
+    """Return what each file should hold."""
+    from trainer.config.export import key_reference
+
+    found = {FOLDER / name: json.dumps(schema, indent=2, ensure_ascii=False) + "\n" for name, schema in schemas().items()}
+    return {**found, REFERENCE: key_reference()}
 
 
 def schemas() -> dict[str, dict[str, Any]]:

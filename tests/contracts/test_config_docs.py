@@ -11,7 +11,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from scripts.export_schema import FOLDER, schemas
+from scripts.export_schema import FOLDER, REFERENCE, schemas, texts
 from tests.contracts.config_cases import Case, read_cases
 from trainer.config import ed2, load_config
 from trainer.config.export import optimizer_schema, train_schema
@@ -70,9 +70,11 @@ def test_keys_that_have_arrived_are_no_longer_listed_as_missing():
     assert set(ed2.NEVER_NAMES.values()) <= set(optimizer_classes())
 
 
-def test_the_schema_files_are_up_to_date():
-    for name, schema in schemas().items():
-        assert json.loads((FOLDER / name).read_text(encoding="utf-8")) == schema, "run python scripts/export_schema.py"
+def test_the_schema_files_and_the_page_of_keys_are_up_to_date():
+    for path, text in texts().items():
+        assert path.read_text(encoding="utf-8") == text, "run python scripts/export_schema.py"
+    page = REFERENCE.read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in page for name in (*train_keys(), *optimizer_keys()) if name != "optimizer")
 
 
 def test_the_schemas_are_schemas():

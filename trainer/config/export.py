@@ -1,20 +1,27 @@
-"""JSON Schemas of the two files, for editors: the same keys, types, ranges and words as the checks and `--help`."""
+"""The two files for editors, as JSON Schemas, and for readers, as a page: the same keys, ranges and words as the checks and `--help`."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from typing import Any
 
 from trainer.config.ed2 import LATER_OPTIMIZER, SCALER_TWEAKS, UNUSED_OPTIMIZER, foreign_schema
 from trainer.config.optimizers import BASE, FREEZING, OVERRIDES
 from trainer.config.schema import (
+    CommandOptions,
+    FileOptions,
     FreezingOptions,
     Key,
     OptimizerFileOptions,
+    accepts,
     closed_object,
     described,
     keys_of,
     object_schema,
     optimizer_keys,
+    plain,
+    sections,
     train_keys,
 )
 
@@ -52,6 +59,48 @@ def optimizer_schema() -> dict[str, Any]:
         SCALER_TWEAKS: {"type": ["boolean", "null"], "description": "EveryDream2's; without effect in this version."},
     }
     return {"$schema": _DIALECT, "title": "optimizer file", **closed_object(top), "required": [BASE], "$defs": {"section": section}}
+
+
+def key_reference() -> str:
+    """Return every key of both files and of the command line as Markdown, from the docstrings."""
+    section = {name: users for name, users in optimizer_keys().items() if name != "optimizer"}
+    chosen = next(iter(optimizer_keys()["optimizer"].values())).doc
+    lines = [
+        "# Every key",
+        "",
+        "Written by `python scripts/export_schema.py` from the docstrings; `python train.py --help` says the same. "
+        "`null` always means the default. Every key of train.json is also an option of the command line, `--batch_size 2`.",
+    ]
+    for attribute, options in sections().items():
+        lines += ["", f"## train.json: {attribute}", "", _first_line(options), "", *_table_of(options)]
+    lines += ["", "## train.json: the optimizer file", "", *_table_of(FileOptions)]
+    names = ", ".join(optimizer_keys()["optimizer"])
+    lines += ["", f"## The optimizer file: {BASE} and {OVERRIDES}", "", f"`optimizer`: {chosen} One of {names}.", ""]
+    lines += _table((next(iter(users.values())), described(users)) for users in section.values())
+    for title, owner in ((FREEZING, FreezingOptions), ("beside its sections", OptimizerFileOptions)):
+        lines += ["", f"## The optimizer file: {title}", "", _first_line(owner), "", *_table_of(owner)]
+    lines += ["", "## The command line alone", "", *_table_of(CommandOptions)]
+    return "\n".join(lines) + "\n"
+
+
+def _table_of(owner: Any) -> list[str]:
+    return _table((key, key.doc) for key in keys_of(owner).values())
+
+
+def _table(rows: Iterable[tuple[Key, str]]) -> list[str]:
+    lines = ["| key | takes | default | |", "|---|---|---|---|"]
+    for key, words in rows:
+        default = "required" if key.required else f"`{json.dumps(plain(key.default))}`"
+        lines.append(f"| `{key.name}` | {_cell(accepts(key.annotation))} | {default} | {_cell(words)} |")
+    return lines
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _first_line(options: Any) -> str:
+    return (options.__doc__ or "").splitlines()[0]
 
 
 def _section_key(users: dict[str, Key]) -> dict[str, Any]:
