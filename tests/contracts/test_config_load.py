@@ -290,14 +290,38 @@ def test_rates_that_are_fine(folder: Path, unet: Any, train: dict[str, Any], par
     check_rates(with_rates(unet, {}, **train), parameters)
 
 
-@pytest.mark.parametrize(
-    ("name", "optimizer"),
-    [
-        *itertools.product(["train.json", "configs/sd15.json"], ["optimizer.json", "optimizer_dadapt.json"]),
-        ("configs/sd15.json", "configs/optimizer_dadapt_sd15.json"),
-        ("configs/sd15.json", "configs/optimizer_dadapt_te_only.json"),
-    ],
-)
+SHIPPED = [
+    *itertools.product(["train.json", "configs/sd15.json"], ["optimizer.json", "optimizer_dadapt.json"]),
+    ("configs/sd15.json", "configs/optimizer_dadapt_sd15.json"),
+    ("configs/sd15.json", "configs/optimizer_dadapt_te_only.json"),
+    ("configs/sd15_t4.json", "configs/optimizer_dadapt_t4.json"),
+    *(("configs/followfox/train.json", f"configs/followfox/optimizer_{name}.json") for name in ("dadapt", "adamw", "adamw8bit")),
+]
+
+
+def test_no_shipped_configuration_is_forgotten():
+    there = {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.json") if path.parent.name != "schema"}
+    assert there == {name for pair in SHIPPED for name in pair if name.startswith("configs/")}
+
+
+def test_the_post_s_configurations_are_the_post_s(folder: Path):
+    def loaded(optimizer: str) -> TrainConfig:
+        post = ROOT / "configs/followfox"
+        return load_config(
+            ["--config", str(post / "train.json"), "--optimizer_config", str(post / optimizer), "--data_root", "input"]
+        ).config
+
+    config = loaded("optimizer_dadapt.json")
+    given = DAdaptAdamOptions(lr=0.1, lr_scheduler="constant", weight_decay=0.8, d0=1e-6, decouple=True, epsilon=1e-8, betas=(0.9, 0.999))
+    assert config.optimizers.unet == config.optimizers.text_encoder == given and config.optimizers.freezing.freeze_front_n_layers == 3
+    assert (config.loop.max_epochs, config.saving.save_every_n_epochs) == (100, 25)
+    for name in ("adamw", "adamw8bit"):
+        by_hand = loaded(f"optimizer_{name}.json").optimizers
+        assert (by_hand.unet.optimizer, by_hand.text_encoder.optimizer) == (name, name)
+        assert (by_hand.unet.lr, by_hand.text_encoder.lr) == (5e-8, 1.5e-7)
+
+
+@pytest.mark.parametrize(("name", "optimizer"), SHIPPED)
 def test_every_shipped_configuration_loads(folder: Path, name: str, optimizer: str):
     command_line = ["--config", str(ROOT / name), "--optimizer_config", str(ROOT / optimizer), "--resume_ckpt", "model"]
     loaded = load_config([*command_line, "--data_root", "input"])

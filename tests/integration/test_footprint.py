@@ -1,12 +1,18 @@
 """What a run is said to hold before it, against torch's own count, against what follows from the options, and against a real process."""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
+import train
 import trainer.footprint
+from scripts import bench_memory
 from tests.tiny import tiny_models
 from trainer.build import make_objective, place
 from trainer.config.schema import OptimizerConfig, TrainConfig, optimizer_classes
@@ -20,6 +26,7 @@ from trainer.optim.optimizer_set import OptimizerSet
 from trainer.precision import Precision
 from trainer.step import train_step
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = Precision(torch.device("cpu"), None, None, torch.float32)
 CUDA = Precision(torch.device("cuda"), torch.bfloat16, None, torch.float32)
 WORK = Work(size=(64, 64), images=2)
@@ -156,6 +163,34 @@ def test_the_changes_proposed_come_in_their_order_and_end_where_it_fits(models):
     assert not tight.fits and tight.spared[0][0] == cheapest_key(config)
     peaks = [whole.peak, *(peak for _, peak in tight.spared)]
     assert peaks == sorted(peaks, reverse=True) and peaks[-1] < whole.peak - (1 << 28) < peaks[-2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "card"), [("sd15", 12), ("sd15_t4", 15)])
+def test_shipped_configurations_fit_their_cards(tmp_path, monkeypatch, capsys, name, card):
+    monkeypatch.chdir(tmp_path)
+    command = ["--config", str(ROOT / "configs" / f"{name}.json"), "--data_root", str(ROOT / "examples" / "faces")]
+    assert train.main([*command, "--check", "json", "--vram", str(card)]) == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    assert memory["fits"] and memory["holds"] == card * 2**30 and memory["spared"] == []
+
+
+@pytest.mark.slow
+def test_a_real_step_of_full_size_needs_what_was_estimated():
+    """The smallest of the measured ones, which a machine of 8 GiB has room for; minutes."""
+    options = bench_memory.parse(["--networks", "unet", "--one", "dadapt_adam8bit+fused+bf16"])
+    command = [sys.executable, bench_memory.__file__, "--networks", "unet", "--one", options.one]
+    measured = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+    assert measured["baseline"] + bench_memory.estimated(options.one, options) == pytest.approx(measured["peak"], rel=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["adamw8bit", "dadapt_adam", "dadapt_adam8bit+fused"])
+def test_a_real_step_on_cuda_needs_what_was_estimated(name):
+    options = bench_memory.parse(["--networks", "unet", "--device", "cuda", "--one", name, "--mixed_precision", "auto"])
+    command = [sys.executable, bench_memory.__file__, "--networks", "unet", "--device", "cuda", "--mixed_precision", "auto", "--one", name]
+    measured = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+    assert bench_memory.estimated(name, options) == pytest.approx(measured["peak"], rel=0.1)
 
 
 def test_lines_name_the_peak_and_what_would_fit():
