@@ -167,9 +167,7 @@ def print_cards(cards: Sequence[float]) -> None:
     from trainer.precision import Precision
 
     models = empty_models()
-    print(
-        f"estimated, torch {torch.__version__}: 512 px, bf16 or fp16 autocast, gradient checkpointing, latents cached, samples of half a batch"
-    )
+    print(f"estimated, torch {torch.__version__}: 512 px, 16-bit autocast, gradient checkpointing, latents cached")
     print(f"{'':<58}{'peak GiB of 1':>14}{''.join(f'{card:>7g}' for card in cards)}  GiB")
     for title, config, weights in _card_rows():
         precision = Precision(torch.device("cuda"), torch.bfloat16, None, weights)
