@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from trainer.models.lora import named
 from trainer.models.trainable import TEXT_ENCODER, UNET
 from trainer.optim.schedules import ScheduleOptions
 
@@ -127,6 +128,8 @@ class _Trace:
         self._models = _copies(models)
         self._parts = apply_freezing(self._models, config.parts, config.optimizers.freezing)
         place(self._models, _META, channels_last=config.precision.channels_last, weights=precision.weights)
+        for matrix in named(self._parts).values() if config.parts.lora is not None else ():
+            matrix.data = matrix.data.float()
         self._networks: dict[str, Any] = {UNET: self._models.unet, TEXT_ENCODER: self._models.text_encoder, VAE: self._models.vae}
         for name, part in (
             (UNET, self._models.unet),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from data.buckets import buckets, nearest
+from trainer.models.lora import LoraOptions
 
 if TYPE_CHECKING:
     import torch
@@ -298,6 +299,8 @@ def _accumulation(config: TrainConfig) -> Change | None:
 def _eight_bits(config: TrainConfig) -> Change | None:
     from trainer.config.schema import optimizer_classes
 
+    if config.parts.lora is not None:  # which has next to no state
+        return None
     smaller = {"dadapt_adam": "dadapt_adam8bit", "dadapt_adam_reference": "dadapt_adam8bit", "adamw": "adamw8bit", "lion": "lion8bit"}
     for section, options in _learning(config).items():
         if options.optimizer in smaller:
@@ -312,6 +315,8 @@ def _eight_bits(config: TrainConfig) -> Change | None:
 def _fused_backward(config: TrainConfig) -> Change | None:
     if config.loop.grad_accum > 1 or config.gradients.clip_grad_norm is not None or config.precision.mixed_precision == "fp16":
         return None
+    if config.parts.lora is not None:  # which has next to no gradients
+        return None
     for section, options in _learning(config).items():
         if getattr(options, "fused_backward", None) is False:
             told = f"Set {section}.fused_backward to true in {config.optimizer_source.name}: gradients never exist together."
@@ -321,7 +326,7 @@ def _fused_backward(config: TrainConfig) -> Change | None:
 
 def _bf16_weights(config: TrainConfig) -> Change | None:
     computes = not config.precision.disable_amp and config.precision.mixed_precision in ("auto", "bf16")
-    rounded = all(options.rounds_bf16 for options in _learning(config).values())
+    rounded = config.parts.lora is not None or all(options.rounds_bf16 for options in _learning(config).values())
     if config.precision.weights_dtype == "bf16" or not computes or not rounded:
         return None
     changed = replace(config, precision=replace(config.precision, weights_dtype="bf16"))
@@ -348,10 +353,17 @@ def _frozen_text_encoder(config: TrainConfig) -> Change | None:
     return told, replace(config, parts=replace(config.parts, disable_textenc_training=True))
 
 
+def _lora(config: TrainConfig) -> Change | None:
+    if config.parts.lora is not None or config.ema.ema_resume_model is not None:
+        return None
+    changed = replace(config, parts=replace(config.parts, lora=LoraOptions()))
+    return "Set lora to {}: matrices beside the layers learn, without gradients and state for the networks themselves.", changed
+
+
 _CHANGES = (
     *(_checkpointing, _latents, _average, _accumulation),
     *(_eight_bits, _fused_backward, _bf16_weights),
-    *(_fewer_images, _smaller_images, _frozen_text_encoder),
+    *(_fewer_images, _smaller_images, _frozen_text_encoder, _lora),
 )
 """What spares memory: what changes no result, then what costs precision or bounds other keys, then what trains less."""
 

@@ -20,6 +20,7 @@ from trainer.diffusion.objective import Inputs, Networks
 from trainer.footprint import ACTIVATIONS, COPIES, EMA, GRADIENTS, STATE, WEIGHTS, Work, footprint
 from trainer.memory import Estimate, cheapest_key, estimate
 from trainer.models.load import ModelOptions
+from trainer.models.lora import LoraOptions
 from trainer.models.networks import SD15, empty_text_encoder, empty_unet, empty_vae
 from trainer.models.trainable import FreezingOptions, TrainableOptions, apply_freezing
 from trainer.optim.optimizer_set import OptimizerSet
@@ -62,6 +63,21 @@ def of(phase, kind):
 
 def rounded(tensors):
     return sum(-(-tensor.numel() * tensor.element_size() // 512) * 512 for tensor in tensors)
+
+
+def test_a_lora_holds_its_matrices_beside_frozen_weights(models):
+    lora = TrainableOptions(lora=LoraOptions(rank=8, targets="all"), gradient_checkpointing=True)
+    whole = step(options(parts=replace(lora, lora=None)), models, CUDA)
+    phase = step(options(parts=lora), models, CUDA)
+    halved = step(options(parts=lora), models, replace(CUDA, weights=torch.bfloat16))
+    matrices = apply_freezing(trainer.footprint._copies(models), lora, FreezingOptions())
+    size = rounded(parameter for named in matrices.parameters.values() for _, parameter in named)
+    assert of(phase, GRADIENTS) == pytest.approx(size, rel=0.02), "at the peak the last may be missing"
+    assert of(phase, STATE) == pytest.approx(3 * size, rel=0.02)
+    assert of(phase, WEIGHTS) == of(whole, WEIGHTS) + size
+    networks = sum(phase.of(WEIGHTS, network) for network in ("unet", "text encoder")) - size
+    assert of(halved, WEIGHTS) == pytest.approx(of(phase, WEIGHTS) - networks / 2, rel=1e-3), "the matrices stay in fp32"
+    assert of(phase, ACTIVATIONS) < 1.5 * of(whole, ACTIVATIONS)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

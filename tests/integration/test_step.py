@@ -13,6 +13,7 @@ from trainer.config.schema import optimizer_classes
 from trainer.diffusion.conditioning import encode_text
 from trainer.diffusion.objective import Inputs, Networks, Objective, ObjectiveOptions
 from trainer.diffusion.schedule import NoiseSchedule, with_zero_terminal_snr
+from trainer.models.lora import LoraOptions, attach
 from trainer.optim import AdamW8bitOptions, AdamWOptions, OptimizerOptions
 from trainer.optim.optimizer_set import OptimizerSet
 from trainer.precision import Precision
@@ -279,6 +280,14 @@ def test_no_objective_reads_anything_back(chosen):
     _step_on_meta("adamw", *_setup("adamw", **OBJECTIVES[chosen]))
 
 
+@pytest.mark.parametrize("name", ["dadapt_adam", "dadapt_adam8bit fused"])
+def test_a_lora_reads_nothing_back(name):
+    networks, objective, optimizers = _setup("adamw")
+    for network in (networks.unet, networks.text_encoder):
+        attach(network, LoraOptions(rank=2, targets="all"))
+    _step_on_meta(name, networks, objective, optimizers)
+
+
 @pytest.mark.parametrize("chosen", OBJECTIVES)
 def test_every_objective_learns_and_differs(chosen):
     networks, objective, optimizers = _setup("adamw", **OBJECTIVES[chosen])
@@ -329,7 +338,8 @@ def _step_on_meta(name, networks, objective, optimizers):
     for module in (networks.unet, networks.text_encoder, networks.vae):
         module.to(meta)
     objective.schedule.to(meta)
-    parameters = {"unet": list(networks.unet.parameters()), "text encoder": list(networks.text_encoder.parameters())}
+    both = {"unet": networks.unet, "text encoder": networks.text_encoder}
+    parameters = {name: [weight for weight in network.parameters() if weight.requires_grad] for name, network in both.items()}
     optimizers = OptimizerSet(dict.fromkeys(parameters, OPTIONS[name]), parameters, total_steps=10)
     for member in optimizers.members if name == "adamw" else ():  # torch's fused kernel does not run there; everything around it does
         member.optimizer.step = lambda: None  # type: ignore[method-assign]

@@ -88,6 +88,7 @@ def attach(network: nn.Module, options: LoraOptions) -> int:
 
     try:
         from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
     except ImportError as error:
         raise UserError(f"lora: peft does not load ({error}); install it with `pip install peft`, or set lora to null.") from error
 
@@ -97,6 +98,9 @@ def attach(network: nn.Module, options: LoraOptions) -> int:
         config = LoraConfig(r=options.rank, lora_alpha=options.strength, target_modules=layers, init_lora_weights=False)  # type: ignore[arg-type]
         with torch.random.fork_rng(devices=[]):  # peft draws what is overwritten here
             inject_adapter_in_model(config, network)
+        for layer in network.modules():
+            if isinstance(layer, LoraLayer):
+                layer.cast_input_dtype_enabled = False  # which autocast does, without a copy in fp32 between
         with torch.no_grad():
             for parameter in network.parameters():
                 if parameter.requires_grad:
