@@ -268,6 +268,8 @@ def accepts(annotation: Any) -> str:
         if inner[-1] is Ellipsis:
             return f"a list, each {accepts(inner[0])}"
         return f"a list of {len(inner)}, each {accepts(inner[0])}"
+    if get_origin(kind) is dict:
+        return f"an object in braces, {{ ... }}, each value {accepts(get_args(kind)[1])}"
     if dataclasses.is_dataclass(kind):
         return f"an object in braces, {{ ... }}, of {', '.join(keys_of(kind))}"  # pyright: ignore[reportArgumentType]
     name = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
