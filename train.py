@@ -7,6 +7,7 @@ import sys
 from data.errors import DataError
 from trainer.environment import check_environment
 from trainer.errors import UserError
+from trainer.processes import ToldElsewhere, rank, rank_on_machine
 from trainer.signals import Interrupted, StopSignals
 
 
@@ -23,6 +24,8 @@ def main(arguments: list[str]) -> int:
 
             loaded = load_config(arguments)
             if loaded.action == "check":
+                if rank() > 0:  # of several processes the first checks for all
+                    return 0
                 from trainer.check import check
 
                 return check(
@@ -36,11 +39,14 @@ def main(arguments: list[str]) -> int:
             from trainer.build import run_training
 
             run_training(loaded.config, [*notes, *loaded.notes], weights_only=loaded.weights_only, arguments=arguments, signals=signals)
+        except ToldElsewhere as error:
+            return error.exit_code
         except Interrupted as error:
             print(f"Stopped by {error}.", file=sys.stderr)
             return error.exit_code
         except (UserError, DataError) as error:
-            print(*error.problems, sep="\n", file=sys.stderr)
+            if rank_on_machine() == 0:  # of several processes the others have found the same, or the first tells it
+                print(*error.problems, sep="\n", file=sys.stderr)
             return getattr(error, "exit_code", 2)
     return 0
 

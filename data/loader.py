@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 
@@ -79,6 +79,11 @@ class StepLoader:
         """Return the files that could not be read during the run, each once, in the order they were met."""
         return tuple(self.images.bad.values())
 
+    def leave_out(self, files: Iterable[BadFile]) -> None:
+        """Count files as bad that other processes could not read."""
+        for file in files:
+            self.images.bad.setdefault(file.name, file)
+
     @property
     def left_out(self) -> tuple[BadFile, ...]:
         """Return all files that the run does without: those that the scan refused and those that could not be read later."""
@@ -109,8 +114,7 @@ class StepLoader:
         for micros in slices:
             step = list(islice(batches, len(micros)))
             for batch in step:
-                for file in batch.failed:
-                    self.images.bad.setdefault(file.name, file)
+                self.leave_out(batch.failed)
             real = [batch for batch in step if not batch.filler]
             read += sum(len(batch) for batch in real)
             yield real or step[:1]

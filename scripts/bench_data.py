@@ -261,6 +261,7 @@ def training_steps(kept: str, folder: Path, extra: Sequence[str]) -> Callable[[]
     from trainer.models.load import load_models
     from trainer.models.trainable import apply_freezing
     from trainer.precision import resolve_precision
+    from trainer.processes import Processes
     from trainer.step import train_step
 
     brief = ["--config", str(ROOT / "train.json"), "--max_epochs", "1000", "--batch_size", "8", "--cache_latents", kept]
@@ -276,7 +277,7 @@ def training_steps(kept: str, folder: Path, extra: Sequence[str]) -> Callable[[]
     contexts = None
     if encoded is not None and build.TEXT_ENCODER not in parts.parameters:
         contexts = encode_captions(shown_captions(index, config.data), tokenize, models.text_encoder, precision, clip_skip=0)
-    loader = build.make_loader(config, index, tokenize, pin=False, latents=encoded)
+    loader = build.make_loader(config, index, tokenize, Processes(), pin=False, latents=encoded)
     optimizers = build.make_optimizers(config, parts, 1000)
     objective = build.make_objective(config, models, parts, contexts)
     networks = Networks(models.unet, models.text_encoder, models.vae)

@@ -129,10 +129,12 @@ def _build(config: TrainConfig) -> Run:
     from trainer.build import build_run
     from trainer.loggers.console import Console
     from trainer.models.quiet import quiet_libraries
+    from trainer.processes import connect
     from trainer.signals import StopSignals
 
     quiet_libraries()
-    run = build_run(config, Console(stream=StringIO()), weights_only=False, signals=StopSignals())
+    signals = StopSignals()
+    run = build_run(config, Console(stream=StringIO()), connect(config.loop.gpuid, signals), weights_only=False, signals=signals)
     run.sample_first = False
     return run
 

@@ -6,6 +6,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime
 from functools import cache
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
 from trainer.memory import cheapest_key, estimate, is_out_of_memory, memory_table, size_of_device, work_of
+from trainer.processes import Processes, connect
 from trainer.resume import Start, changes, check_same_run, describe, find_start, resume_command
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from trainer.precision import Precision
     from trainer.sampling import SamplePrompts, Sampler
     from trainer.signals import StopSignals
-    from trainer.validation import HeldOut, ValidationFile
+    from trainer.validation import HeldOut, Split, ValidationFile
 
 UNET, TEXT_ENCODER = "unet", "text encoder"
 
@@ -48,7 +50,7 @@ _NAMED = 20
 
 
 def run_training(config: TrainConfig, notes: Sequence[str], *, weights_only: bool, arguments: Sequence[str], signals: StopSignals) -> None:
-    """Train as configured, from the first event to the last line that says where everything is.
+    """Train as configured, from the first event to the last line that says where everything is; in several processes, with the others.
 
     Args:
         config: the checked configuration.
@@ -61,18 +63,28 @@ def run_training(config: TrainConfig, notes: Sequence[str], *, weights_only: boo
         UserError: something has to be put right before the run can begin, or the run has failed.
         DataError: likewise, about the images.
         Interrupted: a signal has ended the run.
+        ToldElsewhere: another process says why this one ends.
     """
-    from trainer.environment import check_cuda
-    from trainer.loggers.console import Console
-    from trainer.loop import out_of_time, train
     from trainer.models.quiet import quiet_libraries
 
     quiet_libraries()
-    console = Console()
-    for note in [*notes, *check_cuda()]:
+    processes = connect(config.loop.gpuid, signals)
+    with processes.together():
+        _train(config, notes, processes, weights_only=weights_only, arguments=arguments, signals=signals)
+
+
+def _train(
+    config: TrainConfig, notes: Sequence[str], processes: Processes, *, weights_only: bool, arguments: Sequence[str], signals: StopSignals
+) -> None:
+    from trainer.environment import check_cuda
+    from trainer.loggers.console import Console
+    from trainer.loop import out_of_time, train
+
+    console = Console(enabled=processes.main)
+    for note in [*notes, *check_cuda(), *processes.notes]:
         console.event(f"Note: {note}")
     try:
-        run = build_run(config, console, weights_only=weights_only, signals=signals)
+        run = build_run(config, console, processes, weights_only=weights_only, signals=signals)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -89,8 +101,10 @@ def run_training(config: TrainConfig, notes: Sequence[str], *, weights_only: boo
         console.close()
         run.loggers.close()
         over = {"stop_after_steps": config.loop.stop_after_steps is not None, "max_train_time": out_of_time(run)}
-        for sentence in closing(run, resume_command(arguments, run.folder, lift=[key for key, is_over in over.items() if is_over])):
-            console.event(sentence)
+        lift = [key for key, is_over in over.items() if is_over]
+        if processes.main:
+            for sentence in closing(run, resume_command(arguments, run.folder, lift=lift, launcher=processes.launcher)):
+                console.event(sentence)
 
 
 def _said(error: Exception) -> str:
@@ -129,12 +143,13 @@ def closing(run: Run, command: str) -> list[str]:
     ]
 
 
-def build_run(config: TrainConfig, console: Console, *, weights_only: bool, signals: StopSignals) -> Run:
+def build_run(config: TrainConfig, console: Console, processes: Processes, *, weights_only: bool, signals: StopSignals) -> Run:
     """Load everything that a run needs and make, or go on in, its folder.
 
     Args:
         config: the checked configuration.
         console: where events are shown.
+        processes: this one and those that it trains with.
         weights_only: a checkpoint gives its weights to a new run instead of being continued.
         signals: ask the run to end.
 
@@ -149,13 +164,13 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
     from data.saved_index import remembered_index
     from trainer.cache import cache_folder, encode_captions, encode_images, plan_latents
     from trainer.cadence import Cadence
-    from trainer.check import plan_lines
+    from trainer.check import batch_line, plan_lines
     from trainer.checkpoint import TrainState
     from trainer.config import check_fused_backward, check_rates, check_schedules, without_folders
     from trainer.diffusion.objective import Networks
     from trainer.disk import tidy
     from trainer.ema import plan_ema
-    from trainer.loggers import open_loggers
+    from trainer.loggers import Loggers, open_loggers
     from trainer.loop import EPOCH_LOSS, LOSS, Run
     from trainer.loss_watch import LossWatch
     from trainer.metrics import Meter
@@ -170,22 +185,28 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
     from trainer.state import read_state
     from trainer.validation import VALIDATION_LOSS, FixedLoss, Validation, choose_images, split_images
 
-    start = find_start(config, weights_only=weights_only)
+    start = processes.first(lambda: find_start(config, weights_only=weights_only))
     if start.checkpoint is None and (problem := log_folder_problem(Path(config.logging.logdir))):
         raise UserError(problem)
-    config = replace(config, loop=replace(config.loop, seed=choose_seed(config.loop.seed, start)))
+    check_fused_backward(config, processes=processes.count)
+    seed = processes.first(lambda: choose_seed(config.loop.seed, start))
+    config = replace(config, loop=replace(config.loop, seed=seed))
     config, prompts = read_prompts(config)
     kept = cache_folder(config.cache, config.logging.logdir)
-    index = remembered_index(config.data, kept)
-    if config.data.on_bad_image == "error":
-        refuse_bad(index)
     validation_file = read_validation_file(config)
-    split = split_images(validation_file, config.data, index, kept)
+
+    def scan() -> Split:
+        index = remembered_index(config.data, kept)
+        if config.data.on_bad_image == "error":
+            refuse_bad(index)
+        return split_images(validation_file, config.data, index, kept)
+
+    split = processes.first(scan)
     index = split.train
-    precision = resolve_precision(config.precision, choose_device(config.loop.gpuid))
+    precision = resolve_precision(config.precision, processes.device)
     device = precision.device
     check_fused_backward(config, precision)
-    total_steps = count_steps(config, index)
+    total_steps = count_steps(config, index, processes)
     notes = check_schedules(config, total_steps)
     plan_ema(config.ema, total_steps)  # refuses what cannot be reached, before anything loads
 
@@ -196,7 +217,7 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
     base = base_of(models, start.model, start.adapter) if config.parts.lora is not None else None  # before anything is put on it
     parts = apply_freezing(models, config.parts, config.optimizers.freezing)
     check_rates(config, {network: part.trained for network, part in parts.counts.items()})
-    about = describe(config, index, parts, total_steps)
+    about = describe(config, index, parts, total_steps, processes.count)
     if start.about is not None:
         check_same_run(about, start.about, str(start.checkpoint))
     matrices = read_adapter(start.adapter, parts, config.parts.lora) if start.adapter is not None else None
@@ -207,16 +228,21 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
         begin(parts, config.loop.seed, matrices)
 
     tokenize = make_tokenize(config, models.tokenizer)
-    latent_plan = plan_latents(config.cache, config.data, index, models.vae.config, epochs=config.loop.max_epochs)
-    latents = encode_images(
-        latent_plan,
-        index,
-        config.data,
-        models.vae,
-        precision,
-        folder=kept,
-        tell=console.event,
+    latent_plan = processes.first(
+        lambda: plan_latents(
+            config.cache, config.data, index, models.vae.config, epochs=config.loop.max_epochs, processes=processes.on_machine
+        )
     )
+    with processes.first_before_others() if latent_plan.mode == "disk" else nullcontext():
+        latents = encode_images(
+            latent_plan,
+            index,
+            config.data,
+            models.vae,
+            precision,
+            folder=kept,
+            tell=console.event,
+        )
     if latents is not None and config.data.on_bad_image == "error":
         damaged = [BadFile(index.records[record].name, reason) for record, reason in latents.bad.items()]
         refuse_bad(replace(index, bad=tuple(damaged)))
@@ -225,16 +251,21 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
         captions = shown_captions(index, config.data)
         if captions is not None:
             captions += [record.caption.text for held in split.held_out for record in held.index.records]
-        contexts = encode_captions(captions, tokenize, models.text_encoder, precision, clip_skip=config.objective.clip_skip)
+        contexts = encode_captions(
+            captions, tokenize, models.text_encoder, precision, clip_skip=config.objective.clip_skip, processes=processes.on_machine
+        )
     held_size = validation_file.batch_size or config.data.batch_size
-    held_out = [(held, *read_held_out(config, held, tokenize, models, precision, size=held_size)) for held in split.held_out]
+    nothing: tuple[list[Batch], list[BadFile]] = ([], [])  # the first process measures for all
+    held_out = [
+        (held, *(read_held_out(config, held, tokenize, models, precision, size=held_size) if processes.main else nothing))
+        for held in split.held_out
+    ]
     # Networks that nothing but samples needs any more wait on the CPU.
     waiting: list[nn.Module] = [network for network, made in ((models.vae, latents), (models.text_encoder, contexts)) if made is not None]
     for network in waiting:
         network.to("cpu")
 
-    loader = make_loader(config, index, tokenize, pin=device.type == "cuda", latents=latents)
-    networks = Networks(models.unet, models.text_encoder, models.vae)
+    loader = make_loader(config, index, tokenize, processes, pin=device.type == "cuda", latents=latents)
     optimizers = make_optimizers(config, parts, total_steps)
     objective = make_objective(config, models, parts, contexts)
     meter = Meter(epoch_tags={LOSS: EPOCH_LOSS})
@@ -243,7 +274,7 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
     loss_watch = LossWatch(tuple(adaptive), " ".join(held.index.fingerprint() for held in split.held_out if held.tag == VALIDATION_LOSS))
     sampler = choose_samples(config, prompts, index)
     state = start.state or TrainState()
-    ema = make_ema(config, parts, total_steps, device, begins=start.checkpoint is None)
+    ema = make_ema(config, parts, total_steps, device, begins=start.checkpoint is None) if processes.main else None
     stateful: dict[str, Stateful] = {"optimizers": optimizers, "meter": meter, "watch": watch, "loss watch": loss_watch}
     if ema is not None:
         stateful["ema"] = ema
@@ -254,29 +285,34 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
         for name in stateful.keys() & saved.keys():
             stateful[name].load_state_dict(saved[name])
 
-    folder = start.checkpoint.parent.parent.resolve() if start.checkpoint else make_folder(config)
-    tidy(folder / "ckpts")
-    loggers = open_loggers(
-        folder,
-        warn=console.event,
-        networks=list(optimizers.parameters),
-        adaptive=list(adaptive),
-        first_step=state.step + 1 if start.checkpoint else None,
-    )
-    record_configuration(config, folder, loggers, state.step)
-    console.record_to(folder / "run.log")
+    folder = start.checkpoint.parent.parent.resolve() if start.checkpoint else processes.first(lambda: make_folder(config))
+    loggers = Loggers([])
+    if processes.main:
+        tidy(folder / "ckpts")
+        loggers = open_loggers(
+            folder,
+            warn=console.event,
+            networks=list(optimizers.parameters),
+            adaptive=list(adaptive),
+            first_step=state.step + 1 if start.checkpoint else None,
+        )
+        record_configuration(config, folder, loggers, state.step)
+        console.record_to(folder / "run.log")
     for note in [*notes, *models.notes, *split.notes]:
         console.event(f"Note: {note}")
     for held, _, bad in held_out:
         for file in bad:
             console.event(f"{file}; the image is left out of {held.tag}")
-    for note in report(index, config.data, images_per_step=images_per_step(config), tokens=tokenize).notes():
+    for note in report(index, config.data, images_per_step=images_per_step(config, processes), tokens=tokenize).notes():
         console.event(f"Note: {note}" if note.endswith("?") else f"Note: {note}.")
     for file in index.bad[:_NAMED]:
         console.event(f"Left out: {file}")
     if len(index.bad) > _NAMED:
         console.event(f"... and {len(index.bad) - _NAMED} more; train.py --check names them")
-    for line in plan_lines(config, models.source, parts.counts, precision, loader.steps_in(0), total_steps, latent_plan, split.lines()):
+    batch = batch_line(config, processes)
+    for line in plan_lines(
+        config, models.source, parts.counts, precision, loader.steps_in(0), total_steps, batch, latent_plan, split.lines()
+    ):
         console.event(line)
     if device.type == "cuda":
         work = work_of(
@@ -299,10 +335,15 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
     if validation_file.stabilize_training_loss:
         count = max(1, round(validation_file.stabilize_split_proportion * len(shown)))
     fixed = [shown[place] for place in choose_images(len(shown), count, config.loop.seed)]
+    unused = skipped_layers(models, config.objective.clip_skip)
     run = Run(
         folder=folder,
         state=state,
-        networks=networks,
+        networks=Networks(
+            processes.wrap(models.unet) if UNET in parts.parameters else models.unet,
+            processes.wrap(models.text_encoder, unused) if TEXT_ENCODER in parts.parameters else models.text_encoder,
+            models.vae,
+        ),
         objective=objective,
         optimizers=optimizers,
         loader=loader,
@@ -324,7 +365,7 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
         meter=meter,
         watch=watch,
         ema=ema,
-        fixed_loss=FixedLoss(loader.images.plain(fixed), objective) if fixed else None,
+        fixed_loss=FixedLoss(loader.images.plain(fixed) if processes.main else [], objective) if fixed else None,
         validation=Validation(
             {held.tag: FixedLoss(batches, objective, held.keys) for held, batches, _ in held_out}, validation_file.every_n_epochs
         ),
@@ -348,10 +389,13 @@ def build_run(config: TrainConfig, console: Console, *, weights_only: bool, sign
             say=console.event,
             ema=ema,
             lora=lora,
+            writes=processes.main,
         ),
         signals=signals,
+        processes=processes,
     )
-    run.sample = make_sampler(sampler, models, run, config.ema, waiting)
+    if processes.main:
+        run.sample = make_sampler(sampler, models, run, config.ema, waiting)
     return run
 
 
@@ -405,29 +449,6 @@ def choose_seed(seed: int, start: Start) -> int:
     return int(start.about["same"]["seed"]) if start.about is not None else secrets.randbelow(2**31)
 
 
-def choose_device(gpuid: int) -> torch.device:
-    """Return the device that accelerate finds: CUDA device `gpuid`, another accelerator, or the CPU.
-
-    Raises:
-        UserError: there is no CUDA device of that number, or several processes were launched.
-    """
-    import torch
-    from accelerate import Accelerator
-
-    count = torch.cuda.device_count()
-    if count and gpuid >= count:
-        raise UserError(f"gpuid: {gpuid} was asked for, and this machine has {count} CUDA device(s), numbered from 0; choose one of those.")
-    if count:
-        torch.cuda.set_device(gpuid)
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise UserError(
-            f"{accelerator.num_processes} processes were launched, and this version trains in one; start it with python train.py."
-        )
-    device = accelerator.device
-    return torch.device("cuda", gpuid) if device.type == "cuda" and device.index is None else device
-
-
 def set_noise_schedule(config: TrainConfig, prompts: SamplePrompts, models: Models) -> None:
     """Give the model the noise schedule that it is trained with, sampled with and saved with.
 
@@ -476,9 +497,16 @@ def pieces_of(config: TrainConfig) -> int:
     return config.data.max_tokens // 75
 
 
-def images_per_step(config: TrainConfig) -> int:
-    """Return the images of a whole optimizer step."""
-    return config.data.batch_size * config.loop.grad_accum
+def images_per_step(config: TrainConfig, processes: Processes) -> int:
+    """Return the images of a whole optimizer step, over all processes."""
+    return config.data.batch_size * config.loop.grad_accum * processes.count
+
+
+def skipped_layers(models: Models, clip_skip: int) -> list[str]:
+    """Return the names of the text encoder's parameters that clip_skip leaves without effect: those of its last layers."""
+    last = int(models.text_encoder.config.num_hidden_layers)
+    layers = tuple(f"encoder.layers.{number}." for number in range(last - clip_skip, last))
+    return [name for name, _ in models.text_encoder.named_parameters() if any(layer in name for layer in layers)]
 
 
 def read_validation_file(config: TrainConfig) -> ValidationFile:
@@ -541,8 +569,10 @@ def read_held_out(
     return batches, bad
 
 
-def make_loader(config: TrainConfig, index: Index, tokenize: Tokenize, *, pin: bool, latents: Latents | None = None) -> StepLoader:
-    """Return the reader of the run's images, or of what was encoded of them."""
+def make_loader(
+    config: TrainConfig, index: Index, tokenize: Tokenize, processes: Processes, *, pin: bool, latents: Latents | None = None
+) -> StepLoader:
+    """Return the reader of this process's share of the run's images, or of what was encoded of them."""
     from data.loader import StepLoader
 
     return StepLoader(
@@ -550,13 +580,15 @@ def make_loader(config: TrainConfig, index: Index, tokenize: Tokenize, *, pin: b
         config.data,
         tokenize=tokenize,
         seed=config.loop.seed,
-        images_per_step=images_per_step(config),
+        images_per_step=images_per_step(config, processes),
+        rank=processes.rank,
+        world=processes.count,
         pin=pin,
         latents=latents,
     )
 
 
-def count_steps(config: TrainConfig, index: Index) -> int:
+def count_steps(config: TrainConfig, index: Index, processes: Processes) -> int:
     """Return the optimizer steps of the whole run.
 
     Raises:
@@ -570,7 +602,7 @@ def count_steps(config: TrainConfig, index: Index) -> int:
         resolution=config.data.resolution,
         seed=config.loop.seed,
         epoch=config.loop.max_epochs,
-        images_per_step=images_per_step(config),
+        images_per_step=images_per_step(config, processes),
     )
     if total == 0:
         raise DataError(f"data_root: in {config.loop.max_epochs} epochs no image is due: raise its multiply, or max_epochs")

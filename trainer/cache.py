@@ -77,7 +77,7 @@ class LatentPlan:
         return f"encoded once, before training: {len(self.entries):,} of {self.size / 2**20:,.1f} MiB, kept {place}"
 
 
-def plan_latents(options: CacheOptions, data: DataOptions, index: Index, vae_config: Any, *, epochs: int) -> LatentPlan:
+def plan_latents(options: CacheOptions, data: DataOptions, index: Index, vae_config: Any, *, epochs: int, processes: int = 1) -> LatentPlan:
     """Decide how the latents of a run are kept.
 
     Args:
@@ -86,6 +86,7 @@ def plan_latents(options: CacheOptions, data: DataOptions, index: Index, vae_con
         index: the scanned images.
         vae_config: the VAE's configuration.
         epochs: of the whole run.
+        processes: how many share this machine's memory; each keeps all latents.
 
     Raises:
         UserError: the latents do not fit into memory, where they were asked to be.
@@ -99,7 +100,7 @@ def plan_latents(options: CacheOptions, data: DataOptions, index: Index, vae_con
     if wanted == "auto" and data.crop_jitter > 0:
         return LatentPlan("no", (), shape, "with crop_jitter no two crops are equal")
     found = entries(index, data)
-    size, free = shape.bytes_of(found), _free_memory()
+    size, free = shape.bytes_of(found), _free_memory() // processes
     if wanted == "auto":
         if len(found) > epochs * sum(record.multiply for record in index.records):
             return LatentPlan("no", (), shape, "the run shows hardly any image twice")
@@ -170,6 +171,7 @@ def encode_captions(
     precision: Precision,
     *,
     clip_skip: int,
+    processes: int = 1,
 ) -> Contexts | None:
     """Return what a frozen text encoder makes of all captions, or None where they are too many for a quarter of the free memory.
 
@@ -179,13 +181,14 @@ def encode_captions(
         text_encoder: on the precision's device.
         precision: in which it computes.
         clip_skip: the objective's.
+        processes: how many share this machine's memory; each keeps all.
     """
     from trainer.diffusion.conditioning import Contexts
 
     if captions is None:
         return None
     size = 4 * tokenize([""]).shape[1] * text_encoder.config.hidden_size
-    if size * len(captions) > _free_memory() // SHARE:
+    if size * len(captions) > _free_memory() // processes // SHARE:
         return None
     contexts = Contexts()
     contexts.add(captions, tokenize, text_encoder, clip_skip=clip_skip, device=precision.device, autocast=precision.autocast)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from trainer.models.trainable import Part
     from trainer.optim import OptimizerOptions
     from trainer.precision import Precision
+    from trainer.processes import Processes
 
 
 def check(
@@ -98,7 +99,6 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
 
     from data.saved_index import remembered_index
     from trainer.build import (
-        choose_device,
         choose_samples,
         choose_seed,
         count_steps,
@@ -117,11 +117,14 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     from trainer.models.quiet import quiet_libraries
     from trainer.models.trainable import apply_freezing
     from trainer.precision import imagined_precision, resolve_precision
+    from trainer.processes import expected
     from trainer.resume import changes, check_same_run, describe, find_start
     from trainer.saving import plan_disk
     from trainer.validation import split_images
 
     quiet_libraries()
+    processes = expected(config.loop.gpuid)
+    check_fused_backward(config, processes=processes.count)
     start = find_start(config, weights_only=weights_only)
     config, prompts = read_prompts(config)
     config = replace(config, loop=replace(config.loop, seed=choose_seed(config.loop.seed, start)))
@@ -129,11 +132,11 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     validation_file = read_validation_file(config)
     split = split_images(validation_file, config.data, remembered_index(config.data, kept, save=False), kept, save=False)
     index = split.train
-    device = choose_device(config.loop.gpuid)
+    device = processes.device
     elsewhere = vram is not None and device.type != "cuda"
     precision = imagined_precision(config.precision) if elsewhere else resolve_precision(config.precision, device)
     check_fused_backward(config, precision)
-    total_steps = count_steps(config, index)
+    total_steps = count_steps(config, index, processes)
     models = describe_model(replace(config.model, resume_ckpt=start.model))
     notes = [*notes, *split.notes, *check_schedules(config, total_steps), *models.notes]
     set_noise_schedule(config, prompts, models)
@@ -144,22 +147,25 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
 
     tokenize = make_tokenize(config, models.tokenizer)
     counting = None if models.tokenizer is None else tokenize
-    data = _report(config, index, counting)
+    data = _report(config, index, processes, counting)
     sheets, damaged = _draw(data, index, config, contact_sheets) if contact_sheets else ([], ())
     if damaged:
         names = {file.name for file in damaged}
         sound = tuple(record for record in index.records if record.name not in names)
-        data = _report(config, replace(index, records=sound, bad=(*index.bad, *damaged)), counting)
-    first = make_loader(config, index, tokenize, pin=False).steps_in(0)
-    latents = plan_latents(config.cache, config.data, index, models.vae.config, epochs=config.loop.max_epochs)
+        data = _report(config, replace(index, records=sound, bad=(*index.bad, *damaged)), processes, counting)
+    first = make_loader(config, index, tokenize, processes, pin=False).steps_in(0)
+    latents = plan_latents(
+        config.cache, config.data, index, models.vae.config, epochs=config.loop.max_epochs, processes=processes.on_machine
+    )
     changed: Sequence[str] = ()
     if start.about is not None:
-        about = describe(config, index, parts, total_steps)
+        about = describe(config, index, parts, total_steps, processes.count)
         check_same_run(about, start.about, str(start.checkpoint))
         changed = changes(about, start.about)
     if start.adapter is not None:
         read_adapter(start.adapter, parts, config.parts.lora)
-    plan = _plan(config, models.source, parts.counts, precision, first, total_steps, latents, split.lines())
+    batch = batch_line(config, processes)
+    plan = _plan(config, models.source, parts.counts, precision, first, total_steps, batch, latents, split.lines())
     lora = config.parts.lora is not None  # of which checkpoints hold the matrices alone, in fp32
     disk = plan_disk(
         config.saving,
@@ -190,6 +196,7 @@ def plan_lines(
     precision: Precision,
     steps_of_epoch: int,
     total_steps: int,
+    batch: str,
     latents: LatentPlan,
     held_out: Sequence[str] = (),
 ) -> list[str]:
@@ -202,10 +209,19 @@ def plan_lines(
         precision: device and number format.
         steps_of_epoch: optimizer steps of the first epoch.
         total_steps: optimizer steps of the run.
+        batch: as `batch_line` says it.
         latents: how the run comes by them.
         held_out: what is measured and not trained.
     """
-    return _aligned(_plan(config, model, parts, precision, steps_of_epoch, total_steps, latents, held_out))
+    return _aligned(_plan(config, model, parts, precision, steps_of_epoch, total_steps, batch, latents, held_out))
+
+
+def batch_line(config: TrainConfig, processes: Processes) -> str:
+    """Return how many images a step has, and how they are shared out, in words."""
+    size, accumulated, count = config.data.batch_size, config.loop.grad_accum, processes.count
+    among = f", {size * accumulated} on each of {count} processes" if count > 1 else ""
+    passes = f" in {accumulated} passes of {size}" if accumulated > 1 else ""
+    return f"{size * accumulated * count} images a step{among}{passes}, resolution {' and '.join(map(str, config.data.resolutions))}"
 
 
 def _plan(
@@ -215,12 +231,12 @@ def _plan(
     precision: Precision,
     steps_of_epoch: int,
     total_steps: int,
+    batch: str,
     latents: LatentPlan,
     held_out: Sequence[str],
 ) -> list[tuple[str, str]]:
     averaged = plan_ema(config.ema, total_steps)
-    data, loop, saving, samples = config.data, config.loop, config.saving, config.samples
-    accumulated = f" in {loop.grad_accum} passes of {data.batch_size}" if loop.grad_accum > 1 else ""
+    loop, saving, samples = config.loop, config.saving, config.samples
     optimizers: dict[str, OptimizerOptions] = {"unet": config.optimizers.unet, "text encoder": config.optimizers.text_encoder}
     lines = [("model", model)]
     for network, part in parts.items():
@@ -234,7 +250,7 @@ def _plan(
     form = {"both": f"{folder} and {single}", "diffusers": folder, "single": single}
     lines += [
         ("steps", f"{total_steps:,} = {loop.max_epochs} epochs of {steps_of_epoch:,}{stop}"),
-        ("batch", f"{data.batch_size * loop.grad_accum} images a step{accumulated}, resolution {' and '.join(map(str, data.resolutions))}"),
+        ("batch", batch),
         ("latents", str(latents)),
         *([("held out", ", ".join(held_out))] if held_out else []),
         *([("ema", averaged)] if averaged else []),
@@ -251,11 +267,11 @@ def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
     return [f"{name:<13}{text}" for name, text in rows]
 
 
-def _report(config: TrainConfig, index: Index, tokenize: Tokenize | None) -> DatasetReport:
+def _report(config: TrainConfig, index: Index, processes: Processes, tokenize: Tokenize | None) -> DatasetReport:
     from data.report import report
     from trainer.build import images_per_step
 
-    return report(index, config.data, images_per_step=images_per_step(config), tokens=tokenize, duplicates=True)
+    return report(index, config.data, images_per_step=images_per_step(config, processes), tokens=tokenize, duplicates=True)
 
 
 def _draw(dataset: DatasetReport, index: Index, config: TrainConfig, folder: Path) -> tuple[list[Path], tuple[BadFile, ...]]:

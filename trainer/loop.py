@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from trainer.optim.optimizer_set import OptimizerSet
     from trainer.optim.watch import AdaptationWatch
     from trainer.precision import Precision
+    from trainer.processes import Processes
     from trainer.saving import Saver
     from trainer.signals import StopSignals
     from trainer.validation import FixedLoss, Measured, Validation
@@ -52,7 +53,7 @@ class LoopOptions:
     """How many times every image is trained."""
 
     grad_accum: Annotated[int, Ge(1)] = 1
-    """Batches that are averaged into one optimizer step."""
+    """Batches of each process that are averaged into one optimizer step."""
 
     seed: Annotated[int, Ge(-1)] = 555
     """The seed of everything random; -1 draws one, logs it and saves it."""
@@ -65,7 +66,7 @@ class LoopOptions:
     all its starts; time for loading, samples, validation and checkpoints does not count."""
 
     gpuid: Annotated[int, Ge(0)] = 0
-    """Which CUDA device to train on."""
+    """Which CUDA device to train on; of several processes each takes the one of its number on its machine."""
 
 
 @dataclass
@@ -102,6 +103,7 @@ class Run:
     """Whether samples are drawn before the first step too."""
     saver: Saver
     signals: StopSignals
+    processes: Processes
     max_seconds: float | None = None
     """The training time at which the run ends."""
     overfits: bool = False
@@ -126,21 +128,21 @@ def train(run: Run) -> None:
     from trainer.saving import SavingError
     from trainer.signals import Interrupted
 
-    try:
-        with run.signals.deferred():
+    with run.signals.deferred():  # the saving too: where another process has died, a signal follows from whoever launched both
+        try:
             make_steps(run)
-    except Interrupted:
-        run.saver.save("interrupted")
-        raise
-    except SavingError:
-        raise
-    except Exception as error:
-        if run.fed is not None:  # nothing has been trained since: these steps can be made when the images are back
-            vars(run.state).update(vars(run.fed))
-        save_after(error, run)
-        if isinstance(error, DataError):
-            raise UserError(error.problems, exit_code=1) from error
-        raise
+        except Interrupted:
+            run.saver.save("interrupted")
+            raise
+        except SavingError:
+            raise
+        except Exception as error:
+            if run.fed is not None:  # nothing has been trained since: these steps can be made when the images are back
+                vars(run.state).update(vars(run.fed))
+            save_after(error, run)
+            if isinstance(error, DataError):
+                raise UserError(error.problems, exit_code=1) from error
+            raise
 
 
 def make_steps(run: Run) -> None:
@@ -161,22 +163,24 @@ def make_steps(run: Run) -> None:
             started = time.perf_counter()
             with run.meter.waiting():
                 batches = next(steps)
-            name_bad_files(run)
-            images = sum(len(batch) for batch in batches if not batch.filler)
+            images = begin_step(run, sum(len(batch) for batch in batches if not batch.filler))
             if images:
                 drawn = [run.objective.draw(batch) for batch in batches]
                 run.latest = [(batch.names, inputs.t_B) for batch, inputs in zip(batches, drawn, strict=True)]
-                result = train_step(
-                    [inputs.to(device) for inputs in drawn],
-                    run.networks,
-                    run.objective,
-                    run.optimizers,
-                    step=state.step,
-                    images=images,
-                    autocast=run.precision.autocast,
-                    scaler=run.precision.scaler,
-                    clip=run.clip,
-                )
+                with run.processes.computing():
+                    result = train_step(
+                        [inputs.to(device) for inputs in drawn],
+                        run.networks,
+                        run.objective,
+                        run.optimizers,
+                        step=state.step,
+                        images=images,
+                        autocast=run.precision.autocast,
+                        scaler=run.precision.scaler,
+                        clip=run.clip,
+                        processes=run.processes.count,
+                    )
+                    run.processes.mean_(result.loss)
                 norms = {NORM_TAGS[name]: norm for name, norm in result.norms.items()} if run.log_grad_norm else {}
                 run.meter.add({LOSS: result.loss, **norms}, images=images, totals={SKIPPED: result.skipped})
             run.fed = None if images else run.fed or replace(state)
@@ -187,6 +191,7 @@ def make_steps(run: Run) -> None:
                 )
             before = progress(run)
             state.advance(images, run.steps_in(epoch), time.perf_counter() - started)
+            state.seconds, by_clock = run.processes.gather((state.seconds, run.saver.due()))[0]  # one clock counts
             if run.ema is not None:
                 run.ema.after(state.step)
             run.optimizers.updating = False
@@ -204,7 +209,7 @@ def make_steps(run: Run) -> None:
                 VALIDATION: validation,
                 FIXED: due.fixed_loss and not validation,
                 SAMPLES: due.sample,
-                SAVE: due.save or run.saver.due() or out_of_time(run),
+                SAVE: due.save or by_clock or out_of_time(run),
             }
             state.owed = [what for what, is_due in wanted.items() if is_due]
             settle(run)
@@ -240,6 +245,7 @@ def settle(run: Run) -> None:
                 evaluate(run, validation=what == VALIDATION)
             case "best":
                 state.owed = state.owed[1:]  # before it is saved: a run that goes on from it does not save it again
+                check_processes(run)
                 with run.meter.paused():
                     run.saver.save("best")
                 continue
@@ -247,6 +253,7 @@ def settle(run: Run) -> None:
                 draw_samples(run)
             case "save":
                 state.owed = []  # it is the last, and the checkpoint owes nothing
+                check_processes(run)
                 with run.meter.paused():
                     run.saver.save("last" if state.step >= run.cadence.total_steps else "")
         state.owed = state.owed[1:]
@@ -303,6 +310,7 @@ def report(run: Run) -> None:
         for sentence in run.watch.look(network, step=run.state.step, d=d, d_hat=d_hat):
             run.console.event(sentence)
     run.loss_watch.trained(loss)
+    check_processes(run)
     check_gradients(run, numbers)
     check_progress(run, int(numbers.get(SKIPPED, 0)))
 
@@ -338,6 +346,27 @@ def check_progress(run: Run, skipped: int) -> None:
         )
 
 
+def check_processes(run: Run) -> None:
+    """Stop where processes that train as one have come to train different models: their averaged gradients would be of neither.
+
+    Raises:
+        UserError: something that has to be the same in all processes is not.
+    """
+    if run.processes.count == 1:
+        return
+    state = run.state
+    numbers = {"the step": state.step, "the epoch": state.epoch, "the images": state.images}
+    for network, measures in run.optimizers.measures().items():
+        numbers |= {f"{name} of the {network}": float(measures[name]) for name in ("d", "rate") if name in measures}
+    if different := run.processes.difference(numbers):
+        run.optimizers.updating = True  # nobody can say whose weights are right: nothing to save
+        raise UserError(
+            f"step {state.step}: {different}, so the processes no longer train the same model; go on from the last checkpoint, and look "
+            "for a device or a version of a library that differs.",
+            exit_code=1,
+        )
+
+
 def check_gradients(run: Run, numbers: Mapping[str, float]) -> None:
     """Stop where a fused backward met gradients that were not finite: it had to leave them out one by one, not the whole step.
 
@@ -356,12 +385,20 @@ def check_gradients(run: Run, numbers: Mapping[str, float]) -> None:
         )
 
 
-def name_bad_files(run: Run) -> None:
-    """Say once of each file that could not be read during the run that it is left out, and why."""
-    bad = run.loader.bad
-    for file in bad[run.bad_files_named :]:
+def begin_step(run: Run, images: int) -> int:
+    """Return the images of the step over all processes, of which this one has read `images`.
+
+    Says once of each file that any of them could not read during the run that it is left out, and why.
+
+    Raises:
+        Interrupted, UserError: another process has been asked to end, or has failed.
+    """
+    found = run.processes.gather((images, run.loader.bad[run.bad_files_named :]))
+    run.loader.leave_out([file for _, files in found for file in files])
+    for file in run.loader.bad[run.bad_files_named :]:
         run.console.event(f"{file}; the image is left out")
-    run.bad_files_named = len(bad)
+    run.bad_files_named = len(run.loader.bad)
+    return sum(images for images, _ in found)
 
 
 def evaluate(run: Run, *, validation: bool) -> None:
@@ -372,10 +409,13 @@ def evaluate(run: Run, *, validation: bool) -> None:
     losses |= run.validation.losses if validation else {}
     if not losses:
         return
+    networks = run.networks.plain
     with run.meter.paused():
-        found = {
-            tag: loss.measure(run.networks, run.precision.autocast, run.precision.device, run.signals.check) for tag, loss in losses.items()
-        }
+        found = run.processes.first(
+            lambda: {
+                tag: loss.measure(networks, run.precision.autocast, run.precision.device, run.signals.check) for tag, loss in losses.items()
+            }
+        )
     run.state.last_fixed_loss = run.state.step
     numbers = {tag: measured.loss for tag, measured in found.items()}
     if not run.objective.options.is_plain:

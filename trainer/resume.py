@@ -74,7 +74,7 @@ def find_start(config: TrainConfig, *, weights_only: bool) -> Start:
     return Start(model, folder, state, adapter, about)
 
 
-def describe(config: TrainConfig, index: Index, parts: TrainedParts, total_steps: int) -> dict[str, Any]:
+def describe(config: TrainConfig, index: Index, parts: TrainedParts, total_steps: int, processes: int) -> dict[str, Any]:
     """Return what a checkpoint remembers of its run's configuration.
 
     Args:
@@ -82,6 +82,7 @@ def describe(config: TrainConfig, index: Index, parts: TrainedParts, total_steps
         index: its images.
         parts: what learns.
         total_steps: optimizer steps of the whole run.
+        processes: how many share each step.
     """
     optimizers = {"unet": config.optimizers.unet, "text encoder": config.optimizers.text_encoder}
     return {
@@ -92,12 +93,12 @@ def describe(config: TrainConfig, index: Index, parts: TrainedParts, total_steps
             "data": index.fingerprint(),
             "images": len(index.records),
             "resolution": config.data.resolution if isinstance(config.data.resolution, int) else list(config.data.resolution),
-            "images per step": config.data.batch_size * config.loop.grad_accum,
+            "images per step": config.data.batch_size * config.loop.grad_accum * processes,
             "channels_last": config.precision.channels_last,  # state in 8 bits is kept in blocks along memory
             **{f"what learns of the {network}": part.what for network, part in parts.counts.items()},
             **{f"the optimizer of the {network}": optimizers[network].optimizer for network in parts.parameters},
         },
-        "config": flattened(config),
+        "config": {**flattened(config), "processes": processes},
     }
 
 
@@ -128,7 +129,7 @@ def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], checkpoint: 
 
 def changes(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
     """Return what a continued run's configuration changes, each as "key: old -> new"; the configuration is what counts."""
-    before, after = then["config"], now["config"]
+    before, after = {"processes": 1, **then["config"]}, now["config"]
     return [
         f"{key}: {_shown(before.get(key))} -> {_shown(after.get(key))}"
         for key in dict.fromkeys([*before, *after])
@@ -136,13 +137,14 @@ def changes(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def resume_command(arguments: Sequence[str], folder: Path, *, lift: Sequence[str]) -> str:
+def resume_command(arguments: Sequence[str], folder: Path, *, lift: Sequence[str], launcher: Sequence[str] = ("python",)) -> str:
     """Return the command line that goes on with the run in `folder`.
 
     Args:
         arguments: this start's own, without the program's name.
         folder: the run's.
         lift: keys of the configuration that would stop it again.
+        launcher: the words before train.py.
     """
     given: set[str] = set()
     kept: list[str] = []
@@ -158,7 +160,7 @@ def resume_command(arguments: Sequence[str], folder: Path, *, lift: Sequence[str
             dropped = False
             continue
         kept.append(word)
-    words = ["python", "train.py", *kept, "--resume_ckpt", str(folder)]
+    words = [*launcher, "train.py", *kept, "--resume_ckpt", str(folder)]
     for name in lift:
         words += [] if name in given else [f"--{name}", "null"]
     return subprocess.list2cmdline(words) if WINDOWS else shlex.join(words)

@@ -69,6 +69,7 @@ class Saver:
         ema: averaged weights, which are written too: as a single file with -ema in its name, or without single files as the folder ema
             inside the checkpoint.
         lora: where one is trained, which is written instead of the model.
+        writes: false for processes that are not the first: they write nothing.
         clock: returns seconds; a change of the computer's time does not matter to it.
     """
 
@@ -86,6 +87,7 @@ class Saver:
         say: Callable[[str], None],
         ema: Ema | None = None,
         lora: Lora | None = None,
+        writes: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._options = options
@@ -99,6 +101,7 @@ class Saver:
         self._say = say
         self._ema = ema
         self._lora = lora
+        self._writes = writes
         self._clock = clock
         self._last_time = clock()
         self._last_step = state.step  # a checkpoint or the base model holds what has been made so far
@@ -121,7 +124,7 @@ class Saver:
         Raises:
             SavingError: it is the third in a row that cannot be written, the last of the run, or the weights are not finite.
         """
-        if kind in ("interrupted", "errored") and self._last_step == self._state.step:
+        if not self._writes or (kind in ("interrupted", "errored") and self._last_step == self._state.step):
             return []
         began, written = time.perf_counter(), []
         if networks := self._not_finite():

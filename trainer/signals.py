@@ -37,6 +37,8 @@ class StopSignals:
     def __init__(self) -> None:
         self.requested: int | None = None
         """The first signal's number."""
+        self.quiet = False
+        """Whether another process says that the run stops."""
         self._deferred = False
         self._before: dict[int, Any] = {}
 
@@ -68,6 +70,28 @@ class StopSignals:
         finally:
             self._deferred = False
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Only note a first signal while the block runs, inside `deferred` or not; outside, raise it afterwards.
+
+        Raises:
+            Interrupted: there was one in the block.
+        """
+        before, deferred = self.requested, self._deferred
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = deferred
+        if not deferred and self.requested != before:
+            self.check()
+
+    def ignore(self) -> None:
+        """Let no signal end this process any more: it is about to end."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+        self._before.clear()
+
     def check(self) -> None:
         """Raise what was noted.
 
@@ -85,7 +109,8 @@ class StopSignals:
         name = signal.Signals(number).name
         if not self._deferred:
             raise Interrupted(number)
-        _say(f"\n{name}: stopping after this step and saving a checkpoint; a second one stops at once, without.\n")
+        if not self.quiet:
+            _say(f"\n{name}: stopping after this step and saving a checkpoint; a second one stops at once, without.\n")
 
 
 def _numbers() -> list[int]:

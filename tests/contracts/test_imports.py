@@ -35,7 +35,7 @@ DIFFUSION = (
 LIBRARIES = {  # which modules may import a library; the scripts may import all, and others are free
     "diffusers": DIFFUSION,
     "transformers": DIFFUSION,
-    "accelerate": ("trainer.build", "trainer.loop", "trainer.step", "trainer.checkpoint"),
+    "accelerate": ("trainer.build", "trainer.loop", "trainer.step", "trainer.checkpoint", "trainer.processes"),
     "peft": ("trainer.models.lora",),
     "pydantic": ("trainer.config",),
     "bitsandbytes": ("trainer.optim",),

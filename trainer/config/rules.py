@@ -117,14 +117,20 @@ def check_rates(config: TrainConfig, trained_parameters: Mapping[str, int]) -> N
         raise UserError(raise_for)
 
 
-def check_fused_backward(config: TrainConfig, precision: Precision) -> None:
-    """Refuse fused backward where the device brings fp16's scaler.
+def check_fused_backward(config: TrainConfig, precision: Precision | None = None, processes: int = 1) -> None:
+    """Refuse fused backward where the device brings fp16's scaler, or others train too.
 
     Raises:
-        UserError: an optimizer has fused_backward, and mixed_precision auto has become fp16.
+        UserError: an optimizer has fused_backward, and mixed_precision auto has become fp16, or there are several processes.
     """
     fused = [options for options in (config.optimizers.unet, config.optimizers.text_encoder) if getattr(options, "fused_backward", False)]
-    if fused and precision.scaler is not None:
+    if fused and processes > 1:
+        raise UserError(
+            f"{processes} processes were launched, which contradicts fused_backward: it updates the weights inside the backward pass, "
+            f"before gradients are averaged over processes; set fused_backward to false in {config.optimizer_source.name}, or start one "
+            "process."
+        )
+    if fused and precision is not None and precision.scaler is not None:
         raise UserError(
             f"mixed_precision: auto is fp16 on {precision.device}, which has no native bf16, and fp16 contradicts fused_backward: "
             f"whether a scaled gradient has overflowed is known too late; set fused_backward to false in {config.optimizer_source.name}, "

@@ -72,6 +72,11 @@ class Networks:
     text_encoder: Any
     vae: Any
 
+    @property
+    def plain(self) -> Networks:
+        """The modules without what several processes wrap them in: for work that one process does alone."""
+        return Networks(*(getattr(network, "module", network) for network in (self.unet, self.text_encoder, self.vae)))
+
 
 @dataclass(frozen=True)
 class Inputs:

@@ -1,0 +1,400 @@
+"""The processes that train as one: which of them this is, where they wait for each other, and how all end when one does.
+
+Launched by accelerate or torchrun, one process for each device. Every process runs the same program on the same plan; the networks that
+learn are wrapped by torch's DistributedDataParallel, which averages gradients, and the first process alone writes and speaks. With one
+process everything here is the same with nobody to ask.
+
+Nothing waits for a device here: what processes tell each other travels through a group of their own on the CPU (gloo).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from data.errors import DataError
+from trainer.errors import UserError
+from trainer.signals import Interrupted, StopSignals
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=30)
+"""How long processes wait for each other: the first one may encode, sample or save for hours. One that has died is noticed at once."""
+
+_SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}
+
+
+class ToldElsewhere(Exception):
+    """An end of this process for a reason that another process tells.
+
+    Args:
+        exit_code: the status that all of them end with.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__("another process tells why")
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a process ends, as the others are told it."""
+
+    problems: tuple[str, ...]
+    exit_code: int
+    signal: int | None = None
+
+    def error(self) -> BaseException:
+        """Return what the process that is told raises."""
+        return Interrupted(self.signal) if self.signal is not None else UserError(self.problems, exit_code=self.exit_code)
+
+
+class Processes:
+    """One process, this one, among those that train as one.
+
+    Args:
+        rank: its number, from 0; number 0 writes and speaks.
+        count: how many there are, on all machines.
+        on_machine: how many of them share this machine.
+        device: on which it trains.
+        notes: sentences about how they were launched.
+        group: in which they talk.
+        owned: whether their connection is to be closed at the end.
+        signals: ask a process to end.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int = 0,
+        count: int = 1,
+        on_machine: int = 1,
+        device: torch.device | None = None,
+        notes: Sequence[str] = (),
+        group: Any = None,
+        owned: bool = False,
+        signals: StopSignals | None = None,
+    ) -> None:
+        self.rank = rank
+        self.count = count
+        self.on_machine = on_machine
+        self.notes = tuple(notes)
+        self._device = device
+        self._group = group
+        self._owned = owned
+        self._signals = signals or StopSignals()
+        self._told = False
+        self._parted = False
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which this process trains."""
+        assert self._device is not None, "asked of processes that were connected"
+        return self._device
+
+    @property
+    def launcher(self) -> list[str]:
+        """The words before train.py in a command line that launches as many; between machines it needs the address of one, too."""
+        machines = self.count // self.on_machine
+        nodes = ["--nnodes", str(machines)] if machines > 1 else []
+        return ["python"] if self.count == 1 else ["torchrun", *nodes, "--nproc_per_node", str(self.on_machine)]
+
+    def gather(self, value: T) -> list[T]:
+        """Return every process's value, by rank. All wait here for all, and learn here that one of them has failed.
+
+        Raises:
+            Interrupted: a signal has asked one of them to end.
+            UserError: one has failed, or is gone.
+        """
+        if self.count == 1:
+            return [value]
+        found = self._exchange(value)
+        failures = [(rank, each) for rank, each in enumerate(found) if isinstance(each, _Failure)]
+        if failures:
+            self._told = True
+            raise failures[0][1].error()
+        return found
+
+    def first(self, do: Callable[[], T]) -> T:
+        """Have the first process do something while the others wait, and return its result on all.
+
+        Raises:
+            Interrupted, UserError: as `gather`.
+        """
+        result: Any = do() if self.main else None
+        if self.count == 1:
+            return result
+        self.gather(None)
+        import torch.distributed as dist
+
+        held = [result]
+        with self._signals.held(), self.computing():
+            dist.broadcast_object_list(held, src=0, group=self._group)
+        return held[0]
+
+    @contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """Run the block on the first process, and then on all others, which find what it has left on a disk that they share."""
+        if not self.main:
+            self.gather(None)
+        yield
+        if self.main:
+            self.gather(None)
+
+    def mean_(self, value: Tensor) -> Tensor:
+        """Average a tensor over all processes, in place, without waiting for the device."""
+        if self.count > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(value)
+            value /= self.count
+        return value
+
+    def wrap(self, network: nn.Module, unused: Sequence[str] = ()) -> nn.Module:
+        """Return a network that learns so that its gradients are averaged over all processes, and give it the first one's weights.
+
+        Args:
+            network: on its device, with what is to learn marked.
+            unused: parameters that the loss does not depend on, by name.
+
+        Raises:
+            Interrupted, UserError: as `gather`.
+        """
+        if self.count == 1:
+            return network
+        from torch.nn.parallel import DistributedDataParallel
+
+        self.gather(None)  # where one has failed, the others would wait for it for ever below
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, list(unused))
+        with self._signals.held(), self.computing():
+            return DistributedDataParallel(
+                network,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                broadcast_buffers=False,  # nothing that learns has any that change
+                gradient_as_bucket_view=True,  # no second copy of the gradients
+            )
+
+    def difference(self, numbers: Mapping[str, Any]) -> str | None:
+        """Return the first of some values that is not the same in all processes, in words, or None where all are.
+
+        Raises:
+            Interrupted, UserError: as `gather`.
+        """
+        found = self.gather(dict(numbers))
+        for name, value in found[0].items():
+            for rank, other in enumerate(found):
+                if repr(other.get(name)) != repr(value):
+                    return f"{name} is {value!r} in process 0 and {other.get(name)!r} in process {rank}"
+        return None
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Mark work in which processes wait for each other's tensors: one that fails inside can tell nobody, and ends so that all do."""
+        try:
+            yield
+        except BaseException:
+            self._parted = True
+            raise
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Leave no process waiting: where the block fails in one of them, it fails in all, and all leave it at the same time.
+
+        They have to: whoever launched them ends all others as soon as one is gone, and the first may still be saving.
+
+        Raises:
+            ToldElsewhere: in all processes but the first, in the place of what the first or this one has told.
+        """
+        try:
+            yield
+            self.gather(None)
+        except BaseException as error:
+            if self.count > 1:
+                self._leave(error)
+            raise
+        finally:
+            if self._owned and not self._parted:
+                import torch.distributed as dist
+
+                dist.destroy_process_group()
+
+    def _leave(self, error: BaseException) -> None:
+        if not self._parted:
+            self._signals.ignore()  # what was to be saved is saved, and whoever launched this process may be impatient
+            with suppress(UserError):
+                if not self._told:
+                    self._exchange(self._failure(error))
+                self._exchange(None)
+        elif not self.main and isinstance(error, (UserError, DataError)):
+            print(*(f"Process {self.rank}: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        if not self.main and isinstance(error, (UserError, DataError, Interrupted)):
+            raise ToldElsewhere(getattr(error, "exit_code", 2)) from error
+
+    def _failure(self, error: BaseException) -> _Failure:
+        if isinstance(error, Interrupted):
+            return _Failure((), error.exit_code, error.exit_code - 128)
+        if isinstance(error, (UserError, DataError)):
+            problems = [f"process {self.rank}: {problem}" for problem in error.problems]
+            return _Failure(tuple(problems), getattr(error, "exit_code", 2))
+        return _Failure((f"process {self.rank} has failed ({type(error).__name__}: {error}); its own output says where.",), 1)
+
+    def _exchange(self, value: Any) -> list[Any]:
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.count
+        with self._signals.held():
+            try:
+                dist.all_gather_object(found, value, group=self._group)
+            except RuntimeError as error:
+                self._parted = True
+                raise UserError(
+                    "another process has ended without a word, so this one ends too; look for its last lines above, and whether the "
+                    f"system was out of memory ({str(error).splitlines()[0]}).",
+                    exit_code=1,
+                ) from error
+        return found
+
+
+def launched() -> int:
+    """Return how many processes were launched to train as one, by accelerate or torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+
+
+def rank() -> int:
+    """Return this process's number among those that were launched."""
+    return int(os.environ.get("RANK", "0")) if launched() > 1 else 0
+
+
+def rank_on_machine() -> int:
+    """Return this process's number among those of its machine; number 0 shows what goes wrong before they are connected."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if launched() > 1 else 0
+
+
+def expected(gpuid: int) -> Processes:
+    """Return what `connect` would, of as many processes as were launched, without connecting any: to plan with.
+
+    Raises:
+        UserError: as `connect`.
+    """
+    import torch
+
+    _refuse_sharding()
+    count = launched()
+    if count == 1:
+        return Processes(device=_own_device(gpuid))
+    return Processes(count=count, on_machine=_on_machine(count), device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def connect(gpuid: int, signals: StopSignals) -> Processes:
+    """Return this process among those that were launched, connected with the others.
+
+    Args:
+        gpuid: the CUDA device of a process that trains alone; of several, each takes that of its number on its machine.
+        signals: ask this process to end.
+
+    Raises:
+        UserError: there are fewer devices than processes or none of that number, or accelerate was asked to shard the model.
+    """
+    import torch
+    from accelerate import PartialState
+
+    _refuse_sharding()
+    count, notes = launched(), _notes()
+    if count == 1:
+        return Processes(device=_own_device(gpuid), notes=notes, signals=signals)
+    on_machine = _on_machine(count)
+    owned = not torch.distributed.is_initialized()
+    state = PartialState(cpu=_flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    device = state.device
+    assert device is not None, "accelerate has chosen one"
+    if state.num_processes != count:
+        raise UserError(
+            f"{count} processes were launched, and devices of type {device.type} cannot train together; start one, with python train.py."
+        )
+    if gpuid and device.type == "cuda":
+        notes.append(f"gpuid {gpuid} is not used: of several processes each takes the CUDA device of its number on its machine")
+    signals.quiet = state.process_index > 0
+    return Processes(
+        rank=state.process_index,
+        count=count,
+        on_machine=on_machine,
+        device=device,
+        notes=notes,
+        group=torch.distributed.new_group(backend="gloo", timeout=PATIENCE),
+        owned=owned,
+        signals=signals,
+    )
+
+
+def _own_device(gpuid: int) -> torch.device:
+    import torch
+    from accelerate import PartialState
+
+    count = torch.cuda.device_count()
+    if count and gpuid >= count:
+        raise UserError(f"gpuid: {gpuid} was asked for, and this machine has {count} CUDA device(s), numbered from 0; choose one of those.")
+    if count:
+        torch.cuda.set_device(gpuid)
+    device = PartialState(cpu=_flag("ACCELERATE_USE_CPU")).device
+    assert device is not None, "accelerate has chosen one"
+    return torch.device("cuda", gpuid) if device.type == "cuda" else device
+
+
+def _on_machine(count: int) -> int:
+    import torch
+
+    on_machine, devices = int(os.environ.get("LOCAL_WORLD_SIZE", count)), torch.cuda.device_count()
+    if devices and on_machine > devices and not _flag("ACCELERATE_USE_CPU"):
+        raise UserError(
+            f"{on_machine} processes were launched on this machine, and it has {devices} CUDA device(s), one for each process; launch at "
+            "most that many, and raise grad_accum to keep the images of a step."
+        )
+    return on_machine
+
+
+def _refuse_sharding() -> None:
+    for variable, name in _SHARDING.items():
+        if _flag(variable):
+            raise UserError(
+                f"accelerate was asked for {name}, which splits a model over processes, and this program trains with a whole model in each "
+                "(DDP); choose plain multi-GPU in accelerate config or with accelerate launch --multi_gpu, and for less memory see "
+                "--check, dadapt_adam8bit and lora."
+            )
+
+
+def _notes() -> list[str]:
+    notes = []
+    if _flag("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ and launched() == 1:
+        notes.append(
+            "accelerate launch starts one process on the CPU, however many are asked for, as it leaves that to MPI; torchrun "
+            "--nproc_per_node 2 train.py starts two"
+        )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no":
+        notes.append(f"accelerate's mixed_precision {precision} is not used: that of train.json decides")
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        notes.append("accelerate's dynamo_backend is not used")
+    return notes
+
+
+def _flag(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "y", "on", "t")
