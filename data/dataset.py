@@ -39,7 +39,7 @@ class DataOptions:
     list, each image takes the next resolution every time that it is shown, so an epoch stays as long as it is."""
 
     batch_size: Annotated[int, Ge(1)] = 2
-    """Images in one forward and backward pass on one device."""
+    """Images in one forward and backward pass on one device; a step has batch_size x grad_accum x processes."""
 
     flip_p: Annotated[float, Ge(0), Le(1)] = 0.0
     """Probability of mirroring an image left to right."""

@@ -191,7 +191,9 @@ def make_steps(run: Run) -> None:
                 )
             before = progress(run)
             state.advance(images, run.steps_in(epoch), time.perf_counter() - started)
-            state.seconds, by_clock = run.processes.gather((state.seconds, run.saver.due()))[0]  # one clock counts
+            by_clock = run.saver.due()
+            if run.max_seconds is not None or run.saver.timed:  # of several processes one clock counts
+                state.seconds, by_clock = run.processes.gather((state.seconds, by_clock))[0]
             if run.ema is not None:
                 run.ema.after(state.step)
             run.optimizers.updating = False

@@ -189,7 +189,7 @@ class Processes:
             return DistributedDataParallel(
                 network,
                 device_ids=[self.device] if self.device.type == "cuda" else None,
-                broadcast_buffers=False,  # nothing that learns has any that change
+                forward_sync_buffers=False,  # nothing that learns has any that change
                 gradient_as_bucket_view=True,  # no second copy of the gradients
             )
 
@@ -208,11 +208,17 @@ class Processes:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Mark work in which processes wait for each other's tensors: one that fails inside can tell nobody, and ends so that all do."""
+        """Mark work in which processes wait for each other's tensors: one that fails inside can tell nobody, and ends so that all do.
+
+        Raises:
+            UserError: another process is gone.
+        """
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             self._parted = True
+            if self.count > 1 and _is_of_connection(error):
+                raise UserError(_gone(error), exit_code=1) from error
             raise
 
     @contextmanager
@@ -266,11 +272,7 @@ class Processes:
                 dist.all_gather_object(found, value, group=self._group)
             except RuntimeError as error:
                 self._parted = True
-                raise UserError(
-                    "another process has ended without a word, so this one ends too; look for its last lines above, and whether the "
-                    f"system was out of memory ({str(error).splitlines()[0]}).",
-                    exit_code=1,
-                ) from error
+                raise UserError(_gone(error), exit_code=1) from error
         return found
 
 
@@ -326,6 +328,7 @@ def connect(gpuid: int, signals: StopSignals) -> Processes:
     state = PartialState(cpu=_flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     device = state.device
     assert device is not None, "accelerate has chosen one"
+    device = torch.device("cpu") if device.type == "cpu" else device  # which has no number
     if state.num_processes != count:
         raise UserError(
             f"{count} processes were launched, and devices of type {device.type} cannot train together; start one, with python train.py."
@@ -342,6 +345,20 @@ def connect(gpuid: int, signals: StopSignals) -> Processes:
         group=torch.distributed.new_group(backend="gloo", timeout=PATIENCE),
         owned=owned,
         signals=signals,
+    )
+
+
+def _is_of_connection(error: BaseException) -> bool:
+    """Return whether an error is one of the connection between processes: gloo's have no type of their own."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _gone(error: BaseException) -> str:
+    return (
+        "another process has ended without a word, so this one ends too; look for its last lines above, and whether the system was out of "
+        f"memory ({str(error).splitlines()[0]})."
     )
 
 

@@ -113,6 +113,11 @@ class Saver:
         """Whether a checkpoint is kept of the lowest validation loss."""
         return self._options.keep_best
 
+    @property
+    def timed(self) -> bool:
+        """Whether checkpoints are due by the clock."""
+        return self._options.ckpt_every_n_minutes is not None
+
     def due(self) -> bool:
         """Return whether the minutes between checkpoints are over."""
         minutes = self._options.ckpt_every_n_minutes
