@@ -174,6 +174,7 @@ def build_run(config: TrainConfig, console: Console, processes: Processes, *, we
     from trainer.loop import EPOCH_LOSS, LOSS, Run
     from trainer.loss_watch import LossWatch
     from trainer.metrics import Meter
+    from trainer.models.compiled import compile_networks, require_compiler, uncompiled
     from trainer.models.load import describe as describe_model
     from trainer.models.load import load_models
     from trainer.models.lora import Lora, base_of, begin, read_adapter
@@ -204,7 +205,10 @@ def build_run(config: TrainConfig, console: Console, processes: Processes, *, we
     split = processes.first(scan)
     index = split.train
     precision = resolve_precision(config.precision, processes.device)
+    precision = replace(precision, paced=config.optimizers.apply_grad_scaler_step_tweaks)
     device = precision.device
+    if config.parts.compile:
+        require_compiler(device)
     check_fused_backward(config, precision)
     total_steps = count_steps(config, index, processes)
     notes = check_schedules(config, total_steps)
@@ -265,6 +269,8 @@ def build_run(config: TrainConfig, console: Console, processes: Processes, *, we
     for network in waiting:
         network.to("cpu")
 
+    if config.parts.compile:
+        compile_networks([models.unet, *([models.text_encoder] if TEXT_ENCODER in parts.parameters else [])])
     loader = make_loader(config, index, tokenize, processes, pin=device.type == "cuda", latents=latents)
     optimizers = make_optimizers(config, parts, total_steps)
     objective = make_objective(config, models, parts, contexts)
@@ -295,6 +301,7 @@ def build_run(config: TrainConfig, console: Console, processes: Processes, *, we
             networks=list(optimizers.parameters),
             adaptive=list(adaptive),
             first_step=state.step + 1 if start.checkpoint else None,
+            wandb_project=config.logging.project_name if config.logging.wandb else None,
         )
         record_configuration(config, folder, loggers, state.step)
         console.record_to(folder / "run.log")
@@ -393,6 +400,7 @@ def build_run(config: TrainConfig, console: Console, processes: Processes, *, we
         ),
         signals=signals,
         processes=processes,
+        apart=uncompiled if config.parts.compile else nullcontext,
     )
     if processes.main:
         run.sample = make_sampler(sampler, models, run, config.ema, waiting)

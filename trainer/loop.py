@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -104,6 +105,8 @@ class Run:
     saver: Saver
     signals: StopSignals
     processes: Processes
+    apart: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """The context of what the networks do beside training: samples and losses that are compared over time."""
     max_seconds: float | None = None
     """The training time at which the run ends."""
     overfits: bool = False
@@ -167,6 +170,7 @@ def make_steps(run: Run) -> None:
             if images:
                 drawn = [run.objective.draw(batch) for batch in batches]
                 run.latest = [(batch.names, inputs.t_B) for batch, inputs in zip(batches, drawn, strict=True)]
+                run.precision.pace(state.step)
                 with run.processes.computing():
                     result = train_step(
                         [inputs.to(device) for inputs in drawn],
@@ -412,7 +416,7 @@ def evaluate(run: Run, *, validation: bool) -> None:
     if not losses:
         return
     networks = run.networks.plain
-    with run.meter.paused():
+    with run.meter.paused(), run.apart():
         found = run.processes.first(
             lambda: {
                 tag: loss.measure(networks, run.precision.autocast, run.precision.device, run.signals.check) for tag, loss in losses.items()
@@ -449,5 +453,5 @@ def judge(run: Run, fixed: Measured | None, validation: Measured | None) -> None
 
 def draw_samples(run: Run) -> None:
     """Draw, record and save the samples of the model as it is now."""
-    with run.meter.paused():
+    with run.meter.paused(), run.apart():
         run.sample(run.state.step)

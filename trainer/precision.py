@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     import torch
 
 
+_SCALE_GROWTH = ((4000, (1.15, 2000)), (2000, (1.3, 500)), (1000, (1.6, 200)), (500, (1.8, 100)), (0, (2.0, 25)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrecisionOptions:
     """In which number format the networks compute and are kept."""
@@ -42,6 +45,17 @@ class Precision:
     weights: torch.dtype
     """In which UNet and text encoder are kept."""
 
+    paced: bool = True
+    """Whether the loss scale changes more gently as the run goes on."""
+
+    def pace(self, step: int) -> None:
+        """Set how the loss scale, if there is one, grows and shrinks in optimizer step `step`, counted from 0."""
+        if self.scaler is not None and self.paced:
+            factor, steps = scale_growth(step)
+            self.scaler.set_growth_factor(factor)
+            self.scaler.set_backoff_factor(1 / factor)
+            self.scaler.set_growth_interval(steps)
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which the networks compute.
 
@@ -56,6 +70,14 @@ class Precision:
     def name(self) -> str:
         """The precision in one word: bf16, fp16 or fp32."""
         return {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(str(self.dtype), "fp32")
+
+
+def scale_growth(step: int) -> tuple[float, int]:
+    """Return the factor by which fp16's loss scale grows, and shrinks after a gradient that overflows, and after how many good steps.
+
+    EveryDream2's course: the scale is found quickly and then disturbed ever less.
+    """
+    return next(growth for start, growth in _SCALE_GROWTH if step >= start)
 
 
 def resolve_precision(options: PrecisionOptions, device: torch.device) -> Precision:

@@ -95,6 +95,7 @@ def describe(config: TrainConfig, index: Index, parts: TrainedParts, total_steps
             "resolution": config.data.resolution if isinstance(config.data.resolution, int) else list(config.data.resolution),
             "images per step": config.data.batch_size * config.loop.grad_accum * processes,
             "channels_last": config.precision.channels_last,  # state in 8 bits is kept in blocks along memory
+            "compile": config.parts.compile,  # its last bits are others
             **{f"what learns of the {network}": part.what for network, part in parts.counts.items()},
             **{f"the optimizer of the {network}": optimizers[network].optimizer for network in parts.parameters},
         },
@@ -114,7 +115,7 @@ def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], checkpoint: 
         UserError: the seed, the data, the batch, the trained parts or their optimizers differ from the checkpoint's.
     """
     words = {"data": "the images or captions have changed"}
-    before, after = then["same"], now["same"]
+    before, after = {"compile": False, **then["same"]}, now["same"]  # older checkpoints do not say that they were not compiled
     differences = [
         words.get(key, f"{key} was {before.get(key, 'none')}, and is {after.get(key, 'none')} now")
         for key in dict.fromkeys([*after, *before])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.contracts.config_cases import Case
 from trainer.config import Loaded, TrainConfig, check_rates, ed2, load_config, write_resolved
-from trainer.config.schema import optimizer_keys, train_keys
+from trainer.config.schema import OptimizerFileOptions, keys_of, optimizer_keys, train_keys
 from trainer.errors import UserError
 from trainer.optim import AdamW8bitOptions, AdamWOptions, DAdaptAdam8bitOptions, DAdaptAdamOptions
 
@@ -29,8 +29,8 @@ ANYTHING = st.recursive(
     max_leaves=3,
 )
 TRAIN_NAMES = [*train_keys(), *ed2.foreign_schema(), "zzz", "_note", "", "base"]
-SECTION_NAMES = [*optimizer_keys(), *ed2.UNUSED_OPTIMIZER, *ed2.LATER_OPTIMIZER, "freeze_embeddings", "zzz"]
-TOP_NAMES = ["base", "text_encoder_overrides", "text_encoder_freezing", "text_encoder_lr_scale", ed2.SCALER_TWEAKS, "lr", "zzz"]
+SECTION_NAMES = [*optimizer_keys(), *ed2.UNUSED_OPTIMIZER, "freeze_embeddings", "zzz"]
+TOP_NAMES = ["base", "text_encoder_overrides", "text_encoder_freezing", *keys_of(OptimizerFileOptions), "lr", "zzz"]
 
 
 @pytest.fixture

@@ -43,6 +43,7 @@ LIBRARIES = {  # which modules may import a library; the scripts may import all,
     "prodigyopt": ("trainer.optim",),
     "tensorboard": ("trainer.loggers",),
     "tqdm": ("trainer.loggers",),
+    "wandb": ("trainer.loggers",),
 }
 
 ALL_IMPORTS = {  # everything that a package may import besides the standard library and itself
@@ -53,7 +54,7 @@ ALL_IMPORTS = {  # everything that a package may import besides the standard lib
 
 SLOW = (
     "torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "dadaptation", "prodigyopt", "tensorboard",
-    "matplotlib", "safetensors",
+    "matplotlib", "safetensors", "wandb",
 )  # fmt: skip
 """Libraries that take seconds to import together: a configuration error is shown before any of them is."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 import os
 import re
 import shutil
@@ -20,6 +22,7 @@ from tensorboard.util import tensor_util
 from trainer.errors import UserError
 from trainer.loggers import Loggers, open_loggers
 from trainer.loggers.console import Console, Report
+from trainer.loggers.jsonl import JsonlLogger
 from trainer.loggers.tensorboard import TensorBoardLogger
 
 
@@ -168,6 +171,68 @@ def test_after_close_nothing_is_recorded(tmp_path: Path, warnings: Warnings):
     assert read(tmp_path).Tags()["scalars"] == [] and warnings == []
 
 
+# Lines of JSON
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_each_report_is_a_line_of_json(tmp_path: Path, warnings: Warnings):
+    logger = JsonlLogger(tmp_path / "run", warn=warnings)
+    logger.scalars({"loss/val": 0.5}, 0)
+    logger.scalars({"loss/log_step": 0.1 + 0.2, "dadapt/d*lr unet": 1e-7}, 1)
+    logger.scalars({"loss/log_step": math.nan, "loss/epoch": math.inf}, 2)
+    logger.image("a", Image.new("RGB", (8, 8)), 2)
+    logger.text("b", "c", 2)
+    assert lines(tmp_path / "run") == [  # before close, and every digit of the numbers
+        {"step": 0, "loss/val": 0.5},
+        {"step": 1, "loss/log_step": 0.1 + 0.2, "dadapt/d*lr unet": 1e-7},
+        {"step": 2, "loss/log_step": None, "loss/epoch": None},
+    ]
+    logger.close()
+    logger.scalars({"loss/val": 0.5}, 3)
+    assert len(lines(tmp_path / "run")) == 3 and warnings == []
+
+
+def test_a_continued_run_drops_the_lines_after_its_checkpoint_and_half_a_line(tmp_path: Path, warnings: Warnings):
+    first = JsonlLogger(tmp_path, warn=warnings)
+    for step in (10, 20, 20, 30):
+        first.scalars({"loss/log_step": float(step)}, step)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20')
+    second = JsonlLogger(tmp_path, warn=warnings, purge_step=21)
+    second.scalars({"loss/log_step": 31.0}, 30)
+    assert [(line["step"], line["loss/log_step"]) for line in lines(tmp_path)] == [(10, 10.0), (20, 20.0), (20, 20.0), (30, 31.0)]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the limit that plays the full disk exists on Unix only")
+def test_a_full_disk_costs_whole_lines_of_json_and_is_said_once(tmp_path: Path, warnings: Warnings):
+    import resource
+
+    logger = JsonlLogger(tmp_path / "run", warn=warnings)
+    logger.scalars({"loss/log_step": 1.0}, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "run" / "metrics.jsonl").stat().st_size + 20, before[1]))
+    try:
+        logger.scalars({"loss/log_step": 2.0}, 2)
+        logger.scalars({"loss/log_step": 3.0}, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    logger.scalars({"loss/log_step": 4.0}, 4)
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 4]
+    shutil.rmtree(tmp_path / "run")
+    logger.scalars({"loss/log_step": 5.0}, 5)
+    assert len(warnings) == 1 and "numbers are not recorded" in warnings[0]
+    assert lines(tmp_path / "run") == [{"step": 5, "loss/log_step": 5.0}]
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"numbers cannot be written .*logdir"):
+        JsonlLogger(tmp_path / "file" / "run", warn=warnings)
+
+
+# All of them
+
+
 def test_recording_is_quiet_and_leaves_tensorflow_alone(tmp_path: Path):
     stub = tmp_path / "path" / "tensorflow"
     stub.mkdir(parents=True)
@@ -188,7 +253,8 @@ def test_recording_is_quiet_and_leaves_tensorflow_alone(tmp_path: Path):
 
 
 def test_options_cost_no_heavy_import():
-    program = "import trainer.loggers, trainer.loggers.console, sys; print([m for m in ('torch', 'tensorboard') if m in sys.modules])"
+    slow = ("torch", "tensorboard", "wandb")
+    program = f"import trainer.loggers, trainer.loggers.console, sys; print([m for m in {slow} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -1,7 +1,7 @@
-"""Keys of EveryDream2 and of other trainers that are not, or not yet, keys of this program.
+"""Keys of EveryDream2 and of other trainers that are not keys of this program.
 
-Everything this version does not know from its own options stands in the tables below: what is accepted where it changes nothing, what
-is refused and with which alternative, what is merely old. A table's line goes when the option arrives.
+Everything that is not one of this program's own options stands in the tables below: what is accepted where it changes nothing, what is
+refused and with which alternative, what is merely old. A table's line goes when the option arrives.
 """
 
 from __future__ import annotations
@@ -9,16 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.config.report import Place, Report, Written, shown, unknown_value
-
-LATER: Mapping[str, tuple[Any, ...]] = {
-    "compile": (False,),
-    "wandb": (False,),
-}
-"""Keys of train.json that a later version takes, with the values, besides null, at which they change nothing."""
-
-LATER_OPTIMIZER: Mapping[str, tuple[Any, ...]] = {}
-"""The same for the sections of an optimizer file."""
+from trainer.config.report import Report, Written, shown, unknown_value
 
 NEVER_NAMES: Mapping[str, str] = {
     "adacoor": "dadapt_adam",
@@ -28,12 +19,6 @@ NEVER_NAMES: Mapping[str, str] = {
     "scalar_dowg": "dadapt_adam",
 }
 """Optimizers that EveryDream2 names and this program leaves out, and what to use instead."""
-
-COMMAND_LATER: tuple[str, ...] = ()
-"""Options of the command line that a later version takes."""
-
-SCALER_TWEAKS = "apply_grad_scaler_step_tweaks"
-"""EveryDream2's switch at the top of its optimizer files."""
 
 UNUSED_OPTIMIZER: Mapping[str, Any] = {"no_prox": False}
 """Keys of optimizer sections that only optimizers use which this program leaves out, with EveryDream2's defaults."""
@@ -110,8 +95,6 @@ def foreign_schema() -> dict[str, dict[str, Any]]:
         "amp": {"type": ["boolean", "null"], "description": "EveryDream2's switch of mixed precision; false is mixed_precision: no."},
         "train_sampler": {"enum": [*_SAMPLERS, None], "description": "Accepted; training always uses ddpm's noise."},
     }
-    for name, inert in LATER.items():
-        found[name] = {"enum": [*inert, None], "description": "Not supported yet by this version."}
     for name, (inert, instead) in _REFUSED.items():
         found[name] = {"enum": [*inert, None], "description": f"Not supported: {instead}."}
     for name, (_, master) in _IDLE.items():
@@ -136,9 +119,6 @@ def translate(name: str, written: Written, report: Report) -> dict[str, Written]
         elif value not in ("ddpm", None):
             report.note(place, f"{shown(value)} has no effect; training uses ddpm")
         return {}
-    if name in LATER:
-        later(value, LATER[name], place, report)
-        return {}
     if name in _REFUSED:
         inert, instead = _REFUSED[name]
         if value is not None and not _among(value, inert):
@@ -154,12 +134,6 @@ def translate(name: str, written: Written, report: Report) -> dict[str, Written]
             report.note(place, "; ".join(filter(None, ("an old EveryDream2 key without effect", _OLD[name]))))
         return {}
     return None
-
-
-def later(value: Any, inert: tuple[Any, ...], place: Place, report: Report) -> None:
-    """Refuse a value of a key that this version does not have, unless the value asks for nothing."""
-    if value is not None and not _among(value, inert):
-        report.error(place, "not supported yet by this version; remove it or set it to null")
 
 
 def other_word(name: str, *, optimizer: bool = False) -> str | None:

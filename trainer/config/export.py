@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from trainer.config.ed2 import LATER_OPTIMIZER, SCALER_TWEAKS, UNUSED_OPTIMIZER, foreign_schema
+from trainer.config.ed2 import UNUSED_OPTIMIZER, foreign_schema
 from trainer.config.optimizers import BASE, FREEZING, OVERRIDES
 from trainer.config.schema import (
     CommandOptions,
@@ -37,10 +37,7 @@ def train_schema() -> dict[str, Any]:
 
 def optimizer_schema() -> dict[str, Any]:
     """Return the JSON Schema of an optimizer file."""
-    foreign: dict[str, Any] = {
-        name: {"enum": [*inert, None], "description": "Not supported yet by this version."} for name, inert in LATER_OPTIMIZER.items()
-    }
-    foreign |= {name: {"description": "Used by none of this version's optimizers."} for name in UNUSED_OPTIMIZER}
+    foreign = {name: {"description": "Used by none of this version's optimizers."} for name in UNUSED_OPTIMIZER}
     own = {name: _section_key(users) for name, users in optimizer_keys().items()}
     section = closed_object(
         {"optimizer": own.pop("optimizer"), **own, **{name: entry for name, entry in foreign.items() if name not in own}}
@@ -56,7 +53,6 @@ def optimizer_schema() -> dict[str, Any]:
             "description": (FreezingOptions.__doc__ or "").splitlines()[0],
         },
         **{name: key.json_schema() for name, key in keys_of(OptimizerFileOptions).items()},
-        SCALER_TWEAKS: {"type": ["boolean", "null"], "description": "EveryDream2's; without effect in this version."},
     }
     return {"$schema": _DIALECT, "title": "optimizer file", **closed_object(top), "required": [BASE], "$defs": {"section": section}}
 

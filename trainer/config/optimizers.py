@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config.ed2 import LATER_OPTIMIZER, NEVER_NAMES, SCALER_TWEAKS, UNUSED_OPTIMIZER, later, other_word
+from trainer.config.ed2 import NEVER_NAMES, UNUSED_OPTIMIZER, other_word
 from trainer.config.positions import Document
 from trainer.config.report import Place, Report, Written, checked, did_you_mean, shown, unknown_value
 from trainer.config.schema import (
@@ -89,6 +89,7 @@ def read_optimizers(document: Document, file: str, rates: Rates, report: Report)
         text_encoder=_build(merged, text_lr, rates, rates.text_encoder, report),
         freezing=freezing,
         log_grad_norm=options.log_grad_norm,
+        apply_grad_scaler_step_tweaks=options.apply_grad_scaler_step_tweaks,
     )
 
 
@@ -111,9 +112,6 @@ def _top(top: Mapping[str, Any], document: Document, file: str, report: Report) 
             if value is not None:
                 right, read = checked(known[name], value, place, report)
                 found |= {name: read} if right else {}
-        elif name == SCALER_TWEAKS:
-            if value not in (False, None):
-                report.note(place, "has no effect in this version; fp16's loss scale grows as torch's does")
         elif name in (BASE, OVERRIDES, FREEZING):
             if value is not None and not isinstance(value, dict):
                 report.error(place, f"must be an object in braces, {{ ... }}; got {shown(value)}")
@@ -150,8 +148,6 @@ def _section(name: str, base: _Section | None, document: Document, file: str, re
         if key in UNUSED_OPTIMIZER and not users:
             if value not in (None, UNUSED_OPTIMIZER[key]):
                 report.note(places[key], f"has no effect: {optimizer or 'this optimizer'} does not use it")
-        elif key in LATER_OPTIMIZER and not users:
-            later(value, LATER_OPTIMIZER[key], places[key], report)
         elif not users:
             word = other_word(key, optimizer=True)
             close = f"; did you mean '{word}'?" if word else did_you_mean(key, optimizer_keys()) or _accepted(list(optimizer_keys()))

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from trainer.config.ed2 import COMMAND_LATER
 from trainer.config.positions import read_json
 from trainer.config.report import COMMAND_LINE, Place, Report, checked, closest
 from trainer.config.schema import (
@@ -156,9 +155,7 @@ def _find(name: str) -> tuple[Key | None, bool]:
 
 def _unknown(name: str, report: Report) -> None:
     place, key = Place(COMMAND_LINE, None, name), name.replace("-", "_")
-    if key in COMMAND_LATER:
-        report.error(place, "not supported yet by this version")
-    elif key in optimizer_keys():
+    if key in optimizer_keys():
         report.error(place, f"belongs in the optimizer file, as base.{key}")
     else:
         close = closest(key, ["help", *train_keys(), *keys_of(CommandOptions)])

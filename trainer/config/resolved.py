@@ -29,6 +29,7 @@ def documents(config: TrainConfig) -> dict[str, dict[str, Any]]:
         OVERRIDES: plain(optimizers.text_encoder),
         FREEZING: plain(optimizers.freezing),
         "log_grad_norm": optimizers.log_grad_norm,
+        "apply_grad_scaler_step_tweaks": optimizers.apply_grad_scaler_step_tweaks,
     }
     return {"train.json": train, "optimizer.json": optimizer}
 

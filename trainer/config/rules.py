@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,7 @@ def apply_optimizer_rules(settings: Settings, optimizers: OptimizerConfig, file:
             **({} if settings["disable_textenc_training"] else {"text_encoder_overrides": optimizers.text_encoder}),
         }
         _fused_backward(settings, sections, file, report)
+        _compiled(settings, sections, report)
         _weights(settings, sections, file, report)
         _lora_rates(settings, sections, optimizers, file, report)
     except Unknown:
@@ -302,6 +304,14 @@ def _fused_backward(settings: Settings, sections: Mapping[str, OptimizerOptions]
         )
 
 
+def _compiled(settings: Settings, sections: Mapping[str, OptimizerOptions], report: Report) -> None:
+    if settings["compile"] and any(getattr(options, "fused_backward", False) for options in sections.values()):
+        report.note(
+            settings.place("compile"),
+            "a compiled backward pass hands over all gradients of a network at once, so fused_backward spares no memory with it",
+        )
+
+
 def _weights(settings: Settings, sections: Mapping[str, OptimizerOptions], file: str, report: Report) -> None:
     if settings["weights_dtype"] == "fp32":
         return
@@ -364,6 +374,11 @@ def _cache(settings: Settings, report: Report) -> None:
         )
 
 
+def _wandb(settings: Settings, report: Report) -> None:
+    if settings["wandb"] and importlib.util.find_spec("wandb") is None:
+        report.error(settings.place("wandb"), "true needs the package wandb, which is not installed: pip install wandb, or set it to false")
+
+
 def _names(settings: Settings, report: Report) -> None:
     for key in ("project_name", "run_name"):
         name = settings[key]
@@ -385,5 +400,6 @@ _RULES: tuple[Callable[[Settings, Report], None], ...] = (
     _attention,
     _lora,
     _cache,
+    _wandb,
     _names,
 )

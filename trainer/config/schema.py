@@ -80,6 +80,10 @@ class OptimizerFileOptions:
     log_grad_norm: bool = True
     """Log the norm of each network's gradient."""
 
+    apply_grad_scaler_step_tweaks: bool = True
+    """fp16 only: let the loss scale grow by 2 every 25 steps at first and ever more gently from step 500 on, by 1.15 every 2000 in the end;
+    false doubles it every 2000 steps."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -89,6 +93,7 @@ class OptimizerConfig:
     text_encoder: OptimizerOptions
     freezing: FreezingOptions = field(default_factory=FreezingOptions)
     log_grad_norm: bool = True
+    apply_grad_scaler_step_tweaks: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from trainer.loggers.jsonl import JsonlLogger
 from trainer.loggers.tensorboard import TensorBoardLogger
+from trainer.loggers.wandb import WandbLogger
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -66,7 +68,13 @@ class Loggers:
 
 
 def open_loggers(
-    folder: Path, *, warn: Callable[[str], None], networks: Sequence[str], adaptive: Collection[str], first_step: int | None = None
+    folder: Path,
+    *,
+    warn: Callable[[str], None],
+    networks: Sequence[str],
+    adaptive: Collection[str],
+    first_step: int | None = None,
+    wandb_project: str | None = None,
 ) -> Loggers:
     """Return the recorders of a run.
 
@@ -76,8 +84,15 @@ def open_loggers(
         networks: the trained networks, as their tags name them.
         adaptive: those of them that D-Adaptation trains.
         first_step: when a run is continued, the first step that it records again; what the broken-off run recorded from there on is hidden.
+        wandb_project: the project on Weights & Biases, None where nothing is recorded there.
 
     Raises:
-        UserError: the folder cannot be written to.
+        UserError: the folder cannot be written to, or Weights & Biases not be reached.
     """
-    return Loggers([TensorBoardLogger(folder, warn=warn, networks=networks, adaptive=adaptive, purge_step=first_step)])
+    members: list[Logger] = [
+        TensorBoardLogger(folder, warn=warn, networks=networks, adaptive=adaptive, purge_step=first_step),
+        JsonlLogger(folder, warn=warn, purge_step=first_step),
+    ]
+    if wandb_project is not None:
+        members.append(WandbLogger(folder, project=wandb_project, warn=warn))
+    return Loggers(members)

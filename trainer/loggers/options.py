@@ -23,3 +23,7 @@ class LogOptions:
 
     log_step: Annotated[int, Ge(1)] = 25
     """Report losses, rates and speed every n optimizer steps; the first step is always reported."""
+
+    wandb: bool = False
+    """Record the run on Weights & Biases too, in the project of project_name. Needs the package wandb, and either a login or
+    WANDB_MODE=offline, which keeps the record in the run's folder until wandb sync sends it."""

@@ -39,6 +39,10 @@ class TrainableOptions:
     attn_type: Literal["sdp", "slice", "xformers"] = "sdp"
     """Attention: sdp is torch's fused attention, slice computes it in slices with less memory; xformers is answered by sdp."""
 
+    compile: bool = False
+    """Run the training passes of what learns through torch.compile: faster steps for some minutes of compiling whenever a size of images or
+    of a batch comes up for the first time. Samples and fixed-noise losses run without."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FreezingOptions:

@@ -1,0 +1,61 @@
+"""Networks that run through torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_MOST_SHAPES = 1024
+"""Shapes that a network is compiled for, each by itself; beyond, torch would run it uncompiled without a word."""
+
+
+def require_compiler(device: torch.device) -> None:
+    """Compile and run something small on the device, forward and backward.
+
+    Raises:
+        UserError: torch.compile does not work here.
+    """
+    import torch
+    import torch._dynamo
+
+    try:
+        if torch._dynamo.config.disable:
+            raise RuntimeError("TORCH_COMPILE_DISABLE is set")
+        numbers = torch.linspace(0.0, 1.0, 64, device=device, requires_grad=True)
+        torch.compile(lambda x: (x * x).sin().sum(), fullgraph=True)(numbers).backward()
+        x = numbers.detach()
+        if numbers.grad is None or not torch.allclose(numbers.grad, 2 * x * (x * x).cos(), atol=1e-5):
+            raise RuntimeError("it gives wrong results")
+    except Exception as error:  # a missing or broken compiler raises anything, from OSError to torch's InductorError
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        needed = "Triton, which comes with torch for CUDA on Linux," if device.type == "cuda" else "a C++ compiler (g++, clang or cl)"
+        raise UserError(f"compile: torch.compile does not work here ({reason}); install {needed} or set compile to false.") from error
+
+
+def compile_networks(networks: Iterable[nn.Module]) -> None:
+    """Have networks run through torch.compile, in place: their parameters keep their names.
+
+    Each shape is compiled by itself. One kernel for all shapes would depend on the order in which they came up, and so would the last
+    bits of a run that goes on.
+    """
+    import torch._dynamo
+
+    settings: Any = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, _MOST_SHAPES)
+    settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, _MOST_SHAPES)
+    for network in networks:
+        network.compile(dynamic=False)
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Return the context in which compiled networks run as if they were not: for shapes that come up a few times only."""
+    import torch
+
+    return torch.compiler.set_stance("force_eager")
