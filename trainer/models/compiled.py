@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,8 @@ def compile_networks(networks: Iterable[nn.Module]) -> None:
     """
     import torch._dynamo
 
+    # diffusers asks for torch's version through a cache, which is right with and without it.
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
     settings: Any = torch._dynamo.config
     settings.recompile_limit = max(settings.recompile_limit, _MOST_SHAPES)
     settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, _MOST_SHAPES)
