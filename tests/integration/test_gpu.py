@@ -32,14 +32,21 @@ def _on_cuda(name="adamw"):
     return networks, objective, optimizers, device
 
 
-def test_a_step_does_not_wait_for_the_device():
-    networks, objective, optimizers, device = _on_cuda("adamw")
-    precision = resolve_precision(PrecisionOptions(mixed_precision="bf16"), device)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("adamw", "bf16"), ("dadapt_adam", "bf16"), ("dadapt_adam", "fp16"), ("dadapt_adam8bit", "bf16"), ("dadapt_adam8bit fused", "bf16")],
+)
+def test_a_step_does_not_wait_for_the_device(name, kind):
+    networks, objective, optimizers, device = _on_cuda(name)
+    precision = resolve_precision(PrecisionOptions(mixed_precision=kind), device)
+    passes, clip = (1, None) if "fused" in name else (2, 1.0)
     for step in range(3):
         inputs = objective.draw(_batch(range(2), step)).to(device)
         torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first step allocates and tunes
         try:
-            train_step([inputs, inputs], networks, objective, optimizers, step=step, images=4, autocast=precision.autocast, clip=1.0)
+            precision.pace(step)
+            options = {"autocast": precision.autocast, "scaler": precision.scaler, "clip": clip}
+            train_step([inputs] * passes, networks, objective, optimizers, step=step, images=2 * passes, **options)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -13,7 +13,11 @@ from trainer.config.schema import optimizer_classes
 from trainer.diffusion.conditioning import encode_text
 from trainer.diffusion.objective import Inputs, Networks, Objective, ObjectiveOptions
 from trainer.diffusion.schedule import NoiseSchedule, with_zero_terminal_snr
+from trainer.ema import Ema
+from trainer.footprint import _AsOnDevice, _Ledger
+from trainer.metrics import Meter
 from trainer.models.lora import LoraOptions, attach
+from trainer.models.trainable import FreezingOptions, TrainableOptions, apply_freezing
 from trainer.optim import AdamW8bitOptions, AdamWOptions, OptimizerOptions
 from trainer.optim.optimizer_set import OptimizerSet
 from trainer.precision import Precision
@@ -268,6 +272,66 @@ def test_the_decay_so_far_is_what_weights_without_a_gradient_have_lost():
     torch.testing.assert_close(1 - idle.detach(), lost.float().expand(4), rtol=1e-2, atol=1e-7)
 
 
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "bf16": {"dtype": torch.bfloat16},
+    "bf16 weights": {"dtype": torch.bfloat16, "weights": torch.bfloat16},
+    "fp16": {"dtype": torch.float16},
+    "channels last": {"channels_last": True},
+    "gradient checkpointing": {"parts": {"gradient_checkpointing": True}},
+    "attention in slices": {"parts": {"attn_type": "slice"}},
+    "text encoder frozen": {"parts": {"disable_textenc_training": True}},
+    "unet frozen": {"parts": {"disable_unet_training": True}},
+}
+"""Every option of precision, memory layout and stored activations away from its default."""
+
+
+@pytest.mark.parametrize("chosen", PRECISIONS)
+def test_no_precision_reads_anything_back(chosen):
+    options = PRECISIONS[chosen]
+    networks, objective, optimizers = _setup("adamw", channels_last=options.get("channels_last", False))
+    networks.unet.to(options.get("weights", torch.float32))
+    networks.text_encoder.to(options.get("weights", torch.float32))
+    models = replace(tiny_models(0), unet=networks.unet, text_encoder=networks.text_encoder)
+    apply_freezing(models, TrainableOptions(**options.get("parts", {})), FreezingOptions())
+    on_cuda = Precision(torch.device("cuda"), options.get("dtype"), None, torch.float32)
+    meta_autocast = _AsOnDevice(_Ledger(torch.device("meta")), on_cuda)  # torch.autocast knows no meta device
+    with meta_autocast:
+        name = "dadapt_adam" if "weights" in options else "adamw"
+        _step_on_meta(name, networks, objective, optimizers, autocast=meta_autocast.autocast)
+
+
+def test_averages_and_measures_of_a_step_are_read_back_by_reports_alone():
+    networks, objective, optimizers = _setup("adamw")
+    meter = Meter(epoch_tags={"loss": "epoch"})
+    optimizers, result = _step_on_meta("dadapt_adam", networks, objective, optimizers)
+    ema = Ema(optimizers.parameters, decay=0.9, interval=1, device=torch.device("meta"))
+    for step in (1, 2):
+        meter.add({"loss": result.loss, **result.norms}, images=4, totals={"skipped": result.skipped})
+        ema.after(step)
+        optimizers.measures()
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        meter.read()
+
+
+def test_a_scaled_loss_gives_the_same_step():
+    plain, objective, optimizers = _setup("dadapt_adam")
+    scaled, _, others = _setup("dadapt_adam")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    precision = Precision(torch.device("cpu"), None, scaler, torch.float32)
+    for step in range(3):
+        inputs = objective.draw(_batch(range(2), step))
+        precision.pace(step)
+        one = train_step([inputs], plain, objective, optimizers, step=step, images=2)
+        other = train_step([inputs], scaled, objective, others, step=step, images=2, scaler=scaler)
+        assert torch.equal(one.loss, other.loss)  # a power of two changes no digit
+    assert torch.equal(_weights(plain), _weights(scaled))
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 1e38})
+    before = _weights(scaled)
+    result = train_step([inputs], scaled, objective, others, step=3, images=2, scaler=scaler)
+    assert result.skipped.item() == 1.0 and torch.equal(_weights(scaled), before)
+    assert scaler.get_scale() == pytest.approx(5e37, rel=1e-3)
+
+
 @pytest.mark.parametrize("name", ["adamw", "dadapt_adam", "dadapt_adam8bit", "dadapt_adam fused", "dadapt_adam8bit fused"])
 def test_the_step_reads_nothing_back(name):
     """On the meta device every read-back raises."""
@@ -332,7 +396,7 @@ def test_a_perturbation_of_the_inputs_is_seen_and_not_predicted(prediction):
     assert abs(float((xi * noise).mean())) < 0.2, "drawn by itself"
 
 
-def _step_on_meta(name, networks, objective, optimizers):
+def _step_on_meta(name, networks, objective, optimizers, **options):
     meta = torch.device("meta")
     inputs = objective.draw(_batch(range(2)))
     for module in (networks.unet, networks.text_encoder, networks.vae):
@@ -340,13 +404,15 @@ def _step_on_meta(name, networks, objective, optimizers):
     objective.schedule.to(meta)
     both = {"unet": networks.unet, "text encoder": networks.text_encoder}
     parameters = {name: [weight for weight in network.parameters() if weight.requires_grad] for name, network in both.items()}
+    parameters = {name: weights for name, weights in parameters.items() if weights}
     optimizers = OptimizerSet(dict.fromkeys(parameters, OPTIONS[name]), parameters, total_steps=10)
     for member in optimizers.members if name == "adamw" else ():  # torch's fused kernel does not run there; everything around it does
         member.optimizer.step = lambda: None  # type: ignore[method-assign]
     moved = inputs.to(meta)
     passes, clip = ([moved], None) if "fused" in name else ([moved, moved], 1.0)
-    result = train_step(passes, networks, objective, optimizers, step=0, images=4, clip=clip)
+    result = train_step(passes, networks, objective, optimizers, step=0, images=4, clip=clip, **options)
     assert result.loss.device == meta and result.skipped.device == meta
+    return optimizers, result
 
 
 def _copy(value):

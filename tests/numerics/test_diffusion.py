@@ -36,6 +36,13 @@ def test_forward_process_is_the_closed_form_of_scaled_linear_betas():
     torch.testing.assert_close(NoiseSchedule(SD15).noisy(latents, noise, t), expected.float(), rtol=1e-5, atol=1e-5)
 
 
+def test_noisy_latents_and_velocities_are_those_of_diffusers():
+    latents, noise, t = _tensors()
+    schedule, reference = NoiseSchedule({**SD15, "prediction_type": "v_prediction"}), DDPMScheduler(**SD15)
+    torch.testing.assert_close(schedule.noisy(latents, noise, t), reference.add_noise(latents, noise, t), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(schedule.target(latents, noise, t), reference.get_velocity(latents, noise, t), rtol=1e-5, atol=1e-6)
+
+
 def test_v_prediction_target_inverts_to_latents_and_noise():
     latents, noise, t = _tensors()
     schedule = NoiseSchedule({**SD15, "prediction_type": "v_prediction"})

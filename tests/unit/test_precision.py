@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trainer.errors import UserError
-from trainer.precision import PrecisionOptions, resolve_precision
+from trainer.precision import Precision, PrecisionOptions, resolve_precision
 
 CUDA = torch.device("cuda")
 
@@ -49,6 +49,19 @@ def test_the_cpu_computes_in_fp32_unless_asked():
     assert resolve_precision(PrecisionOptions(mixed_precision="bf16", disable_amp=True), cpu).dtype is None
     with pytest.raises(UserError, match="fp16 needs a CUDA device"):
         resolve_precision(PrecisionOptions(mixed_precision="fp16"), cpu)
+
+
+@pytest.mark.filterwarnings("ignore:.*GradScaler is enabled, but CUDA is not available")
+def test_the_loss_scale_changes_ever_more_gently_unless_that_is_turned_off():
+    for paced, course in ((True, [(2.0, 25), (1.8, 100), (1.6, 200), (1.3, 500), (1.15, 2000)]), (False, [(2.0, 2000)] * 5)):
+        scaler = torch.amp.GradScaler("cpu")
+        precision = Precision(CUDA, torch.float16, scaler, torch.float32, paced)
+        for step, expected in zip((0, 500, 1000, 2000, 4000), course, strict=True):
+            for place in (max(step, 1), step + 499):
+                precision.pace(place)
+                assert (scaler.get_growth_factor(), scaler.get_growth_interval()) == expected
+                assert scaler.get_backoff_factor() == pytest.approx(1 / expected[0])
+    Precision(CUDA, torch.bfloat16, None, torch.float32).pace(0)
 
 
 def test_autocast_reaches_the_networks():

@@ -35,6 +35,7 @@ from torch.optim import Optimizer
 
 from trainer.optim.dadapt_kernels import NEUTRAL, ROW, Coefficients, Kernel, advance, compiled_kernel
 from trainer.optim.flat_state import PACK_ROWS, Bank, Layout, Pack, Segment, is_large
+from trainer.transfer import to_device
 
 _WORTH_COMPILING = {32: 1 << 24, 8: 1 << 20}
 """By bits of state, the parameters from which on compiling is tried without being asked for."""
@@ -598,8 +599,9 @@ class _Tables:
         root = math.sqrt(beta2)
         decay, coupled = (group["weight_decay"] if group["decouple"] == decoupled else 0.0 for decoupled in (True, False))
         values = [beta1, (1 - beta1) * group["layer_scale"], beta2, 1 - beta2, root, 1 - root, group["eps"], decay, 1.0, coupled]
-        factors = torch.stack([torch.ones_like(dlr), dlr, self._scale.reciprocal()])[[0, 1, 0, 0, 0, 1, 0, 1, 2, 0]]
-        return torch.tensor(values, dtype=dlr.dtype).to(dlr.device, non_blocking=True) * factors
+        one, inverse = torch.ones_like(dlr), self._scale.reciprocal()
+        factors = torch.stack([one, dlr, one, one, one, dlr, one, dlr, inverse, one])  # a list as index would be copied, waiting
+        return to_device(torch.tensor(values, dtype=dlr.dtype), dlr.device) * factors
 
     def _gated(self, values: Tensor, finite: Tensor | None, acts: Tensor | None) -> Tensor:
         if acts is not None:
@@ -609,7 +611,7 @@ class _Tables:
         if finite is not None:
             kind = values.device, values.dtype
             if kind not in self._neutral:
-                self._neutral[kind] = torch.tensor(NEUTRAL, dtype=values.dtype).to(values.device, non_blocking=True)
+                self._neutral[kind] = to_device(torch.tensor(NEUTRAL, dtype=values.dtype), values.device)
             values = torch.where(finite.to(values.device), values, self._neutral[kind])
         return values
 
