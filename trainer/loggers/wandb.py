@@ -20,8 +20,8 @@ RUN_ID = "wandb-id.txt"
 class WandbLogger:
     """Record a run on Weights & Biases: numbers and pictures in its history, texts in its configuration.
 
-    A run that goes on is the same run there. W&B takes steps in their order only, so the steps between a checkpoint and a crash, which are
-    made once more, stand there as they were made first: neither twice nor missing.
+    A run that goes on is the same run there. W&B takes steps in rising order and leaves others out, so steps between a checkpoint and a
+    crash, which are made once more, stay there as they were made first.
 
     Args:
         folder: the run's folder; its name is the run's, and W&B's own files go into the folder wandb inside it.
