@@ -1,7 +1,7 @@
 """Networks through torch.compile: the same training, names and checkpoints, and a sentence where no compiler works.
 
-Tracing the tiny UNet takes most of a minute and compiling it with C++ several: the slow tests do. The others trace the text encoder alone,
-with a backend that runs the traced graphs.
+Tracing the tiny UNet takes most of a minute, and compiling it with C++ a quarter of an hour, so all but a slow test trace the text encoder
+alone; and all but another run the traced graphs uncompiled.
 """
 
 import pytest
@@ -102,17 +102,15 @@ def test_where_no_compiler_works_a_sentence_says_so(workplace, monkeypatch, caps
 
 
 @pytest.mark.slow
-def test_compiled_for_the_cpu_it_trains_the_same():
+def test_a_text_encoder_compiled_for_the_cpu_trains_the_same():
     compiled.require_compiler(torch.device("cpu"))
     losses = []
     for compiles in (True, False):
         networks, objective, optimizers = _setup("adamw")
-        for network in (networks.unet, networks.text_encoder):
-            network.train()
-        networks.unet.enable_gradient_checkpointing()
+        networks.text_encoder.train()
         if compiles:
-            compiled.compile_networks([networks.unet, networks.text_encoder])
+            compiled.compile_networks([networks.text_encoder])
         for step in range(2):
             result = train_step([objective.draw(_batch(range(2), step))], networks, objective, optimizers, step=step, images=2)
             losses.append([float(result.loss), *map(float, result.norms.values())])
-    assert losses[:2] == [pytest.approx(numbers, rel=1e-3) for numbers in losses[2:]]
+    assert losses[:2] == [pytest.approx(numbers, rel=1e-4) for numbers in losses[2:]]

@@ -23,8 +23,11 @@ class _InMemoryOrder(Optimizer8bit):
     """
 
     def update_step(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
+        if p.grad is None or p.is_contiguous():
+            super().update_step(group, p, gindex, pindex)
+            return
         order = sorted(range(p.dim()), key=p.stride, reverse=True)
-        if p.is_contiguous() or p.grad is None or not p.permute(order).is_contiguous():
+        if not p.permute(order).is_contiguous():
             super().update_step(group, p, gindex, pindex)
             return
         weights, gradient, state = p.data, p.grad, self.state[p]
