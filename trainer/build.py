@@ -77,6 +77,7 @@ def _train(
     config: TrainConfig, notes: Sequence[str], processes: Processes, *, weights_only: bool, arguments: Sequence[str], signals: StopSignals
 ) -> None:
     from trainer.environment import check_cuda
+    from trainer.found import hand_over
     from trainer.loggers.console import Console
     from trainer.loop import out_of_time, train
 
@@ -90,9 +91,11 @@ def _train(
             raise
         raise UserError([f"Memory has run out before the first step ({_said(error)}).", cheapest_key(config)]) from error
     console.start(total_steps=run.cadence.total_steps, first_step=run.state.step)
+    failed = False
     try:
         train(run)
     except Exception as error:
+        failed = True
         if not is_out_of_memory(error):
             raise
         said = f"Memory has run out in step {run.state.step + 1} ({_said(error)}). Where it is:"
@@ -104,6 +107,8 @@ def _train(
         lift = [key for key, is_over in over.items() if is_over]
         if processes.main:
             for sentence in closing(run, resume_command(arguments, run.folder, lift=lift, launcher=processes.launcher)):
+                console.event(sentence)
+            for sentence in [] if failed else hand_over(run, config):  # a run that failed is gone on with, or its rate was no good
                 console.event(sentence)
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (  # top to bottom: a module imports from its own layer and from those below it
     ("train", "scripts"),
     ("trainer.build", "trainer.check", "trainer.memory", "trainer.footprint"),
-    ("trainer.resume",),
+    ("trainer.resume", "trainer.found"),
     ("trainer.config",),
     ("trainer.loop",),
     ("trainer.step", "trainer.validation"),

@@ -69,3 +69,54 @@ def test_a_continued_run_says_the_rest(stop):
     second.load_state_dict(first.state_dict())
     said += [(s, t) for s in range(stop + 10, 501, 10) for t in second.look("unet", step=s, d=course(s)[0], d_hat=course(s)[1])]
     assert said == whole
+
+
+def unsettled(course, last=300, **options):
+    """Return why d is said not to have settled after steps 1, 10, 20 ... `last` of a course."""
+    watch = AdaptationWatch({"unet": DAdaptAdamOptions(**options)}, {"unet": "base"})
+    for step in (1, *range(10, last + 1, 10)):
+        watch.look("unet", step=step, d=course(step), d_hat=0.0)
+    assert watch.d("unet") == course(last)
+    return watch.unsettled("unet")
+
+
+def test_d_that_has_settled():
+    assert unsettled(lambda step: 1e-6 * min(1.05**step, 300)) is None
+    assert unsettled(lambda step: 1e-5 * (1 + 4e-5 * step)) is None, "a creep of 0.4% in 100 steps"
+
+
+def test_d_that_still_grows():
+    reason = unsettled(lambda step: 1e-5 * 1.005**step)
+    assert reason is not None and "grew by 65% over the last 100, up to step 300" in reason
+    assert unsettled(lambda step: 1e-5 if step <= 200 else 2e-5) is not None
+    assert unsettled(lambda step: 1e-5 if step <= 200 else 2e-5, last=310) is None
+
+
+def test_a_run_is_too_short_to_tell():
+    reason = unsettled(lambda step: 1e-5, last=90)
+    assert reason is not None and "over the last 89" in reason
+    assert unsettled(lambda step: 1e-5, last=110) is None
+
+
+def test_d_that_never_left_d0_has_not_settled():
+    reason = unsettled(lambda step: 1e-6)
+    assert reason is not None and "has not left d0 (1e-06) in 300 steps" in reason
+
+
+def test_d_that_d_max_holds_was_chosen():
+    reason = unsettled(lambda step: 1e-5, d_max=1e-5)
+    assert reason is not None and "base.d_max (1e-05)" in reason
+    assert unsettled(lambda step: 9.9e-6, d_max=1e-5) is None
+
+
+def test_a_continued_run_judges_as_a_whole_one():
+    def looks(watch, steps):
+        for step in steps:
+            watch.look("unet", step=step, d=min(1e-7 * step, 1e-5), d_hat=0.0)
+
+    for last in (190, 200, 210):
+        first, second = (AdaptationWatch({"unet": DAdaptAdamOptions(d0=1e-8)}, {"unet": "base"}) for _ in range(2))
+        looks(first, range(10, 151, 10))
+        second.load_state_dict(first.state_dict())
+        looks(second, range(160, last + 1, 10))
+        assert (second.unsettled("unet") is None) == (last >= 200)

@@ -1,7 +1,8 @@
-"""Watching d: says once, in words, what a curve of D-Adaptation means that is not as it should be."""
+"""Watching d: says once, in words, what a curve of D-Adaptation means that is not as it should be, and whether d has settled."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ class _Course:
     """What is remembered of one network's d between reports."""
 
     told: list[str] = field(default_factory=list)
+    looks: list[list[float]] = field(default_factory=list)
+    """Step and d, from the last look that was `PATIENCE` steps ago or more on."""
     negative_since: int | None = None
     level: float = 0.0
     """d where the present flat stretch began."""
@@ -80,6 +83,9 @@ class AdaptationWatch:
                 f"the weights have come, so d no longer grows; that is the usual end of the search, "
                 f"and if the loss rises too, lower {where}.lr.",
             )
+        course.looks.append([step, d])
+        while len(course.looks) > 1 and course.looks[1][0] <= step - PATIENCE:
+            del course.looks[0]
         self._follow(course, step, d, d0)
         if course.plateau and d >= RUNAWAY * course.plateau:
             brakes = {"d_max": f"{course.plateau:.2g}", "growth_rate": "1.02"}
@@ -90,6 +96,29 @@ class AdaptationWatch:
                 f"at the samples from before the rise, and " + (f"set {' or '.join(known)}." if known else f"lower {where}.lr."),
             )
         return sentences
+
+    def d(self, network: str) -> float:
+        """Return the last d that was seen of a network."""
+        return self._courses[network].looks[-1][1]
+
+    def unsettled(self, network: str) -> str | None:
+        """Return why d of a network has not settled, as a clause; None where it has.
+
+        It has settled where it has left d0, has grown by no more than 1% over the last 100 optimizer steps, and is not held by d_max.
+        """
+        looks, options, where = self._courses[network].looks, self._options[network], self._sections[network]
+        if not looks:
+            return f"no step of the {network} has been reported"
+        (then, before), (now, d) = looks[0], looks[-1]
+        d_max = getattr(options, "d_max", math.inf)
+        if d <= options.d0:
+            return f"d of the {network} has not left d0 ({options.d0:g}) in {now} steps"
+        if d >= d_max * (1 - 1e-6):  # d_max is fp64, d may be fp32
+            return f"d of the {network} is held by {where}.d_max ({d_max:g}): its rate was chosen, not found; raise d_max to find one"
+        if now - then < PATIENCE or d > FLAT * before:
+            grown = f"it grew by {d / before - 1:.0%} over the last {now - then}" if before > 0 else "it is new"
+            return f"d of the {network} has not settled, growing by at most {FLAT - 1:.0%} over {PATIENCE} steps: {grown}, up to step {now}"
+        return None
 
     def _follow(self, course: _Course, step: int, d: float, d0: float) -> None:
         """Find the stretches where d is flat; d0 itself is no rest that d has come to."""

@@ -1,0 +1,91 @@
+"""What is handed over of each optimizer and each mixture of them, without a run."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.config.schema import OptimizerConfig, TrainConfig, optimizer_classes
+from trainer.found import FOUND, hand_over
+from trainer.models.load import ModelOptions
+from trainer.optim import AdamWOptions, DAdaptAdamOptions
+from trainer.optim.watch import PATIENCE, AdaptationWatch
+from trainer.precision import PrecisionOptions
+
+SECTIONS = {"unet": "base", "text encoder": "text_encoder_overrides"}
+
+
+def outcome(folder: Path, unet: Any, text_encoder: Any, *, d: float = 1e-5, size: int = 10, **changes: Any) -> tuple[list[str], Any]:
+    """Return what a run of 200 steps with this constant d says, and the sections that it writes, None where it writes none."""
+    options = {"unet": unet, "text encoder": text_encoder}
+    watch = AdaptationWatch({network: chosen for network, chosen in options.items() if chosen.adapts}, SECTIONS)
+    for network in watch.networks:
+        for step in (1, PATIENCE, 2 * PATIENCE):
+            watch.look(network, step=step, d=d, d_hat=0.0)
+    parameters = (torch.empty(size, device="meta"),)
+    optimizers = SimpleNamespace(
+        members=[SimpleNamespace(network=network, options=chosen) for network, chosen in options.items()],
+        parameters=dict.fromkeys(options, parameters),
+    )
+    run: Any = SimpleNamespace(folder=folder, optimizers=optimizers, watch=watch, state=SimpleNamespace(step=2 * PATIENCE))
+    config = TrainConfig(model=ModelOptions(resume_ckpt="x"), optimizers=OptimizerConfig(unet=unet, text_encoder=text_encoder), **changes)
+    told = hand_over(run, config)
+    return told, json.loads((folder / FOUND).read_text()) if (folder / FOUND).exists() else None
+
+
+def chosen(name: str, **values: Any) -> Any:
+    return optimizer_classes()[name](**{"lr": 0.5, "lr_scheduler": "constant", **values})
+
+
+@pytest.mark.parametrize("name", [name for name, options in optimizer_classes().items() if options.adapts])
+def test_every_adam_hands_its_rate_over_and_the_others_say_why_not(tmp_path, name):
+    told, written = outcome(tmp_path, chosen(name), chosen(name))
+    if name in ("dadapt_lion", "dadapt_sgd"):
+        assert written is None and f"{name} of the unet takes other steps than AdamW" in told[0]
+    else:
+        assert (written["base"]["optimizer"], written["base"]["lr"]) == ("adamw8bit", 5e-6) and "5e-06 for the unet" in told[0]
+
+
+def test_sections_with_a_rate_of_their_own_stay_as_they_are(tmp_path):
+    _, written = outcome(tmp_path, AdamWOptions(lr=3e-5, lr_scheduler="cosine"), chosen("dadapt_adam"))
+    assert (written["base"]["optimizer"], written["base"]["lr"]) == ("adamw", 3e-5)
+    assert (written["text_encoder_overrides"]["optimizer"], written["text_encoder_overrides"]["lr"]) == ("adamw8bit", 5e-6)
+    assert outcome(tmp_path / "none", AdamWOptions(lr=1.0), AdamWOptions(lr=1.0)) == ([], None)
+
+
+def test_one_network_without_a_rate_is_enough_for_no_file_and_removes_an_older_one(tmp_path):
+    assert outcome(tmp_path, chosen("dadapt_adam"), chosen("dadapt_adam"))[1] is not None
+    told, written = outcome(tmp_path, chosen("dadapt_adam"), chosen("dadapt_adam", d_max=1e-5))
+    assert written is None and told == [
+        f"No {FOUND}: d of the text encoder is held by text_encoder_overrides.d_max (1e-05): its rate was chosen, not found; raise d_max to "
+        "find one."
+    ]
+
+
+def test_the_schedule_stays_and_the_rate_is_that_of_its_full_size(tmp_path):
+    course = {"lr_scheduler": "cosine", "lr_warmup_steps": 10, "lr_decay_steps": 400}
+    _, written = outcome(tmp_path, chosen("dadapt_adam", **course), chosen("dadapt_adam"))
+    assert {key: written["base"][key] for key in course} == course and written["base"]["lr"] == 5e-6
+
+
+def test_decay_that_was_added_to_the_gradient_is_left_out(tmp_path):
+    _, written = outcome(tmp_path, chosen("dadapt_adam", weight_decay=0.3, decouple=False), chosen("dadapt_adam", weight_decay=0.3))
+    assert (written["base"]["weight_decay"], written["text_encoder_overrides"]["weight_decay"]) == (0.0, 0.3)
+
+
+def test_what_train_json_has_to_change_for_the_file_is_told(tmp_path):
+    options = DAdaptAdamOptions(lr=4.0, lr_scheduler="constant")
+    told, _ = outcome(tmp_path, options, options, size=300_000_000, precision=PrecisionOptions(weights_dtype="bf16"))
+    assert told[0].endswith("; train.json then needs weights_dtype fp32 and allow_high_lr true")
+    gentle = replace(options, lr=1.0)
+    assert "needs" not in outcome(tmp_path, gentle, gentle, size=300_000_000)[0][0]
+
+
+def test_a_folder_that_cannot_be_written_to_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    told, _ = outcome(tmp_path / "file", chosen("dadapt_adam"), chosen("dadapt_adam"))
+    assert told[0].startswith(f"No {FOUND}: it could not be written")

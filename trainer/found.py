@@ -1,0 +1,82 @@
+"""The rate that D-Adaptation found, handed over: an optimizer file for AdamW in 8 bits, or the reason why there is none."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+from trainer.config.resolved import documents
+from trainer.config.rules import check_rates
+from trainer.disk import appearing
+from trainer.errors import UserError
+from trainer.optim import AdamW8bitOptions
+from trainer.optim.dadapt import AdaptedMomentOptions
+
+if TYPE_CHECKING:
+    from trainer.config.schema import TrainConfig
+    from trainer.loop import Run
+    from trainer.optim import OptimizerOptions
+    from trainer.optim.watch import AdaptationWatch
+
+FOUND = "optimizer.found.json"
+
+
+def hand_over(run: Run, config: TrainConfig) -> list[str]:
+    """Write the optimizer file of the rates that a run has found into its folder, in the place of an older one, and say so in a sentence.
+
+    The sentence is the reason where there is no such file; there is none at all where no optimizer of the run finds its rate.
+
+    Args:
+        run: at its end, or wherever it was stopped.
+        config: the run's.
+    """
+    learning = {member.network: member.options for member in run.optimizers.members}
+    if not run.watch.networks:
+        return []
+    path = run.folder / FOUND
+    try:
+        path.unlink(missing_ok=True)  # of an earlier stop, at which d may have been another
+        if reasons := [reason for network in run.watch.networks if (reason := _reason(network, learning[network], run.watch))]:
+            return [f"No {FOUND}: {'; '.join(reasons)}."]
+        found = {network: _as_adamw(learning[network], run.watch.d(network)) for network in run.watch.networks}
+        handed = replace(config, optimizers=replace(config.optimizers, **{_FIELD[network]: options for network, options in found.items()}))
+        rates = " and ".join(f"{options.lr:g} for the {network}" for network, options in found.items())
+        doc = f"AdamW in 8 bits at the rates that D-Adaptation found in {run.folder.name} up to step {run.state.step}: {rates}."
+        with appearing(path) as draft:
+            text = json.dumps({"doc": doc, **documents(handed)["optimizer.json"]}, indent=2, ensure_ascii=False, allow_nan=False)
+            draft.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        return [f"No {FOUND}: it could not be written ({error.strerror or error})."]
+    needs = _needs(handed, {network: sum(p.numel() for p in parameters) for network, parameters in run.optimizers.parameters.items()})
+    return [f"Found rate:  {path}: AdamW in 8 bits at {rates}{needs}"]
+
+
+_FIELD = {"unet": "unet", "text encoder": "text_encoder"}
+
+
+def _reason(network: str, options: OptimizerOptions, watch: AdaptationWatch) -> str | None:
+    """Return why the rate of a network cannot be handed over, as a clause; None where it can."""
+    if not isinstance(options, AdaptedMomentOptions):
+        return f"{options.optimizer} of the {network} takes other steps than AdamW, to which its rate means nothing"
+    return watch.unsettled(network)
+
+
+def _as_adamw(options: Any, d: float) -> AdamW8bitOptions:
+    """Return AdamW in 8 bits whose steps, schedule and decay are those that an Adam with estimate `d` has come to."""
+    scale: float = getattr(options, "layer_scale", 1.0)
+    same = {entry.name: getattr(options, entry.name) for entry in fields(AdamW8bitOptions) if entry.name != "optimizer"}
+    # Decay shrinks weights by weight_decay * d*lr a step, which layer_scale leaves alone; AdamW has none that is added to the gradient.
+    rate = d * (options.lr or 1.0) * scale
+    decay = options.weight_decay / scale if options.decouple else 0.0
+    return AdamW8bitOptions(**{**same, "lr": float(f"{rate:.4g}"), "weight_decay": float(f"{decay:.6g}")})
+
+
+def _needs(config: TrainConfig, trained: dict[str, int]) -> str:
+    """Return which keys of train.json the file goes with, where it does not go with those of its own run."""
+    keys = ["weights_dtype fp32"] if config.precision.weights_dtype == "bf16" and config.parts.lora is None else []
+    try:
+        check_rates(config, trained)
+    except UserError:
+        keys.append("allow_high_lr true")
+    return f"; train.json then needs {' and '.join(keys)}" if keys else ""
