@@ -169,14 +169,16 @@ def build_run(config: TrainConfig, console: Console, processes: Processes, *, we
     from data.saved_index import remembered_index
     from trainer.cache import cache_folder, encode_captions, encode_images, plan_latents
     from trainer.cadence import Cadence
-    from trainer.check import batch_line, plan_lines
+    from trainer.card import Card, origin_of
+    from trainer.check import aligned, batch_line, plan_rows
     from trainer.checkpoint import TrainState
     from trainer.config import check_fused_backward, check_rates, check_schedules, without_folders
+    from trainer.curves import Curves
     from trainer.diffusion.objective import Networks
     from trainer.disk import tidy
     from trainer.ema import plan_ema
     from trainer.loggers import Loggers, open_loggers
-    from trainer.loop import EPOCH_LOSS, LOSS, Run
+    from trainer.loop import EPOCH_LOSS, FIXED_LOSS, LOSS, Run
     from trainer.loss_watch import LossWatch
     from trainer.metrics import Meter
     from trainer.models.compiled import compile_networks, require_compiler, uncompiled
@@ -286,7 +288,27 @@ def build_run(config: TrainConfig, console: Console, processes: Processes, *, we
     sampler = choose_samples(config, prompts, index)
     state = start.state or TrainState()
     ema = make_ema(config, parts, total_steps, device, begins=start.checkpoint is None) if processes.main else None
+    batch = batch_line(config, processes)
+    plan = plan_rows(config, models.source, parts.counts, precision, loader.steps_in(0), total_steps, batch, latent_plan, split.lines())
+    losses, rates = (
+        {FIXED_LOSS: "fixed-noise loss", VALIDATION_LOSS: "validation loss"},
+        {n: f"hyperparameter/lr {n}" for n in optimizers.parameters},
+    )
+    curves = Curves({**losses, LOSS: "loss of the batches"}, {tag: network for network, tag in rates.items()}, noisy=LOSS)
+    card = Card(
+        project=config.logging.project_name,
+        origin=origin_of(start.model),
+        curves=curves,
+        state=state,
+        total_steps=total_steps,
+        losses=losses,
+        rates=rates,
+        plan=[(name, text) for name, text in plan if name in ("unet", "text encoder", "batch", "ema", "precision", "seed")],
+        files=without_folders(config),
+        lora=config.parts.lora is not None,
+    )
     stateful: dict[str, Stateful] = {"optimizers": optimizers, "meter": meter, "watch": watch, "loss watch": loss_watch}
+    stateful |= {"curves": curves, "card": card}
     if ema is not None:
         stateful["ema"] = ema
     if precision.scaler is not None:
@@ -300,7 +322,7 @@ def build_run(config: TrainConfig, console: Console, processes: Processes, *, we
     loggers = Loggers([])
     if processes.main:
         tidy(folder / "ckpts")
-        loggers = open_loggers(
+        recorders = open_loggers(
             folder,
             warn=console.event,
             networks=list(optimizers.parameters),
@@ -308,6 +330,7 @@ def build_run(config: TrainConfig, console: Console, processes: Processes, *, we
             first_step=state.step + 1 if start.checkpoint else None,
             wandb_project=config.logging.project_name if config.logging.wandb else None,
         )
+        loggers = Loggers([recorders, curves])
         record_configuration(config, folder, loggers, state.step)
         console.record_to(folder / "run.log")
     for note in [*notes, *models.notes, *split.notes]:
@@ -321,10 +344,7 @@ def build_run(config: TrainConfig, console: Console, processes: Processes, *, we
         console.event(f"Left out: {file}")
     if len(index.bad) > _NAMED:
         console.event(f"... and {len(index.bad) - _NAMED} more; train.py --check names them")
-    batch = batch_line(config, processes)
-    for line in plan_lines(
-        config, models.source, parts.counts, precision, loader.steps_in(0), total_steps, batch, latent_plan, split.lines()
-    ):
+    for line in aligned(plan):
         console.event(line)
     if device.type == "cuda":
         work = work_of(
@@ -402,6 +422,7 @@ def build_run(config: TrainConfig, console: Console, processes: Processes, *, we
             ema=ema,
             lora=lora,
             writes=processes.main,
+            describe=lambda checkpoint: card.write(checkpoint, folder / "samples"),
         ),
         signals=signals,
         processes=processes,

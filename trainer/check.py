@@ -77,7 +77,7 @@ class _Findings:
         sheets = [f"contact sheets: {len(self.sheets)} in {self.sheets[0].parent}"] if self.sheets else []
         refusal = ["", f"on_bad_image is error: a run would be refused for {len(self.data.bad)} of the files."] if refused else []
         told = [*(f"Note: {note}" for note in self.notes), *(f"Changed: {change}" for change in self.changed)]
-        return [*told, *self.data.lines(), *sheets, "", *_aligned(self.plan), "", *self.memory.lines(), *refusal]
+        return [*told, *self.data.lines(), *sheets, "", *aligned(self.plan), "", *self.memory.lines(), *refusal]
 
     def as_json(self, *, usable: bool) -> dict[str, Any]:
         """Return the findings as JSON holds them."""
@@ -165,7 +165,7 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     if start.adapter is not None:
         read_adapter(start.adapter, parts, config.parts.lora)
     batch = batch_line(config, processes)
-    plan = _plan(config, models.source, parts.counts, precision, first, total_steps, batch, latents, split.lines())
+    plan = plan_rows(config, models.source, parts.counts, precision, first, total_steps, batch, latents, split.lines())
     lora = config.parts.lora is not None  # of which checkpoints hold the matrices alone, in fp32
     disk = plan_disk(
         config.saving,
@@ -189,7 +189,7 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     return _Findings(notes, changed, data, sheets, first, total_steps, plan, memory)
 
 
-def plan_lines(
+def plan_rows(
     config: TrainConfig,
     model: str,
     parts: Mapping[str, Part],
@@ -199,8 +199,8 @@ def plan_lines(
     batch: str,
     latents: LatentPlan,
     held_out: Sequence[str] = (),
-) -> list[str]:
-    """Return the plan as aligned lines.
+) -> list[tuple[str, str]]:
+    """Return the plan as names and texts.
 
     Args:
         config: the checked configuration.
@@ -213,28 +213,6 @@ def plan_lines(
         latents: how the run comes by them.
         held_out: what is measured and not trained.
     """
-    return _aligned(_plan(config, model, parts, precision, steps_of_epoch, total_steps, batch, latents, held_out))
-
-
-def batch_line(config: TrainConfig, processes: Processes) -> str:
-    """Return how many images a step has, and how they are shared out, in words."""
-    size, accumulated, count = config.data.batch_size, config.loop.grad_accum, processes.count
-    among = f", {size * accumulated} on each of {count} processes" if count > 1 else ""
-    passes = f" in {accumulated} passes of {size}" if accumulated > 1 else ""
-    return f"{size * accumulated * count} images a step{among}{passes}, resolution {' and '.join(map(str, config.data.resolutions))}"
-
-
-def _plan(
-    config: TrainConfig,
-    model: str,
-    parts: Mapping[str, Part],
-    precision: Precision,
-    steps_of_epoch: int,
-    total_steps: int,
-    batch: str,
-    latents: LatentPlan,
-    held_out: Sequence[str],
-) -> list[tuple[str, str]]:
     averaged = plan_ema(config.ema, total_steps)
     loop, saving, samples = config.loop, config.saving, config.samples
     optimizers: dict[str, OptimizerOptions] = {"unet": config.optimizers.unet, "text encoder": config.optimizers.text_encoder}
@@ -263,7 +241,16 @@ def _plan(
     return lines
 
 
-def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
+def batch_line(config: TrainConfig, processes: Processes) -> str:
+    """Return how many images a step has, and how they are shared out, in words."""
+    size, accumulated, count = config.data.batch_size, config.loop.grad_accum, processes.count
+    among = f", {size * accumulated} on each of {count} processes" if count > 1 else ""
+    passes = f" in {accumulated} passes of {size}" if accumulated > 1 else ""
+    return f"{size * accumulated * count} images a step{among}{passes}, resolution {' and '.join(map(str, config.data.resolutions))}"
+
+
+def aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """Return names and texts as lines."""
     return [f"{name:<13}{text}" for name, text in rows]
 
 

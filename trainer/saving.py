@@ -70,6 +70,7 @@ class Saver:
             inside the checkpoint.
         lora: where one is trained, which is written instead of the model.
         writes: false for processes that are not the first: they write nothing.
+        describe: writes what is published beside a checkpoint's model into its folder, where users may change it.
         clock: returns seconds; a change of the computer's time does not matter to it.
     """
 
@@ -88,6 +89,7 @@ class Saver:
         ema: Ema | None = None,
         lora: Lora | None = None,
         writes: bool = True,
+        describe: Callable[[Path], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._options = options
@@ -102,6 +104,7 @@ class Saver:
         self._ema = ema
         self._lora = lora
         self._writes = writes
+        self._describe = describe
         self._clock = clock
         self._last_time = clock()
         self._last_step = state.step  # a checkpoint or the base model holds what has been made so far
@@ -144,6 +147,7 @@ class Saver:
             self._failed(kind, error, written)
         else:
             self._failures, self._last_step = 0, self._state.step
+            self._publish(written[0])
             seconds = time.perf_counter() - began
             self._say(f"step {self._state.step}: saved {' and '.join(map(str, written))}; training waited {seconds:.1f} s")
             try:
@@ -152,6 +156,15 @@ class Saver:
                 self._say(f"Note: an older checkpoint could not be deleted ({_reason(error)}); the next save tries again.")
         self._last_time = self._clock()
         return written
+
+    def _publish(self, folder: Path) -> None:
+        """Describe a checkpoint that is whole, after its manifest was made, so that it stays whole when its owner edits the page."""
+        if self._describe is None:
+            return
+        try:
+            self._describe(folder)
+        except Exception as error:  # whatever is wrong with a page, the checkpoint is worth more
+            self._say(f"Note: {folder} is whole, and its model card could not be written ({_reason(error)}).")
 
     def _write(self, kind: Kind, written: list[Path]) -> None:
         import torch

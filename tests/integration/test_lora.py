@@ -64,7 +64,7 @@ def test_both_files_load_in_diffusers_and_draw_what_was_trained(workplace, tmp_p
     [single] = single_files(run / "ckpts", run.name)
     assert single.name == "last-tiny-ep01-gs00003-lora.safetensors"
     files = sorted(path.name for path in checkpoint.iterdir())
-    assert files == ["base.json", "manifest.json", LORA_FILE, "resume"], "no model is written"
+    assert files == ["README.md", "base.json", "manifest.json", LORA_FILE, "resume", "samples.png"], "no model is written"
     before = picture(pipeline(base))
     expected = picture(trained_pipeline(base, checkpoint, lora, freezing={"freeze_front_n_layers": 2}))
     assert (expected - before).abs().max() > 1e-3, "the LoRA does something"

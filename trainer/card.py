@@ -1,0 +1,227 @@
+"""The page that a checkpoint is published with: README.md with the hub's header, the run's curves, samples and configuration."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.disk import appearing
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.checkpoint import TrainState
+    from trainer.curves import Curves
+
+PAGE, CURVES, SAMPLES = "README.md", "curves.png", "samples.png"
+
+OPENRAIL = "creativeml-openrail-m"
+"""The hub's name of Stable Diffusion 1's licence."""
+
+_UNDER_OPENRAIL = (
+    *("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5", "sd-legacy/stable-diffusion-v1-5"),
+    *(f"CompVis/stable-diffusion-v1-{version}" for version in (1, 2, 3, 4)),
+)
+"""Models of the hub that are known to be under it."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run was begun from, as far as it is known."""
+
+    name: str
+    """What people call it: a hub id, or the last part of a path."""
+    hub: str | None = None
+    """Its id on the hub, or that of the model that it was made from."""
+    license: str | None = None
+    """The hub's name of its licence."""
+
+
+def origin_of(model: str) -> Origin:
+    """Return what is known of a model: a hub id, a folder with a card, or a .safetensors file whose header names its licence.
+
+    Args:
+        model: what `load_models` loads.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        card = _header(path / PAGE)
+        base, license_ = card.get("base_model"), card.get("license")
+        return Origin(path.resolve().name, base if isinstance(base, str) else None, license_ if isinstance(license_, str) else None)
+    if path.is_file():
+        from trainer.models.tensor_file import read_metadata
+
+        try:
+            said = read_metadata(path).get("modelspec.license", "")
+        except (OSError, UserError):  # another kind of file; loading it says what is wrong, if anything is
+            said = ""
+        # A text for people, of which the hub takes none but its own names.
+        return Origin(path.stem, license=OPENRAIL if re.sub(r"[^a-z+]", "", said.lower()) == "creativemlopenrailm" else None)
+    return Origin(model, model, OPENRAIL if model in _UNDER_OPENRAIL else None)
+
+
+class Card:
+    """Write a checkpoint's page. What the run began from goes into its checkpoints, since a continued run begins from one of them.
+
+    Args:
+        project: the project's name.
+        origin: what the run began from.
+        curves: of the run.
+        state: the run's counters.
+        total_steps: of the whole run.
+        losses: tags of losses that are told in numbers, with their names.
+        rates: by network, the tag of its rate.
+        plan: rows about the run, as name and text.
+        files: the configuration's files as JSON texts.
+        lora: whether the checkpoint is a LoRA and no model.
+    """
+
+    def __init__(
+        self,
+        *,
+        project: str,
+        origin: Origin,
+        curves: Curves,
+        state: TrainState,
+        total_steps: int,
+        losses: Mapping[str, str],
+        rates: Mapping[str, str],
+        plan: Sequence[tuple[str, str]],
+        files: Mapping[str, str],
+        lora: bool,
+    ) -> None:
+        self._project, self._origin, self._curves, self._state = project, origin, curves, state
+        self._total, self._losses, self._rates, self._plan = total_steps, dict(losses), dict(rates), tuple(plan)
+        self._files, self._lora = dict(files), lora
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the run began from."""
+        return asdict(self._origin)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._origin = Origin(**state)
+
+    def write(self, folder: Path, samples: Path) -> None:
+        """Write the page and its two pictures into a checkpoint's folder, in the place of older ones.
+
+        Args:
+            folder: the checkpoint's.
+            samples: the folder of the run's samples.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        drawn, newest = self._curves.begun, self._newest_of(samples)
+        if drawn:
+            with appearing(folder / CURVES) as draft:
+                self._curves.draw(draft)
+        if newest is not None:
+            with appearing(folder / SAMPLES) as draft:
+                shutil.copyfile(newest[1], draft)
+        with appearing(folder / PAGE) as draft:
+            draft.write_text(self._page(drawn, newest and newest[0]), encoding="utf-8")
+
+    def _page(self, drawn: bool, sampled: int | None) -> str:
+        from huggingface_hub import ModelCardData
+
+        origin, kind = self._origin, "adapter" if self._lora else "finetune"
+        tags = [
+            "stable-diffusion",
+            "stable-diffusion-diffusers",
+            "text-to-image",
+            "diffusers",
+            "sd-dadapt",
+            *(["lora"] if self._lora else []),
+        ]
+        known: dict[str, Any] = {"license": origin.license} if origin.license else {}
+        known |= {"base_model": origin.hub, "base_model_relation": kind} if origin.hub else {}
+        header = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **known).to_yaml().strip()
+        what = "A LoRA for" if self._lora else "Fine-tuned from"
+        began = f"[{origin.hub}](https://huggingface.co/{origin.hub})" if origin.hub == origin.name else f"`{origin.name}`"
+        made_from = f", which was made from {origin.hub}" if origin.hub not in (None, origin.name) else ""
+        lines = [
+            *("---", header, "---", "", f"# {self._project}", ""),
+            f"{what} {began}{made_from}: {self._state.step:,} of {self._total:,} steps, {self._state.images:,} images.",
+            *([] if sampled is None else ["", f"![samples of step {sampled}]({SAMPLES})"]),
+            *("", "## Use", "", "```python", *self._use(), "```"),
+            *("", "## Training", "", "| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in [*self._plan, *self._numbers()])),
+            *(["", f"![curves of the run]({CURVES})"] if drawn else []),
+        ]
+        for name, text in self._files.items():
+            lines += [
+                "",
+                f"<details><summary>{name}</summary>",
+                "",
+                "```json",
+                json.dumps(json.loads(text), indent=1),
+                "```",
+                "",
+                "</details>",
+            ]
+        return "\n".join([*lines, "", "## Licence", "", self._licence(), ""])
+
+    def _use(self) -> list[str]:
+        name = re.sub(r"[^\w.-]+", "-", self._project)
+        base = self._origin.hub if self._origin.hub == self._origin.name else self._origin.name
+        lines = ["from diffusers import StableDiffusionPipeline", ""]
+        if not self._lora:
+            return [*lines, f'pipeline = StableDiffusionPipeline.from_pretrained("YOUR_NAME/{name}")', 'pipeline("...").images[0]']
+        return [
+            *lines,
+            f'pipeline = StableDiffusionPipeline.from_pretrained("{base}")',
+            f'pipeline.load_lora_weights("YOUR_NAME/{name}")',
+            'pipeline("...").images[0]',
+        ]
+
+    def _numbers(self) -> list[tuple[str, str]]:
+        rows = []
+        for tag, name in self._losses.items():
+            points = self._curves.of(tag)
+            if points:
+                (first, before), (last, now) = points[0], points[-1]
+                step, lowest = min(points, key=lambda point: point[1])
+                rows.append((name, f"{before:.4f} at step {first}, {now:.4f} at step {last}; lowest {lowest:.4f} at step {step}"))
+        for network, tag in self._rates.items():
+            points = self._curves.of(tag)
+            if points:
+                rows.append((f"rate of the {network}", f"{points[-1][1]:.3g} at step {points[-1][0]}"))
+        return [*rows, ("time", f"{self._state.seconds / 60:.0f} minutes of training")]
+
+    def _licence(self) -> str:
+        origin = self._origin
+        if origin.license == OPENRAIL:
+            return (
+                f"`{origin.name}` is under [CreativeML Open RAIL-M](https://huggingface.co/spaces/CompVis/stable-diffusion-license), and so "
+                "is what is made from it, with the same restrictions of use."
+            )
+        if origin.license:
+            return f"`{origin.name}` is under `{origin.license}`."
+        return (
+            f"The program that wrote this page does not know the licence of `{origin.name}`. What is made from it is bound by it: name it "
+            "as `license:` at the top of this page before you publish."
+        )
+
+    def _newest_of(self, samples: Path) -> tuple[int, Path] | None:
+        """Return step and path of the newest samples up to now, those of averaged weights where they alone were drawn."""
+        found = [(int(match[1]), not match[2], path) for path in samples.glob("gs*.png") if (match := _SAMPLES.fullmatch(path.name))]
+        steps = [entry for entry in found if entry[0] <= self._state.step]
+        return (max(steps)[0], max(steps)[2]) if steps else None
+
+
+_SAMPLES = re.compile(r"gs(\d+)(-\w+)?\.png")
+
+
+def _header(path: Path) -> Mapping[str, Any]:
+    """Return the header of a card, empty where there is none that can be read."""
+    import yaml
+    from huggingface_hub import metadata_load
+
+    try:
+        return (metadata_load(path) if path.is_file() else None) or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
