@@ -196,8 +196,8 @@ class Card:
         origin = self._origin
         if origin.license == OPENRAIL:
             return (
-                f"`{origin.name}` is under [CreativeML Open RAIL-M](https://huggingface.co/spaces/CompVis/stable-diffusion-license), and so "
-                "is what is made from it, with the same restrictions of use."
+                f"`{origin.name}` is under [CreativeML Open RAIL-M](https://huggingface.co/spaces/CompVis/stable-diffusion-license), and "
+                "so is what is made from it, with the same restrictions of use."
             )
         if origin.license:
             return f"`{origin.name}` is under `{origin.license}`."

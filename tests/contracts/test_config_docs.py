@@ -30,8 +30,11 @@ from trainer.config.schema import (
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = {
-    "train": [ROOT / "train.json", ROOT / "configs" / "sd15.json"],
-    "optimizer": [*sorted(ROOT.glob("optimizer*.json")), *sorted((ROOT / "configs").glob("optimizer*.json"))],
+    "train": [ROOT / "train.json", *sorted((ROOT / "configs").glob("sd15*.json")), ROOT / "configs" / "followfox" / "train.json"],
+    "optimizer": [
+        *sorted(ROOT.glob("optimizer*.json")),
+        *(path for folder in ("configs", "configs/followfox") for path in sorted((ROOT / folder).glob("optimizer*.json"))),
+    ],
 }
 
 

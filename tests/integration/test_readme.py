@@ -1,0 +1,226 @@
+"""Every command of the documentation: run, or checked as far as this machine goes, or listed with the reason why not.
+
+A command is a line of an `sh` block, a line with ! or % of a `python` block (Colab's), or a piece of code in the text that starts a
+program. Each must stand in exactly one of the tables below, and each entry of them in the documentation.
+"""
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from trainer.memory import Estimate
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/keys.md", "configs/followfox/README.md", "models/mini-sd/README.md"]
+
+RUN = [
+    "python train.py --help",
+    "python scripts/export_schema.py",
+]
+"""Run as they are, in a copy of the repository, in this process."""
+
+_DRIVE = "--data_root /content/drive/MyDrive/pictures --logdir /content/drive/MyDrive/sd-dadapt --save_format diffusers --keep_last_n 1"
+_DOCKER = 'docker run --rm --gpus all --shm-size 2g -v "$PWD/input:/app/input" -v "$PWD/logs:/app/logs" -v "$PWD/cache:/cache" sd-dadapt'
+_FOLLOWFOX = "python train.py --config configs/followfox/train.json --data_root YOUR_IMAGES"
+CHECKED = [
+    "python train.py --config configs/sd15.json --check",
+    "python train.py --config train.json",
+    "python train.py --config configs/sd15.json",
+    _FOLLOWFOX,
+    f"{_FOLLOWFOX} --optimizer_config configs/followfox/optimizer_adamw8bit.json",
+    f"python train.py --config configs/sd15_t4.json {_DRIVE}",
+    f"{_DOCKER} --config configs/sd15.json",
+]
+"""Run with --check for a card of 24 GiB, with folders that are here, and without the estimate of memory, which takes half a minute and has
+tests of its own: training itself takes minutes, or a GPU and a model from the hub."""
+
+HELPED = {
+    "python scripts/bench_memory.py --cards 8 12 16 24": "traces the five set-ups for minutes",
+    "python scripts/bench_optimizer.py": "takes minutes on an idle machine",
+    "scripts/bench_memory.py --networks unet": "takes 18 GiB and an hour; test_footprint.py runs one of its rows",
+    "python scripts/bench_data.py pixels --rounds 7": "takes minutes; test_bench_data.py runs it with less",
+    "scripts/bench_data.py scan --rounds 1": "writes 100 000 files; test_bench_data.py runs it with less",
+    "scripts/bench_data.py latents --rounds 40": "takes minutes; test_bench_data.py runs it with less",
+    "python scripts/make_mini_sd.py judge": "draws hundreds of pictures; test_mini_sd.py tests the judge",
+}
+"""Run with --help, which fails where a choice among the words before it does not exist, and the reason why not as they are."""
+
+LONG = [
+    "python train.py --config configs/sd15.json --check",
+    "python train.py --config train.json",
+    "python train.py --config train.json --resume_ckpt findlast",
+]
+"""Run as they are, in a process of their own, in this order, behind `slow`."""
+
+ELSEWHERE = {
+    "python -m pytest": "is this",
+    "python -m pytest -m slow": "is the slow part of this",
+    "python -m pytest -m gpu": "needs a GPU",
+    "python -m pytest -m slow -s tests/integration/test_first_run.py": "is a test",
+    "python -m pytest -m slow -s tests/integration/test_eight_bits.py": "is a test",
+    "python -m pytest -m slow tests/integration/test_fuzz.py": "is a test",
+    "ruff check": "is a step of .ci/run",
+    "ruff format --check": "is a step of .ci/run",
+    "pyright": "is a step of .ci/run",
+    "bash .ci/run": "runs this",
+    "PYTHON=python3.12 bash .ci/run": "runs this",
+    "python3 -m venv .venv": "makes an environment, as .ci/run does",
+    ". .venv/bin/activate": "belongs to a shell",
+    "pre-commit install": "changes the clone",
+    "pip install -r requirements.txt": "installs; .ci/run does so",
+    "pip install -r requirements-dev.txt": "installs; .ci/run does so",
+    "pip install -q -r requirements.txt": "installs; .ci/run does so",
+    "pip install -r requirements.txt --extra-index-url https://download.pytorch.org/whl/cu130": "is for Windows",
+    "pip install pillow-heif": "installs what is optional",
+    "pip uninstall -y torchvision torchaudio": "is for Colab",
+    "pip uninstall -q -y torchvision torchaudio": "is for Colab",
+    "git clone REPOSITORY sd-dadapt": "needs the network",
+    "%cd sd-dadapt": "is for Colab",
+    "%load_ext tensorboard": "is for Colab",
+    "%tensorboard --logdir /content/drive/MyDrive/sd-dadapt": "is for Colab",
+    f"python train.py --config configs/sd15_t4.json {_DRIVE} --resume_ckpt findlast": "needs a run; LONG goes on with one in this way",
+    "docker build -t sd-dadapt .": "needs a container engine; test_container.py tests what it copies",
+    "hf auth login": "needs an account",
+    'hf upload YOUR_NAME/faces logs/RUN/ckpts/CHECKPOINT . --exclude "resume/*" --exclude base.json': "needs the hub; tested below without",
+}
+"""What cannot run here, or is a test itself, with the reason."""
+
+PROGRAM = re.compile(r"`!?((?:python3? |pip |hf |docker |bash |[A-Z]+=\S+ bash |scripts/[\w.]+ )[^`]*)`")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    """Return the commands of a document, those that && joins one by one."""
+    found = PROGRAM.findall(FENCE.sub("", text))
+    for language, body in FENCE.findall(text):
+        lines = [line.partition("  #")[0].strip() for line in body.splitlines()]
+        if language == "sh":
+            found += lines
+        elif language == "python":
+            found += [line.removeprefix("!") for line in lines if line.startswith(("!", "%"))]
+    return [part.strip() for line in found for part in line.split("&&") if part.strip()]
+
+
+def test_every_command_is_run_or_has_a_reason_and_no_other():
+    said = {command for name in DOCUMENTS for command in commands((ROOT / name).read_text(encoding="utf-8"))}
+    tables = [*RUN, *CHECKED, *HELPED, *(command for command in LONG if command not in CHECKED), *ELSEWHERE]
+    assert len(tables) == len(set(tables)), "a command stands in two tables"
+    assert sorted(said - set(tables)) == [], "new commands: run them, or say why not"
+    assert sorted(set(tables) - said) == [], "entries that no document names any more"
+
+
+def test_every_document_is_read():
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    assert sorted(DOCUMENTS) == sorted(listed.stdout.split())
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """Return a copy of what the documentation speaks of, with a folder of images as a user has one."""
+    folder = tmp_path_factory.mktemp("clone") / "sd-dadapt"
+    ignored = shutil.ignore_patterns(".git", ".ci", ".venv", "logs", "input", "build", "__pycache__", ".*_cache", "tests")
+    shutil.copytree(ROOT, folder, ignore=ignored)
+    shutil.copytree(ROOT / "examples" / "faces", folder / "input")
+    shutil.copytree(ROOT / "examples" / "faces", folder / "drive" / "pictures")
+    return folder
+
+
+def here(command: str, copy: Path) -> list[str]:
+    """Return the words of a command with folders that exist."""
+    after = command.removeprefix(_DOCKER).strip() if command.startswith("docker") else command.removeprefix("python ")
+    words = after if command.startswith("python ") or command.startswith("scripts/") else f"train.py {after}"
+    return shlex.split(words.replace("/content/drive/MyDrive", str(copy / "drive")).replace("YOUR_IMAGES", "input"))
+
+
+@pytest.mark.parametrize("command", RUN)
+def test_a_command_runs(command, copy, monkeypatch, capsys):
+    monkeypatch.chdir(copy)
+    before = {path: path.read_bytes() for path in copy.rglob("*.json")}
+    start(here(command, copy), monkeypatch)
+    assert ("--data_root" in capsys.readouterr().out) == command.endswith("--help")
+    assert {path: path.read_bytes() for path in copy.rglob("*.json")} == before, "the schemas are up to date"
+
+
+@pytest.mark.parametrize("command", CHECKED)
+def test_a_training_command_passes_its_check(command, copy, monkeypatch, capsys):
+    monkeypatch.chdir(copy)
+    monkeypatch.setattr("trainer.check.estimate", lambda *_, **__: Estimate([], "cpu", 0, None))
+    monkeypatch.setattr(Estimate, "lines", lambda _: [])
+    program, *arguments = here(command.removesuffix(" --check"), copy)
+    assert program == "train.py" and train.main([*arguments, "--check", "--vram", "24"]) == 0
+    assert "images: 60 in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", HELPED)
+def test_a_measuring_command_is_understood(command, copy, monkeypatch, capsys):
+    monkeypatch.chdir(copy)
+    start([*here(command, copy), "--help"], monkeypatch)
+    assert "usage: " in capsys.readouterr().out
+
+
+def start(words: list[str], monkeypatch) -> None:
+    """Run a Python program with these arguments; it must end with 0."""
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as ended:
+        assert ended.code in (0, None)
+
+
+def test_the_models_page_draws_a_picture(copy, monkeypatch):
+    monkeypatch.chdir(copy)
+    for language, body in FENCE.findall((ROOT / "models" / "mini-sd" / "README.md").read_text(encoding="utf-8")):
+        assert language == "python"
+        *lines, last = body.strip().replace("num_inference_steps=20", "num_inference_steps=2").splitlines()
+        space: dict = {}
+        exec("\n".join(lines), space)
+        assert eval(last, space).size == (64, 64)
+
+
+def test_the_line_that_publishes_uploads_the_model_and_its_page_alone(tmp_path, monkeypatch):
+    """The hub's own command line, up to the call that would go over the network."""
+    import click
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import filter_repo_objects
+
+    command = next(command for command in ELSEWHERE if command.startswith("hf upload"))
+    checkpoint = tmp_path / "logs" / "RUN" / "ckpts" / "CHECKPOINT"
+    for name in ("README.md", "curves.png", "unet/config.json", "base.json", "resume/state.json", "resume/deep/training.json"):
+        (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoint / name).write_text("")
+    monkeypatch.chdir(tmp_path)
+    taken: dict = {}
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: type("Repo", (), {"repo_id": "YOUR_NAME/faces"})())
+    monkeypatch.setattr(HfApi, "upload_folder", lambda _, **arguments: taken.update(arguments))
+    from huggingface_hub.cli.hf import app
+
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    try:
+        app(standalone_mode=False)
+    except (SystemExit, click.exceptions.Exit):
+        pass
+    assert (taken["repo_id"], taken["path_in_repo"]) == ("YOUR_NAME/faces", ".")
+    assert Path(taken["folder_path"]).resolve() == checkpoint
+    files = [path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()]
+    sent = filter_repo_objects(files, allow_patterns=taken["allow_patterns"], ignore_patterns=taken["ignore_patterns"])
+    assert sorted(sent) == ["README.md", "curves.png", "unet/config.json"]
+
+
+@pytest.mark.slow
+def test_the_first_run_and_going_on_with_it(copy):
+    for command in LONG:
+        done = subprocess.run([sys.executable, *here(command, copy)], cwd=copy, env={**os.environ}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    (run,) = (path for path in (copy / "logs").iterdir() if path.name != "cache")
+    assert (run / "optimizer.found.json").is_file() and (next((run / "ckpts").glob("last-*/curves.png"))).is_file()
