@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -206,10 +207,8 @@ def test_the_line_that_publishes_uploads_the_model_and_its_page_alone(tmp_path, 
     from huggingface_hub.cli.hf import app
 
     monkeypatch.setattr(sys, "argv", shlex.split(command))
-    try:
+    with suppress(SystemExit, click.exceptions.Exit):
         app(standalone_mode=False)
-    except (SystemExit, click.exceptions.Exit):
-        pass
     assert (taken["repo_id"], taken["path_in_repo"]) == ("YOUR_NAME/faces", ".")
     assert Path(taken["folder_path"]).resolve() == checkpoint
     files = [path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()]
