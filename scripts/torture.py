@@ -13,8 +13,6 @@ SIGKILL says nothing about a power failure, which also loses what the system had
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 import random
 import sys
 import time
@@ -28,23 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-_IMPORTED = [
-    "train",
-    "data.loader",
-    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
-    "diffusers.schedulers",
-    "tensorboard.summary.writer.record_writer",
-    "torch.utils.tensorboard.summary",
-    "trainer.check",
-    "trainer.grid",
-    "trainer.models.checkpoint_file",
-    "trainer.models.folder",
-    "trainer.optim.dadapt_adam",
-    "trainer.sampling",
-    "trainer.saving",
-    "trainer.step",
-]
-"""What children find imported already, where the platform can: a start then takes a second instead of ten."""
+from scripts.processes import started
 
 _LONGEST = 1800.0
 """Seconds after which a child that neither ends nor dies is a failure."""
@@ -242,31 +224,6 @@ def seen_saving(child: BaseProcess, logdir: Path, left: set[tuple[str, int]], lo
             return True
         time.sleep(0.002)
     return False
-
-
-def started(arguments: Sequence[str], output: Path) -> BaseProcess:
-    """Start train.py in a process of its own, its output added to a file."""
-    methods = multiprocessing.get_all_start_methods()
-    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:
-        context.set_forkserver_preload(_IMPORTED)
-    child = context.Process(target=run_train, args=(list(arguments), str(output)))
-    child.start()
-    return child
-
-
-def run_train(arguments: list[str], output: str) -> None:
-    """Be train.py."""
-    with Path(output).open("a") as file:
-        for number in (1, 2):
-            os.dup2(file.fileno(), number)
-        sys.stdout = sys.stderr = file
-        multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # the platform's own, for its workers
-        import train
-
-        code = train.main(arguments)
-        file.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -191,11 +191,51 @@ class Sampler:
         """
         from trainer.grid import labelled_row, tiled
 
+        jobs, drawn, problems = self._draw(unet, text_encoder, vae, tokenizer, scheduler_config, step, device, autocast, check)
+        several = len(self._options.cfgs) > 1
+        labels = [f"cfg {cfg:g}" if several else "" for cfg in self._options.cfgs]
+        rows = [labelled_row([drawn[job.place, cfg] for cfg in self._options.cfgs], labels, job.text) for job in jobs]
+        grid = tiled(rows, columns=1 if several else min(4, len(rows)), title=self._title(step))
+        return Samples(grid, tuple((self._tag(job), row) for job, row in zip(jobs, rows, strict=True)), tuple(problems))
+
+    def pictures(
+        self,
+        unet: UNet2DConditionModel,
+        text_encoder: CLIPTextModel,
+        vae: AutoencoderKL,
+        tokenizer: CLIPTokenizer,
+        scheduler_config: Mapping[str, Any],
+        *,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> dict[tuple[int, float], Image.Image | str]:
+        """Return what `draw` would put on a grid, by the prompt's place and the guidance scale; a reason in the place of a failed one."""
+        return self._draw(unet, text_encoder, vae, tokenizer, scheduler_config, 0, device, autocast, lambda: None)[1]
+
+    def largest(self) -> tuple[tuple[int, int], int]:
+        """Return width and height of the largest pictures that are drawn together, and the rows of the UNet's batch for them."""
+        batches = self._batches([self._job(place, prompt, 0) for place, prompt in enumerate(self.prompts)])
+        batch = max(batches, key=lambda jobs: len(jobs) * jobs[0].width * jobs[0].height)
+        return (batch[0].width, batch[0].height), len(batch) * (2 if max(self._options.cfgs) > 1 else 1)
+
+    def _draw(
+        self,
+        unet: UNet2DConditionModel,
+        text_encoder: CLIPTextModel,
+        vae: AutoencoderKL,
+        tokenizer: CLIPTokenizer,
+        scheduler_config: Mapping[str, Any],
+        step: int,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        check: Callable[[], None],
+    ) -> tuple[list[_Job], dict[tuple[int, float], Image.Image | str], list[str]]:
+        """Return what was asked for, the pictures of it by place and guidance scale, and what went wrong."""
         jobs = [self._job(place, prompt, step) for place, prompt in enumerate(self.prompts)]
         problems = self._cut(jobs, tokenizer)
         drawn: dict[tuple[int, float], Image.Image | str] = {}
         with _evaluating(unet, text_encoder, vae):
-            pipeline = _pipeline(unet, text_encoder, vae, tokenizer, self._options.scheduler, scheduler_config)
+            pipeline = pipeline_of(unet, text_encoder, vae, tokenizer, self._options.scheduler, scheduler_config)
             # Without a terminal tqdm turns itself off where `disable` is None.
             pipeline.set_progress_bar_config(disable=None if self._options.show_progress_bars else True, leave=False)
             for cfg in self._options.cfgs:
@@ -204,17 +244,7 @@ class Sampler:
                         drawn[job.place, cfg] = picture
                         if isinstance(picture, str):
                             problems.append(f"sample '{_short(job.text)}' at cfg {cfg:g} could not be drawn: {picture}")
-        several = len(self._options.cfgs) > 1
-        labels = [f"cfg {cfg:g}" if several else "" for cfg in self._options.cfgs]
-        rows = [labelled_row([drawn[job.place, cfg] for cfg in self._options.cfgs], labels, job.text) for job in jobs]
-        grid = tiled(rows, columns=1 if several else min(4, len(rows)), title=self._title(step))
-        return Samples(grid, tuple((self._tag(job), row) for job, row in zip(jobs, rows, strict=True)), tuple(problems))
-
-    def largest(self) -> tuple[tuple[int, int], int]:
-        """Return width and height of the largest pictures that are drawn together, and the rows of the UNet's batch for them."""
-        batches = self._batches([self._job(place, prompt, 0) for place, prompt in enumerate(self.prompts)])
-        batch = max(batches, key=lambda jobs: len(jobs) * jobs[0].width * jobs[0].height)
-        return (batch[0].width, batch[0].height), len(batch) * (2 if max(self._options.cfgs) > 1 else 1)
+        return jobs, drawn, problems
 
     def _job(self, place: int, prompt: SamplePrompt, step: int) -> _Job:
         from data.rng import stream
@@ -408,9 +438,10 @@ _SCHEDULERS: Mapping[str, tuple[str, dict[str, Any]]] = {
 """EveryDream2's names: diffusers' class and what it is given beside the model's own schedule."""
 
 
-def _pipeline(
+def pipeline_of(
     unet: Any, text_encoder: Any, vae: Any, tokenizer: Any, scheduler: Scheduler, config: Mapping[str, Any]
 ) -> StableDiffusionPipeline:
+    """Return diffusers' pipeline of these networks with the sampler of that name; `config` is the model's own noise schedule."""
     from diffusers import schedulers
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class TensorFile(Mapping[str, Tensor]):
 
     Attributes:
         path: the file.
+        shapes: of each tensor.
+        dtypes: of each tensor; None where it is one that this program does not write, such as those of 8 bits.
         metadata: the text fields of a .safetensors header.
     """
 
@@ -52,10 +54,13 @@ class TensorFile(Mapping[str, Tensor]):
         if path.suffix.lower() == ".ckpt":
             self._tensors: Any = _read_ckpt(path)
             self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+            self.dtypes: dict[str, torch.dtype | None] = {name: tensor.dtype for name, tensor in self._tensors.items()}
         else:
             header = _read_header(path)
             self.metadata = header.pop("__metadata__", {})
             self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+            kinds = {written: dtype for dtype, written in _DTYPES.items()}
+            self.dtypes = {name: kinds.get(entry["dtype"]) for name, entry in header.items()}
             from safetensors import safe_open
 
             self._tensors = safe_open(path, framework="pt", device="cpu")
@@ -81,14 +86,21 @@ def read_metadata(path: Path) -> dict[str, str]:
     return _read_header(path).get("__metadata__", {})
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    metadata: Mapping[str, str],
+    read: Callable[[str], Tensor] | None = None,
+) -> None:
     """Write a .safetensors file, converting and holding one tensor at a time.
 
     Args:
         path: the file; it appears under this name at once, so the caller writes beside and renames.
-        tensors: on any device, of any memory layout.
+        tensors: on any device, of any memory layout; on the meta device where `read` gives the numbers.
         dtype: of the floating-point tensors in the file; others keep theirs.
         metadata: text fields for the header.
+        read: returns a tensor by its name when it is written, and only then.
     """
     stored = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
     # Readers compute on the mapped file, and matrix products are slower, and round differently, where a tensor does not start at a
@@ -106,7 +118,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype,
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for name in order:
-            tensor = tensors[name].detach().to(device="cpu", dtype=stored[name]).contiguous()
+            tensor = (read or tensors.__getitem__)(name).detach().to(device="cpu", dtype=stored[name]).contiguous()
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 

@@ -1,0 +1,1 @@
+"""Pictures of several models beside each other."""

@@ -1,0 +1,136 @@
+"""Which models a grid shows, what they are called, and how they are loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.models.load import Models
+
+
+@dataclass(frozen=True)
+class Column:
+    """A model to draw with."""
+
+    label: str
+    name: str
+    """What it is loaded by."""
+
+    base: str | None = None
+    """The model under it, where it is a LoRA."""
+
+
+def find_columns(names: Sequence[str], *, base: str | None, against: Sequence[str]) -> list[Column]:
+    """Return the base, the models that were named, and those to compare them with.
+
+    Args:
+        names: diffusers folders, single files, hub ids, checkpoints, LoRA files, and runs, which stand for all their checkpoints.
+        base: the base's name, "none" for a grid without it, None to find what the first run among `names` began from.
+        against: further models, shown last.
+
+    Raises:
+        UserError: there is nothing to show, or no base can be found.
+    """
+    first = base if base is not None else next((found for found in map(_began_from, names) if found is not None), None)
+    if first is None:
+        raise UserError("--base: none of these says which model it began from; name it, or give --base none.")
+    runs = [name for name in names if _is_run(name)]
+    columns = [] if first == "none" else [Column("base", first)]
+    for name in names:
+        if _is_run(name):
+            columns += _of_run(Path(name), first, named=len(runs) > 1)
+        else:
+            columns.append(_column(name, first))
+    columns += [_column(name, first) for name in against]
+    if not columns:
+        raise UserError("there is no model to draw with; name runs, folders or files.")
+    return columns
+
+
+def load(column: Column) -> Models:
+    """Return the networks of a model on the CPU, a LoRA merged into its base.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    from trainer.models.load import ModelOptions, load_models
+
+    if column.base is None:
+        return load_models(ModelOptions(resume_ckpt=column.name))
+    models = load_models(ModelOptions(resume_ckpt=column.base))
+    from trainer.models.lora import LORA_FILE
+    from trainer.sampling import pipeline_of
+
+    path = Path(column.name)
+    folder, file = (path, LORA_FILE) if path.is_dir() else (path.parent, path.name)
+    pipeline = pipeline_of(models.unet, models.text_encoder, models.vae, models.tokenizer, "ddim", models.scheduler_config)
+    pipeline.load_lora_weights(str(folder), weight_name=file)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    return models
+
+
+def _is_run(name: str) -> bool:
+    return (Path(name) / "ckpts").is_dir()
+
+
+def _of_run(run: Path, base: str, *, named: bool) -> list[Column]:
+    """Return a run's checkpoints, the first step first; single files of steps that have no folder any more among them."""
+    from trainer.checkpoint import STEP, checkpoints, single_files
+    from trainer.models.tensor_file import read_metadata
+
+    found: dict[int, tuple[str, str]] = {}
+    for folder in checkpoints(run):
+        step = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["step"]
+        found.setdefault(step, (f"step {step}", str(folder)))
+    for file in single_files(run / "ckpts", run.name):
+        step = int(read_metadata(file)[STEP])
+        found.setdefault(step, (f"step {step}", str(file)))
+    if not found:
+        raise UserError(f"{run}: the run has no checkpoints yet; name another, or wait until it has saved one.")
+    before = f"{run.name} " if named else ""
+    return [_column(name, base, before + label) for _, (label, name) in sorted(found.items())]
+
+
+def _column(name: str, base: str, label: str | None = None) -> Column:
+    """Return a model, or a LoRA with the model under it: its own where it says so, else the grid's base."""
+    from trainer.models.lora import LORA_FILE, read_base
+    from trainer.models.tensor_file import TensorFile
+
+    path = Path(name).expanduser()
+    label = label or (path.stem if path.is_file() else path.name)
+    if path.is_dir() and (path / LORA_FILE).is_file():
+        own = read_base(path)
+        return Column(label, str(path), own.model if own else _needed(base, name))
+    if path.is_file() and path.suffix == ".safetensors" and any("lora_down." in tensor or ".lora_A" in tensor for tensor in TensorFile(path)):
+        return Column(label, str(path), _needed(base, name))
+    return Column(label, name)
+
+
+def _needed(base: str, name: str) -> str:
+    if base == "none":
+        raise UserError(f"{name} is a LoRA, which needs a model under it; name that with --base.")
+    return base
+
+
+def _began_from(name: str) -> str | None:
+    """Return the model that a run, or the run of a checkpoint, set out from, where its configuration says so."""
+    from trainer.models.lora import read_base
+
+    path = Path(name)
+    if (path / "base.json").is_file() and (lora := read_base(path)) is not None:
+        return lora.model
+    run = path if _is_run(name) else path.parent.parent
+    try:
+        config = json.loads((run / "train.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    model = config.get("resume_ckpt")
+    continued = model == "findlast" or (isinstance(model, str) and ((Path(model) / "ckpts").is_dir() or (Path(model) / "resume").is_dir()))
+    return model if isinstance(model, str) and not continued else None

@@ -1,0 +1,225 @@
+"""Every combination of models, prompts, seeds, guidance scales and steps as a picture, and the pictures as one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from scripts.grids.columns import Column
+    from trainer.sampling import SamplePrompts
+
+AXES = ("checkpoints", "prompts", "seeds", "cfgs", "steps")
+
+Cell = tuple[int, int, int, int, int]
+"""A place on each of the axes, in their order."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Pictures, or in the place of one that could not be made the reason, and what is along each axis."""
+
+    values: Mapping[str, Sequence[str]]
+    """By axis, the words for each of its places."""
+
+    cells: Mapping[Cell, Image.Image | str]
+    x: str
+    y: str
+    settings: str
+    """What all pictures have in common, in words."""
+
+    def panels(self) -> Iterator[tuple[str, list[tuple[str, list[Image.Image | str]]]]]:
+        """Yield for every combination of the other axes its words and its rows: words and pictures."""
+        others = [axis for axis in AXES if axis not in (self.x, self.y)]
+        for places in itertools.product(*(range(len(self.values[axis])) for axis in others)):
+            at = dict(zip(others, places, strict=True))
+            words = [f"{_ONE[axis]} {self.values[axis][place]}" for axis, place in at.items() if len(self.values[axis]) > 1]
+            rows = []
+            for row, label in enumerate(self.values[self.y]):
+                keys = ({**at, self.x: column, self.y: row} for column in range(len(self.values[self.x])))
+                rows.append((self._label(self.y, label), [self.cells[_cell(key)] for key in keys]))
+            yield ", ".join(words), rows
+
+    @property
+    def columns(self) -> list[str]:
+        """The words over the columns."""
+        return [self._label(self.x, value) for value in self.values[self.x]]
+
+    def _label(self, axis: str, value: str) -> str:
+        return value if axis in ("checkpoints", "prompts") else f"{_ONE[axis]} {value}"
+
+
+_ONE = {"checkpoints": "checkpoint", "prompts": "prompt", "seeds": "seed", "cfgs": "cfg", "steps": "steps"}
+
+
+def read_prompts(named: Sequence[str]) -> SamplePrompts:
+    """Return prompts from one file, or the words that were given.
+
+    Raises:
+        UserError: the file has mistakes, is not there or names no prompts of its own.
+    """
+    from trainer.config.sample_file import load_sample_prompts
+    from trainer.sampling import SamplePrompt, SamplePrompts
+
+    if len(named) == 1 and named[0].lower().endswith((".json", ".txt")):
+        prompts = load_sample_prompts(Path(named[0]))
+        if not prompts.samples or any(prompt.random_caption for prompt in prompts.samples):
+            raise UserError(f"--prompts: {named[0]} asks for captions of the data, which are not known here; name prompts.")
+        return prompts
+    return SamplePrompts(samples=tuple(SamplePrompt(prompt=text) for text in named), cfgs=(7.0,))
+
+
+def draw(
+    columns: Sequence[Column],
+    prompts: SamplePrompts,
+    *,
+    seeds: Sequence[int] | None = None,
+    cfgs: Sequence[float] | None = None,
+    steps: Sequence[int] | None = None,
+    resolution: int | None = None,
+    x: str = "checkpoints",
+    y: str = "prompts",
+    batch_size: int = 4,
+    say: Callable[[str], None] = lambda _: None,
+) -> Grid:
+    """Draw everything; a model is loaded once and let go before the next.
+
+    Args:
+        columns: the models.
+        prompts: what to draw; it also has what is not given here.
+        seeds: for every prompt; None takes each prompt's own, the file's or 0.
+        cfgs: guidance scales; None takes the file's.
+        steps: of the sampler; None takes the file's.
+        resolution: the side of a square picture; None takes the file's, or the first model's own.
+        x: the axis along a row.
+        y: the axis down a column; combinations of the other three are panels of their own.
+        batch_size: pictures that are drawn together.
+        say: is told of each model.
+
+    Raises:
+        UserError: a model cannot be read, or the axes are the same.
+    """
+    from scripts.grids.columns import load
+    from trainer.build import choose_device
+    from trainer.models.quiet import quiet_libraries
+    from trainer.precision import PrecisionOptions, resolve_precision
+    from trainer.sampling import Sampler
+
+    if x == y:
+        raise UserError(f"--x and --y: both are {x}; name two of {', '.join(AXES)}.")
+    quiet_libraries()
+    precision = resolve_precision(PrecisionOptions(), choose_device(0))
+    samples = prompts.samples or ()
+    used_cfgs, used_steps = tuple(cfgs or prompts.cfgs), tuple(steps or (prompts.num_inference_steps,))
+    used_resolution = resolution or prompts.resolution
+    cells: dict[Cell, Image.Image | str] = {}
+    for number, column in enumerate(columns):
+        say(f"{column.label}: {column.name}")
+        models = load(column)
+        for network in (models.unet, models.text_encoder, models.vae):
+            network.requires_grad_(False).eval().to(precision.device)
+        if used_resolution is None:
+            unet, vae = models.unet.config, models.vae.config
+            used_resolution = int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+        for (s, seed), (t, count) in itertools.product(enumerate(seeds or (None,)), enumerate(used_steps)):
+            these = samples if seed is None else tuple(replace(prompt, seed=seed) for prompt in samples)
+            asked = replace(
+                prompts, samples=these, cfgs=used_cfgs, num_inference_steps=count, resolution=used_resolution, batch_size=batch_size
+            )
+            sampler = Sampler(asked, resolution=used_resolution, seed=0, batch_size=batch_size)
+            drawn = sampler.pictures(
+                models.unet,
+                models.text_encoder,
+                models.vae,
+                models.tokenizer,
+                models.scheduler_config,
+                device=precision.device,
+                autocast=precision.autocast,
+            )
+            for (place, cfg), picture in drawn.items():
+                cells[number, place, s, used_cfgs.index(cfg), t] = picture
+        del models
+    values = {
+        "checkpoints": [column.label for column in columns],
+        "prompts": [prompt.prompt for prompt in samples],
+        "seeds": [str(seed) for seed in seeds] if seeds else ["of each prompt"],
+        "cfgs": [f"{cfg:g}" for cfg in used_cfgs],
+        "steps": [str(count) for count in used_steps],
+    }
+    words = [prompts.scheduler]
+    words += [f"{values['steps'][0]} steps"] * (len(used_steps) == 1) + [f"cfg {values['cfgs'][0]}"] * (len(used_cfgs) == 1)
+    words += [f"seed {values['seeds'][0]}"] * (seeds is None or len(seeds) == 1)
+    return Grid(values, cells, x, y, ", ".join(words))
+
+
+def picture_of(grid: Grid, title: str) -> Image.Image:
+    """Return the whole grid as one picture, every cell as it was drawn or, where it is small, enlarged by a whole factor."""
+    from trainer.grid import labelled_row, tiled
+
+    panels = []
+    for words, rows in grid.panels():
+        pictures = [labelled_row(_same_size(row), grid.columns, label) for label, row in rows]
+        panels.append((words, pictures))
+    several = len(panels) > 1
+    if not several:
+        return tiled(panels[0][1], columns=1, title=f"{title} ({grid.settings})")
+    stacked = [tiled(pictures, columns=1, title=words) for words, pictures in panels]
+    return tiled(stacked, columns=1, title=f"{title} ({grid.settings})")
+
+
+def page_body(grid: Grid) -> str:
+    """Return the grid as HTML, pictures inside as JPEG."""
+    import io
+    from html import escape
+
+    from scripts.web_page import inlined
+
+    parts = [f'<p class="note">{escape(grid.settings)}. Pictures in this page are JPEG; the PNG beside it is exact.</p>']
+    for words, rows in grid.panels():
+        parts.append(f"<h2>{escape(words)}</h2>" if words else "")
+        head = "".join(f"<th>{escape(label)}</th>" for label in grid.columns)
+        parts.append(f'<div class="wide"><table class="grid"><tr><th></th>{head}</tr>')
+        for label, row in rows:
+            cells = []
+            for picture in row:
+                if isinstance(picture, str):
+                    cells.append(f'<td class="missing">{escape(picture)}</td>')
+                    continue
+                content = io.BytesIO()
+                picture.convert("RGB").save(content, "JPEG", quality=92)
+                side = picture.width * max(1, -(-160 // min(picture.size)))
+                cells.append(f'<td><img src="{inlined(content.getvalue(), "jpeg")}" width="{side}" alt="{escape(label, quote=True)}"></td>')
+            parts.append(f'<tr><td class="side">{escape(label)}</td>{"".join(cells)}</tr>')
+        parts.append("</table></div>")
+    return "\n".join(parts)
+
+
+def _same_size(pictures: Sequence[Image.Image | str]) -> list[Image.Image | str]:
+    """Return pictures of different sizes on white, each in the middle of the largest."""
+    from PIL import Image
+
+    sizes = {picture.size for picture in pictures if not isinstance(picture, str)}
+    if len(sizes) < 2:
+        return list(pictures)
+    width, height = (max(size[side] for size in sizes) for side in (0, 1))
+    placed: list[Image.Image | str] = []
+    for picture in pictures:
+        if isinstance(picture, str):
+            placed.append(picture)
+            continue
+        sheet = Image.new("RGB", (width, height), "white")
+        sheet.paste(picture, ((width - picture.width) // 2, (height - picture.height) // 2))
+        placed.append(sheet)
+    return placed
+
+
+def _cell(places: Mapping[str, int]) -> Cell:
+    checkpoint, prompt, seed, cfg, steps = (places[axis] for axis in AXES)
+    return checkpoint, prompt, seed, cfg, steps

@@ -1,0 +1,149 @@
+"""Rates picked by hand against D-Adaptation, on the embedded model: 18 optimizers, each with several seeds, judged by the pictures.
+
+    python scripts/mini_sd_sweep.py --out /tmp/sweep --seeds 1 2 3
+
+AdamW with state in 32 and in 8 bits at five rates, the text encoder at half of each, and D-Adaptation in both at four values of lr. Every
+run is 24 epochs of train.json's data with a part held out. The judge looks at its last checkpoint. The table is written anew after
+every run (results.md, results.json), and what is done is not done again, so the sweep may be stopped at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from scripts.compare.drift import tone
+from scripts.compare.runs import Finished, Planned, finished, plan_runs, train
+from trainer.errors import UserError
+
+RATES = ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3")
+FACTORS = ("1", "0.3", "0.1", "0.03")
+SETTINGS = [
+    *("--max_epochs", "24", "--save_format", "diffusers", "--log_step", "6", "--save_every_n_epochs", "null"),
+    *("--sample_steps", "1000000"),
+]
+FACES = [("yellow", "blue"), ("white", "green"), ("orange", "purple"), ("red", "black")] + [
+    ("yellow", "purple"), ("white", "blue"), ("orange", "black"), ("red", "green")
+]  # fmt: skip
+UNRELATED = 18
+"""Prompts of combinations that the embedded model has never seen; the six shapes in turn."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Make the sweep, or what is left of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs and the table")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds of each setting (1 2 3)")
+    options, changes = parser.parse_known_args(argv)
+    try:
+        runs = plan_runs(ROOT / "train.json", write_optimizers(options.out), options.out, options.seeds, [*settings(options.out), *changes])
+        rows = [base_row(options.out)]
+        for number, run in enumerate(runs, start=1):
+            end = finished(run)
+            if end is None:
+                print(f"{number}/{len(runs)}: {run.label}, seed {run.seed}", flush=True)
+                end = train(run)
+            rows.append(row_of(end))
+            (options.out / "results.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+            (options.out / "results.md").write_text(table(rows), encoding="utf-8")
+    except UserError as error:
+        print(*error.problems, sep="\n", file=sys.stderr)
+        return error.exit_code
+    print(table(rows))
+    return 0
+
+
+def write_optimizers(out: Path) -> list[Path]:
+    """Write the optimizer files into `out`, and return them."""
+    fixed = json.loads((ROOT / "optimizer.json").read_text(encoding="utf-8"))
+    found = json.loads((ROOT / "optimizer_dadapt.json").read_text(encoding="utf-8"))
+    documents: dict[str, Any] = {}
+    for name in ("adamw", "adamw8bit"):
+        for rate in RATES:
+            documents[f"{name} {rate}"] = {**fixed, "base": {**fixed["base"], "optimizer": name, "lr": float(rate)}}
+            # The same layers learn as with D-Adaptation, so that only the optimizer differs.
+            documents[f"{name} {rate}"]["text_encoder_freezing"] = found["text_encoder_freezing"]
+    for name in ("dadapt_adam", "dadapt_adam8bit"):
+        for factor in FACTORS:
+            change = {"optimizer": name, "lr": float(factor)}
+            sections = {key: {**found[key], **change} for key in ("base", "text_encoder_overrides")}
+            documents[f"{name} {factor}"] = {**found, **sections}
+    folder = out / "optimizers"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, document in documents.items():
+        del document["$schema"], document["doc"]
+        (folder / f"{name}.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    return [folder / f"{name}.json" for name in documents]
+
+
+def settings(out: Path) -> list[str]:
+    """Write the files that the runs share, and return the arguments that name them."""
+    validation, prompts = out / "validation.json", out / "prompts.json"
+    validation.write_text(json.dumps({"auto_split_proportion": 0.15, "every_n_epochs": 6}), encoding="utf-8")
+    one = {"cfgs": [3], "num_inference_steps": 20, "seed": 1, "generate_pretrain_samples": False}
+    prompts.write_text(json.dumps({**one, "samples": [{"prompt": "a yellow smiling face on a blue background"}]}), encoding="utf-8")
+    return [*SETTINGS, "--validation_config", str(validation), "--sample_prompts", str(prompts)]
+
+
+def base_row(out: Path) -> dict[str, Any]:
+    """Return what is known of the model before any training."""
+    kept = out / "base.json"
+    if not kept.exists():
+        kept.write_text(json.dumps({"label": "base", **judged(ROOT / "models/mini-sd", out / "base.png")}, indent=1), encoding="utf-8")
+    return json.loads(kept.read_text(encoding="utf-8"))
+
+
+def row_of(end: Finished) -> dict[str, Any]:
+    """Return everything that is known of a run; pictures are drawn once and their verdict kept beside the run."""
+    kept = end.planned.logdir / "row.json"
+    if kept.exists():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    run = end.planned
+    row: dict[str, Any] = {"label": run.label, "seed": run.seed, "code": end.code, "reason": end.reason}
+    if end.folder is not None:
+        row |= curves(end)
+    if end.code == 0 and end.folder is not None:
+        row |= judged(next((end.folder / "ckpts").glob("last-*/model_index.json")).parent, run.logdir / "pictures.png")
+    kept.write_text(json.dumps(row, indent=1), encoding="utf-8")
+    return row
+
+
+def curves(end: Finished) -> dict[str, Any]:
+    """Return the curves of a run by tag, each as steps and values."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(end.folder), size_guidance={"scalars": 0}).Reload()
+    found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {"curves": found, "peak": end.peak, "parts": end.parts}
+
+
+def judged(checkpoint: Path, sheet: Path) -> dict[str, float]:
+    """Return what the judge says of a checkpoint's pictures, and the tone of the unrelated ones; keep the pictures as `sheet`."""
+    from scripts.mini_sd.generate import Generator
+    from scripts.mini_sd.judge import grid, judge_concept
+    from scripts.mini_sd.scenes import article, held_out
+
+    generate = Generator(checkpoint)
+    faces = generate([f"{article(face)} {face} smiling face on {article(ground)} {ground} background" for face, ground in FACES], 1)
+    unrelated = list(held_out())[:UNRELATED]
+    pictures = generate([each.prompt for each in unrelated], 2)
+    grid([*faces, *pictures], columns=13).save(sheet)
+    return {**asdict(judge_concept(faces, FACES, pictures, unrelated)), **tone(pictures)._asdict()}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the table in Markdown: a line for each setting, mean (lowest to highest) over its seeds."""
+    return "\n".join(f"{row['label']} {row.get('seed')}" for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
