@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.compare.drift import tone
-from scripts.compare.runs import Finished, Planned, finished, plan_runs, train
+from scripts.compare.runs import Finished, finished, plan_runs, train
 from trainer.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 RATES = ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3")
 FACTORS = ("1", "0.3", "0.1", "0.03")
@@ -31,9 +31,10 @@ SETTINGS = [
     *("--max_epochs", "24", "--save_format", "diffusers", "--log_step", "6", "--save_every_n_epochs", "null"),
     *("--sample_steps", "1000000"),
 ]
-FACES = [("yellow", "blue"), ("white", "green"), ("orange", "purple"), ("red", "black")] + [
-    ("yellow", "purple"), ("white", "blue"), ("orange", "black"), ("red", "green")
-]  # fmt: skip
+FACES = [
+    *(("yellow", "blue"), ("white", "green"), ("orange", "purple"), ("red", "black")),
+    *(("yellow", "purple"), ("white", "blue"), ("orange", "black"), ("red", "green")),
+]
 UNRELATED = 18
 """Prompts of combinations that the embedded model has never seen; the six shapes in turn."""
 
@@ -46,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     options, changes = parser.parse_known_args(argv)
     try:
         runs = plan_runs(ROOT / "train.json", write_optimizers(options.out), options.out, options.seeds, [*settings(options.out), *changes])
+        # The first seed of everything, then the others of 32 bits, so that what there is when it is stopped says the most.
+        runs.sort(key=lambda run: run.seed != options.seeds[0] and "8bit" in run.label)
         rows = [base_row(options.out)]
         for number, run in enumerate(runs, start=1):
             end = finished(run)
@@ -58,6 +61,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(*error.problems, sep="\n", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on.", file=sys.stderr)
+        return 130
     print(table(rows))
     return 0
 

@@ -12,6 +12,7 @@ from typing import Any
 
 _IMPORTED = [
     "train",
+    "scripts.quiet",
     "data.loader",
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
     "diffusers.schedulers",

@@ -9,7 +9,8 @@ _STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1d2430; background: #fff; margin: 0 auto; padding: 1.5rem 2rem 4rem;
        max-width: 1500px; }
-h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .5rem; border-top: 1px solid #d7dce3; padding-top: 1rem; }
+h1 { font-size: 1.6rem; margin: 0 0 .3rem; }
+h2 { font-size: 1.2rem; margin: 2.4rem 0 .5rem; border-top: 1px solid #d7dce3; padding-top: 1rem; }
 p { max-width: 62rem; margin: .5rem 0; } .note { color: #5a6472; font-size: .9rem; }
 pre { background: #f3f5f8; padding: .7rem 1rem; border-radius: 4px; overflow-x: auto; font-size: .85rem; }
 .wide { overflow-x: auto; } .wide img { display: block; } img.plot { max-width: 100%; height: auto; display: block; margin: .6rem 0; }
@@ -29,7 +30,7 @@ def document(title: str, body: str) -> str:
     """Return a whole page; `body` is HTML."""
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f'<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n<h1>{escape(title)}</h1>\n{body}\n</body></html>\n'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n<h1>{escape(title)}</h1>\n{body}\n</body></html>\n"
     )
 
 

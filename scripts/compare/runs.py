@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +91,9 @@ def plan_runs(train: Path, optimizers: Sequence[Path], out: Path, seeds: Sequenc
 
     taken = [word for word in changes if word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") in _OWN]
     if taken:
-        raise UserError(f"{taken[0]}: the comparison sets this itself; name files after --config, seeds after --seeds, a folder with --out.")
+        raise UserError(
+            f"{taken[0]}: the comparison sets this itself; name files after --config, seeds after --seeds, a folder with --out."
+        )
     doubled = [path for number, path in enumerate(optimizers) if path.resolve() in [other.resolve() for other in optimizers[:number]]]
     if doubled:
         raise UserError(f"--config: {doubled[0]} is named twice; name each optimizer file once.")
@@ -107,6 +112,9 @@ def plan_runs(train: Path, optimizers: Sequence[Path], out: Path, seeds: Sequenc
                 raise UserError("seed: -1 draws another seed for each run, which cannot be compared; name one or more with --seeds.")
             if config.loop.stop_after_steps is not None or config.loop.max_train_time is not None:
                 raise UserError("stop_after_steps, max_train_time: the runs would end at different places; shorten them by max_epochs.")
+            model = Path(config.model.resume_ckpt)
+            if model.name == "findlast" or (model / "ckpts").is_dir() or (model / "resume").is_dir():
+                raise UserError(f"resume_ckpt: {config.model.resume_ckpt} belongs to a run; every run of a comparison starts from a model.")
             logdir = out / "runs" / label / f"seed-{config.loop.seed}"
             known = {key: value for key, value in flattened(config).items() if key not in _PLACES}
             # Latents and hashes of contents are the same for all.
@@ -183,12 +191,8 @@ def train(run: Planned) -> Finished:
         resume = []
     written = run.output.stat().st_size if run.output.exists() else 0
     child = started([*run.arguments, *resume], run.output, measured_train)
-    try:
+    with _terminating(), _ending(child):
         child.join()
-    except BaseException:
-        child.terminate()  # it saves a checkpoint, from which the run goes on
-        child.join()
-        raise
     code = child.exitcode
     if code not in (0, 1):
         with run.output.open(encoding="utf-8", errors="replace") as file:
@@ -211,6 +215,31 @@ def train(run: Planned) -> Finished:
     end = finished(run)
     assert end is not None
     return end
+
+
+@contextmanager
+def _terminating() -> Iterator[None]:
+    """Raise KeyboardInterrupt where this process is asked to end, as by Ctrl-C."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _ending(child: BaseProcess) -> Iterator[None]:
+    """Let a run save its checkpoint, from which it goes on, before what has interrupted this process ends it."""
+    try:
+        yield
+    except BaseException:
+        child.terminate()
+        child.join()
+        raise
 
 
 def measured_train(arguments: list[str], output: str) -> None:

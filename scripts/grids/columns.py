@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,7 @@ def find_columns(names: Sequence[str], *, base: str | None, against: Sequence[st
         else:
             columns.append(_column(name, first))
     columns += [_column(name, first) for name in against]
+    columns = [_distinct(column, columns) for column in columns]
     if not columns:
         raise UserError("there is no model to draw with; name runs, folders or files.")
     return columns
@@ -74,6 +75,20 @@ def load(column: Column) -> Models:
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
     return models
+
+
+def checkpoint_column(checkpoint: Path, base: str, label: str) -> Column:
+    """Return a checkpoint of a run that began from `base`."""
+    return _column(str(checkpoint), base, label)
+
+
+def _distinct(column: Column, columns: Sequence[Column]) -> Column:
+    """Return the model, its folder's name before its own where another has the same."""
+    if [other.label for other in columns].count(column.label) == 1:
+        return column
+    return replace(
+        column, label=f"{Path(column.name).absolute().parents[1 if 'ckpts' in Path(column.name).parts else 0].name} {column.label}"
+    )
 
 
 def _is_run(name: str) -> bool:
@@ -108,7 +123,11 @@ def _column(name: str, base: str, label: str | None = None) -> Column:
     if path.is_dir() and (path / LORA_FILE).is_file():
         own = read_base(path)
         return Column(label, str(path), own.model if own else _needed(base, name))
-    if path.is_file() and path.suffix == ".safetensors" and any("lora_down." in tensor or ".lora_A" in tensor for tensor in TensorFile(path)):
+    if (
+        path.is_file()
+        and path.suffix == ".safetensors"
+        and any("lora_down." in tensor or ".lora_A" in tensor for tensor in TensorFile(path))
+    ):
         return Column(label, str(path), _needed(base, name))
     return Column(label, name)
 

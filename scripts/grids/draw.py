@@ -106,6 +106,8 @@ def draw(
     Raises:
         UserError: a model cannot be read, or the axes are the same.
     """
+    import torch
+
     from scripts.grids.columns import load
     from trainer.build import choose_device
     from trainer.models.quiet import quiet_libraries
@@ -124,7 +126,7 @@ def draw(
         say(f"{column.label}: {column.name}")
         models = load(column)
         for network in (models.unet, models.text_encoder, models.vae):
-            network.requires_grad_(False).eval().to(precision.device)
+            torch.nn.Module.to(network.requires_grad_(False).eval(), precision.device)
         if used_resolution is None:
             unet, vae = models.unet.config, models.vae.config
             used_resolution = int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)

@@ -135,8 +135,7 @@ def _metadata(files: Sequence[TensorFile], factors: Sequence[float], target: Pat
     made = {
         "method": method,
         "files": [
-            {"name": file.path.name, "sha256": _sha256(file.path), "factor": factor}
-            for file, factor in zip(files, factors, strict=True)
+            {"name": file.path.name, "sha256": _sha256(file.path), "factor": factor} for file, factor in zip(files, factors, strict=True)
         ],
     }
     return {

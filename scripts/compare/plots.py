@@ -1,0 +1,154 @@
+"""Curves of several optimizers over each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scripts.compare.measures import FIXED, LOSS, RATE, VALIDATION, Compared, D, networks_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b5179e", "#7a5195", "#8c6d00", "#3a3a3a", "#e63946", "#2a9fd6", "#5b8c00")
+"""Of the files in their order, from the eleventh on again: each has a contrast of at least 3 on white."""
+
+_DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)))
+_WINDOW = 5
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture of curves, and what has to be known to read it."""
+
+    name: str
+    title: str
+    words: str
+
+
+def draw_plots(files: Sequence[Compared], folder: Path) -> list[Plot]:
+    """Write the plots as PNG into `folder`, those that have something to show."""
+    seeds = max(len(file.runs) for file in files)
+    mean = " Each line is a mean over seeds." if seeds > 1 else ""
+    band = " Line: mean over seeds; band: lowest to highest." if seeds > 1 else ""
+    made = []
+
+    def add(name: str, title: str, words: str, panels: Sequence[tuple[str, str]], *, log: bool, smooth: bool = False) -> None:
+        shown = [(heading, tag) for heading, tag in panels if any(file.curve(tag) for file in files)]
+        if shown:
+            _draw(files, folder / f"{name}.png", shown, log=log, smooth=smooth)
+            made.append(Plot(name, title, words + (mean if smooth else band)))
+
+    add(
+        "loss",
+        "Training loss",
+        f"Faint: the mean loss of the steps between two reports, as logged. Strong: the mean of the last {_WINDOW} such values, of fewer "
+        "at the beginning. Timesteps and noise differ from step to step but are the same in every run, so distances between lines say more "
+        "than the bumps that they share.",
+        [("", LOSS)],
+        log=False,
+        smooth=True,
+    )
+    add(
+        "fixed",
+        "Fixed-noise loss, and loss of images held out",
+        "The same images, noise and timesteps at every measurement; each point is a measurement, nothing is smoothed.",
+        [("training images (fixed-noise loss)", FIXED), ("images held out (validation)", VALIDATION)],
+        log=False,
+    )
+    add(
+        "rates",
+        "The rate that acts",
+        "What the optimizer multiplies its steps by, D-Adaptation's d included. Logarithmic.",
+        [(network, RATE + network) for network in networks_of(files, RATE)],
+        log=True,
+    )
+    add(
+        "d",
+        "d, as D-Adaptation has found it",
+        "Files with a rate chosen by hand have no d. Logarithmic.",
+        [(network, D + network) for network in networks_of(files, D)],
+        log=True,
+    )
+    return made
+
+
+def colour(number: int) -> str:
+    """Return the colour of the file of that number."""
+    return COLOURS[number % len(COLOURS)]
+
+
+def _draw(files: Sequence[Compared], path: Path, panels: Sequence[tuple[str, str]], *, log: bool, smooth: bool) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.2 * len(panels) if len(panels) > 1 else 9.5, 4.4), dpi=110, layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (heading, tag) in zip(axes, panels, strict=True):
+        ends = []
+        for number, file in enumerate(files):
+            points = file.curve(tag)
+            if not points:
+                continue
+            steps = list(points)
+            means = [mean for mean, _, _ in points.values()]
+            style: dict[str, Any] = {"color": colour(number), "linestyle": _DASHES[number // len(COLOURS) % len(_DASHES)]}
+            shown = _smoothed(means) if smooth else means
+            if smooth:
+                axis.plot(steps, means, alpha=0.25, linewidth=0.9, color=style["color"])
+            marker = "o" if not smooth and len(steps) <= 40 else None
+            axis.plot(steps, shown, linewidth=1.7, marker=marker, markersize=3.2, **style)
+            if len(file.runs) > 1 and not smooth:
+                axis.fill_between(
+                    steps, [low for _, low, _ in points.values()], [high for *_, high in points.values()],
+                    alpha=0.15, color=style["color"], linewidth=0,
+                )  # fmt: skip
+            ends.append((shown[-1], file.label, style["color"]))
+        axis.set_xlim(right=max(max(file.curve(tag), default=0) for file in files))
+        if log:
+            axis.set_yscale("log")
+        axis.set_title(heading, fontsize=10, loc="left")
+        axis.set_xlabel("optimizer step")
+        axis.grid(True, alpha=0.25, linewidth=0.6, which="major")
+        axis.spines[["top", "right"]].set_visible(False)
+        _label_ends(axis, ends)
+    figure.savefig(path)
+
+
+def _label_ends(axis: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Write each line's name beside its end, moved up or down where names would cover each other."""
+    figure = axis.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # so that data coordinates are known
+    height = axis.get_window_extent().height
+    to_share = [float(axis.transAxes.inverted().transform(axis.transData.transform((0, value)))[1]) for value, _, _ in ends]
+    least = 13 * figure.dpi / 72 / height
+    order = sorted(range(len(ends)), key=lambda place: to_share[place])
+    placed: dict[int, float] = {}
+    lowest = 0.0
+    for place in order:
+        placed[place] = lowest = max(min(max(to_share[place], 0.0), 1.0), lowest)
+        lowest += least
+    highest = 1.0
+    for place in reversed(order):  # what was pushed out at the top comes down again
+        placed[place] = min(placed[place], highest)
+        highest = placed[place] - least
+    for place, (_, label, ink) in enumerate(ends):
+        axis.annotate(
+            label,
+            xy=(1.0, to_share[place]),
+            xytext=(1.03, placed[place]),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            color=ink,
+            fontsize=9,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": ink, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 1},
+        )
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Return at each place the mean of the last few values up to it."""
+    return [sum(part) / len(part) for end in range(1, len(values) + 1) if (part := values[max(0, end - _WINDOW) : end])]
