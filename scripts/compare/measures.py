@@ -76,8 +76,9 @@ class Compared:
         return [value for run in self.runs if not run.end.code and (value := of(run)) is not None]
 
     def curve(self, tag: str) -> dict[int, tuple[float, float, float]]:
-        """Return mean, lowest and highest over seeds at every step that all runs which have the curve recorded."""
-        curves = [run.curves[tag] for run in self.runs if run.curves.get(tag)]
+        """Return mean, lowest and highest over seeds at every step for which all runs that have the curve have a finite value."""
+        found = [run.curves[tag] for run in self.runs if run.curves.get(tag)]
+        curves = [{step: value for step, value in curve.items() if math.isfinite(value)} for curve in found]
         steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
         points = {step: [curve[step] for curve in curves] for step in steps}
         return {step: (statistics.fmean(values), min(values), max(values)) for step, values in points.items()}

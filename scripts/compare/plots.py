@@ -12,7 +12,7 @@ from scripts.compare.measures import FIXED, LOSS, RATE, VALIDATION, Compared, D,
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b5179e", "#7a5195", "#8c6d00", "#3a3a3a", "#e63946", "#2a9fd6", "#5b8c00")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b5179e", "#7a5195", "#8c6d00", "#3a3a3a", "#e63946", "#0b8a9c", "#5b8c00")
 """Of the files in their order, from the eleventh on again: each has a contrast of at least 3 on white."""
 
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)))

@@ -6,8 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -191,8 +190,7 @@ def train(run: Planned) -> Finished:
         resume = []
     written = run.output.stat().st_size if run.output.exists() else 0
     child = started([*run.arguments, *resume], run.output, measured_train)
-    with _terminating(), _ending(child):
-        child.join()
+    join(child)
     code = child.exitcode
     if code not in (0, 1):
         with run.output.open(encoding="utf-8", errors="replace") as file:
@@ -217,29 +215,25 @@ def train(run: Planned) -> Finished:
     return end
 
 
-@contextmanager
-def _terminating() -> Iterator[None]:
-    """Raise KeyboardInterrupt where this process is asked to end, as by Ctrl-C."""
+def join(child: BaseProcess) -> None:
+    """Wait for a run; where this process is to end before, let the run save a checkpoint, from which it goes on.
+
+    Raises:
+        KeyboardInterrupt: this process is to end.
+    """
 
     def stop(*_: object) -> None:
+        child.terminate()  # Ctrl-C in a terminal reaches the run by itself, and twice would not let it save
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _ending(child: BaseProcess) -> Iterator[None]:
-    """Let a run save its checkpoint, from which it goes on, before what has interrupted this process ends it."""
-    try:
-        yield
-    except BaseException:
-        child.terminate()
+        child.join()
+    except KeyboardInterrupt:
         child.join()
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def measured_train(arguments: list[str], output: str) -> None:
