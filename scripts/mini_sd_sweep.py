@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -147,8 +148,43 @@ def judged(checkpoint: Path, sheet: Path) -> dict[str, float]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the table in Markdown: a line for each setting, mean (lowest to highest) over its seeds."""
-    return "\n".join(f"{row['label']} {row.get('seed')}" for row in rows)
+    """Return the table in Markdown: a line for each setting, mean (lowest to highest) over the seeds that there are."""
+    fixed, validation = "loss/stabilize-train", "loss/val"
+    heads = ("", "seeds", "fixed-noise loss", "validation loss", "rate at the end, UNet", "faces", "kept: background / shape / colour")
+    heads = (*heads, "became a face", "saturation, contrast to the base")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    base = rows[0]
+    for label in dict.fromkeys(row["label"] for row in rows):
+        own = [row for row in rows if row["label"] == label]
+        whole = [row for row in own if row.get("code", 0) == 0]
+        failed = f", {len(own) - len(whole)} failed" if len(whole) < len(own) else ""
+        curves = [row["curves"] for row in whole if "curves" in row]
+        rates = [each["hyperparameter/lr unet"][-1][1] for each in curves]
+        kept = " / ".join(_share(whole, f"kept_{what}") for what in ("background", "shape", "colour"))
+        tones = ", ".join(
+            f"{100 * (_mean([row[key] for row in whole]) / base[key] - 1):+.0f}%" for key in ("saturation", "contrast") if whole
+        )
+        cells = [
+            label, f"{len(whole) if label != 'base' else ''}{failed}",
+            *(_span([each[tag][-1][1] for each in curves], ".4f") for tag in (fixed, validation)),
+            _span(rates, ".1e"), _share(whole, "faces"), kept, _share(whole, "leaked"), tones,
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _share(rows: Sequence[dict[str, Any]], key: str) -> str:
+    return f"{_mean([row[key] for row in rows]):.2f}" if rows else ""
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    if len(values) < 2 or min(values) == max(values):
+        return f"{values[0]:{form}}" if values else ""
+    return f"{_mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b5179e", "#7a5195", "#8c6d00", "#3a3a3a", "#e63946", "#0b8a9c", "#5b8c00")
 """Of the files in their order, from the eleventh on again: each has a contrast of at least 3 on white."""
 
-_DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)))
+_DASHES = ("-", (0, (4, 2)), (0, (6, 1.5, 1.5, 1.5)))
+"""In turn, so that of lines that lie on each other all colours show."""
+
 _WINDOW = 5
 
 
@@ -93,7 +95,7 @@ def _draw(files: Sequence[Compared], path: Path, panels: Sequence[tuple[str, str
                 continue
             steps = list(points)
             means = [mean for mean, _, _ in points.values()]
-            style: dict[str, Any] = {"color": colour(number), "linestyle": _DASHES[number // len(COLOURS) % len(_DASHES)]}
+            style: dict[str, Any] = {"color": colour(number), "linestyle": _DASHES[number % len(_DASHES)]}
             shown = _smoothed(means) if smooth else means
             if smooth:
                 axis.plot(steps, means, alpha=0.25, linewidth=0.9, color=style["color"])
@@ -138,14 +140,14 @@ def _label_ends(axis: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
         axis.annotate(
             label,
             xy=(1.0, to_share[place]),
-            xytext=(1.03, placed[place]),
+            xytext=(1.05, placed[place]),
             xycoords="axes fraction",
             textcoords="axes fraction",
             color=ink,
             fontsize=9,
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": ink, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 1},
+            arrowprops={"arrowstyle": "-", "color": ink, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 1, "relpos": (0, 0.5)},
         )
 
 

@@ -85,7 +85,7 @@ def write_report(files: Sequence[Compared], drawn: Drawn | None, out: Path, *, s
     if len(seeds) > 1:
         head.append("Numbers are means over the seeds, with the lowest and the highest.")
     if any(run.end.parts > 1 for file in files for run in file.runs):
-        head.append("Runs that were broken off and went on have no memory of the process in this table.")
+        head.append("Of runs that were broken off and went on later, the memory of the process is not known.")
     failed = [f"{file.label}: {sentence}" for file in files for sentence in file.failed]
     board = f"tensorboard --logdir {shlex.quote(str(out / 'runs'))}"
     board_words = (
