@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.compare.drift import tone
-from scripts.compare.runs import Finished, finished, plan_runs, train
+from scripts.compare.runs import Finished, Planned, finished, plan_runs, train
 from trainer.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,8 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     options, changes = parser.parse_known_args(argv)
     try:
         runs = plan_runs(ROOT / "train.json", write_optimizers(options.out), options.out, options.seeds, [*settings(options.out), *changes])
-        # The first seed of everything, then the others of 32 bits, so that what there is when it is stopped says the most.
-        runs.sort(key=lambda run: run.seed != options.seeds[0] and "8bit" in run.label)
+        runs.sort(key=lambda run: 0 if run.seed == options.seeds[0] else lateness(run))
         rows = [base_row(options.out)]
         for number, run in enumerate(runs, start=1):
             end = finished(run)
@@ -67,6 +66,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     print(table(rows))
     return 0
+
+
+def lateness(run: Planned) -> int:
+    """Return how late a run may come: after the first seed of everything, state in 32 bits and middle rates say the most."""
+    return 1 + any(run.label.endswith(rate) for rate in (" 1e-5", " 3e-5", " 1e-3")) + 2 * ("8bit" in run.label)
 
 
 def write_optimizers(out: Path) -> list[Path]:
