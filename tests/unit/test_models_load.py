@@ -286,6 +286,15 @@ def only(*starts):
     return lambda tensors: {name: tensor for name, tensor in tensors.items() if name.startswith(starts)}
 
 
+def reading(width):
+    """Let the UNet read text of another width, whatever else is in the file."""
+    return lambda tensors: {
+        name: torch.ones(tensor.shape[0], width) if name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight")) else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "ckpt"])
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -293,6 +302,8 @@ def only(*starts):
         (lambda t: {"unet.down_blocks.0.attn1.to_q.lora_A.weight": torch.ones(1)}, "is a LoRA"),
         (renamed("cond_stage_model.", "conditioner.embedders.0."), "is an SDXL model"),
         (renamed("cond_stage_model.transformer.", "cond_stage_model.model."), "is an SD 2.x model"),
+        (reading(1024), "is an SD 2.x model"),
+        (reading(2048), "is the UNet of an SDXL model"),
         (renamed("model.diffusion_model.", "control_model."), "is a ControlNet"),
         (lambda t: {"model.diffusion_model.double_blocks.0.weight": torch.ones(1)}, "is a transformer model"),
         (lambda t: {"emb_params": torch.ones(1, 16)}, "is a textual-inversion embedding"),
@@ -315,12 +326,27 @@ def only(*starts):
         ),
     ],
 )
-def test_files_that_hold_something_else_are_named_for_what_they_are(change, said, sd15_is_tiny, tmp_path):
+def test_files_that_hold_something_else_are_named_for_what_they_are(change, said, ending, sd15_is_tiny, tmp_path):
+    path = tmp_path / f"x.{ending}"
     tensors = {name: tensor.contiguous().clone() for name, tensor in change(to_original(tiny_models())).items()}
-    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
-    sentence = refused(tmp_path / "x.safetensors")
+    if ending == "ckpt":
+        torch.save({"state_dict": tensors}, path)
+    else:
+        safetensors.torch.save_file(tensors, path)
+    sentence = refused(path)
     assert said in sentence
-    assert sentence.startswith(f"resume_ckpt: {tmp_path / 'x.safetensors'} ")
+    assert sentence.startswith(f"resume_ckpt: {path} ")
+
+
+def test_a_ckpt_that_is_cut_short_or_hostile_is_refused_where_it_is_named(tmp_path, capsys):
+    from tests.unit.test_models_tensor_file import Evil
+
+    torch.save({"state_dict": to_original(tiny_models())}, tmp_path / "x.ckpt")
+    content = (tmp_path / "x.ckpt").read_bytes()
+    (tmp_path / "x.ckpt").write_bytes(content[: len(content) // 2])
+    assert "x.ckpt: the file is cut short after" in refused(tmp_path / "x.ckpt")
+    torch.save({"state_dict": to_original(tiny_models()), "callback": Evil()}, tmp_path / "evil.ckpt")
+    assert "asks for builtins.print" in refused(tmp_path / "evil.ckpt") and "ran" not in capsys.readouterr().out
 
 
 def test_damaged_files_are_refused(tmp_path):

@@ -2,7 +2,10 @@
 
 import json
 import struct
+import sys
+import types
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -81,7 +84,6 @@ def test_every_truncation_is_noticed(cut):
     ("content", "said"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 10\n", "Git LFS pointer"),
-        (b"<!DOCTYPE html><html>Not found</html>", "not a .safetensors file"),
         (b"", "not a .safetensors file"),
         (struct.pack("<Q", 2) + b"[]", "not a .safetensors file"),
         (struct.pack("<Q", 14) + b'{"a":{"x": 1}}', "not a .safetensors file"),
@@ -100,18 +102,71 @@ class Evil:
         return (print, ("ran",))
 
 
-def test_a_ckpt_gives_its_tensors_and_runs_nothing(tmp_path, capsys):
-    state = {"weight": torch.ones(2, 3)}
-    torch.save({"state_dict": state, "global_step": 3}, tmp_path / "wrapped.ckpt")
-    torch.save(state, tmp_path / "bare.ckpt")
-    torch.save(state, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+STATE = {"weight": torch.ones(2, 3)}
+
+
+def test_a_ckpt_gives_its_tensors(tmp_path):
+    torch.save({"state_dict": STATE, "global_step": 3}, tmp_path / "wrapped.ckpt")
+    torch.save(STATE, tmp_path / "bare.ckpt")
+    torch.save(STATE, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
     for name in ("wrapped.ckpt", "bare.ckpt", "old.ckpt"):
         file = TensorFile(tmp_path / name)
-        assert file.shapes == {"weight": (2, 3)} and torch.equal(file["weight"], state["weight"])
-    torch.save({"state_dict": state, "callback": Evil()}, tmp_path / "evil.ckpt")
-    torch.save({"step": 3}, tmp_path / "empty.ckpt")
-    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "bare.ckpt").read_bytes()[:100])
-    for name, said in (("evil.ckpt", "cannot be read as plain tensors"), ("cut.ckpt", "cannot be read"), ("empty.ckpt", "no tensors")):
-        with pytest.raises(UserError, match=said):
-            TensorFile(tmp_path / name)
+        assert file.shapes == {"weight": (2, 3)} and torch.equal(file["weight"], STATE["weight"])
+
+
+def test_what_lightning_saved_beside_the_weights_is_left_alone(tmp_path, monkeypatch):
+    """As the first Stable Diffusion files have it: a class of a library that is not installed, as a key, and numbers of numpy."""
+    library = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+
+    class ModelCheckpoint:
+        __module__ = library.__name__
+        __qualname__ = "ModelCheckpoint"
+
+        def __init__(self):
+            self.monitor = "loss"
+
+    library.ModelCheckpoint = ModelCheckpoint  # pyright: ignore[reportAttributeAccessIssue]
+    with monkeypatch.context() as patch:
+        for name in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+            patch.setitem(sys.modules, name, types.ModuleType(name))
+        patch.setitem(sys.modules, library.__name__, library)
+        callbacks = {ModelCheckpoint: {"best": np.float64(0.5), "scores": np.ones(3)}, "kept": ModelCheckpoint()}
+        torch.save({"state_dict": STATE, "callbacks": callbacks}, tmp_path / "x.ckpt")
+    assert b"ModelCheckpoint" in (tmp_path / "x.ckpt").read_bytes()
+    file = TensorFile(tmp_path / "x.ckpt")
+    assert dict(file.shapes) == {"weight": (2, 3)} and torch.equal(file["weight"], STATE["weight"])
+    assert library.__name__ not in sys.modules
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_ckpt_that_wants_to_run_something_is_refused_with_its_name_and_nothing_runs(tmp_path, capsys, zipped):
+    torch.save({"state_dict": STATE, "callback": Evil()}, tmp_path / "evil.ckpt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"evil\.ckpt: the \.ckpt file asks for (builtins\.)?print, .* nothing of it was run"):
+        TensorFile(tmp_path / "evil.ckpt")
     assert "ran" not in capsys.readouterr().out
+
+
+def test_files_that_are_no_ckpt_are_named_for_what_they_are(tmp_path):
+    torch.save(STATE, tmp_path / "good.ckpt")
+    torch.save(STATE, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    torch.save({"step": 3}, tmp_path / "empty.ckpt")
+    write_tensors(tmp_path / "good.safetensors", STATE, torch.float32, {})
+    good, old = (tmp_path / "good.ckpt").read_bytes(), (tmp_path / "old.ckpt").read_bytes()
+    cases = [
+        ("x.ckpt", good[:-100], f"is cut short after {len(good) - 100:,} bytes"),
+        ("x.ckpt", old[:-5], "cannot be read as plain tensors"),
+        ("x.ckpt", (tmp_path / "empty.ckpt").read_bytes(), "holds no tensors"),
+        ("x.ckpt", (tmp_path / "good.safetensors").read_bytes(), "this is a .safetensors file; give it that ending"),
+        ("x.ckpt", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        ("x.ckpt", b"<!DOCTYPE html><html>", "this is a web page"),
+        ("x.ckpt", b"", "this is not a .ckpt file"),
+        ("x.ckpt", b"\x89PNG", "this is not a .ckpt file"),
+        ("x.safetensors", good, "this is a .ckpt file; give it that ending"),
+        ("x.safetensors", old, "this is a .ckpt file; give it that ending"),
+        ("x.safetensors", b"<!DOCTYPE html><html>", "this is a web page"),
+    ]
+    for name, content, said in cases:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            TensorFile(tmp_path / name)
+        assert said in str(caught.value), name

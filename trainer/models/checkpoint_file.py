@@ -34,6 +34,10 @@ _BARE_TEXT_PREFIX = TEXT_PREFIX.removesuffix("text_model.")
 
 _VAE_SIGN = "encoder.conv_in.weight"
 
+_READS_TEXT = ".attn2.to_k.weight"
+_SD2_WIDTH, _SDXL_WIDTHS = 1024, (1280, 2048)
+"""Widths of the text that SD 2.x and SDXL (its refiner too) read; SD 1.x reads 768."""
+
 
 def read_file(path: Path, key: str, *, weights: bool) -> Models:
     """Load a whole model from one file.
@@ -115,8 +119,10 @@ def what_else(file: TensorFile) -> str | None:
         return f"is a LoRA, a small change to a model; merge it into its base with the tool that made it, or {whole}."
     if has("conditioner.embedders."):
         return f"is an SDXL model, which this program does not train; {whole}."
-    if has("cond_stage_model.model."):
+    if has("cond_stage_model.model.") or _reads(file) == _SD2_WIDTH:
         return "is an SD 2.x model; single files of SD 2.x are not read (they do not say how they predict): name its diffusers folder."
+    if _reads(file) in _SDXL_WIDTHS:
+        return f"is the UNet of an SDXL model, which this program does not train; {whole}."
     if has("control_model.", "controlnet_"):
         return f"is a ControlNet; {whole}."
     if has("model.diffusion_model.joint_blocks.", "model.diffusion_model.double_blocks.", "double_blocks.", "joint_blocks."):
@@ -137,6 +143,13 @@ def what_else(file: TensorFile) -> str | None:
     if channels != 4:
         return f"is an inpainting or editing model (its UNet takes {channels} channels instead of 4); {whole}."
     return None
+
+
+def _reads(file: TensorFile) -> int | None:
+    """Return the width of the text that the UNet in a file reads, as the shape of its first cross-attention says."""
+    if CONFIGS in file.metadata:  # it says itself what it is
+        return None
+    return next((shape[1] for name, shape in file.shapes.items() if name.startswith(UNET_PREFIX) and name.endswith(_READS_TEXT)), None)
 
 
 def _configs(file: TensorFile) -> Configs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,8 @@ _LONGEST_HEADER = 100_000_000
 
 _LINE = 64
 """Bytes of a cache line."""
+
+_POINTER = "this is a Git LFS pointer, not the file itself; run `git lfs pull`, or download the file."
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -128,7 +131,11 @@ def _read_header(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         start = file.read(8)
         if start.startswith(b"version "):
-            raise UserError(f"{path}: this is a Git LFS pointer, not the file itself; run `git lfs pull`, or download the file.")
+            raise UserError(f"{path}: {_POINTER}")
+        if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+            raise UserError(f"{path}: this is a .ckpt file; give it that ending, and it is read without running what it holds.")
+        if start.lstrip()[:1] == b"<":
+            raise UserError(f"{path}: this is a web page, not a model; download the file itself.")
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if 2 <= length <= _LONGEST_HEADER and length > size - 8:
             raise UserError(f"{path}: the file is cut short after {size:,} bytes; download or copy it again.")
@@ -144,14 +151,78 @@ def _read_header(path: Path) -> dict[str, Any]:
 
 
 def _read_ckpt(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a .ckpt; a pickle that wants to run code is refused, not run."""
-    advice = "convert it to .safetensors on a machine where you trust the file, or download the .safetensors version"
+    """Return the tensors of a .ckpt; a pickle that wants to run code is refused, not run.
+
+    Lightning, which wrote Stable Diffusion's first files, put its own classes and numpy's numbers beside the weights. Nothing is made of
+    them here: empty stand-ins take their names, so neither library is called nor needed.
+    """
+    packed = zipfile.is_zipfile(path)
+    if problem := _no_pickle(path, packed=packed):
+        raise UserError(f"{path}: {problem}")
+    wanted = _foreign_names(path) if packed else []
+    strange = [name for name in wanted if not name.startswith(_BESIDE_WEIGHTS)]
+    stand_ins: list[Any] = [] if strange else [(_Nothing, name) for name in wanted]
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals(stand_ins):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
     except Exception as error:  # torch raises UnpicklingError, EOFError, RuntimeError and others, by what is broken
-        raise UserError(f"{path}: the .ckpt file cannot be read as plain tensors; {advice}.") from error
+        strange = strange or re.findall(r"GLOBAL ([\w.]+)", str(error))  # files of before 2020 are not looked through beforehand
+        if strange:
+            raise UserError(
+                f"{path}: the .ckpt file asks for {', '.join(strange[:3])}, which weights have no use for and an attack would; nothing of "
+                "it was run. Get the .safetensors version of the model, or this file from a source that you trust."
+            ) from error
+        raise UserError(
+            f"{path}: the .ckpt file cannot be read as plain tensors ({_first_line(error)}); download or copy it again, or get the "
+            ".safetensors version."
+        ) from error
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
     if not tensors:
-        raise UserError(f"{path}: the .ckpt file holds no tensors; {advice}.")
+        raise UserError(f"{path}: the .ckpt file holds no tensors; name a whole Stable Diffusion 1.x checkpoint.")
     return tensors
+
+
+_BESIDE_WEIGHTS = ("pytorch_lightning.", "lightning.", "numpy.", "_codecs.encode")
+"""How the names begin that files of Lightning hold beside the weights."""
+
+
+class _Nothing:
+    """What stands for an object that is not wanted; it takes whatever it is given and keeps none of it."""
+
+    def __new__(cls, *_: Any) -> _Nothing:
+        """Return an empty object."""
+        return super().__new__(cls)
+
+    def __setstate__(self, _: Any) -> None:
+        """Take a state."""
+
+
+def _foreign_names(path: Path) -> list[str]:
+    """Return the names that the pickle in a .ckpt asks for beside those of plain tensors, without running it."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # damaged: reading it says how
+        return []
+
+
+def _no_pickle(path: Path, *, packed: bool) -> str | None:
+    """Return what a file is that cannot be a .ckpt, and what to do, or None where it can be one."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version "):
+        return _POINTER
+    if start[8:9] == b"{":
+        return "this is a .safetensors file; give it that ending."
+    if start.lstrip()[:1] == b"<":
+        return "this is a web page, not a model; download the file itself."
+    if start.startswith(b"PK") and not packed:  # the list of a zip's contents comes last
+        return f"the file is cut short after {size:,} bytes; download or copy it again."
+    if not start.startswith((b"PK", b"\x80")):
+        return "this is not a .ckpt file: it does not begin like one; download or copy it again."
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
