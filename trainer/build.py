@@ -319,9 +319,10 @@ def build_run(config: TrainConfig, console: Console, processes: Processes, *, we
             stateful[name].load_state_dict(saved[name])
 
     folder = start.checkpoint.parent.parent.resolve() if start.checkpoint else processes.first(lambda: make_folder(config))
-    loggers = Loggers([])
+    loggers, beside_notes = Loggers([]), []
     if processes.main:
         tidy(folder / "ckpts")
+        beside_notes = keep_beside(models, folder) if lora is None else []
         recorders = open_loggers(
             folder,
             warn=console.event,
@@ -333,7 +334,7 @@ def build_run(config: TrainConfig, console: Console, processes: Processes, *, we
         loggers = Loggers([recorders, curves])
         record_configuration(config, folder, loggers, state.step)
         console.record_to(folder / "run.log")
-    for note in [*notes, *models.notes, *split.notes]:
+    for note in [*notes, *models.notes, *split.notes, *beside_notes]:
         console.event(f"Note: {note}")
     for held, _, bad in held_out:
         for file in bad:
@@ -736,6 +737,30 @@ def make_folder(config: TrainConfig) -> Path:
             time.sleep(0.2)  # another run began in the same second
         except OSError as error:
             raise UserError(f"logdir: no run folder can be made in {logdir} ({error.strerror}); choose another logdir.") from error
+
+
+def keep_beside(models: Models, folder: Path) -> list[str]:
+    """Copy the base's further parts, a safety checker for instance, into the run's folder, where every checkpoint finds them.
+
+    The base may be a checkpoint that this run deletes, and a second name for a file is sure to work in one folder. Returns a sentence
+    where that cannot be done; checkpoints are without them then.
+    """
+    from trainer.disk import appearing
+    from trainer.export import copy_beside
+
+    place = folder / "base"
+    if not models.beside:
+        return []
+    names = " and ".join(models.beside)
+    try:
+        if not place.is_dir():
+            with appearing(place) as draft:
+                copy_beside(models, draft)
+    except OSError as error:
+        models.beside = {}
+        return [f"the base's {names} could not be copied ({error.strerror or error}), so checkpoints are without"]
+    models.beside_from = place
+    return []
 
 
 def record_configuration(config: TrainConfig, folder: Path, loggers: Loggers, step: int) -> None:

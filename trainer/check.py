@@ -112,6 +112,7 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     from trainer.cache import cache_folder, plan_latents
     from trainer.config import check_fused_backward, check_rates, check_schedules
     from trainer.errors import UserError
+    from trainer.export import size_beside
     from trainer.models.load import describe as describe_model
     from trainer.models.lora import read_adapter
     from trainer.models.quiet import quiet_libraries
@@ -175,6 +176,7 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
         weights=torch.float32 if lora else precision.weights,
         epochs=config.loop.max_epochs,
         averaged=config.ema.active,
+        beside=0 if lora else size_beside(models),
     )
     plan += disk.rows(Path(config.logging.logdir))
     work = work_of(

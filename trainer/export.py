@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from shutil import copyfile
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from trainer.models.checkpoint_file import CONFIGS, PREDICTION_TYPE, TOKENIZER
-from trainer.models.folder import INDEX, WEIGHTS
+from trainer.models.folder import INDEX, WEIGHTS, files_of_part
 from trainer.models.lora import ADAPTER_CONFIG, BASE_FILE, LORA_FILE, PREFIX, Lora, in_file, named
 from trainer.models.single_file import to_original
 from trainer.models.tensor_file import write_tensors
@@ -33,8 +35,8 @@ _LIBRARIES = {
 }
 
 
-def save_diffusers(models: Models, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write a folder that `StableDiffusionPipeline.from_pretrained(folder)` loads, without safety checker.
+def save_diffusers(models: Models, folder: Path, dtype: torch.dtype | None = None, *, link: bool = False) -> None:
+    """Write a folder that `StableDiffusionPipeline.from_pretrained(folder)` loads; it has a safety checker where the base has one.
 
     Older diffusers and transformers read it too: the text encoder's names begin with `text_model.`, which newer ones accept, and the
     tokenizer comes in both forms. Needs memory for one tensor beside the model.
@@ -43,20 +45,23 @@ def save_diffusers(models: Models, folder: Path, dtype: torch.dtype | None = Non
         models: on any device.
         folder: made if absent; files of the same names are replaced.
         dtype: of the weights in the files; None keeps each network's own.
+        link: give the files of the base's further parts a second name here instead of copying them, where the file system can.
     """
     import diffusers
 
     folder.mkdir(parents=True, exist_ok=True)
     version = {"_diffusers_version": diffusers.__version__}
     scheduler_class = models.scheduler_config["_class_name"]
+    beside = copy_beside(models, folder, link=link)
     index = {
         "_class_name": "StableDiffusionPipeline",
         **version,
         "feature_extractor": (None, None),
-        "requires_safety_checker": False,
+        "requires_safety_checker": "safety_checker" in beside,
         "safety_checker": (None, None),
         "scheduler": ("diffusers", scheduler_class),
         **_LIBRARIES,
+        **beside,
     }
     _write_json(folder / INDEX, index)
     configs = _configs(models)
@@ -75,6 +80,44 @@ def save_diffusers(models: Models, folder: Path, dtype: torch.dtype | None = Non
     (folder / "scheduler").mkdir(exist_ok=True)
     _write_json(folder / "scheduler" / "scheduler_config.json", {**configs["scheduler"], **version})
     write_tokenizer(models.tokenizer, folder / "tokenizer")
+
+
+def copy_beside(models: Models, folder: Path, *, link: bool = False) -> dict[str, tuple[str, str]]:
+    """Put the base's further parts into a folder and return library and class of those that are there.
+
+    Args:
+        models: which name them and their place.
+        folder: gets a folder of each.
+        link: give their files a second name instead of copying them, where the file system can.
+
+    Raises:
+        OSError: one cannot be read or written.
+    """
+    placed = {}
+    for name, source in places_beside(models).items():
+        placed[name] = models.beside[name]
+        for file in files_of_part(source):
+            target = folder / name / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            if link:
+                with suppress(OSError):
+                    target.hardlink_to(file)
+                    continue
+            copyfile(file, target)
+    return placed
+
+
+def size_beside(models: Models) -> int:
+    """Return the bytes of the base's further parts."""
+    return sum(file.stat().st_size for place in places_beside(models).values() for file in files_of_part(place))
+
+
+def places_beside(models: Models) -> dict[str, Path]:
+    """Return the folders of the base's further parts, as far as they are still there."""
+    if models.beside_from is None:
+        return {}
+    return {name: models.beside_from / name for name in models.beside if (models.beside_from / name).is_dir()}
 
 
 def save_single_file(models: Models, path: Path, dtype: torch.dtype = torch.float16, metadata: Mapping[str, str] | None = None) -> None:

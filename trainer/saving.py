@@ -215,7 +215,7 @@ class Saver:
         from trainer.export import save_diffusers, save_lora
 
         if self._lora is None:
-            save_diffusers(self._models, folder)
+            save_diffusers(self._models, folder, link=True)
         else:
             save_lora(self._lora, folder)
 
@@ -281,6 +281,7 @@ class DiskPlan:
         single: bytes of a checkpoint's single files, 0 where there are none.
         resume: bytes of what is needed to go on from a checkpoint.
         saves: how many checkpoints the run writes by epochs, the last one included.
+        beside: bytes of what the base's pipeline has beside the networks, which the run keeps once.
     """
 
     options: SaveOptions
@@ -288,6 +289,7 @@ class DiskPlan:
     single: int
     resume: int
     saves: int
+    beside: int = 0
 
     @property
     def checkpoint(self) -> int:
@@ -304,7 +306,8 @@ class DiskPlan:
         dropped = models < self.saves or resumable < models
         if options.keep_best:
             folders, models = folders + 1, models + 1
-        return folders * self.folder + models * self.single + resumable * self.resume + (self.checkpoint if dropped else 0)
+        kept = folders * self.folder + models * self.single + resumable * self.resume + (self.checkpoint if dropped else 0)
+        return kept + self.beside
 
     def rows(self, logdir: Path) -> list[tuple[str, str]]:
         """Return the plan in words, with the time that a save takes where a probe can be written and flushed."""
@@ -337,6 +340,7 @@ def plan_disk(
     weights: torch.dtype,
     epochs: int,
     averaged: bool,
+    beside: int = 0,
 ) -> DiskPlan:
     """Return the room that a run's checkpoints will take.
 
@@ -348,6 +352,7 @@ def plan_disk(
         weights: the format of the networks that learn.
         epochs: of the run.
         averaged: whether averaged weights are kept.
+        beside: bytes of the base's further parts.
 
     Raises:
         UserError: a library that an optimizer needs is missing.
@@ -365,6 +370,7 @@ def plan_disk(
         single=single * copies if options.writes_single else 0,
         resume=round(state) + (4 * learning if averaged else 0),
         saves=len(scheduled) + 1,
+        beside=beside,
     )
 
 

@@ -1,6 +1,7 @@
 """Exports: diffusers' own pipeline loads them and draws, to the bit, what the trained networks draw."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,51 @@ def test_the_folder_suits_older_readers(tmp_path):
     assert json.loads((tmp_path / "text_encoder" / "config.json").read_text())["torch_dtype"] == "float16"
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["safety_checker"] == [None, None] and index["requires_safety_checker"] is False
+
+
+def write_parts_beside(folder):
+    """Give a pipeline's folder a safety checker, its image processor and a part that no Stable Diffusion 1.x has."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "projection_dim": 8}
+    config = CLIPConfig(vision_config={**size, "image_size": 32, "patch_size": 32}, text_config=size, projection_dim=8)
+    checker = StableDiffusionSafetyChecker(config)
+    checker.save_pretrained(folder / "safety_checker")
+    torch.save(checker.state_dict(), folder / "safety_checker" / "pytorch_model.bin")  # the same again, in the older form
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder / "feature_extractor")
+    (folder / "watermark").mkdir()
+    (folder / "watermark" / "mark.txt").write_text("someone's")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPFeatureExtractor"],
+        "watermark": ["someone", "Watermark"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return checker
+
+
+def test_further_parts_of_the_base_are_neither_needed_nor_lost(tmp_path):
+    folder = write_tiny_folder(tmp_path / "base")
+    checker = write_parts_beside(folder)
+    models = load_models(ModelOptions(resume_ckpt=str(folder)))
+    save_diffusers(models, tmp_path / "out")
+    again = load_models(ModelOptions(resume_ckpt=str(tmp_path / "out")))
+    save_diffusers(again, tmp_path / "linked", link=True)
+    for out in (tmp_path / "out", tmp_path / "linked"):
+        pipeline: Any = from_pretrained(out)
+        kept = pipeline.safety_checker.state_dict()
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in checker.state_dict().items())
+        assert pipeline.feature_extractor.size["shortest_edge"] == 32
+        assert not list(out.rglob("*.bin")), "weights are kept in one form"
+        assert (out / "watermark" / "mark.txt").read_text() == "someone's"
+        index = json.loads((out / "model_index.json").read_text())
+        assert index["watermark"] == ["someone", "Watermark"] and index["requires_safety_checker"] is True
+    for part in ("safety_checker", "feature_extractor"):
+        shutil.rmtree(folder / part)
+    save_diffusers(load_models(ModelOptions(resume_ckpt=str(folder))), tmp_path / "without")
+    assert from_pretrained(tmp_path / "without").safety_checker is None
 
 
 def test_no_file_tells_where_it_was_made(tmp_path):

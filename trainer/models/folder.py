@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,10 @@ WEIGHTS = {
 _CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 _READERS: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 _EMPTY: dict[str, Any] = {"unet": empty_unet, "vae": empty_vae, "text_encoder": empty_text_encoder}
+_OWN = (*WEIGHTS, "tokenizer", "scheduler")
+_RENAMED = {"CLIPFeatureExtractor": "CLIPImageProcessor"}
+"""Classes of pipelines of 2022 that have another name since, with the same settings."""
+_IS_WEIGHTS = re.compile(r"\.(safetensors|bin|msgpack|h5|onnx|pt|ckpt)$|\.(bin|\w+\.safetensors)\.index(\.\w+)?\.json$")
 _PRECISION = {"": 0, "fp32": 1, "bf16": 2, "fp16": 3, "non_ema": 9}
 """Which variant of the weights is taken where a folder holds several: plain ones first, weights without averaging last."""
 
@@ -59,13 +63,15 @@ def read_folder(folder: Path, key: str, *, weights: bool, source: str | None = N
     Raises:
         UserError: something is missing, damaged or another kind of model.
     """
-    check_index(folder, key)
+    index = check_index(folder, key)
     networks = {network: read_network(folder / network, network, key, weights=weights) for network in WEIGHTS}
     return Models(
         **networks,
         tokenizer=read_tokenizer(folder / "tokenizer"),
         scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json", key),
         source=source or str(folder),
+        beside=parts_beside(index, folder),
+        beside_from=folder,
     )
 
 
@@ -78,8 +84,27 @@ def read_vae_folder(folder: Path, key: str, *, weights: bool) -> AutoencoderKL:
     return read_network(folder, "vae", key, weights=weights)
 
 
-def check_index(folder: Path, key: str) -> None:
-    """Raise UserError unless the folder holds the index of a model that this program trains."""
+def parts_beside(index: Mapping[str, Any], folder: Path) -> dict[str, tuple[str, str]]:
+    """Return library and class of a pipeline's further parts, as far as they are there: a hub id is downloaded without them."""
+    found = {}
+    for name, entry in index.items():
+        named = isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)
+        if named and name not in _OWN and (folder / name).is_dir():
+            found[name] = (entry[0], _RENAMED.get(entry[1], entry[1]))
+    return found
+
+
+def files_of_part(folder: Path) -> list[Path]:
+    """Return the files of a pipeline's part; of weights that are there in several forms, only those in the plain .safetensors form."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    plain = [path for path in files if re.fullmatch(r"\w+(-\d{5}-of-\d{5})?\.safetensors", path.name)]
+    if not plain:
+        return files
+    return [path for path in files if path in plain or not _IS_WEIGHTS.search(path.name)]
+
+
+def check_index(folder: Path, key: str) -> dict[str, Any]:
+    """Return the index of a model that this program trains, or raise UserError."""
     if not (folder / INDEX).is_file():
         raise UserError(f"{key}: {_what_else(folder)}")
     index = read_json(folder / INDEX, key)
@@ -93,6 +118,7 @@ def check_index(folder: Path, key: str) -> None:
             raise UserError(
                 f"{key}: {folder / INDEX} names {found or 'nothing'} as {network}; a Stable Diffusion 1.x model has {accepted} there."
             )
+    return index
 
 
 def read_network(folder: Path, network: str, key: str, *, weights: bool) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,8 @@ class Models:
         source: where the weights came from, as it is shown to people.
         notes: sentences for people about what was assumed.
         assumed: whether nothing was at hand to describe, so that everything is Stable Diffusion 1.5's.
+        beside: library and class of the further parts of the base's pipeline, such as a safety checker, as its `model_index.json` has them.
+        beside_from: the folder that holds a folder of each. They are never loaded, and go into exported folders as they are.
     """
 
     unet: UNet2DConditionModel
@@ -50,6 +52,8 @@ class Models:
     source: str
     notes: tuple[str, ...] = ()
     assumed: bool = False
+    beside: dict[str, tuple[str, str]] = field(default_factory=dict)
+    beside_from: Path | None = None
 
 
 def load_models(options: ModelOptions) -> Models:
