@@ -1,16 +1,25 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, on Windows too, where other programs hold files open."""
 
 from __future__ import annotations
 
+import errno
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+WINDOWS = os.name == "nt"
 
 _DRAFT = ".draft-"
 _STALE = 3600.0
 """Seconds after which a draft is taken for the remains of a process that was killed: none is written for so long."""
+
+_PATIENCE = (0.1, 0.2, 0.4, 0.8, 1.6)
+"""Seconds between attempts where Windows refuses: virus scanners and indexers hold new files open for a moment."""
+
+_NO_FOLDER_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
+"""What file systems answer that cannot flush a folder; mounted cloud drives are among them."""
 
 
 @contextmanager
@@ -28,10 +37,10 @@ def replacing(path: Path) -> Iterator[Path]:
         yield draft
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
-        draft.replace(path)
-        _flush_folder(path.parent)
+        patiently(lambda: draft.replace(path))
+        flush_folder(path.parent)
     finally:
-        draft.unlink(missing_ok=True)
+        patiently(lambda: draft.unlink(missing_ok=True))
 
 
 def clear_drafts(folder: Path) -> None:
@@ -44,11 +53,30 @@ def clear_drafts(folder: Path) -> None:
             continue
 
 
-def _flush_folder(folder: Path) -> None:
-    if os.name == "nt":  # no handle on a folder there; renames are journalled
+def patiently(act: Callable[[], object]) -> None:
+    """Rename or delete something; on Windows with patience for other programs that hold it open.
+
+    Raises:
+        OSError: it cannot be done; on Windows, for three seconds.
+    """
+    for seconds in _PATIENCE if WINDOWS else ():
+        try:
+            act()
+            return
+        except PermissionError:
+            time.sleep(seconds)
+    act()
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush a folder's list of names to the disk, where the system can."""
+    if WINDOWS:  # it has no handle on a folder to flush; its renames are journalled
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_FLUSH:
+            raise
     finally:
         os.close(handle)

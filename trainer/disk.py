@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-WINDOWS = os.name == "nt"
+from data.replacing import flush_folder, patiently
 
 DRAFT, REPLACED, DROPPED = ".draft-", ".replaced-", ".dropped-"
 """How hidden names begin: what is being written, what is being replaced, and what is being deleted."""
-
-_PATIENCE = (0.1, 0.2, 0.4, 0.8, 1.6)
-"""Seconds between attempts where Windows refuses: virus scanners and indexers hold new files open for a moment."""
-
-_NO_FOLDER_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
-"""What file systems answer that cannot flush a folder; mounted cloud drives are among them."""
 
 
 @contextmanager
@@ -50,7 +43,7 @@ def appearing(path: Path) -> Iterator[Path]:
                 remove(old)
         else:
             rename(draft, path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     except BaseException:
         with suppress(OSError):  # the first error says why; `tidy` deletes what is left
             remove(draft)
@@ -89,7 +82,7 @@ def drop(path: Path, folder: Path | None = None) -> None:
 
 def rename(source: Path, target: Path) -> None:
     """Rename a file or folder, replacing a file; on Windows with patience for other programs that hold it open."""
-    _patiently(lambda: source.replace(target))
+    patiently(lambda: source.replace(target))
 
 
 def remove(path: Path) -> None:
@@ -101,7 +94,7 @@ def remove(path: Path) -> None:
         else:
             path.unlink(missing_ok=True)
 
-    _patiently(delete)
+    patiently(delete)
 
 
 def size_of(path: Path) -> int:
@@ -147,16 +140,6 @@ def in_gib(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def _patiently(act: Callable[[], object]) -> None:
-    for seconds in _PATIENCE if WINDOWS else ():
-        try:
-            act()
-            return
-        except PermissionError:
-            time.sleep(seconds)
-    act()
-
-
 def _flush(path: Path) -> None:
     files = [path] if path.is_file() else [found for found in path.rglob("*") if found.is_file()]
     for file in files:
@@ -164,17 +147,4 @@ def _flush(path: Path) -> None:
             os.fsync(handle.fileno())
     if path.is_dir():
         for folder in [path, *(found for found in path.rglob("*") if found.is_dir())]:
-            _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    if WINDOWS:  # it has no handle on a folder to flush; its renames are journalled
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in _NO_FOLDER_FLUSH:
-            raise
-    finally:
-        os.close(handle)
+            flush_folder(folder)

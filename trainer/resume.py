@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.replacing import WINDOWS
 from trainer.checkpoint import RESUME, TrainState, find_last, newest_of, read_resume, resume_problem
 from trainer.config import flattened
-from trainer.disk import WINDOWS
 from trainer.errors import UserError
 from trainer.models.lora import read_base
 
