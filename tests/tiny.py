@@ -6,6 +6,7 @@ so that loading is tested against something this project did not write. Both dep
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +66,29 @@ def write_tiny_folder(
     pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipeline.save_pretrained(path, variant=variant)
     return path
+
+
+def write_parts_beside(folder: Path) -> torch.nn.Module:
+    """Give a pipeline's folder a safety checker, its image processor and a part that no Stable Diffusion 1.x has."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "projection_dim": 8}
+    config = CLIPConfig(vision_config={**size, "image_size": 32, "patch_size": 32}, text_config=size, projection_dim=8)
+    checker = StableDiffusionSafetyChecker(config)
+    checker.save_pretrained(folder / "safety_checker")
+    torch.save(checker.state_dict(), folder / "safety_checker" / "pytorch_model.bin")  # the same again, in the older form
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder / "feature_extractor")
+    (folder / "watermark").mkdir()
+    (folder / "watermark" / "mark.txt").write_text("someone's")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPFeatureExtractor"],
+        "watermark": ["someone", "Watermark"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return checker
 
 
 def tiny_tokenizer() -> CLIPTokenizer:

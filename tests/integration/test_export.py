@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from tests.tiny import StableDiffusionPipeline, tiny_models, tiny_scheduler, write_tiny_folder
+from tests.tiny import StableDiffusionPipeline, tiny_models, tiny_scheduler, write_parts_beside, write_tiny_folder
 from trainer.export import save_diffusers, save_single_file
 from trainer.models.load import ModelOptions, load_models
 from trainer.models.single_file import NETWORKS
@@ -135,29 +135,6 @@ def test_the_folder_suits_older_readers(tmp_path):
     assert json.loads((tmp_path / "text_encoder" / "config.json").read_text())["torch_dtype"] == "float16"
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["safety_checker"] == [None, None] and index["requires_safety_checker"] is False
-
-
-def write_parts_beside(folder):
-    """Give a pipeline's folder a safety checker, its image processor and a part that no Stable Diffusion 1.x has."""
-    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-    from transformers import CLIPConfig, CLIPImageProcessor
-
-    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "projection_dim": 8}
-    config = CLIPConfig(vision_config={**size, "image_size": 32, "patch_size": 32}, text_config=size, projection_dim=8)
-    checker = StableDiffusionSafetyChecker(config)
-    checker.save_pretrained(folder / "safety_checker")
-    torch.save(checker.state_dict(), folder / "safety_checker" / "pytorch_model.bin")  # the same again, in the older form
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder / "feature_extractor")
-    (folder / "watermark").mkdir()
-    (folder / "watermark" / "mark.txt").write_text("someone's")
-    index = json.loads((folder / "model_index.json").read_text())
-    index |= {
-        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
-        "feature_extractor": ["transformers", "CLIPFeatureExtractor"],
-        "watermark": ["someone", "Watermark"],
-    }
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return checker
 
 
 def test_further_parts_of_the_base_are_neither_needed_nor_lost(tmp_path):

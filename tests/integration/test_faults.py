@@ -157,6 +157,18 @@ def test_infinite_gradients_without_end_stop_the_run_with_images_and_timesteps(w
     assert train.main(["--resume_ckpt", "findlast", "--max_epochs", "5"]) == 0
 
 
+def test_gradients_that_are_infinite_in_a_fused_backward_end_the_run_without_a_half_made_step(workplace, monkeypatch, capsys):
+    write(workplace, FUSED, **SETTINGS | {"save_every_n_epochs": 1})
+    poison(monkeypatch, {4}, float("inf"), where="gradients")
+    assert train.main([]) == 1
+    told = capsys.readouterr()
+    assert "gradients were not finite although the loss was" in told.err
+    assert "with fused_backward only these weights were left out" in told.err
+    assert "no checkpoint is saved of this step" in told.out
+    (good,) = checkpoints(run_of(workplace))
+    assert good.name == "tiny-ep01-gs00003" and resume_problem(good) is None
+
+
 def test_d_that_overflows_spoils_no_checkpoint(workplace, monkeypatch, capsys):
     write(workplace, DADAPT, **SETTINGS | {"save_every_n_epochs": 1})
 

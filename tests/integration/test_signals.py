@@ -12,6 +12,7 @@ from scripts.torture import started, torture
 from tests.runs import DADAPT, run_of, same_run, scalars, write
 from trainer.checkpoint import checkpoints, resume_problem
 from trainer.loggers.console import Console
+from trainer.signals import Interrupted, StopSignals
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows cannot send itself these signals")
 
@@ -102,6 +103,19 @@ def test_handlers_are_given_back(workplace):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     assert train.main(["--check"]) == 0
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_ctrl_break_of_windows_is_met_like_ctrl_c(monkeypatch, capfd):
+    """Another signal plays SIGBREAK, which only Windows has."""
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopSignals() as signals, pytest.raises(Interrupted) as stopped, signals.deferred():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.requested == signal.SIGUSR1, "it is noted, and nothing more"
+        signals.check()
+    assert stopped.value.exit_code == 128 + signal.SIGUSR1
+    assert "SIGUSR1: stopping after this step and saving a checkpoint" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGUSR1) == before
 
 
 def wait_for(words, output, seconds=120):

@@ -1,6 +1,7 @@
 """The real command line on a tiny model: what a run leaves behind, how it continues, and what it says when it cannot."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train
 from tests.runs import ADAMW, ADAMW8BIT, DADAPT, FUSED, run_of, same_run, scalars, write
-from tests.tiny import write_tiny_folder
+from tests.tiny import write_parts_beside, write_tiny_folder
 from trainer.checkpoint import checkpoints, resume_problem
 from trainer.diffusion.schedule import NoiseSchedule
 from trainer.models.load import ModelOptions, load_models
@@ -51,6 +53,44 @@ def test_a_whole_run_from_the_command_line(workplace):
     pipeline = StableDiffusionPipeline.from_pretrained(run / "ckpts" / "last-tiny-ep03-gs00009", dtype=torch.float32)
     picture = pipeline("a red circle", num_inference_steps=1, height=64, width=64).images[0]
     assert picture.size == (64, 64)
+
+
+def test_checkpoints_are_written_when_where_and_as_the_configuration_says(workplace, model):
+    base = workplace / "base"
+    shutil.copytree(model, base)
+    write_parts_beside(base)
+    shelf = {"save_ckpt_dir": "shelf", "save_full_precision": True, "save_optimizer": True}
+    write(workplace, DADAPT, model="base", **shelf, fixed_loss_images=0, save_every_n_epochs=1, save_ckpts_from_n_epochs=2)
+    assert train.main([]) == 0
+    run = run_of(workplace)
+    found = checkpoints(run)
+    assert [path.name for path in found] == ["last-tiny-ep03-gs00009", "tiny-ep02-gs00006"]
+    assert all(resume_problem(path) is None for path in found), "every one can be gone on from"
+    assert not list((run / "ckpts").glob("*.safetensors"))
+    files = sorted((workplace / "shelf").iterdir())
+    assert [path.name for path in files] == [f"{path.name}.safetensors" for path in found]
+    for path, file in zip(found, files, strict=True):
+        with safe_open(file, framework="pt") as single:
+            header = single.metadata()
+            weight = single.get_tensor("model.diffusion_model.out.2.weight")
+        assert torch.equal(weight, load_file(path / "unet" / "diffusion_pytorch_model.safetensors")["conv_out.weight"])
+        assert header["modelspec.title"] == path.name and header["modelspec.resolution"] == "64x64"
+        specified = ("sai_model_spec", "architecture", "implementation", "date", "prediction_type")
+        assert {f"modelspec.{key}" for key in specified} <= set(header)
+        settings = {name: json.loads(header[f"sd_dadapt.{name}"]) for name in ("train.json", "optimizer.json")}
+        assert settings["train.json"]["save_ckpts_from_n_epochs"] == 2 and settings["optimizer.json"]["base"]["d0"] == 1e-6
+        checker = path / "safety_checker" / "model.safetensors"
+        assert checker.read_bytes() == (base / "safety_checker" / "model.safetensors").read_bytes()
+        assert checker.samefile(run / "base" / "safety_checker" / "model.safetensors"), "it takes its room once"
+
+    shutil.rmtree(base)
+    minutes = {"ckpt_every_n_minutes": 1e-9, "no_save_ckpt": True, "keep_last_n": 2, "no_prepend_last": True}
+    write(workplace, DADAPT, model=str(found[1]), **minutes, fixed_loss_images=0, max_epochs=1)
+    assert train.main(["--logdir", "minutes", "--resume_weights_only"]) == 0
+    (run,) = (workplace / "minutes").glob("tiny-*")
+    assert (run / "run.log").read_text().count(": saved ") == 3, "one after each step"
+    assert sorted(path.name for path in (run / "ckpts").iterdir()) == ["tiny-ep01-gs00002", "tiny-ep01-gs00003"]
+    assert (checkpoints(run)[0] / "watermark" / "mark.txt").is_file(), "a model that came from a run has what its base had"
 
 
 @pytest.mark.parametrize(

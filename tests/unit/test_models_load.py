@@ -1,5 +1,6 @@
 """Loading: every form that a model comes in gives the same fp32 weights, and everything else is named for what it is."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -357,6 +358,26 @@ def test_damaged_files_are_refused(tmp_path):
     assert "the file is cut short" in refused(path)
     (tmp_path / "x.pt").write_bytes(b"")
     assert "is a .pt file; name a .safetensors or .ckpt file" in refused(tmp_path / "x.pt")
+
+
+def test_a_file_that_the_disk_does_not_give_is_refused_with_the_reason(folder, tmp_path, monkeypatch):
+    save_single_file(tiny_models(), tmp_path / "x.safetensors")
+    torch.save({"state_dict": to_original(tiny_models())}, tmp_path / "x.ckpt")
+    real = Path.open
+
+    def fail(path, *arguments, **keywords):
+        if path.suffix in (".safetensors", ".ckpt"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, "open", fail)
+    for source, file in (
+        ("x.safetensors", "x.safetensors"),
+        ("x.ckpt", "x.ckpt"),
+        ("model", "model/unet/diffusion_pytorch_model.safetensors"),
+    ):
+        with pytest.raises(UserError, match=rf"{file}: the file cannot be read \(Input/output error\)"):
+            load(tmp_path / source)
 
 
 def test_the_tokenizer_is_in_the_file_only_where_it_is_not_clips(tmp_path):

@@ -50,10 +50,17 @@ class TensorFile(Mapping[str, Tensor]):
         """Open a file and read its list of tensors.
 
         Raises:
-            UserError: it is cut short, not such a file, or a .ckpt that cannot be read safely.
+            UserError: it cannot be read, is cut short, not such a file, or a .ckpt that cannot be read safely.
         """
         self.path = path
         self.metadata: dict[str, str] = {}
+        try:
+            self._open(path)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UserError(f"{path}: the file cannot be read ({reason}); check disk and permissions, or download it again.") from error
+
+    def _open(self, path: Path) -> None:
         if path.suffix.lower() == ".ckpt":
             self._tensors: Any = _read_ckpt(path)
             self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
