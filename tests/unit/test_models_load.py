@@ -189,6 +189,27 @@ def test_weights_that_are_cut_short_missing_or_misshapen_are_refused(folder):
         load(folder)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(("part", "old"), [(UNET, "diffusion_pytorch_model.bin"), (TEXT, "pytorch_model.bin")])
+def test_older_weights_that_want_to_run_something_are_refused_and_nothing_runs(folder, capsys, part, old, zipped):
+    from tests.unit.test_models_tensor_file import Evil
+
+    weights = safetensors.torch.load_file(folder / part)
+    (folder / part).unlink()
+    path = (folder / part).with_name(old)
+    torch.save({**weights, "more": Evil()}, path, _use_new_zipfile_serialization=zipped)
+    if zipped or part == TEXT:  # of the UNet's, diffusers says no more than that it cannot be read
+        with pytest.raises(UserError, match=r"asks for (builtins\.)?print, which weights have no use for.*nothing of it was run"):
+            load(folder)
+    else:
+        with pytest.raises(UserError, match="Unable to load weights"):
+            load(folder)
+    assert "ran" not in capsys.readouterr().out
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"cut short after 1,000 bytes|damaged|Unable to load weights|do not fit"):
+        load(folder)
+
+
 def test_text_encoder_weights_that_are_missing_are_refused(folder):
     weights = safetensors.torch.load_file(folder / TEXT)
     name = next(name for name in weights if "layers.2.mlp.fc1.weight" in name)

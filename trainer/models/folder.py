@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from transformers import CLIPTextModel
 from trainer.errors import UserError
 from trainer.models.load import Models
 from trainer.models.networks import empty_text_encoder, empty_unet, empty_vae
-from trainer.models.tensor_file import TensorFile
+from trainer.models.tensor_file import TensorFile, check_pickle, hostile
 from trainer.models.tokenizer import read_tokenizer
 
 INDEX = "model_index.json"
@@ -136,6 +137,8 @@ def read_network(folder: Path, network: str, key: str, *, weights: bool) -> Any:
     for name in choice.files:
         if name.endswith(".safetensors"):
             TensorFile(folder / name)  # says plainly that a file is cut short, which the libraries do not
+        else:
+            check_pickle(folder / name)  # likewise
     try:
         loaded, notes = _READERS[network].from_pretrained(
             str(folder),
@@ -145,6 +148,9 @@ def read_network(folder: Path, network: str, key: str, *, weights: bool) -> Any:
             local_files_only=True,
             output_loading_info=True,
         )
+    except (UnpicklingError, EOFError) as error:
+        path = folder / choice.files[0]
+        raise UserError(hostile(path, error) or f"{path}: the file is damaged; download or copy it again.") from error
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{key}: {folder}: the weights do not fit config.json ({reason}); download the model again.") from error

@@ -163,26 +163,14 @@ def _read_ckpt(path: Path) -> dict[str, Tensor]:
     Lightning, which wrote Stable Diffusion's first files, put its own classes and numpy's numbers beside the weights. Nothing is made of
     them here: empty stand-ins take their names, so neither library is called nor needed.
     """
-    packed = zipfile.is_zipfile(path)
-    if problem := _no_pickle(path, packed=packed):
-        raise UserError(f"{path}: {problem}")
-    wanted = _foreign_names(path) if packed else []
-    strange = [name for name in wanted if not name.startswith(_BESIDE_WEIGHTS)]
-    stand_ins: list[Any] = [] if strange else [(_Nothing, name) for name in wanted]
+    stand_ins: list[Any] = [(_Nothing, name) for name in check_pickle(path)]
     try:
         with torch.serialization.safe_globals(stand_ins):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises UnpicklingError, EOFError, RuntimeError and others, by what is broken
-        strange = strange or re.findall(r"GLOBAL ([\w.]+)", str(error))  # files of before 2020 are not looked through beforehand
-        if strange:
-            raise UserError(
-                f"{path}: the .ckpt file asks for {', '.join(strange[:3])}, which weights have no use for and an attack would; nothing of "
-                "it was run. Get the .safetensors version of the model, or this file from a source that you trust."
-            ) from error
-        raise UserError(
-            f"{path}: the .ckpt file cannot be read as plain tensors ({_first_line(error)}); download or copy it again, or get the "
-            ".safetensors version."
-        ) from error
+        advice = "download or copy it again, or get the .safetensors version"
+        damaged = f"{path}: the .ckpt file cannot be read as plain tensors ({_first_line(error)}); {advice}."
+        raise UserError(hostile(path, error) or damaged) from error
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
     if not tensors:
@@ -203,6 +191,34 @@ class _Nothing:
 
     def __setstate__(self, _: Any) -> None:
         """Take a state."""
+
+
+def check_pickle(path: Path) -> list[str]:
+    """Return the names that a .ckpt or .bin file asks for beside those of plain tensors, all of which are harmless; runs nothing.
+
+    Raises:
+        UserError: it is something else, cut short, or asks for what weights have no use for.
+    """
+    packed = zipfile.is_zipfile(path)
+    if problem := _no_pickle(path, packed=packed):
+        raise UserError(f"{path}: {problem}")
+    wanted = _foreign_names(path) if packed else []
+    if strange := [name for name in wanted if not name.startswith(_BESIDE_WEIGHTS)]:
+        raise UserError(_refusal(path, strange))
+    return wanted
+
+
+def hostile(path: Path, error: Exception) -> str | None:
+    """Return, where torch refused to read a file of before 2020, which cannot be looked through beforehand, what it asks for; else None."""
+    strange = re.findall(r"GLOBAL ([\w.]+)", str(error))
+    return _refusal(path, strange) if strange else None
+
+
+def _refusal(path: Path, strange: list[str]) -> str:
+    return (
+        f"{path}: the {path.suffix} file asks for {', '.join(strange[:3])}, which weights have no use for and an attack would; nothing of "
+        "it was run. Get the .safetensors version of the model, or this file from a source that you trust."
+    )
 
 
 def _foreign_names(path: Path) -> list[str]:
@@ -227,7 +243,7 @@ def _no_pickle(path: Path, *, packed: bool) -> str | None:
     if start.startswith(b"PK") and not packed:  # the list of a zip's contents comes last
         return f"the file is cut short after {size:,} bytes; download or copy it again."
     if not start.startswith((b"PK", b"\x80")):
-        return "this is not a .ckpt file: it does not begin like one; download or copy it again."
+        return f"this is not a {path.suffix} file: it does not begin like one; download or copy it again."
     return None
 
 
