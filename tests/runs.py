@@ -1,6 +1,10 @@
 """Whole runs on a tiny model: a workplace to start them in, and what they leave behind."""
 
+import hashlib
 import json
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import train
 from tests.tiny import write_tiny_folder
 
 ADAMW8BIT = {"base": {"optimizer": "adamw8bit", "lr": None, "weight_decay": 0.01}, "text_encoder_lr_scale": 0.5}
@@ -37,6 +42,12 @@ def workplace(tmp_path, model, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def no_estimate(monkeypatch):
+    """Let --check leave out the memory that a run will need, which takes it two seconds: for tests of what else it tells."""
+    monkeypatch.setattr("trainer.check.estimate", lambda *_, **__: SimpleNamespace(lines=list, as_json=dict))
+
+
 def write(folder, optimizer, **changes):
     """Write train.json, with changes, optimizer.json and prompts.json; the model stays the one that was named first."""
     settings = {
@@ -62,6 +73,27 @@ def write(folder, optimizer, **changes):
     (folder / "train.json").write_text(json.dumps({**settings, **changes}, indent=1))
     (folder / "optimizer.json").write_text(json.dumps(optimizer, indent=1))
     (folder / "prompts.json").write_text(json.dumps({"cfgs": [2], "num_inference_steps": 2, "samples": [{"prompt": "a red circle"}]}))
+
+
+_UNCUT = {}
+
+
+def uncut(folder):
+    """Return the folder of the run that `folder` is set up for, made in one go; the same for all tests that are set up alike.
+
+    It is made where it cannot be taken for the test's own, and is not to be changed.
+    """
+    settings = json.loads((folder / "train.json").read_text())
+    model = Path(settings.pop("resume_ckpt"))
+    texts = [json.dumps(settings), *((folder / name).read_text() for name in ("optimizer.json", "prompts.json"))]
+    inputs = [path.read_bytes() for path in sorted((folder / "pictures").iterdir())]
+    weights = [path.read_bytes() for path in sorted(model.rglob("*.safetensors"))]
+    key = hashlib.sha256(b"".join([*(text.encode() for text in texts), *inputs, *weights])).digest()
+    if key not in _UNCUT:
+        logdir = Path(tempfile.mkdtemp(prefix="uncut-", dir=model.parent.parent))
+        assert train.main(["--logdir", str(logdir)]) == 0
+        _UNCUT[key] = next(path for path in logdir.iterdir() if path.name.startswith("tiny-"))
+    return _UNCUT[key]
 
 
 def run_of(folder, number=-1):

@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.runs import model, workplace
+from tests.runs import model, no_estimate, workplace
 from trainer.curves import Curves
 
-__all__ = ["model", "workplace"]
+__all__ = ["model", "no_estimate", "workplace"]
 
 BEGUN = Curves.begun
 

@@ -205,7 +205,7 @@ def test_a_run_in_which_no_image_is_ever_due_is_refused(workplace, capsys):
     assert not (workplace / "logs").exists()
 
 
-def test_bad_files_refuse_the_run_where_they_are_errors(workplace, capsys):
+def test_bad_files_refuse_the_run_where_they_are_errors(workplace, no_estimate, capsys):
     (workplace / "pictures/2.png").write_bytes(b"")
     (workplace / "pictures/3.yaml").write_text("multiply: x\n")
     assert train.main(["--check"]) == 0
@@ -219,7 +219,7 @@ def test_bad_files_refuse_the_run_where_they_are_errors(workplace, capsys):
     assert train.main([]) == 0
 
 
-def test_the_check_is_a_report_for_programs(workplace, capsys):
+def test_the_check_is_a_report_for_programs(workplace, no_estimate, capsys):
     (workplace / "pictures/0.txt").write_text("a " * 100)
     (workplace / "pictures/1.txt").unlink()
     (workplace / "pictures/again.png").write_bytes((workplace / "pictures/2.png").read_bytes())
@@ -246,7 +246,7 @@ def test_the_check_is_a_report_for_programs(workplace, capsys):
     assert [file["file"] for file in found["data"]["bad"]] == ["3.png"]
 
 
-def test_contact_sheets_show_each_image_as_it_is_cropped(workplace, capsys):
+def test_contact_sheets_show_each_image_as_it_is_cropped(workplace, no_estimate, capsys):
     red, blue = (255, 0, 0), (0, 0, 255)
     picture = Image.new("RGB", (300, 100), blue)
     picture.paste(red, (100, 0, 200, 100))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train
-from tests.runs import ADAMW, DADAPT, FUSED, run_of, same_run, scalars, write
+from tests.runs import ADAMW, DADAPT, FUSED, run_of, same_run, scalars, uncut, write
 from trainer.checkpoint import checkpoints, resume_problem
 
 SETTINGS = {"max_epochs": 2, "sample_steps": 100, "fixed_loss_images": 0, "save_every_n_epochs": None, "save_format": "diffusers"}
@@ -59,9 +59,7 @@ def poison(monkeypatch, steps, value, where="loss"):
 
 def resumes_to_the_bit(workplace):
     assert train.main(["--resume_ckpt", "findlast"]) == 0
-    assert train.main(["--logdir", "whole"]) == 0
-    whole = next((workplace / "whole").glob("tiny-*"))
-    same_run(*(run / "ckpts" / LAST for run in (whole, run_of(workplace))))
+    same_run(*(run / "ckpts" / LAST for run in (uncut(workplace), run_of(workplace))))
 
 
 def test_out_of_memory_keeps_the_steps_before_and_names_the_cheapest_key(workplace, monkeypatch, capsys):
@@ -252,9 +250,9 @@ def test_a_clock_that_is_put_back_changes_nothing(workplace, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", lambda: real() - 86_400)
         resumes_to_the_bit(workplace)
-    whole = next((workplace / "whole").glob("tiny-*"))
     curves = [
-        {tag: steps for tag, steps in scalars(run).items() if not tag.startswith("performance/")} for run in (whole, run_of(workplace))
+        {tag: steps for tag, steps in scalars(run).items() if not tag.startswith("performance/")}
+        for run in (uncut(workplace), run_of(workplace))
     ]
     assert curves[0] == curves[1]
 

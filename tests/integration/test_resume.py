@@ -5,7 +5,7 @@ import json
 import pytest
 
 import train
-from tests.runs import ADAMW, DADAPT, run_of, same_run, scalars, write
+from tests.runs import ADAMW, DADAPT, run_of, same_run, scalars, uncut, write
 from trainer.checkpoint import checkpoints
 from trainer.config.schema import optimizer_classes
 from trainer.resume import resume_command
@@ -25,13 +25,13 @@ def curves(run):
     return {tag: steps for tag, steps in scalars(run).items() if not tag.startswith("performance/")}
 
 
-def stopped_and_whole(workplace, stops, *arguments):
+def stopped_and_whole(workplace, stops, workers=None):
     """Run once in one go and once with stops; assert that the two are the same run, and return their folders."""
-    assert train.main(["--logdir", "whole", *arguments]) == 0
     for place, stop in enumerate([*stops, None]):
         resume = ["--resume_ckpt", "findlast"] if place else []
-        assert train.main([*arguments, *resume, *(["--stop_after_steps", str(stop)] if stop else [])]) == 0
-    whole, stopped = next((workplace / "whole").iterdir()), run_of(workplace)
+        processes = ["--num_workers", str(workers[place])] if workers else []
+        assert train.main([*resume, *processes, *(["--stop_after_steps", str(stop)] if stop else [])]) == 0
+    whole, stopped = uncut(workplace), run_of(workplace)
     assert len(list((workplace / "logs").iterdir())) == 1, "a continued run stays in its folder"
     assert curves(whole) == curves(stopped)
     name = checkpoints(whole)[0].name
@@ -54,12 +54,13 @@ def test_optimizers_places_and_settings_continue_to_the_bit(workplace, optimizer
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("stop", [3, 4, 5])
+@pytest.mark.parametrize(("latents", "workers"), [("no", [0, 2, 0, 2]), ("memory", [2, 0, 2, 0])], ids=["encoded in each step", "kept"])
 @pytest.mark.parametrize("optimizer", optimizer_classes())
-def test_every_optimizer_continues_to_the_bit_from_everywhere(workplace, optimizer, stop, workers):
-    write(workplace, {"base": {"optimizer": optimizer}}, **SHORT, num_workers=workers)
-    stopped_and_whole(workplace, [stop])
+def test_every_optimizer_continues_to_the_bit_from_everywhere(workplace, optimizer, latents, workers):
+    """At an epoch's end, in the middle of one and before its last step, which has one image: with either way of coming by latents, and
+    each of these with and without workers before and after."""
+    write(workplace, {"base": {"optimizer": optimizer}}, **SHORT, num_workers=0, cache_latents=latents)
+    stopped_and_whole(workplace, [3, 4, 5], workers)
 
 
 def test_one_step_is_the_same_however_it_is_cut(workplace, capsys):
@@ -89,7 +90,7 @@ def test_a_seed_that_was_drawn_is_kept(workplace, capsys):
     assert json.loads((run_of(workplace) / "train.json").read_text())["seed"] == drawn != -1
 
 
-def test_what_has_changed_is_told_and_the_configuration_counts(workplace, capsys):
+def test_what_has_changed_is_told_and_the_configuration_counts(workplace, no_estimate, capsys):
     write(workplace, ADAMW, **SHORT)
     assert train.main(["--stop_after_steps", "4"]) == 0
     changed = {"base": {**ADAMW["base"], "weight_decay": 0.5}}
@@ -153,7 +154,6 @@ def test_a_finished_run_does_nothing_more_unless_epochs_are_added(workplace, cap
 def test_a_run_that_is_out_of_time_saves_and_goes_on_to_the_bit(workplace, capsys):
     """The time counts over all starts: with the same limit the second one trains nothing."""
     write(workplace, ADAMW, **SHORT, log_step=2)
-    assert train.main(["--logdir", "whole"]) == 0
     for steps in (1, 1):
         capsys.readouterr()
         assert train.main(["--max_train_time", "1e-9", *(["--resume_ckpt", "findlast"] if (workplace / "logs").exists() else [])]) == 0
@@ -161,7 +161,7 @@ def test_a_run_that_is_out_of_time_saves_and_goes_on_to_the_bit(workplace, capsy
         assert f"Stopped after step {steps} of 6" in out and "--max_train_time" not in out.split("Go on with:")[1]
     assert train.main(["--resume_ckpt", "findlast", "--max_train_time", "60"]) == 0
     assert "Changed: max_train_time" not in capsys.readouterr().out
-    whole, stopped = next((workplace / "whole").iterdir()), run_of(workplace)
+    whole, stopped = uncut(workplace), run_of(workplace)
     assert curves(whole) == curves(stopped)
     same_run(*(run / "ckpts" / LAST for run in (whole, stopped)))
 

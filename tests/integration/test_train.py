@@ -1,6 +1,7 @@
 """The real command line on a tiny model: what a run leaves behind, how it continues, and what it says when it cannot."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -132,7 +133,7 @@ def test_fused_backward_on_bf16_weights_continues_to_the_bit(workplace):
     assert max(found["optimizer/gradients not finite unet"].values()) == 0
 
 
-def test_a_schedule_that_rests_at_zero_is_refused_and_a_long_warm_up_told(workplace, capsys):
+def test_a_schedule_that_rests_at_zero_is_refused_and_a_long_warm_up_told(workplace, no_estimate, capsys):
     def base(**changes):
         return {"base": {**DADAPT["base"], "lr_scheduler": "linear", **changes}}
 
@@ -215,6 +216,8 @@ def test_check_prints_the_plan_without_loading_weights(workplace, model, capsys)
     out = capsys.readouterr().out
     for text in ("images: 5 in", "9 = 3 epochs of 3", "layers 3-4 of 4", "dadapt_adam, lr 0.1 x the d it finds", "fp32 on cpu", "logs"):
         assert text in out, text
+    for text in (r"a checkpoint .* MiB: .* the folder .*; training waits \d", r"disk .* MiB for 2 of them, of .* GiB that are free\n"):
+        assert re.search(text, out), text
     assert not (workplace / "logs").exists(), "a check leaves nothing behind"
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,7 @@ def test_minutes_are_counted_by_a_clock_that_does_not_jump(tmp_path, monkeypatch
 def test_the_fullest_moment(options, saves, kept, resumable, more):
     plan = DiskPlan(SaveOptions(**options), folder=100, single=50, resume=7, saves=saves)
     assert plan.most == kept * 150 + resumable * 7 + more * 157
+    assert replace(plan, beside=1000).most == plan.most + 1000, "what the base has beside the networks is kept once"
 
 
 def test_a_single_file_alone_keeps_its_folder_for_resuming_only():

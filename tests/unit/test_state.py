@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from trainer.config.schema import optimizer_classes
+from trainer.optim.optimizer_set import OptimizerSet
 from trainer.state import read_state, write_state
 
 
@@ -49,3 +51,60 @@ def test_shared_tensors_are_written_once_and_the_file_is_plain_safetensors(tmp_p
 def test_what_cannot_be_saved_is_named(tmp_path):
     with pytest.raises(TypeError, match=r"state\.a\.1: a set"):
         write_state({"a": [0, {1}]}, tmp_path / "state")
+
+
+def _flat(value, name=""):
+    if isinstance(value, dict):
+        return {key: item for part, inner in value.items() for key, item in _flat(inner, f"{name}.{part}").items()}
+    if isinstance(value, (list, tuple)):
+        return _flat(dict(enumerate(value)), name)
+    return {name: value}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", optimizer_classes())
+def test_every_optimizers_state_comes_back_in_its_own_dtype_whatever_its_weights_have(tmp_path, name, dtype):
+    """torch's own loading would cast floating-point state to the dtype of the weights."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((64, 80), (7,))
+    weights = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+    options = {"unet": optimizer_classes()[name](lr=1e-2)}
+    gradients = [[torch.randn(shape, generator=generator).to(dtype) for shape in shapes] for _ in range(4)]
+
+    def step(optimizers, parameters, number):
+        optimizers.set_rates(number)
+        for parameter, gradient in zip(parameters, gradients[number], strict=True):
+            parameter.grad = gradient.clone()
+        optimizers.step(torch.tensor(0.0))
+
+    first = OptimizerSet(options, {"unet": weights}, total_steps=10)
+    for number in range(3):
+        step(first, weights, number)
+    write_state(first.state_dict(), tmp_path / "state")
+    copies = [torch.nn.Parameter(weight.detach().clone()) for weight in weights]
+    second = OptimizerSet(options, {"unet": copies}, total_steps=10)
+    second.load_state_dict(read_state(tmp_path / "state"))
+    step(first, weights, 3)
+    step(second, copies, 3)
+    left, right = _flat(first.state_dict()), _flat(second.state_dict())
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == right[key].dtype and torch.equal(value, right[key]), key
+        else:
+            assert value == right[key], key
+    assert all(torch.equal(one, other) for one, other in zip(weights, copies, strict=True))
+
+
+def test_the_scale_of_fp16_goes_on(tmp_path):
+    scaler, again = (torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3) for _ in range(2))
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    for factor in (1.0, float("inf"), 1.0, 1.0):
+        scaler.scale((weight * factor).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    write_state(scaler.state_dict(), tmp_path / "scaler")
+    again.load_state_dict(read_state(tmp_path / "scaler"))
+    assert again.state_dict() == scaler.state_dict() and again.get_scale() == 2.0**9
