@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trainer.models.checkpoint_file import CONFIGS, PREDICTION_TYPE, TOKENIZER
+from trainer.models.checkpoint_file import CONFIGS, PREDICTION_TYPE, SD2_WIDTH, TOKENIZER
 from trainer.models.folder import INDEX, WEIGHTS, files_of_part
 from trainer.models.lora import ADAPTER_CONFIG, BASE_FILE, LORA_FILE, PREFIX, Lora, in_file, named
 from trainer.models.single_file import to_original
@@ -139,7 +139,7 @@ def save_single_file(models: Models, path: Path, dtype: torch.dtype = torch.floa
     header = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-v1",
+        "modelspec.architecture": architecture(models),
         "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
         "modelspec.title": path.stem,
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -177,21 +177,22 @@ def save_lora_file(models: Models, lora: Lora, path: Path, dtype: torch.dtype, m
     """
     prediction = models.scheduler_config.get("prediction_type", "epsilon")
     strength = lora.options.strength
+    second = "-v2" in architecture(models)
     header = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.architecture": f"{architecture(models)}/lora",
         "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
         "modelspec.title": path.stem,
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
         PREDICTION_TYPE: "v" if prediction == "v_prediction" else prediction,
-        "ss_base_model_version": "sd_v1",
+        "ss_base_model_version": "sd_v2" if second else "sd_v1",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(lora.options.rank),
         "ss_network_alpha": str(strength),
         "ss_output_name": path.stem,
         "ss_sd_model_name": Path(lora.base.model).name if Path(lora.base.model).is_absolute() else lora.base.model,
-        "ss_v2": "False",
+        "ss_v2": str(second),
     }
     tensors: dict[str, Tensor] = {}
     for name, tensor in named(lora.parts).items():
@@ -200,6 +201,14 @@ def save_lora_file(models: Models, lora: Lora, path: Path, dtype: torch.dtype, m
         tensors[f"{kohya}.{'lora_down' if which.startswith('A') else 'lora_up'}.weight"] = tensor
         tensors[f"{kohya}.alpha"] = torch.tensor(strength)
     write_tensors(path, tensors, dtype, {**header, **metadata})
+
+
+def architecture(models: Models) -> str:
+    """Return what the ModelSpec standard calls the model; SD 2.x reads text of a width of its own, as in `checkpoint_file`."""
+    if models.text_encoder.config.hidden_size != SD2_WIDTH:
+        return "stable-diffusion-v1"
+    velocity = models.scheduler_config.get("prediction_type") == "v_prediction"
+    return "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512"
 
 
 def _configs(models: Models) -> dict[str, dict[str, Any]]:

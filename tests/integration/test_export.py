@@ -1,5 +1,6 @@
 """Exports: diffusers' own pipeline loads them and draws, to the bit, what the trained networks draw."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -14,7 +15,8 @@ import torch
 from safetensors import safe_open
 
 from tests.tiny import StableDiffusionPipeline, tiny_models, tiny_scheduler, write_parts_beside, write_tiny_folder
-from trainer.export import save_diffusers, save_single_file
+from trainer.build import keep_beside
+from trainer.export import architecture, save_diffusers, save_single_file
 from trainer.models.load import ModelOptions, load_models
 from trainer.models.single_file import NETWORKS
 
@@ -119,6 +121,38 @@ def test_the_header_describes_the_model(tmp_path):
     assert header["modelspec.title"] == "smile"
     assert header["modelspec.prediction_type"] == "v"
     assert (header["modelspec.resolution"], header["steps"]) == ("512x768", "100")
+
+
+@pytest.mark.parametrize(
+    ("width", "prediction", "name"),
+    [
+        (768, "epsilon", "stable-diffusion-v1"),
+        (1024, "epsilon", "stable-diffusion-v2-512"),
+        (1024, "v_prediction", "stable-diffusion-v2-768-v"),
+    ],
+)
+def test_the_header_names_the_generation_of_the_model(width, prediction, name):
+    models = tiny_models()
+    models.text_encoder.config.hidden_size = width
+    models.scheduler_config["prediction_type"] = prediction
+    assert architecture(models) == name
+
+
+def test_further_parts_that_cannot_be_copied_are_told_and_left_out(tmp_path, monkeypatch):
+    folder = write_tiny_folder(tmp_path / "base")
+    write_parts_beside(folder)
+    models = load_models(ModelOptions(resume_ckpt=str(folder)))
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.export.copyfile", fail)
+        (note,) = keep_beside(models, tmp_path / "run")
+    assert note.startswith("the base's feature_extractor and safety_checker and watermark could not be copied (No space left on device)")
+    save_diffusers(models, tmp_path / "out")
+    assert from_pretrained(tmp_path / "out").safety_checker is None
+    assert not list((tmp_path / "run").iterdir()), "nothing half copied is left"
 
 
 def test_the_folder_suits_older_readers(tmp_path):

@@ -35,7 +35,7 @@ _BARE_TEXT_PREFIX = TEXT_PREFIX.removesuffix("text_model.")
 _VAE_SIGN = "encoder.conv_in.weight"
 
 _READS_TEXT = ".attn2.to_k.weight"
-_SD2_WIDTH, _SDXL_WIDTHS = 1024, (1280, 2048)
+SD2_WIDTH, _SDXL_WIDTHS = 1024, (1280, 2048)
 """Widths of the text that SD 2.x and SDXL (its refiner too) read; SD 1.x reads 768."""
 
 
@@ -119,7 +119,7 @@ def what_else(file: TensorFile) -> str | None:
         return f"is a LoRA, a small change to a model; merge it into its base with the tool that made it, or {whole}."
     if has("conditioner.embedders."):
         return f"is an SDXL model, which this program does not train; {whole}."
-    if has("cond_stage_model.model.") or _reads(file) == _SD2_WIDTH:
+    if has("cond_stage_model.model.") or _reads(file) == SD2_WIDTH:
         return "is an SD 2.x model; single files of SD 2.x are not read (they do not say how they predict): name its diffusers folder."
     if _reads(file) in _SDXL_WIDTHS:
         return f"is the UNet of an SDXL model, which this program does not train; {whole}."
