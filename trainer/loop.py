@@ -125,7 +125,8 @@ def train(run: Run) -> None:
 
     Raises:
         Interrupted: a signal has asked the run to end.
-        UserError: the loss has not been finite for a long time, no image can be read any more, or checkpoints cannot be saved.
+        UserError: the loss has not been finite for a long time, no image can be read any more, a process that reads them was killed,
+            or checkpoints cannot be saved.
     """
     from data.errors import DataError
     from trainer.saving import SavingError
@@ -145,6 +146,12 @@ def train(run: Run) -> None:
             save_after(error, run)
             if isinstance(error, DataError):
                 raise UserError(error.problems, exit_code=1) from error
+            if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):  # torch's words, and no class of its own
+                raise UserError(
+                    "a process that reads images was killed, most likely because memory ran out, main memory or a container's shared "
+                    f"memory: set num_workers lower, 0 reads without such processes ({' '.join(str(error).split())}).",
+                    exit_code=1,
+                ) from error
             raise
 
 

@@ -1,10 +1,12 @@
 """Faults injected into whole runs: what is kept, what is said, and how the run ends. The README's table has a row for each."""
 
 import errno
+import multiprocessing
 import os
 import shutil
 import time
 
+import psutil
 import pytest
 import torch
 
@@ -269,6 +271,24 @@ def test_images_that_vanish_end_the_run_where_it_was_and_it_goes_on_when_they_ar
     (found,) = checkpoints(run_of(workplace))
     assert found.name in ("errored-tiny-ep01-gs00002", "errored-tiny-ep01-gs00003")
     (workplace / "elsewhere").rename(workplace / "pictures")
+    resumes_to_the_bit(workplace)
+
+
+def test_a_killed_reader_ends_the_run_in_a_sentence_and_it_goes_on(workplace, monkeypatch, capsys):
+    write(workplace, DADAPT, **SETTINGS, num_workers=1, cache_latents="no")
+    with monkeypatch.context() as patch:
+
+        def kill():
+            for child in psutil.Process().children():
+                if child.pid in {process.pid for process in multiprocessing.active_children()}:
+                    child.kill()
+
+        at_step(patch, 2, kill)
+        assert train.main([]) == 1
+    told = capsys.readouterr()
+    assert "a process that reads images was killed" in told.err and "set num_workers lower" in told.err and "Traceback" not in told.err
+    (found,) = checkpoints(run_of(workplace))
+    assert found.name.startswith("errored-tiny-ep01")
     resumes_to_the_bit(workplace)
 
 
