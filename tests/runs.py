@@ -49,7 +49,12 @@ def no_estimate(monkeypatch):
 
 
 def write(folder, optimizer, **changes):
-    """Write train.json, with changes, optimizer.json and prompts.json; the model stays the one that was named first."""
+    """Write train.json, with changes, optimizer.json and prompts.json; the model stays the one that was named first.
+
+    With `first_samples` False none are drawn before the first step, for tests of other things.
+    """
+    prompts = {"cfgs": [2], "num_inference_steps": 2, "samples": [{"prompt": "a red circle"}]}
+    prompts["generate_pretrain_samples"] = changes.pop("first_samples", True)
     settings = {
         "data_root": "pictures",
         "resolution": 64,
@@ -72,7 +77,7 @@ def write(folder, optimizer, **changes):
         settings["resume_ckpt"] = json.loads((folder / "train.json").read_text())["resume_ckpt"]
     (folder / "train.json").write_text(json.dumps({**settings, **changes}, indent=1))
     (folder / "optimizer.json").write_text(json.dumps(optimizer, indent=1))
-    (folder / "prompts.json").write_text(json.dumps({"cfgs": [2], "num_inference_steps": 2, "samples": [{"prompt": "a red circle"}]}))
+    (folder / "prompts.json").write_text(json.dumps(prompts))
 
 
 _UNCUT = {}

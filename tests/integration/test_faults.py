@@ -14,7 +14,14 @@ import train
 from tests.runs import ADAMW, DADAPT, FUSED, run_of, same_run, scalars, uncut, write
 from trainer.checkpoint import checkpoints, resume_problem
 
-SETTINGS = {"max_epochs": 2, "sample_steps": 100, "fixed_loss_images": 0, "save_every_n_epochs": None, "save_format": "diffusers"}
+SETTINGS = {
+    "max_epochs": 2,
+    "sample_steps": 100,
+    "fixed_loss_images": 0,
+    "first_samples": False,
+    "save_every_n_epochs": None,
+    "save_format": "diffusers",
+}
 LAST = "last-tiny-ep02-gs00006"
 
 

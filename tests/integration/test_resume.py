@@ -11,7 +11,7 @@ from trainer.config.schema import optimizer_classes
 from trainer.resume import resume_command
 
 LAST = "last-tiny-ep02-gs00006"
-SHORT = {"max_epochs": 2, "fixed_loss_images": 1, "save_every_n_epochs": None, "save_format": "diffusers"}
+SHORT = {"max_epochs": 2, "fixed_loss_images": 1, "first_samples": False, "save_every_n_epochs": None, "save_format": "diffusers"}
 ROWS = [
     ("dadapt_adam", 1, {"num_workers": 2, "mixed_precision": "bf16", "cache_latents": "no"}),
     ("dadapt_adam8bit", 2, {"num_workers": 0, "grad_accum": 2, "batch_size": 1, "cache_latents": "disk", "cache_dir": "kept"}),
