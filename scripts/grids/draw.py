@@ -109,15 +109,15 @@ def draw(
     import torch
 
     from scripts.grids.columns import load
-    from trainer.build import choose_device
     from trainer.models.quiet import quiet_libraries
     from trainer.precision import PrecisionOptions, resolve_precision
+    from trainer.processes import expected
     from trainer.sampling import Sampler
 
     if x == y:
         raise UserError(f"--x and --y: both are {x}; name two of {', '.join(AXES)}.")
     quiet_libraries()
-    precision = resolve_precision(PrecisionOptions(), choose_device(0))
+    precision = resolve_precision(PrecisionOptions(), expected(gpuid=0).device)
     samples = prompts.samples or ()
     used_cfgs, used_steps = tuple(cfgs or prompts.cfgs), tuple(steps or (prompts.num_inference_steps,))
     used_resolution = resolution or prompts.resolution
