@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from scripts.compare.drift import tone
+from scripts.compare.drift import Tone, tone
 from scripts.compare.measures import Compared
 from scripts.compare.report import Drawn
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from scripts.grids.draw import Cell, Grid
     from trainer.sampling import SamplePrompts
 
 
@@ -45,37 +46,22 @@ def draw_pictures(
         return list(files), None
     columns = [Column("base", base)]
     columns += [checkpoint_column(run.checkpoint, base, files[place].label) for place, run in runs if run.checkpoint is not None]
-    # One guidance scale: the first of the file, which is how people use the model.
-    firsts = [
-        next(number for number, (owner, _) in enumerate(runs) if owner == place) for place in dict.fromkeys(place for place, _ in runs)
-    ]
-    grid = draw(
-        [columns[0], *(columns[1 + number] for number in firsts)],
-        shown,
-        cfgs=shown.cfgs[:1],
-        resolution=shown.resolution or resolution,
-        say=say,
-    )
-    if unrelated == shown:
-        have = {0: 0, **{1 + number: place for place, number in enumerate(firsts, start=1)}}
-        more = [number for number in range(len(columns)) if number not in have]
-    else:
-        have, more = {}, list(range(len(columns)))
-    pictures: dict[int, list[Image.Image]] = {}
-    if more:
-        others = draw(
-            [columns[number] for number in more], unrelated, cfgs=unrelated.cfgs[:1], resolution=unrelated.resolution or resolution, say=say
-        )
-        pictures |= {number: _of_column(others.cells, place) for place, number in enumerate(more)}
-    pictures |= {number: _of_column(grid.cells, place) for number, place in have.items()}
-    tones = {number: tone(drawn) for number, drawn in pictures.items() if drawn}
-    with_tones = [
-        replace(file, tones=tuple(tones[1 + number] for number, (owner, _) in enumerate(runs) if owner == place and 1 + number in tones))
-        for place, file in enumerate(files)
-    ]
-    return with_tones, Drawn(grid, tones[0], words) if 0 in tones else None
+    owners = [-1, *(place for place, _ in runs)]
+    firsts = [owners.index(owner) for owner in dict.fromkeys(owners)]
+
+    def drawn(these: Sequence[Column], prompts: SamplePrompts) -> Grid:
+        # One guidance scale: the first of the file, which is how people use the model.
+        return draw(these, prompts, cfgs=prompts.cfgs[:1], resolution=prompts.resolution or resolution, say=say)
+
+    everything = drawn(columns, unrelated)
+    grid = everything.only(firsts) if unrelated == shown else drawn([columns[number] for number in firsts], shown)
+    tones: dict[int, list[Tone]] = {}
+    for number, owner in enumerate(owners):
+        if pictures := _of_column(everything.cells, number):
+            tones.setdefault(owner, []).append(tone(pictures))
+    with_tones = [replace(file, tones=tuple(tones.get(place, ()))) for place, file in enumerate(files)]
+    return with_tones, Drawn(grid, tones[-1][0], words) if -1 in tones else None
 
 
-def _of_column(cells: object, place: int) -> list[Image.Image]:
-    assert isinstance(cells, dict)
+def _of_column(cells: Mapping[Cell, Image.Image | str], place: int) -> list[Image.Image]:
     return [picture for cell, picture in cells.items() if cell[0] == place and not isinstance(picture, str)]

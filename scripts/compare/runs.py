@@ -146,7 +146,8 @@ def finish(runs: Sequence[Planned], say: Callable[[str], None]) -> list[Finished
         if end is None:
             say(f"{number}/{len(runs)}: {run.label}, seed {run.seed}")
             end = train(run)
-            say(f"{number}/{len(runs)}: " + (f"failed: {end.reason}" if end.code else f"done, {end.folder}"))
+            how = f"failed: {end.reason} (delete {run.logdir} to try again)" if end.code else f"done, {end.folder}"
+            say(f"{number}/{len(runs)}: {how}")
         done.append(end)
     return done
 
@@ -198,7 +199,13 @@ def train(run: Planned) -> Finished:
             said = [line for line in file.read().splitlines() if line.strip()]
         if code == 2:
             raise UserError([f"{run.label}, seed {run.seed}: the run could not begin.", *said[-5:]])
-        raise KeyboardInterrupt
+        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            raise KeyboardInterrupt
+        raise UserError(
+            f"{run.label}, seed {run.seed}: the run's process ended with code {code}, as one does that is killed, perhaps for memory; see "
+            f"{run.output}. The same command goes on.",
+            exit_code=1,
+        )
     names = sorted(path.name for path in run.logdir.glob("run-*"))
     peak_file = run.output.with_suffix(_PEAK)
     parts = 1 + bool(before)

@@ -47,6 +47,13 @@ class Grid:
                 rows.append((self._label(self.y, label), [self.cells[_cell(key)] for key in keys]))
             yield ", ".join(words), rows
 
+    def only(self, checkpoints: Sequence[int]) -> Grid:
+        """Return the same of some models, which are named by their places."""
+        places = {old: new for new, old in enumerate(checkpoints)}
+        cells = {(places[cell[0]], *cell[1:]): picture for cell, picture in self.cells.items() if cell[0] in places}
+        labels = [self.values["checkpoints"][place] for place in checkpoints]
+        return replace(self, values={**self.values, "checkpoints": labels}, cells=cells)
+
     @property
     def columns(self) -> list[str]:
         """The words over the columns."""
