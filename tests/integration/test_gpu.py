@@ -4,9 +4,11 @@ import pytest
 import torch
 from PIL import Image
 
+import train
 from data.dataset import DataOptions
 from data.index import build_index
 from tests.integration.test_step import OPTIONS, _batch, _objective
+from tests.runs import DADAPT, run_of, write
 from tests.tiny import tiny_models
 from trainer.cache import CacheOptions, encode_images, plan_latents
 from trainer.diffusion.objective import Networks
@@ -81,3 +83,10 @@ def test_a_vae_whose_latents_are_kept_leaves_the_device_but_for_samples(tmp_path
     with visiting([models.vae], device):
         assert {parameter.device for parameter in models.vae.parameters()} == {device}
     assert {parameter.device.type for parameter in models.vae.parameters()} == {"cpu"}
+
+
+def test_a_run_begins_with_the_memory_that_it_will_take(workplace):
+    write(workplace, DADAPT)
+    assert train.main(["--stop_after_steps", "1"]) == 0
+    log = (run_of(workplace) / "run.log").read_text()
+    assert 0 < log.index("memory, ") < log.index("peak: ") < log.index("epoch 1/")
