@@ -79,6 +79,16 @@ class StepLoader:
         """Return the files that could not be read during the run, each once, in the order they were met."""
         return tuple(self.images.bad.values())
 
+    def close(self) -> None:
+        """End the workers, if there are any.
+
+        At the exit of the interpreter two SIGTERMs would, one right after the other; where a worker is not scheduled in between they
+        arrive as one, which it takes for a person's (`_start_worker`), and the exit would wait for it for ever.
+        """
+        iterator = getattr(self._loader, "_iterator", None)  # there only where workers are kept between epochs
+        if iterator is not None:
+            iterator._shutdown_workers()
+
     def leave_out(self, files: Iterable[BadFile]) -> None:
         """Count files as bad that other processes could not read."""
         for file in files:

@@ -102,6 +102,7 @@ def _train(
         raise UserError([said, *memory_table(run), cheapest_key(config)], exit_code=1) from error
     finally:
         console.close()
+        run.loader.close()
         run.loggers.close()
         over = {"stop_after_steps": config.loop.stop_after_steps is not None, "max_train_time": out_of_time(run)}
         lift = [key for key, is_over in over.items() if is_over]
