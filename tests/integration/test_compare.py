@@ -1,8 +1,11 @@
 """scripts/compare_optimizers.py on a tiny model: what it trains, what it leaves alone, and what its report says."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from scripts.compare.drift import tone
 from scripts.compare.measures import FIXED, Compared, Measured
 from scripts.compare.plots import COLOURS
 from scripts.compare.report import write_report
-from scripts.compare.runs import DONE, Finished, Planned, finish, labels, plan_runs
+from scripts.compare.runs import DONE, Finished, Planned, finish, join, labels, plan_runs
 from tests.runs import ADAMW, DADAPT, model, scalars, workplace, write  # noqa: F401
 
 LOSSES = ("loss/log_step", "loss/stabilize-train", "loss/val")
@@ -115,6 +118,28 @@ def test_a_comparison_that_was_broken_off_goes_on(place):
     [again] = finish(planned[:1], lambda _: None)
     assert again.parts == 2 and again.peak is None and again.folder == whole.folder
     assert scalars(again.folder)["loss/log_step"] == whole_curves["loss/log_step"]
+
+
+@pytest.mark.parametrize(("number", "told"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+def test_a_comparison_that_is_ended_waits_for_the_checkpoint_of_its_run(number, told):
+    """Ctrl-C in a terminal reaches the run by itself, and a second signal would not let it save."""
+    before = signal.getsignal(signal.SIGTERM)
+    calls = []
+
+    class Child:
+        def join(self):
+            calls.append("join")
+            if calls.count("join") == 1:
+                os.kill(os.getpid(), number)
+                time.sleep(5)
+
+        def terminate(self):
+            calls.append("terminate")
+
+    with pytest.raises(KeyboardInterrupt):
+        join(Child())
+    assert calls == ["join", *["terminate"] * told, "join"]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.slow
