@@ -31,6 +31,8 @@ class Curves:
         """Keep the numbers of the curves."""
         for tag in values.keys() & self._points.keys():
             points = self._points[tag]
+            while points and points[-1][0] >= step:  # of steps that were taken back, since nothing was trained in them
+                points.pop()
             points.append([step, float(values[tag])])
             if len(points) > MOST:
                 del points[1::2]  # the first one stays, which later ones are compared with

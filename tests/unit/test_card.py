@@ -69,3 +69,10 @@ def test_long_curves_are_thinned_and_continued_ones_end_as_whole_ones(tmp_path):
     assert all(math.isfinite(value) for _, value in whole.of("loss")) and whole.begun and not Curves({"loss": "l"}, {}).begun
     whole.draw(tmp_path / "picture")  # a rate of 0 has no logarithm
     assert (tmp_path / "picture").read_bytes().startswith(b"\x89PNG")
+
+
+def test_steps_that_were_taken_back_are_made_again():
+    curves = Curves({"loss": "l"}, {})
+    for step, value in ((0, 5.0), (2, 4.0), (4, math.nan), (6, math.nan), (4, 3.0)):
+        curves.scalars({"loss": value}, step)
+    assert curves.state_dict() == {"loss": [[0, 5.0], [2, 4.0], [4, 3.0]]}

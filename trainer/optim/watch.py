@@ -83,6 +83,8 @@ class AdaptationWatch:
                 f"the weights have come, so d no longer grows; that is the usual end of the search, "
                 f"and if the loss rises too, lower {where}.lr.",
             )
+        while course.looks and course.looks[-1][0] >= step:  # of steps that were taken back, since nothing was trained in them
+            course.looks.pop()
         course.looks.append([step, d])
         while len(course.looks) > 1 and course.looks[1][0] <= step - PATIENCE:
             del course.looks[0]
