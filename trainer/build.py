@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from data.index import BadFile, Index
     from data.latents import Latents
     from data.loader import StepLoader
+    from trainer.card import Card, Origin
+    from trainer.checkpoint import TrainState
     from trainer.config.schema import TrainConfig
     from trainer.diffusion.conditioning import Contexts, Tokenize
     from trainer.diffusion.objective import Objective
@@ -166,20 +168,18 @@ def build_run(config: TrainConfig, console: Console, processes: Processes, *, we
     from data.dataset import shown_captions
     from data.index import refuse_bad
     from data.record import BadFile
-    from data.report import report
     from data.saved_index import remembered_index
     from trainer.cache import cache_folder, encode_captions, encode_images, plan_latents
     from trainer.cadence import Cadence
-    from trainer.card import Card, origin_of
+    from trainer.card import origin_of
     from trainer.check import aligned, batch_line, plan_rows
     from trainer.checkpoint import TrainState
     from trainer.config import check_fused_backward, check_rates, check_schedules, without_folders
-    from trainer.curves import Curves
     from trainer.diffusion.objective import Networks
     from trainer.disk import tidy
     from trainer.ema import plan_ema
     from trainer.loggers import Loggers, open_loggers
-    from trainer.loop import EPOCH_LOSS, FIXED_LOSS, LOSS, Run
+    from trainer.loop import EPOCH_LOSS, LOSS, Run
     from trainer.loss_watch import LossWatch
     from trainer.metrics import Meter
     from trainer.models.compiled import compile_networks, require_compiler, uncompiled
@@ -192,7 +192,7 @@ def build_run(config: TrainConfig, console: Console, processes: Processes, *, we
     from trainer.precision import resolve_precision
     from trainer.saving import Saver, Stateful
     from trainer.state import read_state
-    from trainer.validation import VALIDATION_LOSS, FixedLoss, Validation, choose_images, split_images
+    from trainer.validation import VALIDATION_LOSS, FixedLoss, Validation, split_images
 
     start = processes.first(lambda: find_start(config, weights_only=weights_only))
     if start.checkpoint is None and (problem := log_folder_problem(Path(config.logging.logdir))):
@@ -291,25 +291,9 @@ def build_run(config: TrainConfig, console: Console, processes: Processes, *, we
     ema = make_ema(config, parts, total_steps, device, begins=start.checkpoint is None) if processes.main else None
     batch = batch_line(config, processes)
     plan = plan_rows(config, models.source, parts.counts, precision, loader.steps_in(0), total_steps, batch, latent_plan, split.lines())
-    losses, rates = (
-        {FIXED_LOSS: "fixed-noise loss", VALIDATION_LOSS: "validation loss"},
-        {n: f"hyperparameter/lr {n}" for n in optimizers.parameters},
-    )
-    curves = Curves({**losses, LOSS: "loss of the batches"}, {tag: network for network, tag in rates.items()}, noisy=LOSS)
-    card = Card(
-        project=config.logging.project_name,
-        origin=origin_of(start.model),
-        curves=curves,
-        state=state,
-        total_steps=total_steps,
-        losses=losses,
-        rates=rates,
-        plan=[(name, text) for name, text in plan if name in ("unet", "text encoder", "batch", "ema", "precision", "seed")],
-        files=without_folders(config),
-        lora=config.parts.lora is not None,
-    )
+    card = make_card(config, origin_of(start.model), state, total_steps, list(optimizers.parameters), plan)
     stateful: dict[str, Stateful] = {"optimizers": optimizers, "meter": meter, "watch": watch, "loss watch": loss_watch}
-    stateful |= {"curves": curves, "card": card}
+    stateful |= {"curves": card.curves, "card": card}
     if ema is not None:
         stateful["ema"] = ema
     if precision.scaler is not None:
@@ -332,7 +316,7 @@ def build_run(config: TrainConfig, console: Console, processes: Processes, *, we
             first_step=state.step + 1 if start.checkpoint else None,
             wandb_project=config.logging.project_name if config.logging.wandb else None,
         )
-        loggers = Loggers([recorders, curves])
+        loggers = Loggers([recorders, card.curves])
         record_configuration(config, folder, loggers, state.step)
         console.record_to(folder / "run.log")
     for note in [*notes, *models.notes, *split.notes, *beside_notes]:
@@ -340,12 +324,7 @@ def build_run(config: TrainConfig, console: Console, processes: Processes, *, we
     for held, _, bad in held_out:
         for file in bad:
             console.event(f"{file}; the image is left out of {held.tag}")
-    for note in report(index, config.data, images_per_step=images_per_step(config, processes), tokens=tokenize).notes():
-        console.event(f"Note: {note}" if note.endswith("?") else f"Note: {note}.")
-    for file in index.bad[:_NAMED]:
-        console.event(f"Left out: {file}")
-    if len(index.bad) > _NAMED:
-        console.event(f"... and {len(index.bad) - _NAMED} more; train.py --check names them")
+    tell_data(config, index, tokenize, console, images_per_step(config, processes))
     for line in aligned(plan):
         console.event(line)
     if device.type == "cuda":
@@ -364,11 +343,7 @@ def build_run(config: TrainConfig, console: Console, processes: Processes, *, we
         for sentence in [*changes(about, start.about), *rate_jumps(optimizers, state.step, total_steps, start.about["total_steps"])]:
             console.event(f"Changed: {sentence}")
 
-    shown = [identity for identity, record in enumerate(index.records) if record.multiply > 0]
-    count = config.fixed_loss.fixed_loss_images
-    if validation_file.stabilize_training_loss:
-        count = max(1, round(validation_file.stabilize_split_proportion * len(shown)))
-    fixed = [shown[place] for place in choose_images(len(shown), count, config.loop.seed)]
+    fixed = fixed_images(config, index, validation_file)
     unused = skipped_layers(models, config.objective.clip_skip)
     run = Run(
         folder=folder,
@@ -433,6 +408,64 @@ def build_run(config: TrainConfig, console: Console, processes: Processes, *, we
     if processes.main:
         run.sample = make_sampler(sampler, models, run, config.ema, waiting)
     return run
+
+
+def make_card(
+    config: TrainConfig, origin: Origin, state: TrainState, total_steps: int, networks: Sequence[str], plan: Sequence[tuple[str, str]]
+) -> Card:
+    """Return what writes the model card of each checkpoint, with the curves that it draws.
+
+    Args:
+        config: the run's.
+        origin: the model that it trains.
+        state: where the run is.
+        total_steps: optimizer steps of the run.
+        networks: those that learn.
+        plan: names and texts of the plan, of which the card tells some.
+    """
+    from trainer.card import Card
+    from trainer.config import without_folders
+    from trainer.curves import Curves
+    from trainer.loop import FIXED_LOSS, LOSS
+    from trainer.validation import VALIDATION_LOSS
+
+    losses = {FIXED_LOSS: "fixed-noise loss", VALIDATION_LOSS: "validation loss"}
+    rates = {network: f"hyperparameter/lr {network}" for network in networks}
+    return Card(
+        project=config.logging.project_name,
+        origin=origin,
+        curves=Curves({**losses, LOSS: "loss of the batches"}, {tag: network for network, tag in rates.items()}, noisy=LOSS),
+        state=state,
+        total_steps=total_steps,
+        losses=losses,
+        rates=rates,
+        plan=[(name, text) for name, text in plan if name in ("unet", "text encoder", "batch", "ema", "precision", "seed")],
+        files=without_folders(config),
+        lora=config.parts.lora is not None,
+    )
+
+
+def tell_data(config: TrainConfig, index: Index, tokenize: Tokenize, console: Console, images_per_step: int) -> None:
+    """Say what is remarkable about the images, and which files are left out."""
+    from data.report import report
+
+    for note in report(index, config.data, images_per_step=images_per_step, tokens=tokenize).notes():
+        console.event(f"Note: {note}" if note.endswith("?") else f"Note: {note}.")
+    for file in index.bad[:_NAMED]:
+        console.event(f"Left out: {file}")
+    if len(index.bad) > _NAMED:
+        console.event(f"... and {len(index.bad) - _NAMED} more; train.py --check names them")
+
+
+def fixed_images(config: TrainConfig, index: Index, validation: ValidationFile) -> list[int]:
+    """Return the places in the index of the training images whose loss is measured at fixed noise."""
+    from trainer.validation import choose_images
+
+    shown = [identity for identity, record in enumerate(index.records) if record.multiply > 0]
+    count = config.fixed_loss.fixed_loss_images
+    if validation.stabilize_training_loss:
+        count = max(1, round(validation.stabilize_split_proportion * len(shown)))
+    return [shown[place] for place in choose_images(len(shown), count, config.loop.seed)]
 
 
 def rate_jumps(optimizers: OptimizerSet, step: int, total_steps: int, total_before: int) -> list[str]:

@@ -94,7 +94,7 @@ class Card:
         files: Mapping[str, str],
         lora: bool,
     ) -> None:
-        self._project, self._origin, self._curves, self._state = project, origin, curves, state
+        self._project, self._origin, self.curves, self._state = project, origin, curves, state
         self._total, self._losses, self._rates, self._plan = total_steps, dict(losses), dict(rates), tuple(plan)
         self._files, self._lora = dict(files), lora
 
@@ -116,10 +116,10 @@ class Card:
         Raises:
             OSError: they cannot be written.
         """
-        drawn, newest = self._curves.begun, self._newest_of(samples)
+        drawn, newest = self.curves.begun, self._newest_of(samples)
         if drawn:
             with appearing(folder / CURVES) as draft:
-                self._curves.draw(draft)
+                self.curves.draw(draft)
         if newest is not None:
             with appearing(folder / SAMPLES) as draft:
                 shutil.copyfile(newest[1], draft)
@@ -181,13 +181,13 @@ class Card:
     def _numbers(self) -> list[tuple[str, str]]:
         rows = []
         for tag, name in self._losses.items():
-            points = self._curves.of(tag)
+            points = self.curves.of(tag)
             if points:
                 (first, before), (last, now) = points[0], points[-1]
                 step, lowest = min(points, key=lambda point: point[1])
                 rows.append((name, f"{before:.4f} at step {first}, {now:.4f} at step {last}; lowest {lowest:.4f} at step {step}"))
         for network, tag in self._rates.items():
-            points = self._curves.of(tag)
+            points = self.curves.of(tag)
             if points:
                 rows.append((f"rate of the {network}", f"{points[-1][1]:.3g} at step {points[-1][0]}"))
         return [*rows, ("time", f"{self._state.seconds / 60:.0f} minutes of training")]
