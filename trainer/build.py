@@ -106,10 +106,11 @@ def _train(
         console.close()
         run.loader.close()
         run.loggers.close()
-        over = {"stop_after_steps": config.loop.stop_after_steps is not None, "max_train_time": out_of_time(run)}
-        lift = [key for key, is_over in over.items() if is_over]
+        changed = {"stop_after_steps": "null"} if config.loop.stop_after_steps is not None else {}
+        changed |= {"max_train_time": "null"} if out_of_time(run) else {}
+        changed |= {} if run.state.step < run.cadence.total_steps or run.state.owed else {"max_epochs": str(2 * run.epochs)}
         if processes.main:
-            for sentence in closing(run, resume_command(arguments, run.folder, lift=lift, launcher=processes.launcher)):
+            for sentence in closing(run, resume_command(arguments, run.folder, changed=changed, launcher=processes.launcher)):
                 console.event(sentence)
             for sentence in [] if failed else hand_over(run, config):  # a run that failed is gone on with, or its rate was no good
                 console.event(sentence)
@@ -141,7 +142,7 @@ def closing(run: Run, command: str) -> list[str]:
     elif state.step < total or state.owed:
         lines.append(f"Go on with:  {command}")
     else:
-        lines.append(f"To train on, raise max_epochs (it is {run.epochs}):  {command} --max_epochs {2 * run.epochs}")
+        lines.append(f"To train on, raise max_epochs (it is {run.epochs}):  {command}")
     return [
         *lines,
         f"Checkpoints: {run.folder / 'ckpts'}",

@@ -138,13 +138,13 @@ def changes(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def resume_command(arguments: Sequence[str], folder: Path, *, lift: Sequence[str], launcher: Sequence[str] = ("python",)) -> str:
+def resume_command(arguments: Sequence[str], folder: Path, *, changed: Mapping[str, str], launcher: Sequence[str] = ("python",)) -> str:
     """Return the command line that goes on with the run in `folder`.
 
     Args:
         arguments: this start's own, without the program's name.
         folder: the run's.
-        lift: keys of the configuration that would stop it again.
+        changed: keys of the configuration that would stop it again, with the values to give them; null lifts one.
         launcher: the words before train.py.
     """
     given: set[str] = set()
@@ -154,7 +154,7 @@ def resume_command(arguments: Sequence[str], folder: Path, *, lift: Sequence[str
         if word.startswith("--"):
             name = word[2:].partition("=")[0].replace("-", "_")
             given.add(name)
-            dropped = name in (*_GIVEN_BY_RESUMING, *lift)
+            dropped = name in (*_GIVEN_BY_RESUMING, *changed)
             if dropped:
                 continue
         elif dropped:
@@ -162,8 +162,8 @@ def resume_command(arguments: Sequence[str], folder: Path, *, lift: Sequence[str
             continue
         kept.append(word)
     words = [*launcher, "train.py", *kept, "--resume_ckpt", str(folder)]
-    for name in lift:
-        words += [] if name in given else [f"--{name}", "null"]
+    for name, value in changed.items():
+        words += [] if name in given and value == "null" else [f"--{name}", value]
     return subprocess.list2cmdline(words) if WINDOWS else shlex.join(words)
 
 

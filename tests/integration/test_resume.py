@@ -142,7 +142,8 @@ def test_continuing_with_other_data_or_another_optimizer_is_refused_and_weights_
 def test_a_finished_run_does_nothing_more_unless_epochs_are_added(workplace, capsys):
     write(workplace, DADAPT, **SHORT)
     assert train.main([]) == 0
-    assert "To train on, raise max_epochs (it is 2):  python train.py --resume_ckpt" in capsys.readouterr().out
+    assert "To train on, raise max_epochs (it is 2):  python train.py --resume_ckpt" in (out := capsys.readouterr().out)
+    assert f"--resume_ckpt {run_of(workplace)} --max_epochs 4\n" in out
     saved = (run_of(workplace) / "ckpts" / LAST / "manifest.json").read_bytes()
     assert train.main(["--resume_ckpt", "findlast"]) == 0
     assert "Done: 6 steps" in capsys.readouterr().out
@@ -181,20 +182,25 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(workplace, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "lift", "command"),
+    ("arguments", "changed", "command"),
     [
-        ([], [], "python train.py --resume_ckpt logs/x"),
-        (["--config", "a b.json", "--lr", "-1"], [], "python train.py --config 'a b.json' --lr -1 --resume_ckpt logs/x"),
-        (["--resume-ckpt", "old", "--seed", "3"], [], "python train.py --seed 3 --resume_ckpt logs/x"),
-        (["--resume_ckpt=old", "--check"], [], "python train.py --check --resume_ckpt logs/x"),
-        (["--stop_after_steps", "4", "--resume_weights_only"], ["stop_after_steps"], "python train.py --resume_ckpt logs/x"),
-        (["--resume_weights_only", "true", "--no-amp"], [], "python train.py --no-amp --resume_ckpt logs/x"),
-        ([], ["stop_after_steps"], "python train.py --resume_ckpt logs/x --stop_after_steps null"),
-        (["--max_train_time", "9"], [], "python train.py --max_train_time 9 --resume_ckpt logs/x"),
-        (["--stop_after_steps=2"], ["max_train_time"], "python train.py --stop_after_steps=2 --resume_ckpt logs/x --max_train_time null"),
+        ([], {}, "python train.py --resume_ckpt logs/x"),
+        (["--config", "a b.json", "--lr", "-1"], {}, "python train.py --config 'a b.json' --lr -1 --resume_ckpt logs/x"),
+        (["--resume-ckpt", "old", "--seed", "3"], {}, "python train.py --seed 3 --resume_ckpt logs/x"),
+        (["--resume_ckpt=old", "--check"], {}, "python train.py --check --resume_ckpt logs/x"),
+        (["--stop_after_steps", "4", "--resume_weights_only"], {"stop_after_steps": "null"}, "python train.py --resume_ckpt logs/x"),
+        (["--resume_weights_only", "true", "--no-amp"], {}, "python train.py --no-amp --resume_ckpt logs/x"),
+        ([], {"stop_after_steps": "null"}, "python train.py --resume_ckpt logs/x --stop_after_steps null"),
+        (["--max_train_time", "9"], {}, "python train.py --max_train_time 9 --resume_ckpt logs/x"),
+        (["--max_epochs", "9", "--seed", "3"], {"max_epochs": "18"}, "python train.py --seed 3 --resume_ckpt logs/x --max_epochs 18"),
+        (
+            ["--stop_after_steps=2"],
+            {"max_train_time": "null"},
+            "python train.py --stop_after_steps=2 --resume_ckpt logs/x --max_train_time null",
+        ),
     ],
 )
-def test_the_command_that_goes_on_is_the_one_that_began(tmp_path, arguments, lift, command):
+def test_the_command_that_goes_on_is_the_one_that_began(tmp_path, arguments, changed, command):
     from pathlib import Path
 
-    assert resume_command(arguments, Path("logs/x"), lift=lift) == command
+    assert resume_command(arguments, Path("logs/x"), changed=changed) == command
