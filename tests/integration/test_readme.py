@@ -43,6 +43,12 @@ CHECKED = [
 """Run with --check for a card of 24 GiB, with folders that are here, and without the estimate of memory, which takes half a minute and has
 tests of its own: training itself takes minutes, or a GPU and a model from the hub."""
 
+_GRID = "python scripts/grid.py"
+_COMPARE = "python scripts/compare_optimizers.py --config train.json optimizer.json optimizer_dadapt.json --out compare --seeds 1 2"
+_TORTURE = (
+    "python scripts/torture.py --out ... --kills 200 --config train.json --max_epochs 4 --batch_size 12 --save_every_n_epochs 1 "
+    "--keep_last_n 2 --sample_steps 1000 --sample_prompts null"
+)
 HELPED = {
     "python scripts/bench_memory.py --cards 8 12 16 24": "traces the five set-ups for minutes",
     "python scripts/bench_optimizer.py": "takes minutes on an idle machine",
@@ -50,6 +56,14 @@ HELPED = {
     "python scripts/bench_data.py pixels --rounds 7": "takes minutes; test_bench_data.py runs it with less",
     "scripts/bench_data.py scan --rounds 1": "writes 100 000 files; test_bench_data.py runs it with less",
     "scripts/bench_data.py latents --rounds 40": "takes minutes; test_bench_data.py runs it with less",
+    _COMPARE: "trains four times; test_compare.py does on a tiny model",
+    f"{_GRID} logs/mini_faces-... --prompts examples/sample_prompts.json --seeds 1 2 --cfgs 3 7 --out faces.png": "is of a run that there "
+    "is not yet; test_grid.py draws a tiny one",
+    f'{_GRID} a.safetensors b.safetensors --base models/mini-sd --against other.safetensors --prompts "a red heart"': "is of models that "
+    "users have; test_grid.py draws tiny ones",
+    f"{_GRID} --blend a.safetensors b.safetensors --weights 0.7 0.3 --out c.safetensors": "is of such models; test_grid.py merges some",
+    f"{_GRID} --blend a.safetensors b.safetensors base.safetensors --add_difference 0.5 --out c.safetensors": "is of such models too",
+    _TORTURE: "takes an hour; test_signals.py kills a run five times",
     "python scripts/make_mini_sd.py judge": "draws hundreds of pictures; test_mini_sd.py tests the judge",
 }
 """Run with --help, which fails where a choice among the words before it does not exist, and the reason why not as they are."""
@@ -62,7 +76,7 @@ LONG = [
 """Run as they are, in a process of their own, in this order, behind `slow`."""
 
 ELSEWHERE = {
-    "python -m pytest": "is this",
+    "python -m pytest -n 2": "is this",
     "python -m pytest -m slow": "is the slow part of this",
     "python -m pytest -m gpu": "needs a GPU",
     "python -m pytest -m slow -s tests/integration/test_first_run.py": "is a test",
@@ -81,6 +95,10 @@ ELSEWHERE = {
     "pip install -q -r requirements.txt": "installs; .ci/run does so",
     "pip install -r requirements.txt --extra-index-url https://download.pytorch.org/whl/cu130": "is for Windows",
     "pip install pillow-heif": "installs what is optional",
+    "pip install wandb": "installs what is optional",
+    "accelerate launch --multi_gpu --num_processes 2 train.py --config train.json": "needs GPUs; test_processes.py launches on CPUs",
+    "torchrun --nproc_per_node 2 train.py --config train.json": "takes minutes; test_processes.py launches a tiny run",
+    "torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint host0:29500 train.py --config train.json": "needs machines",
     "pip uninstall -y torchvision torchaudio": "is for Colab",
     "pip uninstall -q -y torchvision torchaudio": "is for Colab",
     "git clone REPOSITORY sd-dadapt": "needs the network",
@@ -100,7 +118,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 def commands(text: str) -> list[str]:
     """Return the commands of a document, those that && joins one by one."""
-    found = PROGRAM.findall(FENCE.sub("", text))
+    found = [" ".join(command.split()) for command in PROGRAM.findall(FENCE.sub("", text))]
     for language, body in FENCE.findall(text):
         lines = [line.partition("  #")[0].strip() for line in body.splitlines()]
         if language == "sh":
