@@ -84,14 +84,12 @@ def test_each_shape_is_traced_by_itself_and_nothing_beside_training(graphs):
 
 
 def test_where_no_compiler_works_a_sentence_says_so(workplace, monkeypatch, capsys):
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
     write(workplace, DADAPT, **SHORT, compile=True)
-    assert train.main([]) == 2
+    with torch._dynamo.config.patch(disable=True):
+        assert train.main([]) == 2
     error = capsys.readouterr().err
     assert "compile: torch.compile does not work here (TORCH_COMPILE_DISABLE is set); install a C++ compiler" in error
     assert not (workplace / "logs").exists()
-
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
 
     def broken(*args, **kwargs):
         raise OSError("cl.exe is\nnot found")
