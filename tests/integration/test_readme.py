@@ -63,6 +63,7 @@ HELPED = {
     "users have; test_grid.py draws tiny ones",
     f"{_GRID} --blend a.safetensors b.safetensors --weights 0.7 0.3 --out c.safetensors": "is of such models; test_grid.py merges some",
     f"{_GRID} --blend a.safetensors b.safetensors base.safetensors --add_difference 0.5 --out c.safetensors": "is of such models too",
+    "python scripts/mini_sd_sweep.py --out sweep --seeds 1 2 3": "trains 54 times",
     _TORTURE: "takes an hour; test_signals.py kills a run five times",
     "python scripts/make_mini_sd.py judge": "draws hundreds of pictures; test_mini_sd.py tests the judge",
 }
