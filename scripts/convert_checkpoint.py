@@ -1,4 +1,4 @@
-"""Convert a Stable Diffusion 1.x model between a diffusers folder and one .safetensors file in the original layout.
+"""Convert a Stable Diffusion 1.x or 2.x model between a diffusers folder and one .safetensors file in the original layout.
 
     python scripts/convert_checkpoint.py logs/run/ckpts/last-smile-ep10-gs00080 smile.safetensors
     python scripts/convert_checkpoint.py v1-5-pruned-emaonly.safetensors sd15/
@@ -53,6 +53,8 @@ def convert(source: str, target: Path, *, vae: str | None = None, full_precision
     from trainer.models.load import ModelOptions, load_models
 
     models = load_models(ModelOptions(resume_ckpt=source, vae=vae))
+    for note in models.notes:
+        print(f"Note: {note}", file=sys.stderr)
 
     from trainer.disk import appearing
     from trainer.export import save_diffusers, save_single_file

@@ -16,6 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from trainer.models.load import Models
 from trainer.models.quiet import quiet_libraries
+from trainer.models.single_file import SD2_WIDTH
 
 quiet_libraries()
 
@@ -24,9 +25,11 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel  # noq
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline  # noqa: E402
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler  # noqa: E402
 
-Shape = Literal["small", "mini", "sd15"]
+Shape = Literal["small", "mini", "sd15", "sd2"]
 """small: two levels of one layer, the lower without attention; mini: two levels of one layer, both with attention (the embedded
-model's arrangement); sd15: four levels of two layers, the lowest without attention (SD 1.5's arrangement)."""
+model's arrangement); sd15: four levels of two layers, the lowest without attention (SD 1.5's arrangement);
+sd2: the same with what is SD 2.x's: linear projections, a number of heads for each level, a GELU in the text encoder, v-prediction and
+text 1024 wide, by which a file of it is known: hence 9 million parameters."""
 
 CONTEXT_WIDTH = 16
 TEXT_LAYERS = 4
@@ -35,16 +38,22 @@ _WORDS = ("a", "an", "the", "red", "blue", "circle", "square", "photo", "of", "o
 
 
 def tiny_models(seed: int = 0, shape: Shape = "small") -> Models:
-    """Return untrained networks in fp32 on the CPU: 64 px pictures, latents (B, 4, 8, 8), context (B, 77, 16), 4 text layers."""
+    """Return untrained networks in fp32 on the CPU: 64 px pictures, latents (B, 4, 8, 8), context (B, 77, 16), 4 text layers.
+
+    The shape "sd2" has context (B, 77, 1024) and 2 text layers.
+    """
     tokenizer = tiny_tokenizer()
+    velocity: dict[str, Any] = {"prediction_type": "v_prediction"} if shape == "sd2" else {}
+    if shape == "sd2":
+        tokenizer.pad_token = "!"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Models(
             unet=_unet(shape),
-            text_encoder=_text_encoder(tokenizer),
-            vae=_vae(2 if shape == "sd15" else 1),
+            text_encoder=_text_encoder(tokenizer, shape),
+            vae=_vae(2 if shape in ("sd15", "sd2") else 1),
             tokenizer=tokenizer,
-            scheduler_config={"_class_name": "PNDMScheduler", **tiny_scheduler().config},
+            scheduler_config={"_class_name": "PNDMScheduler", **tiny_scheduler().config, **velocity},
             source=f"tiny ({shape}, seed {seed})",
         )
 
@@ -59,7 +68,7 @@ def write_tiny_folder(
         "text_encoder": torch.nn.Module.to(models.text_encoder, dtype),
         "vae": torch.nn.Module.to(models.vae, dtype),
         "tokenizer": models.tokenizer,
-        "scheduler": tiny_scheduler(),
+        "scheduler": PNDMScheduler.from_config(models.scheduler_config),
         "safety_checker": None,
         "feature_extractor": None,
     }
@@ -142,19 +151,19 @@ def _unet(shape: Shape) -> UNet2DConditionModel:
             "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
             "layers_per_block": 2,
         },
-    }[shape]
+    }["sd15" if shape == "sd2" else shape]
+    if shape == "sd2":
+        arrangement |= {"cross_attention_dim": SD2_WIDTH, "attention_head_dim": (1, 2, 4, 4), "use_linear_projection": True}
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
         out_channels=4,
-        cross_attention_dim=CONTEXT_WIDTH,
-        attention_head_dim=2,
         norm_num_groups=2,
-        **arrangement,
+        **{"cross_attention_dim": CONTEXT_WIDTH, "attention_head_dim": 2, **arrangement},
     )
 
 
-def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def _text_encoder(tokenizer: CLIPTokenizer, shape: Shape) -> CLIPTextModel:
     config: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": CONTEXT_WIDTH,
@@ -168,6 +177,8 @@ def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    if shape == "sd2":
+        config |= {"hidden_size": SD2_WIDTH, "intermediate_size": 8, "num_hidden_layers": 2, "hidden_act": "gelu"}
     return CLIPTextModel(CLIPTextConfig(**config))
 
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trainer.models.checkpoint_file import CONFIGS, PREDICTION_TYPE, SD2_WIDTH, TOKENIZER
+from trainer.models.checkpoint_file import ARCHITECTURE, CONFIGS, PREDICTION_TYPE, SD2_NOISE, SD2_VELOCITY, TOKENIZER, padding
 from trainer.models.folder import INDEX, WEIGHTS, files_of_part
 from trainer.models.lora import ADAPTER_CONFIG, BASE_FILE, LORA_FILE, PREFIX, Lora, in_file, named
-from trainer.models.single_file import to_original
+from trainer.models.single_file import SD2_WIDTH, join, original_pieces
 from trainer.models.tensor_file import write_tensors
 from trainer.models.tokenizer import is_clip_tokenizer, tokenizer_to_text, write_tokenizer
 
@@ -124,8 +124,9 @@ def save_single_file(models: Models, path: Path, dtype: torch.dtype = torch.floa
     """Write one .safetensors file in the original layout, which Stable Diffusion programs and `from_single_file` read.
 
     The header describes the model as the ModelSpec standard (https://github.com/Stability-AI/ModelSpec) has it, and holds the
-    configurations, so that this program loads the file alone whatever the networks' size; also the tokenizer where it is not CLIP's
-    own. Needs memory for one tensor beside the model.
+    configurations, so that this program loads the file alone whatever the networks' size; also the tokenizer where it is not the one of
+    this kind of model. An SD 2.x text encoder stands in OpenCLIP's names; OpenCLIP's last layer and projection, which SD 2.x does not
+    use, are in no folder and so in no exported file. Needs memory for one tensor beside the model.
 
     Args:
         models: on any device.
@@ -139,7 +140,7 @@ def save_single_file(models: Models, path: Path, dtype: torch.dtype = torch.floa
     header = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": architecture(models),
+        ARCHITECTURE: architecture(models),
         "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
         "modelspec.title": path.stem,
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -147,9 +148,11 @@ def save_single_file(models: Models, path: Path, dtype: torch.dtype = torch.floa
         PREDICTION_TYPE: "v" if prediction == "v_prediction" else prediction,
         CONFIGS: json.dumps(configs, separators=(",", ":")),
     }
-    if not is_clip_tokenizer(models.tokenizer):
+    if not is_clip_tokenizer(models.tokenizer, padding(models.text_encoder.config.hidden_size)):
         header[TOKENIZER] = tokenizer_to_text(models.tokenizer)
-    write_tensors(path, to_original(models), dtype, {**header, **(metadata or {})})
+    pieces = original_pieces(models)
+    shapes = {name: join([piece.to("meta") for piece in parts]) for name, parts in pieces.items()}
+    write_tensors(path, shapes, dtype, {**header, **(metadata or {})}, read=lambda name: join(pieces[name]))
 
 
 def save_lora(lora: Lora, folder: Path) -> None:
@@ -181,7 +184,7 @@ def save_lora_file(models: Models, lora: Lora, path: Path, dtype: torch.dtype, m
     header = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{architecture(models)}/lora",
+        ARCHITECTURE: f"{architecture(models)}/lora",
         "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
         "modelspec.title": path.stem,
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -204,11 +207,11 @@ def save_lora_file(models: Models, lora: Lora, path: Path, dtype: torch.dtype, m
 
 
 def architecture(models: Models) -> str:
-    """Return what the ModelSpec standard calls the model; SD 2.x reads text of a width of its own, as in `checkpoint_file`."""
+    """Return what the ModelSpec standard calls the model; SD 2.x reads text of a width of its own."""
     if models.text_encoder.config.hidden_size != SD2_WIDTH:
         return "stable-diffusion-v1"
     velocity = models.scheduler_config.get("prediction_type") == "v_prediction"
-    return "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512"
+    return SD2_VELOCITY if velocity else SD2_NOISE
 
 
 def _configs(models: Models) -> dict[str, dict[str, Any]]:

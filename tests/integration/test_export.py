@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from tests.tiny import StableDiffusionPipeline, tiny_models, tiny_scheduler, write_parts_beside, write_tiny_folder
+from tests.tiny import PNDMScheduler, StableDiffusionPipeline, tiny_models, write_parts_beside, write_tiny_folder
 from trainer.build import keep_beside
 from trainer.export import architecture, save_diffusers, save_single_file
 from trainer.models.load import ModelOptions, load_models
@@ -28,6 +28,7 @@ CASES = {
     "small": lambda: tiny_models(1, "small"),
     "mini": lambda: tiny_models(1, "mini"),
     "sd15": lambda: tiny_models(1, "sd15"),
+    "sd2": lambda: tiny_models(1, "sd2"),
     "embedded": lambda: load_models(ModelOptions(resume_ckpt=str(ROOT / "models" / "mini-sd"))),
 }
 
@@ -41,7 +42,8 @@ def draw(pipeline) -> np.ndarray:
 
 def draw_here(models) -> np.ndarray:
     parts: dict[str, Any] = {name: getattr(models, name).eval() for name in NETWORKS}
-    parts |= {"tokenizer": models.tokenizer, "scheduler": tiny_scheduler(), "safety_checker": None, "feature_extractor": None}
+    parts |= {"tokenizer": models.tokenizer, "safety_checker": None, "feature_extractor": None}
+    parts["scheduler"] = PNDMScheduler.from_config(models.scheduler_config)
     return draw(StableDiffusionPipeline(**parts, requires_safety_checker=False))
 
 

@@ -20,6 +20,7 @@ from trainer.errors import UserError
 from trainer.export import save_single_file
 from trainer.models.blend import BLEND
 from trainer.models.lora import LORA_FILE
+from trainer.models.single_file import to_original
 from trainer.models.tensor_file import TensorFile
 
 UNET = "model.diffusion_model.input_blocks.0.0.weight"
@@ -174,6 +175,21 @@ def test_what_cannot_be_merged_is_said(three, tmp_path, capsys):
         "part.safetensors",
         "velocity.safetensors",
     ]
+
+
+def test_files_of_sd2_are_merged_and_what_they_predict_stays_said(tmp_path, capsys):
+    tensors = to_original(tiny_models(0, "sd2"))
+    paths = [tmp_path / f"{name}.ckpt" for name in ("a", "b", "velocity")]
+    torch.save({"state_dict": tensors, "global_step": 875_000}, paths[0])
+    torch.save({"state_dict": {name: 3 * tensor for name, tensor in tensors.items()}, "global_step": 875_000}, paths[1])
+    torch.save({"state_dict": tensors}, paths[2])
+    out = tmp_path / "out.safetensors"
+    assert grid.main(["--blend", *map(str, paths[:2]), "--weights", "0.5", "0.5", "--out", str(out)]) == 0
+    assert all(torch.equal(tensor, 2 * tensors[name]) for name, tensor in load_file(out).items())
+    with safe_open(out, "pt") as file:
+        assert file.metadata()["modelspec.prediction_type"] == "epsilon"
+    assert grid.main(["--blend", str(paths[0]), str(paths[2]), "--weights", "0.5", "0.5", "--out", str(tmp_path / "no.safetensors")]) == 2
+    assert "a.ckpt predicts epsilon and" in capsys.readouterr().err
 
 
 def test_text_encoders_under_either_name_are_merged(three, tmp_path):

@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 
 import train
 from tests.runs import ADAMW, ADAMW8BIT, DADAPT, FUSED, run_of, same_run, scalars, write
-from tests.tiny import write_parts_beside, write_tiny_folder
+from tests.tiny import tiny_models, write_parts_beside, write_tiny_folder
 from trainer.checkpoint import checkpoints, resume_problem
 from trainer.diffusion.schedule import NoiseSchedule
+from trainer.export import save_single_file
 from trainer.models.load import ModelOptions, load_models
+from trainer.models.single_file import NETWORKS
 
 ROOT = Path(train.__file__).parent
 
@@ -185,6 +187,26 @@ def test_zero_terminal_snr_is_trained_sampled_and_saved(workplace, capsys):
     for source in (checkpoint, single):
         models = load_models(ModelOptions(resume_ckpt=str(source)))
         assert NoiseSchedule(models.scheduler_config).snr(torch.tensor([999])) == 0, "the switch is not needed again"
+
+
+def test_a_run_from_a_single_file_of_sd2_ends_in_one(workplace):
+    """The file that it writes holds what its folder holds, in SD 2.x's own names, and goes on as velocity."""
+    save_single_file(tiny_models(0, "sd2"), workplace / "v2.safetensors", torch.float32)
+    write(workplace, ADAMW, model="v2.safetensors", max_epochs=1, save_full_precision=True, first_samples=False)
+    assert train.main([]) == 0
+    [checkpoint] = checkpoints(run_of(workplace))
+    single = checkpoint.parent / f"{checkpoint.name}.safetensors"
+    with safe_open(single, "pt") as file:
+        header, names = file.metadata(), set(file.keys())
+    assert (header["modelspec.architecture"], header["modelspec.prediction_type"]) == ("stable-diffusion-v2-768-v", "v")
+    assert "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_weight" in names
+    base, *made = (load_models(ModelOptions(resume_ckpt=str(path))) for path in ("v2.safetensors", checkpoint, single))
+    for network in NETWORKS:
+        before, folder, file = (getattr(models, network).state_dict() for models in (base, *made))
+        assert all(torch.equal(tensor, file[name]) for name, tensor in folder.items())
+        assert all(torch.equal(tensor, before[name]) for name, tensor in folder.items()) == (network == "vae"), "both others were trained"
+    assert {models.scheduler_config["prediction_type"] for models in made} == {"v_prediction"}
+    assert [models.tokenizer.pad_token for models in made] == ["!", "!"]
 
 
 def test_zero_terminal_snr_of_an_epsilon_model_is_refused_before_it_loads(workplace, capsys, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from scripts.convert_checkpoint import convert
 from tests.tiny import tiny_models, tiny_tokenizer, write_tiny_folder
 from trainer.errors import UserError
 from trainer.export import save_single_file
@@ -16,7 +17,7 @@ from trainer.models import checkpoint_file, tensor_file
 from trainer.models.checkpoint_file import CONFIGS, TOKENIZER
 from trainer.models.folder import choose_weights
 from trainer.models.load import ModelOptions, describe, load_models
-from trainer.models.networks import Configs
+from trainer.models.networks import SD2, SD15, Configs
 from trainer.models.single_file import NETWORKS, to_original
 from trainer.models.tensor_file import TensorFile, write_tensors
 
@@ -234,10 +235,34 @@ def sd15_is_tiny(monkeypatch):
     )
     monkeypatch.setattr(checkpoint_file, "SD15", configs)
     # the tiny text encoder has no room for CLIP's 49408 entries
-    monkeypatch.setattr(checkpoint_file, "clip_tokenizer", tiny_tokenizer)
+    monkeypatch.setattr(checkpoint_file, "clip_tokenizer", lambda _: tiny_tokenizer())
 
 
-@pytest.mark.parametrize("shape", ["small", "mini", "sd15"])
+@pytest.fixture(scope="module")
+def second():
+    return tiny_models(4, "sd2")
+
+
+@pytest.fixture
+def sd2_is_tiny(monkeypatch, second):
+    """The same for SD 2.x; the published configurations of 768 px are recognised by their sizes of samples."""
+    configs = Configs(
+        unet={**second.unet.config, "sample_size": 96},
+        text_encoder=second.text_encoder.config.to_diff_dict(),
+        vae={**second.vae.config, "sample_size": 768},
+        scheduler=second.scheduler_config,
+    )
+    monkeypatch.setattr(checkpoint_file, "SD2", configs)
+
+    def tokenizer(pad):
+        made = tiny_tokenizer()
+        made.pad_token = pad
+        return made
+
+    monkeypatch.setattr(checkpoint_file, "clip_tokenizer", tokenizer)
+
+
+@pytest.mark.parametrize("shape", ["small", "mini", "sd15", "sd2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_file_of_this_program_loads_alone(shape, dtype, tmp_path):
     reference = tiny_models(3, shape)
@@ -276,18 +301,100 @@ def test_files_of_other_programs_load(form, sd15_is_tiny, tmp_path):
     assert models.scheduler_config["prediction_type"] == "epsilon"
 
 
+def as_published(models):
+    """Return a file's tensors with what SD 2.x's own files hold and do not use: OpenCLIP's last layer, its projection, its scale."""
+    tensors = {name: tensor.contiguous() for name, tensor in to_original(models).items()}
+    layer = "cond_stage_model.model.transformer.resblocks."
+    last = {name.replace(f"{layer}1.", f"{layer}2."): torch.ones_like(t) for name, t in tensors.items() if name.startswith(f"{layer}1.")}
+    unused = {"cond_stage_model.model.text_projection": torch.ones(1024, 8), "cond_stage_model.model.logit_scale": torch.ones(())}
+    return {**tensors, **last, **unused, "alphas_cumprod": torch.ones(1000)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "predicts"),
+    [
+        ("safetensors", {}, None),
+        ("safetensors", {"modelspec.prediction_type": "v"}, "v_prediction"),
+        ("safetensors", {"modelspec.prediction_type": "epsilon"}, "epsilon"),
+        ("safetensors", {"modelspec.architecture": "stable-diffusion-v2-768-v"}, "v_prediction"),
+        ("safetensors", {"modelspec.architecture": "stable-diffusion-v2-512"}, "epsilon"),
+        ("ckpt", {}, None),
+        ("ckpt", {"global_step": 110_000}, None),
+        ("ckpt", {"global_step": 875_000}, "epsilon"),
+    ],
+)
+def test_an_sd2_file_of_other_programs_loads_and_what_it_predicts_is_read_or_told_as_assumed(
+    kind, said, predicts, sd2_is_tiny, second, tmp_path, capsys
+):
+    path = tmp_path / f"x.{kind}"
+    if kind == "ckpt":
+        torch.save({"state_dict": as_published(second), **said}, path)
+    else:
+        safetensors.torch.save_file(as_published(second), path, said)
+    models = load(path)
+    assert_same(models, second)
+    assert models.scheduler_config["prediction_type"] == (predicts or "v_prediction")
+    assert models.unet.config["sample_size"] == (64 if predicts == "epsilon" else 96)
+    assert models.tokenizer.pad_token_id == 0
+    assert models.notes == describe(ModelOptions(resume_ckpt=str(path))).notes
+    if predicts:
+        assert not models.notes
+    else:
+        (note,) = models.notes
+        assert note.startswith(f"resume_ckpt: {path} does not say what it predicts; v-prediction is assumed")
+        convert(str(path), tmp_path / "folder")  # whose scheduler will say it as if it were certain
+        assert capsys.readouterr().err == f"Note: {note}\n"
+    save_single_file(models, tmp_path / "again.safetensors", torch.float32)
+    again = load(tmp_path / "again.safetensors")
+    assert_same(again, second)
+    assert again.scheduler_config["prediction_type"] == (predicts or "v_prediction") and not again.notes
+    assert again.tokenizer.pad_token_id == 0
+
+
+def test_an_sd2_folder_becomes_a_file_in_sd2s_own_layout(tmp_path):
+    models = load(write_tiny_folder(tmp_path / "model", 4, "sd2"))
+    save_single_file(models, tmp_path / "x.safetensors")
+    file = TensorFile(tmp_path / "x.safetensors")
+    expected = to_original(models)
+    assert set(file) == set(expected) and not any("position_ids" in name or ".transformer.text_model." in name for name in file)
+    assert all(torch.equal(file[name], tensor.half()) for name, tensor in expected.items())
+    assert file.metadata["modelspec.architecture"] == "stable-diffusion-v2-768-v"
+    assert file.metadata["modelspec.prediction_type"] == "v"
+
+
+def test_an_sd2_file_with_a_third_of_a_projection_is_refused(sd2_is_tiny, second, tmp_path):
+    name = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"
+    safetensors.torch.save_file({**as_published(second), name: torch.ones(1024, 1024)}, tmp_path / "x.safetensors")
+    assert refused(tmp_path / "x.safetensors").endswith(
+        "is not a Stable Diffusion 2.x model: of its text_encoder, 1 of 28 tensors have other shapes: "
+        f"{name} is (1024, 1024) instead of (3072, 1024)."
+    )
+
+
+def test_an_sd2_file_with_sd1s_text_encoder_names_loads(second, tmp_path):
+    """As this program once wrote them, with the configurations in the header."""
+    save_single_file(second, tmp_path / "new.safetensors", torch.float32)
+    new = TensorFile(tmp_path / "new.safetensors")
+    tensors = {name: new[name] for name in new if not name.startswith("cond_stage_model.")}
+    start = "cond_stage_model.transformer.text_model."
+    tensors |= {start + name.removeprefix("text_model."): tensor for name, tensor in second.text_encoder.state_dict().items()}
+    write_tensors(tmp_path / "old.safetensors", tensors, torch.float32, new.metadata)
+    assert_same(load(tmp_path / "old.safetensors"), second)
+
+
 def test_a_header_that_says_v_prediction_is_believed(sd15_is_tiny, tmp_path):
     write_tensors(tmp_path / "x.safetensors", to_original(tiny_models()), torch.float16, {"modelspec.prediction_type": "v"})
     assert load(tmp_path / "x.safetensors").scheduler_config["prediction_type"] == "v_prediction"
 
 
-def test_a_real_size_file_is_recognised_by_its_header(tmp_path, monkeypatch):
-    """A sparse file with SD 1.5's names and shapes: describing reads the header and nothing else."""
+@pytest.mark.parametrize(("configs", "parameters", "pad"), [(SD15, 859_520_964, 49407), (SD2, 865_910_724, 0)])
+def test_a_real_size_file_is_recognised_by_its_header(configs, parameters, pad, tmp_path, monkeypatch):
+    """A sparse file with the published names and shapes: describing reads the header and nothing else."""
     from tests.unit.test_models_single_file import full_size
 
-    path = tmp_path / "v1-5.safetensors"
+    path = tmp_path / "published.safetensors"
     header, end = {}, 0
-    for name, tensor in to_original(full_size()).items():
+    for name, tensor in to_original(full_size(configs)).items():
         header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [end, end + 2 * tensor.numel()]}
         end += 2 * tensor.numel()
     text = json.dumps(header).encode()
@@ -296,8 +403,10 @@ def test_a_real_size_file_is_recognised_by_its_header(tmp_path, monkeypatch):
         file.truncate(8 + len(text) + end)
     monkeypatch.setattr(tensor_file.TensorFile, "__getitem__", None)
     models = describe(ModelOptions(resume_ckpt=str(path)))
-    assert sum(p.numel() for p in models.unet.parameters()) == 859_520_964
+    assert sum(p.numel() for p in models.unet.parameters()) == parameters
     assert models.tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert models.tokenizer.pad_token_id == pad
+    assert models.scheduler_config["prediction_type"] == configs.scheduler["prediction_type"]
 
 
 def renamed(start, end):
@@ -323,8 +432,15 @@ def reading(width):
         (lambda t: {"lora_unet_down_blocks_0.lora_down.weight": torch.ones(1)}, "is a LoRA"),
         (lambda t: {"unet.down_blocks.0.attn1.to_q.lora_A.weight": torch.ones(1)}, "is a LoRA"),
         (renamed("cond_stage_model.", "conditioner.embedders.0."), "is an SDXL model"),
-        (renamed("cond_stage_model.transformer.", "cond_stage_model.model."), "is an SD 2.x model"),
-        (reading(1024), "is an SD 2.x model"),
+        (
+            renamed("cond_stage_model.transformer.", "cond_stage_model.model."),
+            "is not a Stable Diffusion 1.x model: of its text_encoder, 52",
+        ),
+        (reading(1024), "is not a Stable Diffusion 2.x model: of its unet, "),
+        (
+            lambda t: {**t, "model.diffusion_model.label_emb.0.0.weight": torch.ones(1)},
+            "is an unCLIP model or another whose UNet needs more",
+        ),
         (reading(2048), "is the UNet of an SDXL model"),
         (renamed("model.diffusion_model.", "control_model."), "is a ControlNet"),
         (lambda t: {"model.diffusion_model.double_blocks.0.weight": torch.ones(1)}, "is a transformer model"),
@@ -402,14 +518,19 @@ def test_a_file_that_the_disk_does_not_give_is_refused_with_the_reason(folder, t
 
 
 def test_the_tokenizer_is_in_the_file_only_where_it_is_not_clips(tmp_path):
+    second = tiny_models(0, "sd2")
     from trainer.models.tokenizer import clip_tokenizer
 
     models = tiny_models()
     save_single_file(models, tmp_path / "own.safetensors")
     assert TOKENIZER in TensorFile(tmp_path / "own.safetensors").metadata
-    models.tokenizer = clip_tokenizer()
-    save_single_file(models, tmp_path / "clip.safetensors")
-    assert TOKENIZER not in TensorFile(tmp_path / "clip.safetensors").metadata
+    for pad, kept in (("<|endoftext|>", False), ("!", True)):  # SD 2.x's, in a model of SD 1.x
+        models.tokenizer = clip_tokenizer(pad)
+        save_single_file(models, tmp_path / "clip.safetensors")
+        assert (TOKENIZER in TensorFile(tmp_path / "clip.safetensors").metadata) == kept
+    second.tokenizer = clip_tokenizer("!")
+    save_single_file(second, tmp_path / "second.safetensors")
+    assert TOKENIZER not in TensorFile(tmp_path / "second.safetensors").metadata
 
 
 # A VAE of its own

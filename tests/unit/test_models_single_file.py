@@ -1,25 +1,30 @@
-"""The key map between diffusers and the original layout, against diffusers' own converter and SD 1.5's known names."""
+"""The key map between diffusers and the original layout, against diffusers' own converter and the known names of SD 1.5 and 2.1."""
 
 import re
 
 import pytest
 import torch
-from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_clip_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
 
 from tests.tiny import tiny_models
-from trainer.models import sd15
+from trainer.models import sd2, sd15
 from trainer.models.load import Models
-from trainer.models.networks import SD15, empty_text_encoder, empty_unet, empty_vae
-from trainer.models.single_file import NETWORKS, from_original, layout, to_original
+from trainer.models.networks import SD2, SD15, empty_text_encoder, empty_unet, empty_vae
+from trainer.models.single_file import NETWORKS, OPEN_CLIP_PREFIX, SD2_WIDTH, from_original, layout, to_original
 
 
-def full_size() -> Models:
+def full_size(configs=SD15) -> Models:
     return Models(
-        unet=empty_unet(SD15.unet),
-        text_encoder=empty_text_encoder(SD15.text_encoder),
-        vae=empty_vae(SD15.vae),
+        unet=empty_unet(configs.unet),
+        text_encoder=empty_text_encoder(configs.text_encoder),
+        vae=empty_vae(configs.vae),
         tokenizer=None,  # pyright: ignore[reportArgumentType]
-        scheduler_config=dict(SD15.scheduler),
+        scheduler_config=dict(configs.scheduler),
         source="configs",
     )
 
@@ -29,9 +34,15 @@ def sd15_file():
     return to_original(full_size())
 
 
-def test_the_configs_are_those_of_sd15():
-    models = full_size()
-    assert {name: sum(p.numel() for p in getattr(models, name).parameters()) for name in NETWORKS} == sd15.PARAMETERS
+@pytest.fixture(scope="module")
+def sd2_file():
+    return to_original(full_size(SD2))
+
+
+@pytest.mark.parametrize(("configs", "published"), [(SD15, sd15), (SD2, sd2)])
+def test_the_configs_are_of_the_published_size(configs, published):
+    models = full_size(configs)
+    assert {name: sum(p.numel() for p in getattr(models, name).parameters()) for name in NETWORKS} == published.PARAMETERS
 
 
 @pytest.mark.parametrize(
@@ -72,9 +83,40 @@ def test_sd15_tensors_stand_where_the_original_has_them(sd15_file, name, shape):
     assert tuple(sd15_file[name].shape) == shape
 
 
+@pytest.mark.parametrize(
+    ("prefix", "count"), [("model.diffusion_model.", 686), ("first_stage_model.", 248), ("cond_stage_model.model.", 4 + 23 * 12)]
+)
+def test_sd2_has_the_original_number_of_tensors_but_for_what_it_does_not_use(sd2_file, prefix, count):
+    assert sum(name.startswith(prefix) for name in sd2_file) == count
+    assert len(sd2_file) == 686 + 248 + 4 + 23 * 12
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.diffusion_model.input_blocks.1.1.proj_in.weight", (320, 320)),
+        ("model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight", (320, 1024)),
+        ("model.diffusion_model.middle_block.1.proj_out.weight", (1280, 1280)),
+        ("first_stage_model.encoder.mid.attn_1.q.weight", (512, 512, 1, 1)),
+        ("cond_stage_model.model.positional_embedding", (77, 1024)),
+        ("cond_stage_model.model.token_embedding.weight", (49408, 1024)),
+        ("cond_stage_model.model.ln_final.bias", (1024,)),
+        ("cond_stage_model.model.transformer.resblocks.0.ln_1.weight", (1024,)),
+        ("cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight", (3072, 1024)),
+        ("cond_stage_model.model.transformer.resblocks.0.attn.in_proj_bias", (3072,)),
+        ("cond_stage_model.model.transformer.resblocks.22.attn.out_proj.weight", (1024, 1024)),
+        ("cond_stage_model.model.transformer.resblocks.22.mlp.c_fc.weight", (4096, 1024)),
+        ("cond_stage_model.model.transformer.resblocks.22.mlp.c_proj.weight", (1024, 4096)),
+    ],
+)
+def test_sd2_tensors_stand_where_the_original_has_them(sd2_file, name, shape):
+    assert tuple(sd2_file[name].shape) == shape
+
+
 def through_diffusers(tensors, models):
     """Return what diffusers' own converter makes of a file in the original layout."""
-    text = convert_ldm_clip_checkpoint(dict(tensors))
+    second = models.text_encoder.config.hidden_size == SD2_WIDTH
+    text = convert_open_clip_checkpoint(models.text_encoder, dict(tensors)) if second else convert_ldm_clip_checkpoint(dict(tensors))
     return {
         "unet": convert_ldm_unet_checkpoint(dict(tensors), models.unet.config),
         "vae": convert_ldm_vae_checkpoint(dict(tensors), models.vae.config),
@@ -82,7 +124,7 @@ def through_diffusers(tensors, models):
     }
 
 
-@pytest.mark.parametrize("shape", ["small", "mini", "sd15"])
+@pytest.mark.parametrize("shape", ["small", "mini", "sd15", "sd2"])
 def test_diffusers_reads_the_same_weights_back(shape):
     models = tiny_models(1, shape)
     converted = through_diffusers(to_original(models), models)
@@ -92,21 +134,23 @@ def test_diffusers_reads_the_same_weights_back(shape):
         assert all(torch.equal(converted[network][key], own[key]) for key in own)
 
 
-def test_diffusers_agrees_on_full_size_names_and_shapes(sd15_file):
-    models = full_size()
-    converted = through_diffusers(sd15_file, models)
+@pytest.mark.parametrize("configs", [SD15, SD2])
+def test_diffusers_agrees_on_full_size_names_and_shapes(configs):
+    models = full_size(configs)
+    converted = through_diffusers(to_original(models), models)
     for network in NETWORKS:
         own = {key: tuple(tensor.shape) for key, tensor in getattr(models, network).state_dict().items()}
         assert {key: tuple(tensor.shape) for key, tensor in converted[network].items()} == own
 
 
-@pytest.mark.parametrize("shape", ["small", "mini", "sd15"])
+@pytest.mark.parametrize("shape", ["small", "mini", "sd15", "sd2"])
 def test_there_and_back_is_exact(shape):
     models = tiny_models(2, shape)
     tensors = to_original(models)
     for network in NETWORKS:
         own = getattr(models, network)
         back = from_original(tensors, network, own.config, own)
+        assert all(tensor.untyped_storage().nbytes() == 4 * tensor.numel() for tensor in back.values()), "none keeps its neighbours"
         assert list(back) == list(own.state_dict())
         assert all(torch.equal(back[key], tensor) and back[key].shape == tensor.shape for key, tensor in own.state_dict().items())
 
@@ -123,6 +167,13 @@ def test_nothing_is_copied():
     assert tensors["first_stage_model.encoder.mid.attn_1.q.weight"].data_ptr() == (
         models.vae.get_parameter("encoder.mid_block.attentions.0.to_q.weight").data_ptr()
     )
+
+
+@pytest.mark.parametrize("key", ["encoder.layers.0.self_attn.norm.weight", "text_projection.weight"])
+def test_an_unknown_part_of_an_sd2_text_encoder_is_a_bug_not_a_loss(key):
+    models = tiny_models(0, "small")
+    with pytest.raises(ValueError, match="no name for"):
+        layout("text_encoder", models.text_encoder.config, {key: torch.zeros(1)}, prefix=OPEN_CLIP_PREFIX)
 
 
 def test_an_unknown_part_is_a_bug_not_a_loss():

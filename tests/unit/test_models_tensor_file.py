@@ -112,6 +112,7 @@ def test_a_ckpt_gives_its_tensors(tmp_path):
     for name in ("wrapped.ckpt", "bare.ckpt", "old.ckpt"):
         file = TensorFile(tmp_path / name)
         assert file.shapes == {"weight": (2, 3)} and torch.equal(file["weight"], STATE["weight"])
+        assert file.global_step == (3 if name == "wrapped.ckpt" else None)
 
 
 def test_what_lightning_saved_beside_the_weights_is_left_alone(tmp_path, monkeypatch):

@@ -37,6 +37,14 @@ def test_the_shipped_tokenizer_is_sd15s():
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (49406, 49407, 49407)
     assert is_clip_tokenizer(tokenizer)
     assert not is_clip_tokenizer(tiny_tokenizer())
+    assert not is_clip_tokenizer(tokenizer, "!")
+
+
+def test_the_shipped_tokenizer_is_sd2s_with_another_padding():
+    tokenizer = clip_tokenizer("!")
+    assert (len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (49408, 49406, 49407, 0)
+    assert is_clip_tokenizer(tokenizer, "!") and not is_clip_tokenizer(tokenizer)
+    assert tokenizer_from_text(tokenizer_to_text(tokenizer)).pad_token_id == 0
 
 
 @pytest.mark.parametrize("form", ["tokenizer.json", "vocab.json and merges.txt", "text"])

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from trainer.disk import appearing
 from trainer.errors import UserError
-from trainer.models.checkpoint_file import CONFIGS, PREDICTION_TYPE, TOKENIZER, what_else
-from trainer.models.single_file import POSITION_IDS, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX
+from trainer.models.checkpoint_file import CONFIGS, PREDICTION_TYPE, TOKENIZER, prediction, what_else
+from trainer.models.single_file import OPEN_CLIP_PREFIX, POSITION_IDS, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX
 from trainer.models.tensor_file import TensorFile, write_tensors
 
 BLEND = "sd_dadapt.blend"
@@ -23,7 +23,7 @@ BLEND = "sd_dadapt.blend"
 
 MERGED_FROM = "modelspec.merged_from"
 
-_NETWORKS = (UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX.removesuffix("text_model."))
+_NETWORKS = (UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX.removesuffix("text_model."), OPEN_CLIP_PREFIX)
 _BARE, _FULL = TEXT_PREFIX.removesuffix("text_model."), TEXT_PREFIX
 _KEPT = ("format", "modelspec.sai_model_spec", "modelspec.architecture", "modelspec.implementation", "modelspec.resolution")
 _CONVERT = "write it anew with scripts/convert_checkpoint.py"
@@ -124,7 +124,7 @@ def _check(files: Sequence[TensorFile], names: Sequence[Mapping[str, str]]) -> N
             shapes = first.shapes[own[name]], file.shapes[known[name]]
             if shapes[0] != shapes[1]:
                 raise UserError(f"--blend: {name} is {shapes[0]} in {first.path} and {shapes[1]} in {file.path}; name models of one kind.")
-        kinds = first.metadata.get(PREDICTION_TYPE, "epsilon"), file.metadata.get(PREDICTION_TYPE, "epsilon")
+        kinds = prediction(first)[0], prediction(file)[0]
         if kinds[0] != kinds[1]:
             raise UserError(f"--blend: {first.path} predicts {kinds[0]} and {file.path} {kinds[1]}; name models of one kind.")
 
@@ -132,6 +132,10 @@ def _check(files: Sequence[TensorFile], names: Sequence[Mapping[str, str]]) -> N
 def _metadata(files: Sequence[TensorFile], factors: Sequence[float], target: Path, method: str) -> dict[str, str]:
     """Return the header: the first file's description of the model, and what was blended. Nothing of the runs that made the files."""
     kept = {key: files[0].metadata[key] for key in (*_KEPT, PREDICTION_TYPE, CONFIGS, TOKENIZER) if key in files[0].metadata}
+    kind, said = prediction(files[0])
+    if said and any(name.startswith(OPEN_CLIP_PREFIX) for name in files[0]):
+        # A .ckpt of SD 2.x may say it in its number of steps, which does not go along.
+        kept.setdefault(PREDICTION_TYPE, "v" if kind == "v_prediction" else kind)
     made = {
         "method": method,
         "files": [

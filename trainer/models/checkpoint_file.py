@@ -1,7 +1,8 @@
 """Reading a single file in the original layout, without the hub and without any configuration beside it.
 
 What the file leaves out comes from its header where this program wrote it (`sd_dadapt.configs`, `sd_dadapt.tokenizer`), and
-otherwise from Stable Diffusion 1.5 as published. SD 2.x files are refused: nothing in them tells epsilon from v-prediction.
+otherwise from Stable Diffusion 1.5 as published, or 2.x where the UNet reads text of 2.x's width. Nothing in the tensors of SD 2.x tells
+epsilon from v-prediction, so where the file does not say it either, v-prediction is assumed and a note says so.
 """
 
 from __future__ import annotations
@@ -14,19 +15,23 @@ from typing import Any
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from trainer.errors import UserError
+from trainer.models import sd2
 from trainer.models.load import Models
-from trainer.models.networks import SD15, Configs, empty_text_encoder, empty_unet, empty_vae, fill
-from trainer.models.single_file import TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, from_original, layout
+from trainer.models.networks import SD2, SD15, Configs, empty_text_encoder, empty_unet, empty_vae, fill
+from trainer.models.single_file import OPEN_CLIP_PREFIX, SD2_WIDTH, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, from_original, layout
 from trainer.models.tensor_file import TensorFile
-from trainer.models.tokenizer import clip_tokenizer, tokenizer_from_text
+from trainer.models.tokenizer import END, clip_tokenizer, tokenizer_from_text
 
 CONFIGS = "sd_dadapt.configs"
 """Header field: the four configurations as JSON."""
 
 TOKENIZER = "sd_dadapt.tokenizer"
-"""Header field: the tokenizer as JSON, where it is not CLIP's own."""
+"""Header field: the tokenizer as JSON, where it is not the one of this kind of model."""
 
 PREDICTION_TYPE = "modelspec.prediction_type"
+ARCHITECTURE = "modelspec.architecture"
+SD2_NOISE, SD2_VELOCITY = "stable-diffusion-v2-512", "stable-diffusion-v2-768-v"
+"""What the ModelSpec standard calls SD 2.x by what it predicts."""
 
 _EMPTY: dict[str, Callable[[Mapping[str, Any]], Any]] = {"unet": empty_unet, "vae": empty_vae, "text_encoder": empty_text_encoder}
 _BARE_TEXT_PREFIX = TEXT_PREFIX.removesuffix("text_model.")
@@ -35,8 +40,8 @@ _BARE_TEXT_PREFIX = TEXT_PREFIX.removesuffix("text_model.")
 _VAE_SIGN = "encoder.conv_in.weight"
 
 _READS_TEXT = ".attn2.to_k.weight"
-SD2_WIDTH, _SDXL_WIDTHS = 1024, (1280, 2048)
-"""Widths of the text that SD 2.x and SDXL (its refiner too) read; SD 1.x reads 768."""
+_SDXL_WIDTHS = (1280, 2048)
+"""Widths of the text that SDXL and its refiner read."""
 
 
 def read_file(path: Path, key: str, *, weights: bool) -> Models:
@@ -55,20 +60,31 @@ def read_file(path: Path, key: str, *, weights: bool) -> Models:
     if problem:
         raise UserError(f"{key}: {path} {problem}")
     configs = _configs(file)
-    text_prefix = TEXT_PREFIX if any(name.startswith(TEXT_PREFIX) for name in file) else _BARE_TEXT_PREFIX
+    second = configs.unet["cross_attention_dim"] == SD2_WIDTH
+    known = (prefix for prefix in (OPEN_CLIP_PREFIX, TEXT_PREFIX) if any(name.startswith(prefix) for name in file))
+    text_prefix = next(known, _BARE_TEXT_PREFIX)
     networks: dict[str, Any] = {}
     for network, prefix in (("unet", UNET_PREFIX), ("vae", VAE_PREFIX), ("text_encoder", text_prefix)):
         config = getattr(configs, network)
         empty = _EMPTY[network](config)
         problem = _misfit(file, network, config, empty, prefix)
         if problem:
-            raise UserError(f"{key}: {path} is not a Stable Diffusion 1.x model: of its {network}, {problem}.")
+            raise UserError(f"{key}: {path} is not a Stable Diffusion {2 if second else 1}.x model: of its {network}, {problem}.")
         if weights:
             fill(empty, from_original(file, network, config, empty, prefix))
             empty.eval()
         networks[network] = empty
-    tokenizer = tokenizer_from_text(file.metadata[TOKENIZER]) if TOKENIZER in file.metadata else clip_tokenizer()
-    return Models(**networks, tokenizer=tokenizer, scheduler_config=dict(configs.scheduler), source=str(path))
+    if TOKENIZER in file.metadata:
+        tokenizer = tokenizer_from_text(file.metadata[TOKENIZER])
+    else:
+        tokenizer = clip_tokenizer(padding(configs.text_encoder.get("hidden_size")))
+    notes = ()
+    if CONFIGS not in file.metadata and not prediction(file)[1]:
+        notes = (
+            f"{key}: {path} does not say what it predicts; v-prediction is assumed, as of SD 2.x at 768 px, but models of 512 px predict "
+            "noise: where you are not certain, name the model's diffusers folder, whose scheduler says it.",
+        )
+    return Models(**networks, tokenizer=tokenizer, scheduler_config=dict(configs.scheduler), source=str(path), notes=notes)
 
 
 def read_vae_file(path: Path, key: str, base: Mapping[str, Any], *, weights: bool) -> AutoencoderKL:
@@ -107,20 +123,35 @@ def read_vae_file(path: Path, key: str, base: Mapping[str, Any], *, weights: boo
     raise UserError(f"{key}: {path} is not a VAE of Stable Diffusion 1.x or of this model: {problems[0]}.")
 
 
+def padding(width: int | None) -> str:
+    """Return what the tokenizer of a kind of model pads with, which a file leaves out; the kind is told by the text encoder's width."""
+    return sd2.PAD if width == SD2_WIDTH else END
+
+
+def prediction(file: TensorFile) -> tuple[str, bool]:
+    """Return what a whole model's file predicts, as diffusers' schedulers name it, and False where that is no more than assumed."""
+    said, named = file.metadata.get(PREDICTION_TYPE), file.metadata.get(ARCHITECTURE, "")
+    if said in ("v", "v_prediction"):
+        return "v_prediction", True
+    if said == "epsilon" or _reads(file) != SD2_WIDTH:
+        return "epsilon", True
+    if file.global_step == sd2.BASE_STEP or named.startswith(SD2_NOISE):
+        return "epsilon", True
+    return "v_prediction", named.startswith(SD2_VELOCITY)
+
+
 def what_else(file: TensorFile) -> str | None:
-    """Return what a file is and what to do, where it is no whole Stable Diffusion 1.x model; None where it looks like one."""
+    """Return what a file is and what to do, where it is no whole Stable Diffusion 1.x or 2.x model; None where it looks like one."""
     names = file.shapes
 
     def has(*prefixes: str) -> bool:
         return any(name.startswith(prefixes) for name in names)
 
-    whole = "name a whole Stable Diffusion 1.x checkpoint"
+    whole = "name a whole Stable Diffusion 1.x or 2.x checkpoint"
     if any(".lora_" in name or "lora_down." in name or name.startswith(("lora_unet_", "lora_te")) for name in names):
         return f"is a LoRA, a small change to a model; merge it into its base with the tool that made it, or {whole}."
     if has("conditioner.embedders."):
         return f"is an SDXL model, which this program does not train; {whole}."
-    if has("cond_stage_model.model.") or _reads(file) == SD2_WIDTH:
-        return "is an SD 2.x model; single files of SD 2.x are not read (they do not say how they predict): name its diffusers folder."
     if _reads(file) in _SDXL_WIDTHS:
         return f"is the UNet of an SDXL model, which this program does not train; {whole}."
     if has("control_model.", "controlnet_"):
@@ -131,7 +162,7 @@ def what_else(file: TensorFile) -> str | None:
         return f"is a textual-inversion embedding; {whole}."
     if has("down_blocks.", "text_model.", "encoder.down_blocks."):
         return "holds one network in diffusers' names; name the folder that holds model_index.json above it."
-    has_unet, has_vae, has_text = has(UNET_PREFIX), has(VAE_PREFIX), has(_BARE_TEXT_PREFIX)
+    has_unet, has_vae, has_text = has(UNET_PREFIX), has(VAE_PREFIX), has(_BARE_TEXT_PREFIX, OPEN_CLIP_PREFIX)
     if not has_unet and (has_vae or _VAE_SIGN in names):
         return f"is a VAE without a model; give it as `vae` and {whole} as `resume_ckpt`."
     if not has_unet:
@@ -142,6 +173,8 @@ def what_else(file: TensorFile) -> str | None:
     channels = names.get(UNET_PREFIX + "input_blocks.0.0.weight", (0, 4))[1]
     if channels != 4:
         return f"is an inpainting or editing model (its UNet takes {channels} channels instead of 4); {whole}."
+    if has(UNET_PREFIX + "label_emb."):
+        return f"is an unCLIP model or another whose UNet needs more than text, which this program does not give it; {whole}."
     return None
 
 
@@ -158,17 +191,21 @@ def _configs(file: TensorFile) -> Configs:
             return Configs(**json.loads(file.metadata[CONFIGS]))
         except (ValueError, TypeError) as error:
             raise UserError(f"{file.path}: the header field {CONFIGS} is damaged ({error}); export the file again.") from error
-    prediction = "v_prediction" if file.metadata.get(PREDICTION_TYPE) in ("v", "v_prediction") else "epsilon"
-    return Configs(
-        unet=SD15.unet, text_encoder=SD15.text_encoder, vae=SD15.vae, scheduler={**SD15.scheduler, "prediction_type": prediction}
-    )
+    kind, _ = prediction(file)
+    if _reads(file) != SD2_WIDTH:
+        return Configs(unet=SD15.unet, text_encoder=SD15.text_encoder, vae=SD15.vae, scheduler={**SD15.scheduler, "prediction_type": kind})
+    if kind == "v_prediction":
+        return SD2
+    unet, vae = {**SD2.unet, **sd2.BASE["unet"]}, {**SD2.vae, **sd2.BASE["vae"]}
+    return Configs(unet=unet, text_encoder=SD2.text_encoder, vae=vae, scheduler=sd2.BASE["scheduler"])
 
 
 def _misfit(file: TensorFile, network: str, config: Mapping[str, Any], empty: Any, prefix: str) -> str | None:
     """Return what keeps a network from being read from a file, None where every tensor is there in its shape."""
     places = layout(network, config, empty.state_dict(), prefix=prefix)
     shapes = {
-        place.name: (place.shape, tuple(tensor.shape)) for place, tensor in zip(places.values(), empty.state_dict().values(), strict=True)
+        place.name: (place.shape, place.shape if place.third is not None else tuple(tensor.shape))
+        for place, tensor in zip(places.values(), empty.state_dict().values(), strict=True)
     }
     missing = [name for name in shapes if name not in file.shapes]
     if missing:

@@ -12,7 +12,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from trainer.models import sd15
+from trainer.models import sd2, sd15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,7 @@ class Configs:
 
 
 SD15 = Configs(unet=sd15.UNET, text_encoder=sd15.TEXT_ENCODER, vae=sd15.VAE, scheduler=sd15.SCHEDULER)
+SD2 = Configs(unet=sd2.UNET, text_encoder=sd2.TEXT_ENCODER, vae=sd2.VAE, scheduler=sd2.SCHEDULER)
 
 
 def empty_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:

@@ -8,12 +8,15 @@ attention or an upsampler depends on what stands before it. The names are theref
     unet   down_blocks.1.resnets.0.conv1      model.diffusion_model.input_blocks.4.0.in_layers.2
     vae    decoder.up_blocks.0.resnets.1      first_stage_model.decoder.up.3.block.1
     text   encoder.layers.0.mlp.fc1           cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1
+           of SD 2.x                          cond_stage_model.model.transformer.resblocks.0.mlp.c_fc
 
-Nothing but names changes, and the shape of the VAE's attention weights: linear (o, i) here, 1x1 convolutions (o, i, 1, 1) there.
+Nothing but names changes, and the shape of the VAE's attention weights: linear (o, i) here, 1x1 convolutions (o, i, 1, 1) there. The
+text encoder of SD 2.x is OpenCLIP's, which has the projections to queries, keys and values in one tensor, in this order.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,8 +30,14 @@ if TYPE_CHECKING:
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 TEXT_PREFIX = "cond_stage_model.transformer.text_model."
+OPEN_CLIP_PREFIX = "cond_stage_model.model."
+"""Where SD 2.x has the text encoder."""
+
+SD2_WIDTH = 1024
+"""Width of the text that SD 2.x's UNet reads; that of SD 1.x is 768. Other programs tell the two apart by it too."""
+
 POSITION_IDS = TEXT_PREFIX + "embeddings.position_ids"
-"""Not a weight, but part of every original file: the numbers 0 to 76."""
+"""Not a weight, but part of every original file of SD 1.x: the numbers 0 to 76."""
 
 NETWORKS = ("unet", "vae", "text_encoder")
 
@@ -45,14 +54,38 @@ _RESNET = {
 }
 _VAE_RESNET = {"conv_shortcut": "nin_shortcut"}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_OPEN_CLIP = {
+    "embeddings.token_embedding": "token_embedding",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm": "ln_final",
+}
+_OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+_THIRDS = {"self_attn.q_proj": 0, "self_attn.k_proj": 1, "self_attn.v_proj": 2}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor stands in the original layout, and its shape there."""
+    """Where a tensor stands in the original layout.
+
+    Attributes:
+        name: of the tensor there.
+        shape: of the tensor there.
+        third: which third of that tensor's rows it is, from 0; None where it is all of it.
+    """
 
     name: str
     shape: tuple[int, ...]
+    third: int | None = None
+
+    def take(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what stands here, in `dtype`; a third is copied, so that it does not keep all three in memory."""
+        return tensor.to(dtype) if self.third is None else tensor.chunk(3)[self.third].to(dtype, copy=True)
 
 
 class Shaped(Protocol):
@@ -65,15 +98,29 @@ class Shaped(Protocol):
 
 
 def to_original(models: Models) -> dict[str, Tensor]:
-    """Return all weights under their original names, sharing memory with the networks: no weight is copied."""
-    tensors: dict[str, Tensor] = {}
+    """Return all weights under their original names, sharing memory with the networks; only what is joined from thirds is copied."""
+    return {name: join(pieces) for name, pieces in original_pieces(models).items()}
+
+
+def join(pieces: list[Tensor]) -> Tensor:
+    """Return a tensor of the original layout, copied only where it has more pieces than one."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def original_pieces(models: Models) -> dict[str, list[Tensor]]:
+    """Return what each tensor of the original layout is joined from along its rows, mostly one piece. No weight is copied."""
+    found: dict[str, dict[int, Tensor]] = {}
     for network in NETWORKS:
         weights = _weights(getattr(models, network))
         places = layout(network, getattr(models, network).config, weights)
         for key, tensor in weights.items():
-            tensors[places[key].name] = tensor.detach().reshape(places[key].shape)
-    tensors[POSITION_IDS] = torch.arange(models.text_encoder.config.max_position_embeddings).unsqueeze(0)
-    return tensors
+            place = places[key]
+            whole = tensor.detach() if place.third is not None else tensor.detach().reshape(place.shape)
+            found.setdefault(place.name, {})[place.third or 0] = whole
+    pieces = {name: [parts[third] for third in sorted(parts)] for name, parts in found.items()}
+    if any(name.startswith(TEXT_PREFIX) for name in pieces):
+        pieces[POSITION_IDS] = [torch.arange(models.text_encoder.config.max_position_embeddings).unsqueeze(0)]
+    return pieces
 
 
 def from_original(
@@ -87,16 +134,17 @@ def from_original(
     """Return one network's weights under their diffusers names; other networks' tensors are not touched.
 
     Args:
-        tensors: by original name; each is read once, so a lazy mapping over a file holds one tensor at a time.
+        tensors: by original name; each is read when it is needed, so a lazy mapping over a file holds one tensor at a time.
         network: "unet", "vae" or "text_encoder".
         config: the network's configuration.
         empty: the network, for its names and shapes; the meta device will do.
-        prefix: what stands before the names in `tensors` instead of the original layout's own prefix.
+        prefix: what stands before the names in `tensors` instead of the original layout's own prefix; `OPEN_CLIP_PREFIX` means
+            OpenCLIP's names.
         dtype: of the result.
     """
     shapes = _weights(empty)
     return {
-        key: tensors[place.name].to(dtype).reshape(shapes[key].shape)
+        key: place.take(tensors[place.name], dtype).reshape(shapes[key].shape)
         for key, place in layout(network, config, shapes, prefix=prefix).items()
     }
 
@@ -108,13 +156,17 @@ def layout(network: str, config: Any, weights: Mapping[str, Shaped], prefix: str
         network: "unet", "vae" or "text_encoder".
         config: the network's configuration.
         weights: the network's tensors by their diffusers names.
-        prefix: another prefix than the original layout's.
+        prefix: another prefix than the original layout's; `OPEN_CLIP_PREFIX` means OpenCLIP's names.
 
     Raises:
         ValueError: the network has a part that the original layout has no name for.
     """
     if network == "text_encoder":
-        start = TEXT_PREFIX if prefix is None else prefix
+        start = prefix
+        if start is None:
+            start = OPEN_CLIP_PREFIX if config.hidden_size == SD2_WIDTH else TEXT_PREFIX
+        if start == OPEN_CLIP_PREFIX:
+            return {key: _open_clip(key.removeprefix("text_model."), tuple(tensor.shape)) for key, tensor in weights.items()}
         return {key: Place(start + key.removeprefix("text_model."), tuple(tensor.shape)) for key, tensor in weights.items()}
     modules = unet_modules(config) if network == "unet" else vae_modules(config)
     start = {"unet": UNET_PREFIX, "vae": VAE_PREFIX}[network] if prefix is None else prefix
@@ -186,6 +238,18 @@ def vae_modules(config: Any) -> Modules:
         names[f"encoder.down_blocks.{level}.downsamplers.0.conv"] = f"encoder.down.{level}.downsample.conv"
         names[f"decoder.up_blocks.{level}.upsamplers.0.conv"] = f"decoder.up.{levels - 1 - level}.upsample.conv"
     return names
+
+
+def _open_clip(key: str, shape: tuple[int, ...]) -> Place:
+    """Return where a tensor of the text encoder stands in SD 2.x's files."""
+    match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", key)
+    if match is None:
+        return Place(OPEN_CLIP_PREFIX + _renamed(key, _OPEN_CLIP), shape)
+    number, module, kind = match.groups()
+    start = f"{OPEN_CLIP_PREFIX}transformer.resblocks.{number}."
+    if module in _THIRDS:
+        return Place(f"{start}attn.in_proj_{kind}", (3 * shape[0], *shape[1:]), _THIRDS[module])
+    return Place(f"{start}{_renamed(module, _OPEN_CLIP_LAYER)}.{kind}", shape)
 
 
 def _resnet(ours: str, theirs: str) -> Modules:

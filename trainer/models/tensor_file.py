@@ -44,6 +44,7 @@ class TensorFile(Mapping[str, Tensor]):
         shapes: of each tensor.
         dtypes: of each tensor; None where it is one that this program does not write, such as those of 8 bits.
         metadata: the text fields of a .safetensors header.
+        global_step: the training steps that a .ckpt says it has had; None where it says nothing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,6 +55,7 @@ class TensorFile(Mapping[str, Tensor]):
         """
         self.path = path
         self.metadata: dict[str, str] = {}
+        self.global_step: int | None = None
         try:
             self._open(path)
         except OSError as error:
@@ -62,7 +64,8 @@ class TensorFile(Mapping[str, Tensor]):
 
     def _open(self, path: Path) -> None:
         if path.suffix.lower() == ".ckpt":
-            self._tensors: Any = _read_ckpt(path)
+            tensors, self.global_step = _read_ckpt(path)
+            self._tensors: Any = tensors
             self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
             self.dtypes: dict[str, torch.dtype | None] = {name: tensor.dtype for name, tensor in self._tensors.items()}
         else:
@@ -157,8 +160,8 @@ def _read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _read_ckpt(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a .ckpt; a pickle that wants to run code is refused, not run.
+def _read_ckpt(path: Path) -> tuple[dict[str, Tensor], int | None]:
+    """Return the tensors of a .ckpt, and its `global_step` if it has one; a pickle that wants to run code is refused, not run.
 
     Lightning, which wrote Stable Diffusion's first files, put its own classes and numpy's numbers beside the weights. Nothing is made of
     them here: empty stand-ins take their names, so neither library is called nor needed.
@@ -171,11 +174,13 @@ def _read_ckpt(path: Path) -> dict[str, Tensor]:
         advice = "download or copy it again, or get the .safetensors version"
         damaged = f"{path}: the .ckpt file cannot be read as plain tensors ({_first_line(error)}); {advice}."
         raise UserError(hostile(path, error) or damaged) from error
-    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    content = content if isinstance(content, dict) else {}
+    step = content.get("global_step")
+    content = content.get("state_dict", content)
     tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
     if not tensors:
-        raise UserError(f"{path}: the .ckpt file holds no tensors; name a whole Stable Diffusion 1.x checkpoint.")
-    return tensors
+        raise UserError(f"{path}: the .ckpt file holds no tensors; name a whole Stable Diffusion 1.x or 2.x checkpoint.")
+    return tensors, step if isinstance(step, int) else None
 
 
 _BESIDE_WEIGHTS = ("pytorch_lightning.", "lightning.", "numpy.", "_codecs.encode")

@@ -24,11 +24,11 @@ TOKENS = 77
 _MERGES = Path(__file__).parent / "clip_vocabulary" / "merges.txt.gz"
 
 
-def clip_tokenizer() -> CLIPTokenizer:
-    """Return the tokenizer of CLIP, hence of SD 1.x: 49 408 entries, start at 49406, end and padding at 49407, 77 tokens."""
+def clip_tokenizer(pad: str = END) -> CLIPTokenizer:
+    """Return the tokenizer of CLIP: 49 408 entries, start at 49406, end at 49407, 77 tokens; SD 1.x pads with the end, SD 2.x with "!"."""
     vocabulary, merges = _clip_vocabulary()
     arguments: dict[str, Any] = {"vocab": dict(vocabulary), "merges": list(merges)}
-    return CLIPTokenizer(**arguments, model_max_length=TOKENS)
+    return CLIPTokenizer(**arguments, pad_token=pad, model_max_length=TOKENS)
 
 
 def read_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -63,13 +63,14 @@ def write_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
 
 
-def is_clip_tokenizer(tokenizer: CLIPTokenizer) -> bool:
-    """Return whether the tokenizer is CLIP's own, entry for entry."""
+def is_clip_tokenizer(tokenizer: CLIPTokenizer, pad: str = END) -> bool:
+    """Return whether the tokenizer is CLIP's own, entry for entry, and pads with `pad`."""
     vocabulary, merges = _clip_vocabulary()
     model = _model(tokenizer)
     return (
         len(tokenizer) == len(vocabulary)
         and tokenizer.model_max_length == TOKENS
+        and tokenizer.pad_token == pad
         and model["vocab"] == vocabulary
         and [tuple(pair) for pair in model["merges"]] == list(merges)
     )
