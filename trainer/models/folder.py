@@ -111,13 +111,13 @@ def check_index(folder: Path, key: str) -> dict[str, Any]:
     index = read_json(folder / INDEX, key)
     if "text_encoder_2" in index or "transformer" in index or "XL" in str(index.get("_class_name")):
         raise UserError(
-            f"{key}: {folder} is a {index.get('_class_name')}, which this program does not train; name a Stable Diffusion 1.x model."
+            f"{key}: {folder} is a {index.get('_class_name')}, which this program does not train; name a Stable Diffusion 1.x or 2.x model."
         )
     for network, accepted in _CLASSES.items():
         found = (index.get(network) or [None, None])[1]
         if found != accepted:
             raise UserError(
-                f"{key}: {folder / INDEX} names {found or 'nothing'} as {network}; a Stable Diffusion 1.x model has {accepted} there."
+                f"{key}: {folder / INDEX} names {found or 'nothing'} as {network}; Stable Diffusion 1.x and 2.x have {accepted} there."
             )
     return index
 

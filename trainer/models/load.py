@@ -164,7 +164,10 @@ def _check(models: Models) -> None:
         )
     extra = [part for part in ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type") if unet.get(part)]
     if extra:
-        raise UserError(f"{where}: the UNet needs more than text ({extra[0]}), which this program does not give it; name an SD 1.x model.")
+        raise UserError(
+            f"{where}: the UNet needs more than text ({extra[0]}), which this program does not give it; name a Stable Diffusion 1.x or 2.x "
+            "model."
+        )
     width: Any = models.text_encoder.config.hidden_size
     read = unet["cross_attention_dim"]
     if read != width:
