@@ -701,7 +701,8 @@ def test_folders_that_count_are_said_to_be_none_of_kohyas(tmp_path):
 
 def test_the_readme_has_every_key_file_and_source():
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    section = text[text.index("## Your pictures") : text.index("\n## ", text.index("## Your pictures") + 1)]
+    begins = text.index("\n## Your pictures\n") + 1
+    section = text[begins : text.index("\n## ", begins)]
     files = [name for name in FOLDER_FILES if not name.endswith("yml")]
     assert [name for name in (*SETTINGS_BY_KEY, *WORDS, "tags", *files, *METADATA, *FILE_KEYS[:2]) if f"`{name}`" not in section] == []
     places = [section.index(f"`{name}`") for name in ("cat.yaml", "cat.yml", "cat.caption", "cat.txt", "cat.json", "metadata.jsonl")]
