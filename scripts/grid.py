@@ -81,6 +81,9 @@ def merge(options: argparse.Namespace) -> int:
     Raises:
         UserError: the files do not fit together, or the arguments do not.
     """
+    from trainer.models.quiet import quiet_libraries
+
+    quiet_libraries()
     from trainer.models.blend import add_difference, weighted_sum
 
     if options.out is None:

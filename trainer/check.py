@@ -95,6 +95,9 @@ class _Findings:
 
 
 def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, contact_sheets: Path | None, vram: float | None) -> _Findings:
+    from trainer.models.quiet import quiet_libraries
+
+    quiet_libraries()  # before anything imports diffusers, which speaks as it loads
     import torch
 
     from data.saved_index import remembered_index
@@ -115,7 +118,6 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     from trainer.export import size_beside
     from trainer.models.load import describe as describe_model
     from trainer.models.lora import read_adapter
-    from trainer.models.quiet import quiet_libraries
     from trainer.models.trainable import apply_freezing
     from trainer.precision import imagined_precision, resolve_precision
     from trainer.processes import expected
@@ -123,7 +125,6 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     from trainer.saving import plan_disk
     from trainer.validation import split_images
 
-    quiet_libraries()
     processes = expected(config.loop.gpuid)
     check_fused_backward(config, processes=processes.count)
     start = find_start(config, weights_only=weights_only)
