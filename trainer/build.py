@@ -89,6 +89,8 @@ def _train(
     try:
         run = build_run(config, console, processes, weights_only=weights_only, signals=signals)
     except Exception as error:
+        if _is_of_killed_reader(error):
+            raise UserError(_reader_killed(error)) from error
         if not is_out_of_memory(error):
             raise
         raise UserError([f"Memory has run out before the first step ({_said(error)}).", cheapest_key(config)]) from error
@@ -98,6 +100,8 @@ def _train(
         train(run)
     except Exception as error:
         failed = True
+        if _is_of_killed_reader(error):
+            raise UserError(_reader_killed(error), exit_code=1) from error
         if not is_out_of_memory(error):
             raise
         said = f"Memory has run out in step {run.state.step + 1} ({_said(error)}). Where it is:"
@@ -114,6 +118,18 @@ def _train(
                 console.event(sentence)
             for sentence in [] if failed else hand_over(run, config):  # a run that failed is gone on with, or its rate was no good
                 console.event(sentence)
+
+
+def _is_of_killed_reader(error: Exception) -> bool:
+    """Return whether an error says that a process that reads images was killed. torch raises it wherever the main process is just then."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")  # its words, and no class of its own
+
+
+def _reader_killed(error: Exception) -> str:
+    return (
+        "a process that reads images was killed, most likely because memory ran out, main memory or a container's shared memory: set "
+        f"num_workers lower, 0 reads without such processes ({_said(error)})."
+    )
 
 
 def _said(error: Exception) -> str:

@@ -146,12 +146,6 @@ def train(run: Run) -> None:
             save_after(error, run)
             if isinstance(error, DataError):
                 raise UserError(error.problems, exit_code=1) from error
-            if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):  # torch's words, and no class of its own
-                raise UserError(
-                    "a process that reads images was killed, most likely because memory ran out, main memory or a container's shared "
-                    f"memory: set num_workers lower, 0 reads without such processes ({' '.join(str(error).split())}).",
-                    exit_code=1,
-                ) from error
             raise
 
 

@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 
 import psutil
@@ -297,6 +298,24 @@ def test_a_killed_reader_ends_the_run_in_a_sentence_and_it_goes_on(workplace, mo
     (found,) = checkpoints(run_of(workplace))
     assert found.name.startswith("errored-tiny-ep01")
     resumes_to_the_bit(workplace)
+
+
+def test_a_reader_that_is_killed_while_latents_are_encoded_is_told_in_a_sentence(workplace, monkeypatch, capsys):
+    import data.loader
+
+    own, real = os.getpid(), data.loader.read_pixels
+
+    def read_pixels(*arguments):
+        if os.getpid() != own:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments)
+
+    write(workplace, DADAPT, **SETTINGS, num_workers=1, cache_latents="memory")
+    monkeypatch.setattr(data.loader, "read_pixels", read_pixels)
+    assert train.main([]) == 2
+    told = capsys.readouterr().err
+    assert "a process that reads images was killed" in told and "set num_workers lower" in told and "Traceback" not in told
+    assert not (workplace / "logs").exists()
 
 
 def test_an_image_that_gives_an_input_output_error_is_left_out(workplace, monkeypatch, capsys):
