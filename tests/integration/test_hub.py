@@ -109,8 +109,10 @@ def test_only_what_training_needs_is_downloaded_and_only_once(hub, tmp_path, mon
         (folder / name).write_bytes(b"not to be read")
     hub.repositories["someone/some-model"] = folder
     options = ModelOptions(resume_ckpt="someone/some-model")
-    assert "assumed here" in describe(options).notes[0]
-    assert hub.sent == []
+    before = describe(options)
+    assert before.notes == ("resume_ckpt: someone/some-model is not in the hub cache and is downloaded when training starts.",)
+    assert before.unet.config["block_out_channels"] == [8, 16] and not before.assumed
+    assert {Path(name).suffix for name in hub.sent} == {".json"}  # no weights
 
     models = load_models(options)
     assert_same(models, tiny_models())
@@ -161,6 +163,26 @@ def test_a_download_that_broke_off_goes_on(hub, tmp_path):
     hub.sent.clear()
     assert_same(load("someone/some-model"), tiny_models())
     assert hub.sent == ["unet/diffusion_pytorch_model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "said"),
+    [
+        (
+            "model_index.json",
+            {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]},
+            "resume_ckpt: someone/other is a StableDiffusionXLPipeline, which this program does not train",
+        ),
+        ("unet/config.json", {"in_channels": 9}, "resume_ckpt: someone/other: the UNet takes 9 channels"),
+    ],
+)
+@pytest.mark.parametrize("read", [describe, load_models])
+def test_another_kind_of_model_is_refused_before_its_weights_are_downloaded(read, file, changes, said, hub, tmp_path):
+    served = hub.repositories["someone/other"] = write_tiny_folder(tmp_path / "served")
+    (served / file).write_text(json.dumps(json.loads((served / file).read_text()) | changes))
+    with pytest.raises(UserError, match=said):
+        read(ModelOptions(resume_ckpt="someone/other"))
+    assert {Path(name).suffix for name in hub.sent} == {".json"}
 
 
 def test_what_the_hub_refuses_is_said_plainly(hub, tmp_path):

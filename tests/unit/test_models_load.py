@@ -612,7 +612,7 @@ def test_a_hub_id_that_is_not_cached_is_described_as_sd15_with_a_note(tmp_path, 
     models = describe(ModelOptions(resume_ckpt="someone/some-model", vae="someone/some-vae"))
     assert sum(p.numel() for p in models.unet.parameters()) == 859_520_964
     assert models.source == "someone/some-model"
-    assert len(models.notes) == 2 and "assumed here to have SD 1.5's size" in models.notes[0] and "some-vae" in models.notes[1]
+    assert len(models.notes) == 2 and "the kind of model is unknown" in models.notes[0] and "some-vae" in models.notes[1]
 
 
 @pytest.mark.parametrize("name", ["nothing.safetensors", "tests/nothing", "a/b/c", "x", r"C:\models\sd", "", "a b/c"])

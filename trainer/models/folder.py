@@ -52,7 +52,7 @@ class Choice:
     files: tuple[str, ...]
 
 
-def read_folder(folder: Path, key: str, *, weights: bool, source: str | None = None) -> Models:
+def read_folder(folder: Path, key: str, *, weights: bool, source: str | None = None, weights_follow: bool = False) -> Models:
     """Load a diffusers folder.
 
     Args:
@@ -60,12 +60,15 @@ def read_folder(folder: Path, key: str, *, weights: bool, source: str | None = N
         key: the option that named it, for messages.
         weights: False gives networks on the meta device without reading any weight.
         source: what people call it, where that is not the folder.
+        weights_follow: whether the folder lacks weights because they are downloaded later.
 
     Raises:
         UserError: something is missing, damaged or another kind of model.
     """
-    index = check_index(folder, key)
-    networks = {network: read_network(folder / network, network, key, weights=weights) for network in WEIGHTS}
+    index = check_index(folder, key, source)
+    networks = {
+        network: read_network(folder / network, network, key, weights=weights, weights_follow=weights_follow) for network in WEIGHTS
+    }
     return Models(
         **networks,
         tokenizer=read_tokenizer(folder / "tokenizer"),
@@ -104,14 +107,15 @@ def files_of_part(folder: Path) -> list[Path]:
     return [path for path in files if path in plain or not _IS_WEIGHTS.search(path.name)]
 
 
-def check_index(folder: Path, key: str) -> dict[str, Any]:
-    """Return the index of a model that this program trains, or raise UserError."""
+def check_index(folder: Path, key: str, source: str | None = None) -> dict[str, Any]:
+    """Return the index of a model that this program trains, or raise UserError, which calls the model `source` or the folder."""
     if not (folder / INDEX).is_file():
         raise UserError(f"{key}: {_what_else(folder)}")
     index = read_json(folder / INDEX, key)
     if "text_encoder_2" in index or "transformer" in index or "XL" in str(index.get("_class_name")):
         raise UserError(
-            f"{key}: {folder} is a {index.get('_class_name')}, which this program does not train; name a Stable Diffusion 1.x or 2.x model."
+            f"{key}: {source or folder} is a {index.get('_class_name')}, which this program does not train; name a Stable Diffusion 1.x or "
+            "2.x model."
         )
     for network, accepted in _CLASSES.items():
         found = (index.get(network) or [None, None])[1]
@@ -122,17 +126,17 @@ def check_index(folder: Path, key: str) -> dict[str, Any]:
     return index
 
 
-def read_network(folder: Path, network: str, key: str, *, weights: bool) -> Any:
-    """Load one network in fp32 (on the meta device without weights), or raise UserError."""
+def read_network(folder: Path, network: str, key: str, *, weights: bool, weights_follow: bool = False) -> Any:
+    """Load one network in fp32 (on the meta device without weights, which must be there unless they follow), or raise UserError."""
     config = read_json(folder / "config.json", key)
     found = config.get("_class_name") or (config.get("architectures") or [_CLASSES[network]])[0]
     if found != _CLASSES[network]:
         raise UserError(f"{key}: {folder} holds a {found}; {_CLASSES[network]} is the only class that is trained as {network}.")
     choice = choose_weights([path.name for path in folder.iterdir() if path.is_file()], network)
-    if choice is None:
+    if choice is None and not weights_follow:
         stem = WEIGHTS[network][0]
         raise UserError(f"{key}: {folder} holds no weights ({stem}.safetensors or the like); download the model again.")
-    if not weights:
+    if choice is None or not weights:
         return _EMPTY[network](config)
     for name in choice.files:
         if name.endswith(".safetensors"):

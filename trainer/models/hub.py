@@ -6,9 +6,13 @@ from collections.abc import Collection
 from pathlib import Path
 
 from trainer.errors import UserError
-from trainer.models.folder import INDEX, WEIGHTS, choose_weights
+from trainer.models.folder import INDEX, WEIGHTS, check_index, choose_weights
 
 _SETTINGS = (INDEX, "scheduler/*.json", "tokenizer/*", "unet/*.json", "vae/*.json", "text_encoder/*.json")
+
+
+class HubUnreachable(UserError):
+    """The hub did not answer."""
 
 
 def cached_model(name: str) -> Path | None:
@@ -28,25 +32,25 @@ def cached_vae(name: str) -> Path | None:
     return None
 
 
-def fetch_model(name: str, key: str) -> Path:
-    """Return a model's folder, downloaded unless the cache holds it.
+def fetch_model(name: str, key: str, *, weights: bool) -> Path:
+    """Download a model that the cache does not hold and return its folder; without weights, only its configuration and tokenizer.
 
     Raises:
-        UserError: the hub cannot be reached, does not know the id, or the id is no Stable Diffusion model.
+        HubUnreachable: the hub did not answer.
+        UserError: the hub does not know the id, or the id is no Stable Diffusion model.
     """
-    cached = cached_model(name)
-    if cached is not None:
-        return cached
     files = _listed(name, key)
     if INDEX not in files:
         raise UserError(f"{key}: {name} on the hub is no diffusers model: it holds no {INDEX}; name another, or download its single file.")
+    settings = _downloaded(name, key, [*_SETTINGS])
+    check_index(settings, key, name)
     wanted = [*_SETTINGS]
     for network in WEIGHTS:
         choice = choose_weights([file.removeprefix(f"{network}/") for file in files if file.startswith(f"{network}/")], network)
         if choice is None:
             raise UserError(f"{key}: {name} on the hub holds no weights of the {network}; name another model.")
         wanted += [f"{network}/{file}" for file in choice.files]
-    return _downloaded(name, key, wanted)
+    return _downloaded(name, key, wanted) if weights else settings
 
 
 def fetch_vae(name: str, key: str) -> Path:
@@ -110,7 +114,7 @@ def _unavailable(name: str, key: str, error: Exception) -> UserError:
     if isinstance(error, HFValidationError):
         return UserError(f"{key}: {name} is neither a folder, a file nor a possible hub id; correct it, {local}")
     reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else _first_line(error)
-    return UserError(
+    return HubUnreachable(
         f"{key}: {name} is not complete in the hub cache ({constants.HF_HUB_CACHE}) and cannot be downloaded ({reason}); "
         f"run `hf download {name}` where there is internet and copy the cache, {local}"
     )

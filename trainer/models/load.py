@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,9 +68,9 @@ def load_models(options: ModelOptions) -> Models:
 
 
 def describe(options: ModelOptions) -> Models:
-    """Return the same networks on the meta device, with shapes and no weights; nothing is downloaded.
+    """Return the same networks on the meta device, with shapes and no weights; of a hub id, its configuration is downloaded.
 
-    A hub id that is not in the cache is described by SD 1.5's configurations, and `notes` says so.
+    Where the hub does not answer either, SD 1.5's configurations describe the model, and `notes` says so.
 
     Raises:
         UserError: as `load_models`, as far as it shows without reading weights.
@@ -92,7 +92,7 @@ def _load(options: ModelOptions, *, weights: bool) -> Models:
 def _base(name: str, *, weights: bool) -> Models:
     from trainer.models.checkpoint_file import read_file
     from trainer.models.folder import read_folder
-    from trainer.models.hub import cached_model, fetch_model
+    from trainer.models.hub import HubUnreachable, cached_model, fetch_model
 
     key = "resume_ckpt"
     path = Path(name).expanduser()
@@ -102,8 +102,20 @@ def _base(name: str, *, weights: bool) -> Models:
         _check_kind(path, key)
         return read_file(path, key, weights=weights)
     _check_hub_id(name, key)
-    folder = fetch_model(name, key) if weights else cached_model(name)
-    return read_folder(folder, key, weights=weights, source=name) if folder else _assumed(name)
+    folder = cached_model(name)
+    if folder is not None:
+        return read_folder(folder, key, weights=weights, source=name)
+    try:
+        folder = fetch_model(name, key, weights=False)
+    except HubUnreachable:
+        if weights:
+            raise
+        return _assumed(name)
+    described = read_folder(folder, key, weights=False, source=name, weights_follow=True)
+    if weights:
+        _check(described)  # before gigabytes are downloaded
+        return read_folder(fetch_model(name, key, weights=True), key, weights=True, source=name)
+    return replace(described, notes=(f"{key}: {name} is not in the hub cache and is downloaded when training starts.",))
 
 
 def _replace_vae(models: Models, name: str, *, weights: bool) -> None:
@@ -147,7 +159,10 @@ def _assumed(name: str) -> Models:
         tokenizer=clip_tokenizer(),
         scheduler_config=dict(SD15.scheduler),
         source=name,
-        notes=(f"resume_ckpt: {name} is not in the hub cache and is downloaded when training starts; assumed here to have SD 1.5's size.",),
+        notes=(
+            f"resume_ckpt: {name} is not in the hub cache, and the hub does not answer: the kind of model is unknown until it is "
+            "downloaded; sizes here are SD 1.5's.",
+        ),
         assumed=True,
     )
 
