@@ -161,7 +161,9 @@ def _fits(name: str, version: str, torch: dict[str, object]) -> bool:
 
 def _import_error(name: str) -> str | None:
     """Return the last line that importing `name` in a fresh interpreter fails with, None where it succeeds."""
-    answer = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True, errors="replace", timeout=300)
+    # -P keeps the working directory off the path; -I would also hide packages installed with --user or by PYTHONPATH.
+    command = [sys.executable, "-P", "-c", f"import {name}"]
+    answer = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
     if answer.returncode == 0:
         return None
     lines = answer.stderr.strip().splitlines()

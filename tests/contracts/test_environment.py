@@ -196,6 +196,15 @@ def test_a_companion_of_another_torch_that_imports_is_let_be(site):
     assert check_environment() == []
 
 
+def test_importing_a_companion_runs_no_file_of_the_working_directory(site, tmp_path, monkeypatch):
+    package(site, "torchvision", "0.20.0", version_py="__version__ = '0.20.0+cu121'", requires="torch (==2.5.0)", init="import cgitb")
+    monkeypatch.chdir(tmp_path)
+    for name in ("torchvision", "cgitb"):  # a module of the standard library would be hidden likewise
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    assert check_environment() == []
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_companion_that_fits_is_not_even_imported(site):
     build = str(environment._constants("torch")["__version__"]).partition("+")[2]
     package(
