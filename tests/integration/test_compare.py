@@ -123,6 +123,8 @@ def test_a_comparison_that_was_broken_off_goes_on(place):
 @pytest.mark.parametrize(("number", "told"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
 def test_a_comparison_that_is_ended_waits_for_the_checkpoint_of_its_run(number, told):
     """Ctrl-C in a terminal reaches the run by itself, and a second signal would not let it save."""
+    # A shell starts a background job with SIGINT ignored; Python then installs no handler.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGTERM)
     calls = []
 
