@@ -191,5 +191,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(unet):
         context = models.text_encoder(tokens).last_hidden_state
         models.unet(latents, times, context).sample.square().mean().backward()
         found.append({name: matrix.grad for name, matrix in named(parts).items()})
-        assert all(grad is not None and grad.any() for grad in found[-1].values())
+        # In the tiny UNet a group norm has one channel a group and removes what time_emb_proj adds: its gradient is rounding, or 0.
+        assert all(grad is not None and (grad.any() or "time_emb_proj" in name) for name, grad in found[-1].items())
     assert all(torch.allclose(grad, found[1][name], rtol=1e-4, atol=1e-7) for name, grad in found[0].items())
