@@ -67,6 +67,24 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(folde
 
 
 @pytest.mark.parametrize(
+    ("train", "words", "found"),
+    [
+        ({"save_format": "single"}, ["--no_save_ckpt"], ("saving", "save_format", "diffusers")),
+        ({"no_save_ckpt": True}, ["--save_format", "both"], ("saving", "save_format", "both")),
+        ({"save_format": "single"}, ["--no_save_ckpt", "false"], ("saving", "save_format", "single")),
+        ({"mixed_precision": "bf16"}, ["--disable_amp"], ("precision", "mixed_precision", "no")),
+        ({"disable_amp": True}, ["--mixed_precision", "bf16"], ("precision", "mixed_precision", "bf16")),
+        ({"amp": False}, ["--mixed_precision", "fp16"], ("precision", "mixed_precision", "fp16")),
+        ({"ema_decay_rate": 0.9}, ["--ema_strength_target", "0.1"], ("ema", "ema_decay_rate", None)),
+        ({"ema_strength_target": 0.1}, ["--ema_decay_rate", "0.9"], ("ema", "ema_strength_target", None)),
+    ],
+)
+def test_the_command_line_wins_over_what_the_file_says_by_another_key(folder: Path, train: dict[str, Any], words: list[str], found: Any):
+    section, key, value = found
+    assert getattr(getattr(load(train, None, *words).config, section), key) == value
+
+
+@pytest.mark.parametrize(
     ("words", "value"),
     [
         (["--no_save_ckpt"], True),

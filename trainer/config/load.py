@@ -24,7 +24,7 @@ from trainer.config.paths import (
 )
 from trainer.config.positions import Document, read_json
 from trainer.config.report import COMMAND_LINE, Place, Report, Written, checked, closest, did_you_mean, shown
-from trainer.config.rules import Settings, apply_optimizer_rules, apply_rules, resolved
+from trainer.config.rules import Settings, apply_optimizer_rules, apply_rules, drop_overridden, resolved
 from trainer.config.sample_file import read_sample_prompts
 from trainer.config.schema import CommandOptions, Key, OptimizerConfig, TrainConfig, accepts, keys_of, optimizer_keys, sections, train_keys
 from trainer.config.validation_file import read_validation
@@ -80,6 +80,7 @@ def load_config(argv: Sequence[str]) -> Loaded:
     written = _written(document, source.parent, file, report) if document else {}
     for name, value in arguments.values.items():
         written[name] = Written(value, Place(COMMAND_LINE, None, name))
+    drop_overridden(written)
     settings = _settings(written, document, Place(file), report)
     optimizers, optimizer_source = _optimizers(settings, source, report)
     if settings.values.get("sample_prompts"):

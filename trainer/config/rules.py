@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trainer.config.report import Place, Report, Written
+from trainer.config.report import COMMAND_LINE, Place, Report, Written
 from trainer.config.schema import OptimizerConfig, TrainConfig, keys_of, optimizer_classes
 from trainer.ema import EmaOptions
 from trainer.errors import UserError
@@ -24,6 +24,10 @@ LORA_LR = 1e-4
 
 FULL_SIZE = 500_000_000
 """Trained parameters from which a run counts as a full fine-tune."""
+
+
+_SAME = (("no_save_ckpt", "save_format"), ("disable_amp", "mixed_precision"), ("ema_decay_rate", "ema_strength_target"))
+"""Pairs of keys that set the same thing in two ways."""
 
 
 class Unknown(Exception):
@@ -50,6 +54,14 @@ class Settings:
     def place(self, *keys: str) -> Place:
         """Return where the first of `keys` that was written stands."""
         return next((self.written[key].place for key in keys if key in self.written), self.default)
+
+
+def drop_overridden(written: dict[str, Written]) -> None:
+    """Remove from `written` what a file sets by the one key of a pair in `_SAME` and the command line by the other."""
+    for said, other in (order for pair in _SAME for order in (pair, pair[::-1])):
+        if said in written and other in written and written[said].value not in (None, False):
+            if written[said].place.file == COMMAND_LINE != written[other].place.file:
+                del written[other]
 
 
 def apply_rules(settings: Settings, report: Report) -> None:
