@@ -82,6 +82,9 @@ def read_optimizers(document: Document, file: str, rates: Rates, report: Report)
         )
     lr = _base_lr(base, overrides, rates, Place(file, document.lines.get((BASE,)), f"{BASE}.lr"), report)
     text_lr = _text_lr(base, overrides, lr, scale, rates, Place(file, document.lines.get((OVERRIDES,)), f"{OVERRIDES}.lr"), report)
+    learn = {BASE: (base, lr)} if rates.unet else {}
+    learn |= {OVERRIDES: (overrides, text_lr)} if rates.text_encoder else {}
+    _idle_lr(learn, rates, file, report)
     _tiny_multiplier(base, rates.unet, report)
     _tiny_multiplier(overrides, rates.text_encoder, report)
     return OptimizerConfig(
@@ -217,7 +220,8 @@ def _inherit(base: _Section, overrides: _Section, report: Report) -> dict[str, W
 
 def _base_lr(base: _Section, own: _Section, rates: Rates, place: Place, report: Report) -> float:
     if "lr" in base.values:
-        _differs(base, rates, rates.unet, report)
+        if rates.unet and not _adapts(base):
+            _differs(base, "lr", rates, report)
         return base.values["lr"].value
     if _adapts(base):
         return 1.0
@@ -227,7 +231,8 @@ def _base_lr(base: _Section, own: _Section, rates: Rates, place: Place, report: 
 
 def _text_lr(base: _Section, own: _Section, base_lr: float, scale: float, rates: Rates, place: Place, report: Report) -> float:
     if "lr" in own.values:
-        _differs(own, rates, rates.text_encoder, report)
+        if rates.text_encoder and not _adapts(own):
+            _differs(own, "lr", rates, report)
         return own.values["lr"].value
     if _adapts(base) == _adapts(own):
         return base_lr * scale
@@ -251,6 +256,15 @@ def _train_lr(rates: Rates, place: Place, learns: bool, report: Report) -> float
     return FALLBACK_LR
 
 
+def _idle_lr(learns: Mapping[str, tuple[_Section, float]], rates: Rates, file: str, report: Report) -> None:
+    """Note an lr of train.json or the command line that no network takes, since D-Adaptation finds the rates of all."""
+    written = rates.written.get("lr")
+    if written is None or not learns or not all(_adapts(section) for section, _ in learns.values()):
+        return
+    name, (section, lr) = next(iter(learns.items()))
+    report.note(written.place, f"is not used: {section.optimizer} finds the rate, which {name}.lr in {file}, {lr:g}, multiplies")
+
+
 def _tiny_multiplier(section: _Section, learns: bool, report: Report) -> None:
     """Note an lr that was meant as a rate: for D-Adaptation it multiplies the rate that is found."""
     own = section.values.get("lr")
@@ -262,10 +276,12 @@ def _tiny_multiplier(section: _Section, learns: bool, report: Report) -> None:
         )
 
 
-def _differs(section: _Section, rates: Rates, learns: bool, report: Report) -> None:
-    own, train = section.values["lr"], rates.written.get("lr")
-    if learns and train is not None and not _adapts(section) and own.value != train.value:
-        report.note(own.place, f"{own.value:g} is used, not the {train.value:g} of {train.place.origin}")
+def _differs(section: _Section, key: str, rates: Rates, report: Report) -> None:
+    """Note a value of a section that wins over another one in train.json or on the command line."""
+    own, train = section.values.get(key), rates.written.get(key)
+    if own is not None and train is not None and own.value != train.value and not (key == "lr_decay_steps" and train.value == 0):
+        own_value, other = (value if isinstance(value, str) else f"{value:g}" for value in (own.value, train.value))
+        report.note(own.place, f"{own_value} is used, not the {other} of {train.place.origin}")
 
 
 def _build(section: _Section, lr: float, rates: Rates, learns: bool, report: Report) -> Any:
@@ -273,6 +289,8 @@ def _build(section: _Section, lr: float, rates: Rates, learns: bool, report: Rep
     assert section.optimizer is not None
     schedule = {key: section.values.get(key) or rates.written.get(key) for key in _SCHEDULE}
     name = schedule["lr_scheduler"].value if schedule["lr_scheduler"] else rates.lr_scheduler
+    for key in _SCHEDULE if learns else ():
+        _differs(section, key, rates, report)
     for key in ("lr_warmup_steps", "lr_decay_steps"):
         written = schedule[key]
         if name == "constant" and learns and written and written.value:

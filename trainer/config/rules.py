@@ -59,9 +59,9 @@ class Settings:
 def drop_overridden(written: dict[str, Written]) -> None:
     """Remove from `written` what a file sets by the one key of a pair in `_SAME` and the command line by the other."""
     for said, other in (order for pair in _SAME for order in (pair, pair[::-1])):
-        if said in written and other in written and written[said].value not in (None, False):
-            if written[said].place.file == COMMAND_LINE != written[other].place.file:
-                del written[other]
+        on = said in written and other in written and written[said].value not in (None, False)
+        if on and written[said].place.file == COMMAND_LINE != written[other].place.file:
+            del written[other]
 
 
 def apply_rules(settings: Settings, report: Report) -> None:
@@ -89,6 +89,7 @@ def apply_optimizer_rules(settings: Settings, optimizers: OptimizerConfig, file:
         }
         _fused_backward(settings, sections, file, report)
         _compiled(settings, sections, report)
+        _clipping(settings, sections, report)
         _weights(settings, sections, file, report)
         _lora_rates(settings, sections, optimizers, file, report)
     except Unknown:
@@ -321,6 +322,14 @@ def _compiled(settings: Settings, sections: Mapping[str, OptimizerOptions], repo
         report.note(
             settings.place("compile"),
             "a compiled backward pass hands over all gradients of a network at once, so fused_backward spares no memory with it",
+        )
+
+
+def _clipping(settings: Settings, sections: Mapping[str, OptimizerOptions], report: Report) -> None:
+    finding = [options.optimizer for options in sections.values() if options.adapts and not getattr(options, "fused_backward", False)]
+    if settings["clip_grad_norm"] is not None and finding:
+        report.note(
+            settings.place("clip_grad_norm"), f"also changes d, which {finding[0]} estimates from the clipped gradients; null is usual"
         )
 
 
