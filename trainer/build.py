@@ -336,7 +336,7 @@ def build_run(config: TrainConfig, console: Console, processes: Processes, *, we
         loggers = Loggers([recorders, card.curves])
         record_configuration(config, folder, loggers, state.step)
         console.record_to(folder / "run.log")
-    for note in [*notes, *models.notes, *split.notes, *beside_notes]:
+    for note in [*start.notes, *notes, *models.notes, *split.notes, *beside_notes]:
         console.event(f"Note: {note}")
     for held, _, bad in held_out:
         for file in bad:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,6 +44,9 @@ EMA = "sd_dadapt.ema"
 BEST = "best"
 """The kind of checkpoint that the next of its kind replaces."""
 
+_STEP = re.compile(r"-gs(\d+)$")
+"""The end of a checkpoint folder's name."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SaveOptions:
@@ -62,7 +66,7 @@ class SaveOptions:
 
     save_format: Literal["both", "diffusers", "single"] = "both"
     """What a checkpoint consists of: a diffusers folder in training precision, a single .safetensors in the original layout, or both;
-    with single, a folder is kept for resuming only, beside the newest file."""
+    with single, folders are kept for resuming only, beside the newest files (see keep_resume_n)."""
 
     no_save_ckpt: bool = False
     """Do not write the single file; the same as save_format: diffusers."""
@@ -76,8 +80,8 @@ class SaveOptions:
     save_optimizer: bool = False
     """Keep the optimizer state of every checkpoint, not only of the newest."""
 
-    keep_resume_n: Annotated[int, Ge(1)] = 1
-    """How many of the newest checkpoints keep the state that resuming needs."""
+    keep_resume_n: Annotated[int, Ge(1)] = 2
+    """How many of the newest checkpoints keep the state that resuming needs; with two, a damaged one costs the steps since the other."""
 
     keep_last_n: Annotated[int, Ge(1)] | None = None
     """Keep only the newest n checkpoints of the run and delete older ones once a newer one is whole; null keeps all."""
@@ -182,22 +186,28 @@ def read_resume(folder: Path) -> tuple[TrainState, dict[str, Any]]:
         raise UserError(f"{path}: the state of the run cannot be read ({error}); choose another checkpoint.") from error
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder is a checkpoint of this program, by its manifest, its resume state or else its name."""
+    return (folder / MANIFEST).is_file() or (folder / RESUME).is_dir() or (folder.is_dir() and _STEP.search(folder.name) is not None)
+
+
 def model_problem(folder: Path) -> str | None:
-    """Return why the model of a checkpoint is not whole, in one sentence, or None where every file is there and unchanged."""
+    """Return why the model of a checkpoint is not whole, as a clause, or None where every file is there and unchanged."""
     return _problem(folder)
 
 
 def resume_problem(folder: Path) -> str | None:
-    """Return why a run cannot go on from `folder`, in one sentence, or None where it can: every file is there and unchanged."""
-    if not (folder / RESUME / MANIFEST).is_file():
-        return f"{folder}: the checkpoint holds no resume state (only the newest keep it, see keep_resume_n)."
+    """Return why no run can be resumed from `folder`, as a clause, or None if every file is there and unchanged."""
+    if not (folder / RESUME).is_dir():
+        return f"{folder}: the checkpoint holds no resume state (only the newest keep it, see keep_resume_n)"
     return _problem(folder) or _problem(folder / RESUME)
 
 
-def find_last(logdir: Path, project: str, *, weights_only: bool = False) -> Path:
-    """Return the newest whole checkpoint of a project: in its newest run that has one, the one of the highest step.
+def find_last(logdir: Path, project: str, *, weights_only: bool = False) -> tuple[Path, list[str]]:
+    """Return the newest whole checkpoint of a project, and what is wrong with newer ones.
 
-    Runs are ordered by the timestamp in their folders' names, never by the file system's times.
+    It is the one of the highest step in the newest run that has one. Runs are ordered by the timestamp in their
+    folders' names, never by the file system's times.
 
     Args:
         logdir: the folder of the run folders.
@@ -208,42 +218,41 @@ def find_last(logdir: Path, project: str, *, weights_only: bool = False) -> Path
         UserError: there is none.
     """
     runs = sorted((path for path in logdir.glob(f"{glob.escape(project)}-*") if path.is_dir()), key=_timestamp, reverse=True)
-    damaged: list[str] = []
-    for run in runs:
-        if folder := _newest_whole(run, damaged, weights_only=weights_only, project=project):
-            return folder
-    raise UserError(
-        [
-            f"resume_ckpt: findlast found no checkpoint of project {project!r} to go on from in {logdir} ({len(runs)} runs looked at); "
-            "name a checkpoint folder or a model instead.",
-            *damaged,
-        ]
-    )
+    none = f"findlast found no checkpoint of project {project!r} to resume in {logdir} ({len(runs)} runs looked at)"
+    return _newest(runs, f"{none}; name a model to start a new run.", weights_only=weights_only, project=project)
 
 
-def newest_of(run: Path, *, weights_only: bool = False) -> Path:
-    """Return a run's whole checkpoint of the highest step.
+def newest_of(run: Path, *, weights_only: bool = False) -> tuple[Path, list[str]]:
+    """Return a run's whole checkpoint of the highest step, and what is wrong with those of higher steps.
 
     Raises:
         UserError: there is none.
     """
-    damaged: list[str] = []
-    folder = _newest_whole(run, damaged, weights_only=weights_only)
-    if folder is None:
-        raise UserError([f"resume_ckpt: the run {run} holds no checkpoint to go on from.", *damaged])
-    return folder
+    return _newest([run], f"the run {run} holds no checkpoint to resume.", weights_only=weights_only)
+
+
+def require_resumable(folder: Path) -> None:
+    """Refuse a checkpoint that no run can be resumed from.
+
+    Raises:
+        UserError: it has no resume state, or is damaged; the message says what to name instead.
+    """
+    if (problem := resume_problem(folder)) is None:
+        return
+    run = folder.parent.parent
+    others = [other for other in _folders(run) if resume_problem(other) is None] if folder.parent.name == "ckpts" else []
+    resumable = [f"To resume its run from {others[0]}, set --resume_ckpt {others[0]}."] if others else []
+    weights = [] if model_problem(folder) else [_start_from(folder)]
+    raise UserError([f"resume_ckpt: {problem}.", *resumable, *weights])
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Return a run's checkpoint folders, the highest step first, and last those whose manifest cannot be read.
+    """Return a run's checkpoint folders, the highest step first, and last those whose step is unknown.
 
     Of the same step, one that was due comes before one that was written because the run ended untimely or the loss was low: it owes
     nothing.
     """
-    restore(run / "ckpts")
-    found = [path.parent for path in (run / "ckpts").glob("*/" + MANIFEST) if not path.parent.name.startswith(".")]
-    untimely = ("interrupted-", "errored-", f"{BEST}-")
-    return sorted(found, key=lambda folder: (-_manifest(folder)["step"], folder.name.startswith(untimely), folder.name))
+    return [folder for folder in _folders(run) if (folder / MANIFEST).is_file()]
 
 
 def single_files(folder: Path, run: str, *, best: bool = False, ema: bool = False) -> list[Path]:
@@ -297,46 +306,68 @@ def rotate(run: Path, options: SaveOptions, single_folder: Path) -> None:
             drop(path)
 
 
-def _newest_whole(run: Path, damaged: list[str], *, weights_only: bool, project: str | None = None) -> Path | None:
-    """Return a run's newest whole checkpoint, of a project if one is named, None where it has none; add what was found damaged."""
-    for folder in checkpoints(run):
-        if not weights_only and not (folder / RESUME).exists():
-            continue
-        if project is not None and _manifest(folder)["project"] not in (project, None):  # "demo-two" begins like "demo"
-            continue
-        problem = model_problem(folder) if weights_only else resume_problem(folder)
-        if problem is None:
-            return folder
+def _newest(runs: Sequence[Path], none: str, *, weights_only: bool, project: str | None = None) -> tuple[Path, list[str]]:
+    """Return the newest whole checkpoint of several runs, the newest run first, and what is wrong with newer ones.
+
+    Args:
+        runs: the runs' folders.
+        none: the sentence for no checkpoint at all.
+        weights_only: a whole model will do.
+        project: of the checkpoints; None takes those of any.
+
+    Raises:
+        UserError: there is none.
+    """
+    # "demo-two" begins like "demo".
+    found = [folder for run in runs for folder in _folders(run) if project is None or _manifest(folder)["project"] in (project, None)]
+    damaged: list[str] = []
+    for folder in found:
+        if (problem := model_problem(folder) if weights_only else resume_problem(folder)) is None:
+            return folder, damaged
         damaged.append(problem)
-    return None
+    whole = next((folder for folder in found if not weights_only and model_problem(folder) is None), None)
+    raise UserError([f"resume_ckpt: {none}", *(f"{problem}." for problem in damaged), *([_start_from(whole)] if whole else [])])
+
+
+def _start_from(folder: Path) -> str:
+    return f"To start a new run at step 0 from the weights of {folder}, set --resume_ckpt {folder} --resume_weights_only."
+
+
+def _folders(run: Path) -> list[Path]:
+    """Return `checkpoints`, and among them folders named like one whose manifest is lost."""
+    restore(run / "ckpts")
+    found = [path for path in (run / "ckpts").glob("*/") if not path.name.startswith(".") and is_checkpoint(path)]
+    untimely = ("interrupted-", "errored-", f"{BEST}-")
+    return sorted(found, key=lambda folder: (-_manifest(folder)["step"], folder.name.startswith(untimely), folder.name))
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """Return what the manifest of a checkpoint says of its place in the run; step -1 where it cannot be read."""
+    """Return a checkpoint's place in its run; of a damaged manifest the step in the folder's name, -1 if it has none."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return {"step": int(manifest["step"]), "project": manifest["project"], "kind": manifest.get("kind", "")}
     except (OSError, ValueError, KeyError, TypeError):
-        return {"step": -1, "project": None, "kind": ""}
+        named = _STEP.search(folder.name)
+        return {"step": int(named[1]) if named else -1, "project": None, "kind": ""}
 
 
 def _problem(part: Path) -> str | None:
     try:
         manifest = json.loads((part / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
-            return f"{part}: the checkpoint has format {manifest['format']}, this version reads {FORMAT}; use the version that wrote it."
+            return f"{part}: the checkpoint has format {manifest['format']}, this version reads {FORMAT}"
         for name, entry in manifest["files"].items():
             path = part / name
             if not path.is_file():
-                return f"{path}: the file is missing from the checkpoint; choose another checkpoint."
+                return f"{path}: the file is missing from the checkpoint"
             try:
                 changed = path.stat().st_size != entry["size"] or _sha256(path) != entry["sha256"]
             except OSError as error:
-                return f"{path}: the file cannot be read ({error.strerror}); choose another checkpoint."
+                return f"{path}: the file cannot be read ({error.strerror})"
             if changed:
-                return f"{path}: the file is not what the checkpoint's manifest says; choose another checkpoint."
+                return f"{path}: the file is not what the checkpoint's manifest says"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{part / MANIFEST}: the manifest cannot be read ({error}); choose another checkpoint."
+        return f"{part / MANIFEST}: the manifest cannot be read ({error})"
     return None
 
 

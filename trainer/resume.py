@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.replacing import WINDOWS
-from trainer.checkpoint import RESUME, TrainState, find_last, newest_of, read_resume, resume_problem
+from trainer.checkpoint import TrainState, find_last, is_checkpoint, newest_of, read_resume, require_resumable
 from trainer.config import flattened
 from trainer.errors import UserError
 from trainer.models.lora import read_base
@@ -45,33 +45,38 @@ class Start:
     about: Mapping[str, Any] | None = None
     """What the continued run was, as its checkpoint says."""
 
+    notes: Sequence[str] = ()
+    """Newer checkpoints that are damaged, a clause each."""
+
 
 def find_start(config: TrainConfig, *, weights_only: bool) -> Start:
     """Return what resume_ckpt stands for.
 
-    A checkpoint folder, a run folder (its newest whole checkpoint) and `findlast` continue a run, or begin a new one from its weights;
-    anything else is a base model.
+    A checkpoint folder, a run folder (its newest whole checkpoint) and `findlast` resume a run, or start a new one
+    from its weights if asked to; anything else is a base model.
 
     Raises:
-        UserError: there is no checkpoint to go on from, or it is damaged.
+        UserError: there is no checkpoint to resume, it is damaged, or it holds no resume state.
     """
     named = config.model.resume_ckpt
     folder = Path(named)
+    damaged: list[str] = []
     if named == "findlast":
-        folder = find_last(Path(config.logging.logdir), config.logging.project_name, weights_only=weights_only)
+        folder, damaged = find_last(Path(config.logging.logdir), config.logging.project_name, weights_only=weights_only)
     elif (folder / "ckpts").is_dir():
-        folder = newest_of(folder, weights_only=weights_only)
-    elif not (folder / RESUME).is_dir():
+        folder, damaged = newest_of(folder, weights_only=weights_only)
+    elif not is_checkpoint(folder):
         weights_only = True
-    elif not weights_only and (problem := resume_problem(folder)):
-        raise UserError(f"resume_ckpt: {problem}")
+    elif not weights_only:
+        require_resumable(folder)
+    notes = [f"{problem}; {folder.name} is used instead" for problem in damaged]
     base = read_base(folder)
     whole = named if folder == Path(named) else str(folder)  # a hub id is no path
     model, adapter = (whole, None) if base is None else (base.model, folder)
     if weights_only:
-        return Start(model, adapter=adapter)
+        return Start(model, adapter=adapter, notes=notes)
     state, about = read_resume(folder)
-    return Start(model, folder, state, adapter, about)
+    return Start(model, folder, state, adapter, about, notes)
 
 
 def describe(config: TrainConfig, index: Index, parts: TrainedParts, total_steps: int, processes: int) -> dict[str, Any]:

@@ -337,7 +337,7 @@ def test_an_image_that_gives_an_input_output_error_is_left_out(workplace, monkey
 
 
 def test_a_checkpoint_that_cannot_be_read_is_passed_over(workplace, monkeypatch, capsys):
-    write(workplace, DADAPT, **SETTINGS | {"save_every_n_epochs": 1, "keep_resume_n": 2})
+    write(workplace, DADAPT, **SETTINGS | {"save_every_n_epochs": 1})
     assert train.main([]) == 0
     import hashlib
 
@@ -351,7 +351,7 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(workplace, monkeypatch,
     with monkeypatch.context() as patch:
         patch.setattr(hashlib, "file_digest", file_digest)
         assert train.main(["--resume_ckpt", str(run_of(workplace) / "ckpts" / LAST)]) == 2
-        assert "the file cannot be read (Input/output error); choose another checkpoint" in capsys.readouterr().err
+        assert "the file cannot be read (Input/output error)" in capsys.readouterr().err
         assert train.main(["--resume_ckpt", "findlast", "--stop_after_steps", "3"]) == 0
         assert "Going on after step 3" in capsys.readouterr().out
 

@@ -1,6 +1,7 @@
 """A run that was stopped and continued is the run that was not: weights, state and curves to the bit."""
 
 import json
+import re
 
 import pytest
 
@@ -167,18 +168,37 @@ def test_a_run_that_is_out_of_time_saves_and_goes_on_to_the_bit(workplace, capsy
     same_run(*(run / "ckpts" / LAST for run in (whole, stopped)))
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_named(workplace, capsys):
-    write(workplace, DADAPT, **SHORT | {"save_every_n_epochs": 1, "keep_resume_n": 2})
+def test_a_damaged_checkpoint_is_passed_over_and_named(workplace, no_estimate, capsys):
+    write(workplace, DADAPT, **SHORT | {"save_every_n_epochs": 1})
     assert train.main([]) == 0
     newest, older = checkpoints(run_of(workplace))
     weights = newest / "unet" / "diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
+    problem = "diffusion_pytorch_model.safetensors: the file is not what the checkpoint's manifest says"
     assert train.main(["--resume_ckpt", str(newest)]) == 2
-    assert "diffusion_pytorch_model.safetensors: the file is not what the checkpoint's manifest says" in capsys.readouterr().err
-    assert train.main(["--resume_ckpt", "findlast", "--stop_after_steps", "4"]) == 0
-    assert f"Going on after step 3 in {older.parent.parent}" in capsys.readouterr().out
+    error = capsys.readouterr().err
+    assert problem in error and f"To resume its run from {older}, set --resume_ckpt {older}." in error
+    for more in (["--check"], ["--stop_after_steps", "4"]):
+        assert train.main(["--resume_ckpt", "findlast", *more]) == 0
+        out = capsys.readouterr().out
+        assert re.search(f"Note: .*{re.escape(problem)}; {older.name} is used instead", out)
+    assert f"Going on after step 3 in {older.parent.parent}" in out
+
+
+def test_an_older_checkpoint_starts_a_new_run_only_if_asked_to(workplace, capsys):
+    write(workplace, DADAPT, **SHORT | {"save_every_n_epochs": 1, "keep_resume_n": 1})
+    assert train.main([]) == 0
+    newest, older = checkpoints(run_of(workplace))
+    for more in ([], ["--check"]):
+        assert train.main(["--resume_ckpt", str(older), *more]) == 2
+        error = capsys.readouterr().err
+        assert f"{older}: the checkpoint holds no resume state" in error
+        assert f"--resume_ckpt {newest}." in error and f"--resume_ckpt {older} --resume_weights_only." in error
+    assert len(list((workplace / "logs").glob("tiny-*"))) == 1
+    assert train.main(["--resume_ckpt", str(older), "--resume_weights_only", "--stop_after_steps", "1"]) == 0
+    assert len(list((workplace / "logs").glob("tiny-*"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from trainer.checkpoint import (
     model_problem,
     newest_of,
     read_resume,
+    require_resumable,
     resume_problem,
     rotate,
     save_checkpoint,
@@ -121,7 +123,8 @@ def test_findlast_takes_the_newest_runs_highest_whole_step(tmp_path):
     _save(tmp_path / "other-20260103-000000", 5, project="other")
     _save(tmp_path / "demo-two-20260103-000000", 5, project="demo-two")
     (tmp_path / "demo-20260104-000000").mkdir()
-    assert find_last(tmp_path, "demo") == wanted
+    found, damaged = find_last(tmp_path, "demo")
+    assert found == wanted and len(damaged) == 1 and str(broken / "unet" / "weights.bin") in damaged[0]
 
 
 def test_findlast_without_a_checkpoint_says_what_it_looked_at(tmp_path):
@@ -130,16 +133,53 @@ def test_findlast_without_a_checkpoint_says_what_it_looked_at(tmp_path):
     with pytest.raises(UserError) as error:
         find_last(tmp_path, "demo")
     assert "1 runs looked at" in error.value.problems[0] and "weights.bin" in error.value.problems[1]
+    assert len(error.value.problems) == 2, "there are no weights to offer"
+
+
+def test_findlast_without_whole_state_offers_whole_weights(tmp_path):
+    run = tmp_path / "demo-20260102-000000"
+    offered = _save(run, 5, resume=False)
+    broken = _save(run, 9)
+    (broken / "unet" / "weights.bin").unlink()
+    for find in (lambda: find_last(tmp_path, "demo"), lambda: newest_of(run)):
+        with pytest.raises(UserError) as error:
+            find()
+        assert error.value.problems[-1].endswith(f"set --resume_ckpt {offered} --resume_weights_only.")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "resume/manifest.json", "resume"])
+def test_a_checkpoint_that_lost_part_of_itself_is_passed_over_by_name(tmp_path, name):
+    run = tmp_path / "demo-20260102-000000"
+    wanted, lost = _save(run, 5), _save(run, 9) / name
+    shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+    found, damaged = find_last(tmp_path, "demo")
+    assert found == wanted and len(damaged) == 1 and damaged[0].startswith(str(run / "ckpts" / "demo-ep01-gs00009"))
+
+
+def test_a_checkpoint_without_resume_state_says_what_to_name_instead(tmp_path):
+    run = tmp_path / "demo-20260102-000000"
+    older, newer = _save(run, 5, resume=False), _save(run, 9)
+    require_resumable(newer)
+    with pytest.raises(UserError) as error:
+        require_resumable(older)
+    said = error.value.problems
+    assert "holds no resume state" in said[0] and said[1].endswith(f"set --resume_ckpt {newer}.")
+    assert said[2].endswith(f"set --resume_ckpt {older} --resume_weights_only.")
+    copied = shutil.copytree(older, tmp_path / "copied")
+    (copied / "unet" / "weights.bin").unlink()
+    with pytest.raises(UserError) as error:
+        require_resumable(copied)
+    assert len(error.value.problems) == 1, "neither a run to look in nor whole weights"
 
 
 def test_findlast_for_weights_alone_needs_no_resume_state(tmp_path):
     run = tmp_path / "demo-20260102-000000"
     _save(run, 5)
     newer = _save(run, 9, resume=False)
-    assert find_last(tmp_path, "demo").name.endswith("gs00005")
-    assert find_last(tmp_path, "demo", weights_only=True) == newer == newest_of(run, weights_only=True)
+    assert find_last(tmp_path, "demo")[0].name.endswith("gs00005")
+    assert find_last(tmp_path, "demo", weights_only=True) == (newer, []) == newest_of(run, weights_only=True)
     _save(tmp_path / "demo-two-20260103-000000", 50, project="demo-two", resume=False)
-    assert find_last(tmp_path, "demo", weights_only=True) == newer
+    assert find_last(tmp_path, "demo", weights_only=True)[0] == newer
 
 
 def test_of_one_step_the_checkpoint_that_was_due_comes_first(tmp_path):
@@ -162,12 +202,12 @@ def test_a_checkpoint_that_was_being_replaced_when_the_process_died_comes_back(t
 def test_rotation_keeps_models_and_drops_old_resume_state(tmp_path):
     run = tmp_path / "demo-20260101-000000"
     folders = [_save(run, step) for step in (5, 10, 100)]
-    rotate(run, SaveOptions(keep_resume_n=2), run / "ckpts")
+    rotate(run, SaveOptions(), run / "ckpts")
     assert [(folder / "resume").is_dir() for folder in folders] == [False, True, True]
     assert [folder.is_dir() for folder in folders] == [True, True, True]
     rotate(run, SaveOptions(save_optimizer=True), run / "ckpts")
     assert (folders[1] / "resume").is_dir()
-    rotate(run, SaveOptions(save_format="single"), run / "ckpts")
+    rotate(run, SaveOptions(save_format="single", keep_resume_n=1), run / "ckpts")
     assert [folder.is_dir() for folder in folders] == [True, False, True], "a folder kept for resuming only goes with its state"
     assert [path.name for path in checkpoints(run)] == ["demo-ep01-gs00100", "demo-ep01-gs00005"]
     assert not [path for path in (run / "ckpts").iterdir() if path.name.startswith(".")]
@@ -184,7 +224,7 @@ def test_keep_last_n_deletes_this_runs_older_models_and_nothing_else(tmp_path):
     (shelf / "broken.safetensors").write_bytes(b"no header")
     rotate(run, SaveOptions(keep_last_n=2), shelf)
     assert [folder.is_dir() for folder in folders] == [False, True, True]
-    assert [(folder / "resume").is_dir() for folder in folders[1:]] == [False, True]
+    assert [(folder / "resume").is_dir() for folder in folders[1:]] == [True, True]
     kept = {path.name for path in shelf.iterdir()}
     assert kept == {f"{run.name}-10.safetensors", f"{run.name}-100.safetensors", "demo-20250101-000000-1.safetensors"} | {
         "foreign.safetensors",

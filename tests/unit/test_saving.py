@@ -113,7 +113,7 @@ def test_rotation_follows_a_whole_checkpoint(tmp_path):
     for step in (1, 2, 3):
         bench.save(step)
     assert bench.names == [f"demo-ep00-gs0000{step}{end}" for step in (2, 3) for end in ("", ".safetensors")]
-    assert [(folder / "resume").is_dir() for folder in checkpoints(bench.run)] == [True, False]
+    assert [(folder / "resume").is_dir() for folder in checkpoints(bench.run)] == [True, True]
 
 
 def test_a_checkpoint_that_cannot_be_deleted_is_a_note(tmp_path, monkeypatch):
@@ -208,13 +208,15 @@ def test_minutes_are_counted_by_a_clock_that_does_not_jump(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("options", "saves", "kept", "resumable", "more"),
     [
-        ({}, 4, 4, 1, 1),
+        ({}, 4, 4, 2, 1),
         ({}, 1, 1, 1, 0),
-        ({"keep_last_n": 2}, 4, 2, 1, 1),
+        ({"keep_last_n": 1}, 4, 1, 1, 1),
+        ({"keep_last_n": 2}, 4, 2, 2, 1),
+        ({"keep_last_n": 2, "keep_resume_n": 1}, 4, 2, 1, 1),
         ({"save_optimizer": True}, 4, 4, 4, 0),
         ({"keep_resume_n": 3}, 2, 2, 2, 0),
         ({"keep_last_n": 2, "save_optimizer": True}, 9, 2, 2, 1),
-        ({"keep_best": True}, 4, 5, 1, 1),
+        ({"keep_best": True}, 4, 5, 2, 1),
     ],
 )
 def test_the_fullest_moment(options, saves, kept, resumable, more):
@@ -223,9 +225,9 @@ def test_the_fullest_moment(options, saves, kept, resumable, more):
     assert replace(plan, beside=1000).most == plan.most + 1000, "what the base has beside the networks is kept once"
 
 
-def test_a_single_file_alone_keeps_its_folder_for_resuming_only():
+def test_single_files_alone_keep_folders_for_resuming_only():
     plan = DiskPlan(SaveOptions(save_format="single"), folder=100, single=50, resume=7, saves=4)
-    assert plan.most == 107 + 4 * 50 + 157
+    assert plan.most == 2 * 107 + 4 * 50 + 157
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "dadapt_adam", "dadapt_adam_reference"])

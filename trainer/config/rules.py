@@ -274,7 +274,7 @@ def _saving(settings: Settings, report: Report) -> None:
 
 def _keeping(settings: Settings, report: Report) -> None:
     resumable, models = settings["keep_resume_n"], settings["keep_last_n"]
-    if models is not None and resumable > models:
+    if models is not None and resumable > models and "keep_resume_n" in settings.written:
         place = settings.place("keep_resume_n", "keep_last_n")
         report.error(place, f"{resumable} checkpoints to resume from need as many models: keep_last_n {models} must be at least that")
     if settings["save_optimizer"] and "keep_resume_n" in settings.written:
