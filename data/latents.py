@@ -21,6 +21,7 @@ from data.buckets import Bucket, buckets, nearest
 from data.errors import FileError
 from data.image import READING
 from data.index import Index, Record
+from data.regular import LARGEST_STATE, load_json, open_regular
 from data.replacing import clear_drafts, replacing
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ def content_of(path: Path) -> str:
     Raises:
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
@@ -265,7 +266,7 @@ def contents_of(records: Sequence[Record], memory: Path, *, save: bool = True) -
 
 def _remembered(memory: Path) -> dict[str, list[Any]]:
     try:
-        known = json.loads(memory.read_text(encoding="utf-8"))
+        known = load_json(memory, LARGEST_STATE)
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}

@@ -26,10 +26,14 @@ import PIL
 from data.dataset import DataOptions
 from data.folder import walk
 from data.index import Index, build_index
+from data.regular import read_regular
 from data.replacing import replacing
 
 FEWEST = 2000
 """Images from which an index is worth saving: fewer are scanned in a second."""
+
+_LARGEST = 4 << 30
+"""Bytes of a saved index: that of ten million images."""
 
 _GRAIN = 2_000_000_000
 """Nanoseconds within which a file could change once more and keep its times."""
@@ -120,7 +124,7 @@ def _save(path: Path, signature: str, index: Index) -> None:
 
 def _load(path: Path, signature: str) -> Index | None:
     try:
-        head, _, content = path.read_bytes().partition(b"\n")
+        head, _, content = read_regular(path, _LARGEST).partition(b"\n")
         if json.loads(head) != {"signature": signature, "content": _hash(content)}:
             return None
     except (OSError, ValueError):

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
 
+from data.regular import LARGEST_STATE, load_json, open_regular
 from trainer.disk import appearing, drop, restore
 from trainer.errors import UserError
 
@@ -180,7 +181,7 @@ def read_resume(folder: Path) -> tuple[TrainState, dict[str, Any]]:
     """
     path = folder / RESUME / "state.json"
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = load_json(path, LARGEST_STATE)
         return TrainState(**saved["state"]), saved["about"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: the state of the run cannot be read ({error}); choose another checkpoint.") from error
@@ -344,7 +345,7 @@ def _folders(run: Path) -> list[Path]:
 def _manifest(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's place in its run; of a damaged manifest the step in the folder's name, -1 if it has none."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = load_json(folder / MANIFEST, LARGEST_STATE)
         return {"step": int(manifest["step"]), "project": manifest["project"], "kind": manifest.get("kind", "")}
     except (OSError, ValueError, KeyError, TypeError):
         named = _STEP.search(folder.name)
@@ -353,7 +354,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def _problem(part: Path) -> str | None:
     try:
-        manifest = json.loads((part / MANIFEST).read_text(encoding="utf-8"))
+        manifest = load_json(part / MANIFEST, LARGEST_STATE)
         if manifest["format"] != FORMAT:
             return f"{part}: the checkpoint has format {manifest['format']}, this version reads {FORMAT}"
         for name, entry in manifest["files"].items():
@@ -399,7 +400,7 @@ _LINKED: dict[tuple[int, ...], str] = {}
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from data.regular import LARGEST_STATE, load_json
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -34,7 +36,7 @@ def read_state(path: Path) -> Any:
     """Return what `write_state` wrote, tensors on the CPU in their saved dtype."""
     from safetensors import safe_open
 
-    tree = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    tree = load_json(path.with_suffix(".json"), LARGEST_STATE)
     with safe_open(path.with_suffix(".safetensors"), framework="pt") as file:
         return _from_tree(tree, file)
 

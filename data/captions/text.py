@@ -10,6 +10,7 @@ from data.captions.caption import parse_caption
 from data.captions.entry import Entry, Remark
 from data.errors import FileError
 from data.folder import Folder
+from data.regular import open_regular
 
 LARGEST_TEXT = 1 << 20
 """Bytes; a longer file is not a caption."""
@@ -53,7 +54,7 @@ def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
         FileError: the file cannot be read, or is larger than `largest` bytes.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(largest + 1)
     except OSError as error:
         raise FileError(f"{path.name}: cannot be read ({error.strerror})") from error

@@ -64,7 +64,7 @@ def test_lines_are_counted_across_dos_line_ends(folder: Path):
         (GOOD_TRAIN.encode("utf-16"), "train.json: the file is saved as UTF-16; save it as UTF-8"),
         (b'{"resume_ckpt":\n"\xfc"}', "train.json:2: byte 0xfc is not UTF-8; save the file as UTF-8"),
         (b"PK\x03\x04\x00\x00", "train.json: the file is not text (it holds zero bytes); name a JSON file saved as UTF-8"),
-        (b" " * 5_000_000, "--config: train.json is too large for a configuration; name a JSON file"),
+        (b" " * 5_000_000, "--config: train.json cannot be read: it is larger than 4 MiB, which is too much for what it is"),
         (b'{"lora": ' + b"[" * 100_000, "train.json:1: lora: brackets are nested more than 40 deep"),
     ],
     ids=["UTF-16", "latin-1", "zip", "large", "deep"],
@@ -82,8 +82,8 @@ def test_without_a_configuration_the_option_is_named(folder: Path):
 def test_a_file_that_may_not_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch):
     Case("", {}).write(folder)
 
-    def refuse(self: Path) -> bytes:
+    def refuse(self: Path, mode: str) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     assert refused().problems == ("--config: train.json cannot be read: Permission denied",)

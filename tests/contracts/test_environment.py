@@ -197,9 +197,9 @@ def test_a_companion_of_another_torch_that_imports_is_let_be(site):
 
 
 def test_importing_a_companion_runs_no_file_of_the_working_directory(site, tmp_path, monkeypatch):
-    package(site, "torchvision", "0.20.0", version_py="__version__ = '0.20.0+cu121'", requires="torch (==2.5.0)", init="import cgitb")
+    package(site, "torchvision", "0.20.0", version_py="__version__ = '0.20.0+cu121'", requires="torch (==2.5.0)", init="import colorsys")
     monkeypatch.chdir(tmp_path)
-    for name in ("torchvision", "cgitb"):  # a module of the standard library would be hidden likewise
+    for name in ("torchvision", "colorsys"):  # a module of the standard library would be hidden likewise
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     assert check_environment() == []
     assert not (tmp_path / "ran").exists()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from data.regular import read_regular
 from trainer.config.ed2 import other_word, translate
 from trainer.config.optimizers import BASE, Rates, is_documentation, read_optimizers
 from trainer.config.overrides import help_text, parse
@@ -33,9 +34,6 @@ from trainer.errors import UserError
 _FREEZE = "; to leave a network as it is, set disable_unet_training or disable_textenc_training"
 _NAMES_FILES = ("data_root", "optimizer_config")
 """Keys whose defaults are looked for, and so only taken if the file was understood far enough to know that they are absent."""
-
-_LARGEST = 4 * 1024 * 1024
-"""Bytes; a configuration beyond that is some other file."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +109,8 @@ def _read(path: Path, file: str, named: Place, report: Report) -> Document | Non
         if path.is_dir():
             inner = " (it holds train.json)" if (path / "train.json").exists() else ""
             problem = f"{file} is a folder{inner}; name the file"
-        elif path.stat().st_size > _LARGEST:
-            problem = f"{file} is too large for a configuration; name a JSON file"
         else:
-            document = read_json(path.read_bytes())
+            document = read_json(read_regular(path))
             for issue in document.issues:
                 report.error(Place(file, issue.line, _spelled(issue.path)), issue.sentence)
             return document

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from data.regular import irregular
 from trainer.config.report import Place, Report, Written, closest
 from trainer.models.lora import BASE_FILE
 
@@ -152,6 +153,9 @@ def _found(written: Written, report: Report, kind: str) -> Path | None:
     path = find(written)
     if path is None:
         report.error(written.place, not_found(written, kind))
+    elif odd := irregular(path):
+        report.error(written.place, f"{value} is a {odd}; name a {kind}")
+        return None
     return path
 
 

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from data.regular import read_regular
 from trainer.config.paths import shown_path
 from trainer.config.positions import Document, read_json
 from trainer.config.report import Place, Report, checked, did_you_mean, shown
@@ -41,7 +42,7 @@ def read_sample_prompts(path: Path, report: Report) -> SamplePrompts | None:
     report.files.append(file)
     before = len(report.errors)
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except OSError as reason:
         report.error(Place(file), f"the sample prompts cannot be read: {reason.strerror or reason}")
         return None

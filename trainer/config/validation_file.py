@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data.regular import read_regular
 from trainer.config.paths import resolve_images, shown_path
 from trainer.config.positions import read_json
 from trainer.config.report import Place, Report, Written, checked, did_you_mean
@@ -46,7 +47,7 @@ def read_validation(path: Path, report: Report) -> ValidationFile | None:
     report.files.append(file)
     before = len(report.errors)
     try:
-        document = read_json(path.read_bytes())
+        document = read_json(read_regular(path))
     except OSError as reason:
         report.error(Place(file), f"the validation file cannot be read: {reason.strerror or reason}")
         return None

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.regular import open_regular
 from trainer.disk import appearing
 from trainer.errors import UserError
 
@@ -40,7 +41,8 @@ class JsonlLogger:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if purge_step is not None and self._path.exists():
-                lines = self._path.read_bytes().splitlines(keepends=True)
+                with open_regular(self._path) as file:
+                    lines = file.readlines()
                 with appearing(self._path) as draft:
                     draft.write_bytes(b"".join(line for line in lines if _step(line) < purge_step))
             else:

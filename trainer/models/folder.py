@@ -5,7 +5,6 @@ The checkpoints of this program are such folders too, with more files beside, wh
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from transformers import CLIPTextModel
 
+from data.regular import load_json
 from trainer.errors import UserError
 from trainer.models.load import Models
 from trainer.models.networks import empty_text_encoder, empty_unet, empty_vae
@@ -185,7 +185,7 @@ def choose_weights(names: Collection[str], network: str) -> Choice | None:
 def read_json(path: Path, key: str) -> dict[str, Any]:
     """Return a JSON object from a file, or raise UserError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path)
     except OSError as error:
         raise UserError(f"{key}: {path} is missing or cannot be read ({error.strerror}); download the model again.") from error
     except ValueError as error:

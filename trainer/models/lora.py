@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Gt
 
+from data.regular import load_json
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ def read_base(folder: Path) -> Base | None:
     if not (folder / LORA_FILE).is_file() or not (folder / BASE_FILE).is_file():
         return None
     try:
-        base = Base(**json.loads((folder / BASE_FILE).read_text(encoding="utf-8")))
+        base = Base(**load_json(folder / BASE_FILE))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder / BASE_FILE}: the model under the LoRA cannot be read ({error}); choose another checkpoint.") from error
     if Path(base.model).is_absolute() and not Path(base.model).exists():

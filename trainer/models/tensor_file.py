@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.regular import open_regular
 from trainer.errors import UserError
 
 _DTYPES = {
@@ -138,7 +139,7 @@ def write_tensors(
 def _read_header(path: Path) -> dict[str, Any]:
     """Return a .safetensors header, having compared what it promises with the file's size."""
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(8)
         if start.startswith(b"version "):
             raise UserError(f"{path}: {_POINTER}")
@@ -204,8 +205,9 @@ def check_pickle(path: Path) -> list[str]:
     Raises:
         UserError: it is something else, cut short, or asks for what weights have no use for.
     """
-    packed = zipfile.is_zipfile(path)
-    if problem := _no_pickle(path, packed=packed):
+    with open_regular(path) as file:
+        start, packed = file.read(64), zipfile.is_zipfile(file)
+    if problem := _no_pickle(path, start, packed=packed):
         raise UserError(f"{path}: {problem}")
     wanted = _foreign_names(path) if packed else []
     if strange := [name for name in wanted if not name.startswith(_BESIDE_WEIGHTS)]:
@@ -234,11 +236,9 @@ def _foreign_names(path: Path) -> list[str]:
         return []
 
 
-def _no_pickle(path: Path, *, packed: bool) -> str | None:
+def _no_pickle(path: Path, start: bytes, *, packed: bool) -> str | None:
     """Return what a file is that cannot be a .ckpt, and what to do, or None where it can be one."""
     size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(64)
     if start.startswith(b"version "):
         return _POINTER
     if start[8:9] == b"{":

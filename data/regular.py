@@ -1,0 +1,65 @@
+"""Reading files that others made: regular files only, of a size that fits what they are."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+LARGEST_CONFIG = 4 << 20
+"""Bytes of a configuration; a larger file is something else."""
+
+LARGEST_STATE = 256 << 20
+"""Bytes of a file of this program's own that grows with the model or the data: a manifest, a state, a list of hashes."""
+
+_KINDS = ((stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"), (stat.S_ISCHR, "device"), (stat.S_ISBLK, "device"))
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file for reading in binary. A pipe would wait for its writer, and a device may have no end.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    if kind := irregular(path):
+        raise OSError(errno.EINVAL, f"it is a {kind}, not a regular file", str(path))
+    return path.open("rb")
+
+
+def irregular(path: Path) -> str | None:
+    """Return "pipe", "socket" or "device", or None for a regular file or a folder.
+
+    Raises:
+        OSError: nothing is there.
+    """
+    mode = path.stat().st_mode
+    return next((kind for is_kind, kind in _KINDS if is_kind(mode)), None)
+
+
+def read_regular(path: Path, largest: int = LARGEST_CONFIG) -> bytes:
+    """Return the content of a regular file of at most `largest` bytes.
+
+    Raises:
+        OSError: it cannot be read, is no regular file or is larger.
+    """
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > largest:
+            raise OSError(errno.EFBIG, f"it is larger than {largest >> 20} MiB, which is too much for what it is", str(path))
+        return file.read()
+
+
+def load_json(path: Path, largest: int = LARGEST_CONFIG) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        OSError: as `read_regular`.
+        ValueError: it is not JSON, or nested too deep.
+    """
+    try:
+        return json.loads(read_regular(path, largest))
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
