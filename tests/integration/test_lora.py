@@ -187,10 +187,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(unet):
         assert ("unet" in parts.parameters) == unet
         with torch.no_grad():
             for name, matrix in named(parts).items():
-                matrix.add_(0.1 if ".lora_B." in name else 0)
+                if ".lora_B." in name:  # not constant: a group norm's gradient sums to 0 over its channels
+                    matrix += torch.linspace(0.05, 0.15, matrix.numel()).view_as(matrix)
         context = models.text_encoder(tokens).last_hidden_state
         models.unet(latents, times, context).sample.square().mean().backward()
         found.append({name: matrix.grad for name, matrix in named(parts).items()})
-        # In the tiny UNet a group norm has one channel a group and removes what time_emb_proj adds: its gradient is rounding, or 0.
-        assert all(grad is not None and (grad.any() or "time_emb_proj" in name) for name, grad in found[-1].items())
+        assert all(grad is not None and grad.any() for grad in found[-1].values())
     assert all(torch.allclose(grad, found[1][name], rtol=1e-4, atol=1e-7) for name, grad in found[0].items())
