@@ -15,6 +15,7 @@ from PIL import Image
 import train
 from tests.runs import DADAPT, same_run, scalars, weights, write
 from trainer.checkpoint import checkpoints, read_resume, resume_problem
+from trainer.loop import GAP
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows cannot send itself these signals")
 
@@ -179,7 +180,9 @@ def test_two_processes_train_as_one_and_end_together(place, capsys):
     alone, together = curves(one), curves(whole)
     assert alone.keys() == together.keys()
     for tag, steps in alone.items():
-        assert together[tag] == pytest.approx(steps, rel=1e-5), tag
+        # A difference of nearly equal losses is as exact as they are, however small it is itself.
+        near = {"rel": 0, "abs": 1e-4 * max(alone["loss/val"].values())} if tag == GAP else {"rel": 1e-4}
+        assert together[tag] == pytest.approx(steps, **near), tag
     assert max(alone["dadapt/d unet"].values()) > 2e-4, "d has moved"
     others = weights(whole / "ckpts" / "last-tiny-ep03-gs00006")
     for name, tensor in weights(one / "ckpts" / "last-tiny-ep03-gs00006").items():
