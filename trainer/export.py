@@ -176,11 +176,13 @@ def save_lora_file(models: Models, lora: Lora, path: Path, dtype: torch.dtype, m
         lora: what is written.
         path: the file to write.
         dtype: of the matrices in the file.
-        metadata: further header fields; they win over those made here.
+        metadata: further header fields; they win over those made here. `modelspec.title` is also kohya's output name,
+            which web UIs show.
     """
     prediction = models.scheduler_config.get("prediction_type", "epsilon")
     strength = lora.options.strength
     second = "-v2" in architecture(models)
+    version = ("sd_v2" if second else "sd_v1") + ("_v" if prediction == "v_prediction" else "")
     header = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
@@ -189,11 +191,11 @@ def save_lora_file(models: Models, lora: Lora, path: Path, dtype: torch.dtype, m
         "modelspec.title": path.stem,
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
         PREDICTION_TYPE: "v" if prediction == "v_prediction" else prediction,
-        "ss_base_model_version": "sd_v2" if second else "sd_v1",
+        "ss_base_model_version": version,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(lora.options.rank),
         "ss_network_alpha": str(strength),
-        "ss_output_name": path.stem,
+        "ss_output_name": metadata.get("modelspec.title", path.stem),
         "ss_sd_model_name": Path(lora.base.model).name if Path(lora.base.model).is_absolute() else lora.base.model,
         "ss_v2": str(second),
     }

@@ -1,6 +1,7 @@
 """LoRA runs: what is written loads elsewhere and draws the same, a stopped run goes on to the bit, and the model stays as it is."""
 
 import json
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -76,6 +77,54 @@ def test_both_files_load_in_diffusers_and_draw_what_was_trained(workplace, tmp_p
     assert (header["ss_network_dim"], header["ss_network_alpha"]) == (str(lora["rank"]), str(float(lora.get("alpha", lora["rank"]))))
     assert header["ss_sd_model_name"] == "base" and header["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert str(tmp_path) not in json.dumps([header, TensorFile(checkpoint / LORA_FILE).metadata])
+
+
+@pytest.mark.parametrize(("shape", "rank"), [("small", 3), ("sd2", 3), ("small", None)], ids=["lora", "sd2 lora", "model"])
+def test_every_header_field_of_a_single_file(workplace, tmp_path, shape, rank):
+    base = write_tiny_folder(tmp_path / "base", shape=shape)
+    lora = {"lora": {"rank": rank, "alpha": 1.5}} if rank else {}
+    settings = {"max_epochs": 1, "ema_decay_rate": 0.5, "ema_update_interval": 1, "save_format": "single"}
+    write(workplace, QUICK, **SHORT | settings, **lora, model=str(base))
+    assert train.main([]) == 0
+    run = run_of(workplace)
+    prediction, kind, version = (
+        ("v", "stable-diffusion-v2-768-v", "sd_v2_v") if shape == "sd2" else ("epsilon", "stable-diffusion-v1", "sd_v1")
+    )
+    stem = "last-tiny-ep01-gs00003" + ("-lora" if rank else "")
+    for ema in (False, True):
+        [single] = single_files(run / "ckpts", run.name, ema=ema)
+        name = stem + ("-ema" if ema else "")
+        header = TensorFile(single).metadata
+        assert single.stem == name
+        assert abs(datetime.fromisoformat(header.pop("modelspec.date")) - datetime.now(UTC)) < timedelta(minutes=10)
+        for file, key in (("train.json", "seed"), ("optimizer.json", "base")):
+            assert json.loads(header.pop(f"sd_dadapt.{file}"))[key] == json.loads((run / file).read_text())[key]
+        own: dict[str, str] = {
+            "ss_base_model_version": version,
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": "3",
+            "ss_network_alpha": "1.5",
+            "ss_output_name": name,
+            "ss_sd_model_name": "base",
+            "ss_v2": str(shape == "sd2"),
+        }
+        if not rank:
+            own = {}
+            assert set(json.loads(header.pop("sd_dadapt.configs"))) == {"unet", "vae", "text_encoder", "scheduler"}
+            assert "vocab" in header.pop("sd_dadapt.tokenizer")
+        assert header == own | {
+            "format": "pt",
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": kind + ("/lora" if rank else ""),
+            "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
+            "modelspec.title": name,
+            "modelspec.resolution": "64x64",
+            "modelspec.prediction_type": prediction,
+            "sd_dadapt.run": run.name,
+            "sd_dadapt.step": "3",
+            "sd_dadapt.kind": "last",
+            **({"sd_dadapt.ema": "true"} if ema else {}),
+        }
 
 
 def test_kohyas_names(workplace):
