@@ -274,7 +274,7 @@ def single_files(folder: Path, run: str, *, best: bool = False, ema: bool = Fals
         except (OSError, UserError):
             continue  # another program's file
         is_kind = (metadata.get(KIND) == BEST) == best and (metadata.get(EMA) == "true") == ema
-        if metadata.get(RUN) == run and metadata.get(STEP, "").isdigit() and is_kind:
+        if metadata.get(RUN) == run and re.fullmatch(r"[0-9]{1,18}", metadata.get(STEP, "")) and is_kind:
             found.append((int(metadata[STEP]), path))
     return [path for _, path in sorted(found, key=lambda item: (-item[0], item[1].name))]
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from trainer.checkpoint import (
+    RUN,
+    STEP,
     SaveOptions,
     TrainState,
     checkpoints,
@@ -231,6 +233,17 @@ def test_keep_last_n_deletes_this_runs_older_models_and_nothing_else(tmp_path):
         "broken.safetensors",
     }
     assert [path.name for path in single_files(shelf, run.name)] == [f"{run.name}-100.safetensors", f"{run.name}-10.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "metadata", [None, ["x"], {RUN: 3}, {RUN: "run", STEP: "²"}, {RUN: "run", STEP: "9" * 5000}, {RUN: "run", STEP: 7}]
+)
+def test_odd_files_of_strangers_beside_the_single_files_are_passed_over(metadata, tmp_path):
+    text = json.dumps({"__metadata__": metadata}).encode()
+    (tmp_path / "odd.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    (tmp_path / "deep.safetensors").write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)
+    write_tensors(tmp_path / "own.safetensors", {"w": torch.ones(1)}, torch.float32, {RUN: "run", STEP: "3"})
+    assert single_files(tmp_path, "run") == [tmp_path / "own.safetensors"]
 
 
 def test_an_older_format_is_named(tmp_path):

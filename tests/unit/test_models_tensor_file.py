@@ -4,6 +4,7 @@ import json
 import struct
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from trainer.errors import UserError
-from trainer.models.tensor_file import TensorFile, write_tensors
+from trainer.models.tensor_file import TensorFile, read_metadata, write_tensors
 
 
 def tensors():
@@ -97,6 +98,74 @@ def test_other_files_are_named_for_what_they_are(content, said, tmp_path):
     assert said in str(caught.value)
 
 
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+def with_header(path, header, data=bytes(8)):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "said"),
+    [
+        ({"a": ENTRY}, bytes(9), "the file is damaged: it holds 78 bytes instead of 77"),
+        ({"a": ENTRY}, bytes(7), "the file is cut short: it holds 76 of 77 bytes"),
+        ({"a": {**ENTRY, "dtype": "F99"}}, bytes(8), "the file is damaged"),
+        ({"a": {**ENTRY, "dtype": "F64"}}, bytes(8), "the file is damaged"),
+        ({"a": {**ENTRY, "shape": [3]}}, bytes(8), "the file is damaged"),
+        ({"a": {**ENTRY, "shape": [-2]}}, bytes(8), "the file is damaged"),
+        ({"a": {**ENTRY, "shape": [2**40, 2**40]}}, bytes(8), "the file is damaged"),
+        ({"a": {**ENTRY, "data_offsets": [4, 8]}}, bytes(8), "the file is damaged"),
+        ({"a": ENTRY, "b": ENTRY}, bytes(8), "the file is damaged"),
+        ({"a\ud800": ENTRY}, bytes(8), "the file is damaged"),
+        (b'{"a\xff": 1}', bytes(8), "not a .safetensors file"),
+        (json.dumps({"a": ENTRY}).encode("utf-16"), bytes(8), "the file is damaged"),
+        ({"a": {key: ENTRY[key] for key in ("shape", "data_offsets")}}, bytes(8), "not a .safetensors file"),
+        ({"a": {**ENTRY, "shape": None}}, bytes(8), "not a .safetensors file"),
+        ({"a": {**ENTRY, "shape": "22"}}, bytes(8), "not a .safetensors file"),
+        ({"a": {**ENTRY, "data_offsets": [8]}}, bytes(8), "not a .safetensors file"),
+        ({"a": {**ENTRY, "data_offsets": [0, 8.0]}}, bytes(8), "not a .safetensors file"),
+        ({"a": [ENTRY]}, bytes(8), "not a .safetensors file"),
+        ({"a": ENTRY, "__metadata__": {"sd_dadapt.step": 3}}, bytes(8), "not a .safetensors file"),
+        ({"a": ENTRY, "__metadata__": ["x"]}, bytes(8), "not a .safetensors file"),
+        (b"[" * 100_000, b"", "not a .safetensors file"),
+        (b'{"a":' * 100_000, b"", "not a .safetensors file"),
+    ],
+)
+def test_headers_that_lie_are_refused(header, data, said, tmp_path):
+    path = with_header(tmp_path / "x.safetensors", header, data)
+    with pytest.raises(UserError) as caught:
+        TensorFile(path)
+    assert str(caught.value).startswith(f"{path}: ") and said in str(caught.value)
+
+
+def test_metadata_that_is_null_is_none(tmp_path):
+    path = with_header(tmp_path / "x.safetensors", {"a": ENTRY, "__metadata__": None})
+    file = TensorFile(path)
+    assert file.metadata == read_metadata(path) == {} and torch.equal(file["a"], torch.zeros(2))
+
+
+@given(st.integers(min_value=0, max_value=100_000))
+def test_a_flipped_bit_of_a_header_is_refused_or_changes_nothing_but_what_is_said(bit):
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.safetensors"
+        write_tensors(path, tensors(), torch.float32, {"format": "pt"})
+        content = bytearray(path.read_bytes())
+        bit %= 8 * (8 + struct.unpack("<Q", content[:8])[0])
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        try:
+            file = TensorFile(path)
+        except UserError:
+            return
+        assert all(file[name].shape == shape for name, shape in file.shapes.items())
+
+
 class Evil:
     def __reduce__(self):
         return (print, ("ran",))
@@ -137,6 +206,31 @@ def test_what_lightning_saved_beside_the_weights_is_left_alone(tmp_path, monkeyp
     file = TensorFile(tmp_path / "x.ckpt")
     assert dict(file.shapes) == {"weight": (2, 3)} and torch.equal(file["weight"], STATE["weight"])
     assert library.__name__ not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "content", [[STATE], {"state_dict": [1, 2]}, {"state_dict": None}, {1: STATE["weight"]}, {"state_dict": {2: 3}}, 5]
+)
+def test_a_ckpt_without_named_tensors_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match=r"the \.ckpt file holds no tensors"):
+        TensorFile(tmp_path / "x.ckpt")
+
+
+def test_a_ckpt_that_unpacks_to_more_than_its_size_is_refused(tmp_path):
+    torch.save({"weight": torch.zeros(1 << 20)}, tmp_path / "plain.ckpt")
+    with zipfile.ZipFile(tmp_path / "plain.ckpt") as plain, zipfile.ZipFile(tmp_path / "x.ckpt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with pytest.raises(UserError, match=r"its contents are compressed, which torch never does"):
+        TensorFile(tmp_path / "x.ckpt")
+
+
+def test_of_a_ckpt_only_plain_tensors_with_a_name_are_taken(tmp_path):
+    odd = {3: torch.ones(1), "sparse": torch.eye(2).to_sparse(), "meta": torch.ones(2, device="meta"), "complex": torch.ones(1) * 1j}
+    torch.save({"state_dict": {**STATE, **odd, "number": 1}, "global_step": "many"}, tmp_path / "x.ckpt")
+    file = TensorFile(tmp_path / "x.ckpt")
+    assert set(file) == {"weight"} and file.global_step is None
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -28,8 +29,8 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_LONGEST_HEADER = 100_000_000
-"""The safetensors library refuses longer ones."""
+_LONGEST_HEADER = 32 << 20
+"""Bytes. Stable Diffusion's take 0.2 MB; JSON takes some twenty times its size in memory."""
 
 _LINE = 64
 """Bytes of a cache line."""
@@ -71,13 +72,16 @@ class TensorFile(Mapping[str, Tensor]):
             self.dtypes: dict[str, torch.dtype | None] = {name: tensor.dtype for name, tensor in self._tensors.items()}
         else:
             header = _read_header(path)
-            self.metadata = header.pop("__metadata__", {})
+            self.metadata = header.pop("__metadata__")
             self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
             kinds = {written: dtype for dtype, written in _DTYPES.items()}
             self.dtypes = {name: kinds.get(entry["dtype"]) for name, entry in header.items()}
-            from safetensors import safe_open
+            from safetensors import SafetensorError, safe_open
 
-            self._tensors = safe_open(path, framework="pt", device="cpu")
+            try:
+                self._tensors = safe_open(path, framework="pt", device="cpu")
+            except (SafetensorError, ValueError) as error:  # ValueError: its header is not UTF-8
+                raise UserError(f"{path}: the file is damaged ({_first_line(error)}); download or copy it again.") from error
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.shapes:
@@ -97,7 +101,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         UserError: it is cut short or not such a file.
     """
-    return _read_header(path).get("__metadata__", {})
+    return _read_header(path)["__metadata__"]
 
 
 def write_tensors(
@@ -137,7 +141,7 @@ def write_tensors(
 
 
 def _read_header(path: Path) -> dict[str, Any]:
-    """Return a .safetensors header, having compared what it promises with the file's size."""
+    """Return a .safetensors header with its metadata, empty or not, having compared what it promises with the file's size."""
     size = path.stat().st_size
     with open_regular(path) as file:
         start = file.read(8)
@@ -151,14 +155,31 @@ def _read_header(path: Path) -> dict[str, Any]:
         if 2 <= length <= _LONGEST_HEADER and length > size - 8:
             raise UserError(f"{path}: the file is cut short after {size:,} bytes; download or copy it again.")
         text = file.read(length) if 2 <= length <= _LONGEST_HEADER else b""
+    header, metadata = {}, {}
     try:
         header = json.loads(text)
-        promised = 8 + length + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: this is not a .safetensors file: it does not begin with a list of tensors.") from error
+        metadata = header.pop("__metadata__", None) or {}
+        valid = all(map(_is_entry, header.values())) and all(isinstance(text, str) for text in metadata.values())
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        valid = False
+    if not valid:
+        raise UserError(f"{path}: this is not a .safetensors file: it does not begin with a list of tensors.")
+    promised = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if promised > size:
         raise UserError(f"{path}: the file is cut short: it holds {size:,} of {promised:,} bytes; download or copy it again.")
-    return header
+    if promised < size:
+        raise UserError(f"{path}: the file is damaged: it holds {size:,} bytes instead of {promised:,}; download or copy it again.")
+    return {**header, "__metadata__": metadata}
+
+
+def _is_entry(entry: Any) -> bool:
+    """Return whether a header's entry has the parts of one. Whether they fit together, the library checks."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    return all(type(number) is int for number in (*shape, *offsets))
 
 
 def _read_ckpt(path: Path) -> tuple[dict[str, Tensor], int | None]:
@@ -178,10 +199,15 @@ def _read_ckpt(path: Path) -> tuple[dict[str, Tensor], int | None]:
     content = content if isinstance(content, dict) else {}
     step = content.get("global_step")
     content = content.get("state_dict", content)
-    tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    named = content.items() if isinstance(content, dict) else ()
+    tensors = {name: tensor for name, tensor in named if isinstance(name, str) and isinstance(tensor, Tensor) and _is_plain(tensor)}
     if not tensors:
         raise UserError(f"{path}: the .ckpt file holds no tensors; name a whole Stable Diffusion 1.x or 2.x checkpoint.")
     return tensors, step if isinstance(step, int) else None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized and not tensor.is_complex()
 
 
 _BESIDE_WEIGHTS = ("pytorch_lightning.", "lightning.", "numpy.", "_codecs.encode")
@@ -207,12 +233,23 @@ def check_pickle(path: Path) -> list[str]:
     """
     with open_regular(path) as file:
         start, packed = file.read(64), zipfile.is_zipfile(file)
+        inflated = packed and _unpacked_size(file) > os.fstat(file.fileno()).st_size
     if problem := _no_pickle(path, start, packed=packed):
         raise UserError(f"{path}: {problem}")
+    if inflated:  # torch stores without compression; a small file could fill the memory
+        raise UserError(f"{path}: its contents are compressed, which torch never does; get this file from a source that you trust.")
     wanted = _foreign_names(path) if packed else []
     if strange := [name for name in wanted if not name.startswith(_BESIDE_WEIGHTS)]:
         raise UserError(_refusal(path, strange))
     return wanted
+
+
+def _unpacked_size(file: BinaryIO) -> int:
+    """Return the bytes that a zip file's contents take unpacked; 0 for a damaged one."""
+    try:
+        return sum(entry.file_size for entry in zipfile.ZipFile(file).infolist())
+    except Exception:  # zipfile raises several kinds; reading the tensors says what is wrong
+        return 0
 
 
 def hostile(path: Path, error: Exception) -> str | None:
