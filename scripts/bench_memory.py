@@ -30,24 +30,16 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.full_size import NAMES, Setting, Steps, config_of, empty_models, optimizer_options, state_bytes
+from scripts.full_size import estimated as estimated_step
+
 if TYPE_CHECKING:
     import torch
 
-    from data.batch import Batch
     from trainer.config.schema import TrainConfig
-    from trainer.models.load import Models
     from trainer.optim import OptimizerOptions
-    from trainer.precision import Precision
 
 BASE = "adamw8bit"
-VARIANTS = ("", "+fused", "+fused+bf16")
-NAMES = (
-    "adamw8bit",
-    "adamw",
-    "prodigy",
-    "dadapt_adam_reference",
-    *(name + variant for name in ("dadapt_adam", "dadapt_adam8bit") for variant in VARIANTS),
-)
 GIB = 2**30
 
 
@@ -77,85 +69,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Train a few steps with one optimizer and return its numbers, in bytes and seconds."""
-    from trainer.build import place
-    from trainer.diffusion.objective import Networks, Objective, ObjectiveOptions
-    from trainer.diffusion.schedule import NoiseSchedule
-    from trainer.models.trainable import apply_freezing
-    from trainer.optim.optimizer_set import OptimizerSet
-    from trainer.step import train_step
-
-    configured, precision = config_of(options.one, options)
-    baseline = _held_before(configured.optimizers.unet, precision.device)
-    models = random_models()
-    parts = apply_freezing(models, configured.parts, configured.optimizers.freezing)
-    place(models, precision.device, channels_last=True, weights=precision.weights)
-    optimizers = OptimizerSet(
-        dict.fromkeys(parts.parameters, configured.optimizers.unet),
-        {network: [parameter for _, parameter in named] for network, named in parts.parameters.items()},
-        total_steps=options.steps,
-    )
-    networks = Networks(models.unet, models.text_encoder, models.vae)
-    objective = Objective(
-        ObjectiveOptions(),
-        NoiseSchedule(models.scheduler_config).to(precision.device),
-        seed=0,
-        latent_channels=4,
-        latent_factor=8,
-        scaling_factor=0.18215,
-        context_width=768,
-        train_text_encoder=options.networks != "unet",
-    )
+    setting = setting_of(options.one, options)
+    config, precision = config_of(setting)
+    baseline = _held_before(config.optimizers.unet, precision.device)
+    steps = Steps(setting)
     _start_counting(precision.device)
     seconds: list[float] = []
     done: list[tuple[float, float]] = []
     for step in range(options.steps):
-        inputs = objective.draw(_batch(step, options)).to(precision.device)
+        inputs = steps.inputs(step, options.batch_size)
         began = time.perf_counter()
-        result = train_step([inputs], networks, objective, optimizers, step=step, images=options.batch_size, autocast=precision.autocast)
+        result = steps.step(inputs)
         done.append((result.loss.item(), result.skipped.item()))
         seconds.append(time.perf_counter() - began)
     assert all(math.isfinite(loss) and not skipped for loss, skipped in done), "a step was skipped, so it did not do its work"
-    trained = sum(part.trained for part in parts.counts.values())
     return {
         "peak": _peak(precision.device),
         "baseline": baseline,
-        "state": _state_bytes(optimizers),
-        "weights": sum(p.numel() * p.element_size() for part in vars(networks).values() for p in part.parameters()),
-        "trained": trained,
+        "state": state_bytes(steps.optimizers),
+        "weights": sum(p.numel() * p.element_size() for part in vars(steps.networks).values() for p in part.parameters()),
+        "trained": steps.trained,
         "seconds": statistics.median(seconds[1:] or seconds),
         "machine": _machine(precision.device),
     }
 
 
-def config_of(name: str, options: argparse.Namespace) -> tuple[TrainConfig, Precision]:
-    """Return the run that a name of NAMES stands for, and its precision."""
-    import torch
-
-    from trainer.config.schema import OptimizerConfig, TrainConfig
-    from trainer.models.load import ModelOptions
-    from trainer.models.trainable import FreezingOptions, TrainableOptions
-    from trainer.precision import PrecisionOptions, resolve_precision
-
-    optimizer, *variants = name.split("+")
-    chosen = _optimizer(optimizer, fused="fused" in variants)
-    weights = "bf16" if "bf16" in variants else "fp32"
-    mixed = "auto" if weights == "bf16" and options.mixed_precision == "no" else options.mixed_precision
-    config = TrainConfig(
-        model=ModelOptions(resume_ckpt="random"),
-        parts=TrainableOptions(disable_textenc_training=options.networks == "unet", gradient_checkpointing=True),
-        precision=PrecisionOptions(mixed_precision=mixed, weights_dtype=weights),
-        optimizers=OptimizerConfig(unet=chosen, text_encoder=chosen, freezing=FreezingOptions(freeze_embeddings=True)),
+def setting_of(name: str, options: argparse.Namespace) -> Setting:
+    """Return the step that a name of NAMES stands for: from pixels, with gradient checkpointing."""
+    return Setting(
+        optimizer=name,
+        networks=options.networks,
+        resolution=options.resolution,
+        images=options.batch_size,
+        mixed_precision=options.mixed_precision,
+        device=options.device,
+        latents_cached=False,
     )
-    return config, resolve_precision(config.precision, torch.device(options.device))
 
 
 def estimated(name: str, options: argparse.Namespace) -> int:
     """Return the bytes of tensors that the trace of the same step holds at its peak."""
-    from trainer.footprint import Work, footprint
-
-    config, precision = config_of(name, options)
-    work = Work(size=(options.resolution, options.resolution), images=options.batch_size)
-    return max(phase.total for phase in footprint(config, empty_models(), precision, work))
+    return estimated_step(setting_of(name, options))
 
 
 def print_cards(cards: Sequence[float]) -> None:
@@ -197,7 +151,7 @@ def _card_rows() -> list[tuple[str, TrainConfig, torch.dtype]]:
     both, by_hand = loaded(), loaded("--optimizer_config", "optimizer.json")
     unet = loaded("--optimizer_config", "optimizer.json", "--disable_textenc_training")
     library = loaded("--optimizer_config", "optimizer_dadapt.json")
-    reference = _optimizer("dadapt_adam_reference", fused=False)
+    reference = optimizer_options("dadapt_adam_reference", fused=False)
     library = replace(library, optimizers=replace(library.optimizers, unet=reference, text_encoder=reference))
     return [
         ("configs/sd15.json: dadapt_adam8bit, fused backward", both, torch.float32),
@@ -223,56 +177,6 @@ def _largest(peak: Callable[[int], int], holds: int) -> int:
     return guess
 
 
-def empty_models() -> Models:
-    """Return Stable Diffusion 1.5's networks without weights."""
-    from trainer.models.load import ModelOptions, describe
-
-    return describe(ModelOptions(resume_ckpt="stable-diffusion-v1-5/stable-diffusion-v1-5"))
-
-
-def random_models() -> Models:
-    """Return the networks of Stable Diffusion 1.5 with random weights, in fp32 on the CPU; without a tokenizer."""
-    import torch
-
-    from scripts.make_full_size import fill_randomly
-    from trainer.models.load import Models
-    from trainer.models.networks import SD15, empty_text_encoder, empty_unet, empty_vae
-
-    unet, text_encoder, vae = empty_unet(SD15.unet), empty_text_encoder(SD15.text_encoder), empty_vae(SD15.vae)
-    generator = torch.Generator().manual_seed(0)
-    for network in (unet, text_encoder, vae):
-        fill_randomly(network, generator)
-    none: Any = None
-    return Models(unet=unet, text_encoder=text_encoder, vae=vae, tokenizer=none, scheduler_config=dict(SD15.scheduler), source="random")
-
-
-def _optimizer(name: str, *, fused: bool) -> OptimizerOptions:
-    from trainer.config.schema import optimizer_classes
-
-    options = optimizer_classes()[name]
-    chosen = options(lr=1.0 if options.adapts else 1e-6)
-    return replace(chosen, fused_backward=True) if fused else chosen
-
-
-def _batch(step: int, options: argparse.Namespace) -> Batch:
-    import torch
-
-    from data.batch import Batch
-
-    generator = torch.Generator().manual_seed(step)
-    images = range(options.batch_size)
-    return Batch(
-        pixels_BCHW=torch.rand(len(images), 3, options.resolution, options.resolution, generator=generator) * 2 - 1,
-        tokens_BT=torch.randint(0, 49000, (len(images), 77), generator=generator),
-        loss_scale_B=torch.ones(len(images)),
-        epoch=step,
-        positions=tuple(images),
-        records=tuple(images),
-        names=tuple(map(str, images)),
-        captions=tuple(map(str, images)),
-    )
-
-
 def _held_before(options: OptimizerOptions, device: torch.device) -> int:
     """Return what the process holds with its libraries, and what they make on their first use, but without any model."""
     import torch
@@ -288,19 +192,6 @@ def _held_before(options: OptimizerOptions, device: torch.device) -> int:
     import trainer.models.networks  # noqa: F401
 
     return psutil.Process().memory_info().rss
-
-
-def _state_bytes(optimizers: Any) -> int:
-    """Return the bytes of all tensors that the optimizers keep, each counted once."""
-    import torch
-
-    tensors: dict[int, int] = {}
-    for optimizer in optimizers.optimizers:
-        for state in optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, torch.Tensor):
-                    tensors[value.data_ptr()] = value.numel() * value.element_size()
-    return sum(tensors.values())
 
 
 def _start_counting(device: torch.device) -> None:

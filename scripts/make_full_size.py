@@ -78,7 +78,7 @@ def fill_randomly(network, generator) -> None:
     """Give a network on the meta device weights that keep activations of order one.
 
     Matrices and convolutions are normal with variance 1 / (3 fan-in), the variance of torch's own start; norms are the identity,
-    biases zero, embeddings normal with deviation 0.02.
+    biases zero, embeddings normal with deviation 0.02. They are made on the generator's device.
     """
     import torch
 
@@ -87,12 +87,13 @@ def fill_randomly(network, generator) -> None:
     weights = {}
     for name, empty in network.state_dict().items():
         if name.endswith("bias"):
-            weights[name] = torch.zeros(empty.shape)
+            weights[name] = torch.zeros(empty.shape, device=generator.device)
         elif empty.ndim == 1:
-            weights[name] = torch.ones(empty.shape)
+            weights[name] = torch.ones(empty.shape, device=generator.device)
         else:
             deviation = 0.02 if "embedding.weight" in name else (3 * empty[0].numel()) ** -0.5
-            weights[name] = torch.empty(empty.shape).normal_(std=deviation, generator=generator)
+            made = torch.empty(empty.shape, device=generator.device)
+            weights[name] = made.normal_(std=deviation, generator=generator)
     fill(network, weights)
 
 

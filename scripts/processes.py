@@ -38,13 +38,18 @@ def started(arguments: Sequence[str], output: Path, target: Callable[[list[str],
         output: the file.
         target: what the process does with both, `run_train` unless something else is named.
     """
+    child = quick_context().Process(target=target or run_train, args=(list(arguments), str(output)))
+    child.start()
+    return child
+
+
+def quick_context() -> Any:
+    """Return what makes processes that find the libraries imported, where the platform can; not for processes that use CUDA."""
     methods = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
         context.set_forkserver_preload(_IMPORTED)
-    child = context.Process(target=target or run_train, args=(list(arguments), str(output)))
-    child.start()
-    return child
+    return context
 
 
 def run_train(arguments: list[str], output: str) -> None:

@@ -1,0 +1,97 @@
+"""Images per second and memory of training steps, by optimizer."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from scripts.full_size import Steps, estimated, state_bytes
+from scripts.gpu.job import Job, Result
+from scripts.gpu.profiling import repeat, setting_of, summary
+
+BATCHES = (4, 1, 16)
+"""Images of a step, the most telling first."""
+
+
+def training(job: Job, tell: Callable[[Result], None]) -> None:
+    """Measure one optimizer's steps at each batch size."""
+    setting = setting_of(job, job.argument)
+    began = time.perf_counter()
+    steps = Steps(setting)
+    steps.wait()
+    tell({"kind": "built", "seconds": time.perf_counter() - began, "trained": steps.trained})
+    for images in (2,) if job.tiny else BATCHES:
+        began = time.perf_counter()
+        steps.step(steps.inputs(0, images))
+        steps.wait()
+        first = time.perf_counter() - began
+        _forget_peak(steps.device)
+        warm, times = (0, 1) if job.tiny else (2, 10)
+        tell(
+            {
+                "kind": "steps",
+                "images": images,
+                "first": first,
+                **repeat(steps, images, warm=warm, times=times, seconds=6),
+                **_memory(steps.device),
+                "state": state_bytes(steps.optimizers),
+                "estimated": estimated(replace(setting, images=images)),
+            }
+        )
+        if images == setting.images:
+            tell({"kind": "launches", "images": images, **_launches(steps)})
+    if job.device == "cuda":
+        tell({"kind": "waits", "count": _waits(steps)})
+
+
+def _launches(steps: Steps) -> Result:
+    """Return kernel launches and CPU time of one step; traced without its operators' shapes."""
+    from torch.profiler import ProfilerActivity, profile
+
+    inputs = steps.inputs(0, steps.setting.images)
+    activities = [ProfilerActivity.CUDA] if steps.device.type == "cuda" else [ProfilerActivity.CPU]
+    with profile(activities=activities) as profiler:
+        steps.step(inputs)
+        steps.wait()
+    events: Any = profiler.events()
+    found = summary(events)
+    before = time.process_time()
+    steps.step(inputs)
+    cpu = (time.process_time() - before) * 1e3
+    steps.wait()
+    return {"launches": found["launches"], "busy": found["busy"], "cpu": cpu}
+
+
+def _waits(steps: Steps) -> int:
+    """Return how often one step waits for the device."""
+    inputs = steps.inputs(0, steps.setting.images)
+    steps.wait()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            steps.step(inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _memory(device: torch.device) -> dict[str, int]:
+    """Return the most bytes that tensors took and that the allocator held, and what the GPU has in use beyond the latter."""
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    beside = total - free - torch.cuda.memory_reserved(device)
+    peaks = {"allocated": torch.cuda.max_memory_allocated(device), "reserved": torch.cuda.max_memory_reserved(device)}
+    return {**peaks, "beside": beside}
