@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt
 
 from data.regular import LARGEST_STATE, load_json, open_regular
+from trainer.contained import files_inside, inside
 from trainer.disk import appearing, drop, restore
 from trainer.errors import UserError
 
@@ -354,11 +355,12 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def _problem(part: Path) -> str | None:
     try:
+        files_inside(part)  # state is read by its name, whether the manifest lists it or not
         manifest = load_json(part / MANIFEST, LARGEST_STATE)
         if manifest["format"] != FORMAT:
             return f"{part}: the checkpoint has format {manifest['format']}, this version reads {FORMAT}"
         for name, entry in manifest["files"].items():
-            path = part / name
+            path = inside(part, name)
             if not path.is_file():
                 return f"{path}: the file is missing from the checkpoint"
             try:
@@ -367,6 +369,8 @@ def _problem(part: Path) -> str | None:
                 return f"{path}: the file cannot be read ({error.strerror})"
             if changed:
                 return f"{path}: the file is not what the checkpoint's manifest says"
+    except UserError as error:
+        return str(error).rstrip(".")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{part / MANIFEST}: the manifest cannot be read ({error})"
     return None

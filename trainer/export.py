@@ -99,6 +99,8 @@ def copy_beside(models: Models, folder: Path, *, link: bool = False) -> dict[str
         for file in files_of_part(source):
             target = folder / name / file.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists() and target.samefile(file):
+                continue
             target.unlink(missing_ok=True)
             if link:
                 with suppress(OSError):

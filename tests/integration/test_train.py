@@ -93,7 +93,7 @@ def test_checkpoints_are_written_when_where_and_as_the_configuration_says(workpl
     (run,) = (workplace / "minutes").glob("tiny-*")
     assert (run / "run.log").read_text().count(": saved ") == 3, "one after each step"
     assert sorted(path.name for path in (run / "ckpts").iterdir()) == ["tiny-ep01-gs00002", "tiny-ep01-gs00003"]
-    assert (checkpoints(run)[0] / "watermark" / "mark.txt").is_file(), "a model that came from a run has what its base had"
+    assert (checkpoints(run)[0] / "safety_checker" / "model.safetensors").is_file(), "a model that came from a run has what its base had"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from data.regular import load_json
+from trainer.contained import files_inside, inside
 from trainer.errors import UserError
 from trainer.models.load import Models
 from trainer.models.networks import empty_text_encoder, empty_unet, empty_vae
@@ -36,6 +37,8 @@ _CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encode
 _READERS: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 _EMPTY: dict[str, Any] = {"unet": empty_unet, "vae": empty_vae, "text_encoder": empty_text_encoder}
 _OWN = (*WEIGHTS, "tokenizer", "scheduler")
+_BESIDE = {"safety_checker": "stable_diffusion", "feature_extractor": "transformers", "image_encoder": "transformers"}
+"""The further parts that diffusers' StableDiffusionPipeline takes, and the library of each; others are not copied."""
 _RENAMED = {"CLIPFeatureExtractor": "CLIPImageProcessor"}
 """Classes of pipelines of 2022 that have another name since, with the same settings."""
 _IS_WEIGHTS = re.compile(r"\.(safetensors|bin|msgpack|h5|onnx|pt|ckpt)$|\.(bin|\w+\.safetensors)\.index(\.\w+)?\.json$")
@@ -67,14 +70,17 @@ def read_folder(folder: Path, key: str, *, weights: bool, source: str | None = N
     """
     index = check_index(folder, key, source)
     networks = {
-        network: read_network(folder / network, network, key, weights=weights, weights_follow=weights_follow) for network in WEIGHTS
+        network: read_network(inside(folder, network), network, key, weights=weights, weights_follow=weights_follow) for network in WEIGHTS
     }
+    beside = parts_beside(index, folder, key)
+    dropped = sorted(name for name in index if name not in (*_OWN, *beside) and re.fullmatch(r"\w+", name) and (folder / name).is_dir())
     return Models(
         **networks,
-        tokenizer=read_tokenizer(folder / "tokenizer"),
-        scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json", key),
+        tokenizer=read_tokenizer(inside(folder, "tokenizer")),
+        scheduler_config=read_json(inside(folder, "scheduler/scheduler_config.json"), key),
         source=source or str(folder),
-        beside=parts_beside(index, folder),
+        notes=(f"{key}: checkpoints are without the base's {' and '.join(dropped)}, which diffusers does not know.",) if dropped else (),
+        beside=beside,
         beside_from=folder,
     )
 
@@ -82,25 +88,37 @@ def read_folder(folder: Path, key: str, *, weights: bool, source: str | None = N
 def read_vae_folder(folder: Path, key: str, *, weights: bool) -> AutoencoderKL:
     """Load a VAE's own folder, or the one inside a model's folder."""
     if (folder / INDEX).is_file():
-        folder = folder / "vae"
+        folder = inside(folder, "vae")
     if not (folder / "config.json").is_file():
         raise UserError(f"{key}: {folder} is not a VAE's folder: it holds no config.json; name a folder with config.json and weights.")
     return read_network(folder, "vae", key, weights=weights)
 
 
-def parts_beside(index: Mapping[str, Any], folder: Path) -> dict[str, tuple[str, str]]:
-    """Return library and class of a pipeline's further parts, as far as they are there: a hub id is downloaded without them."""
+def parts_beside(index: Mapping[str, Any], folder: Path, key: str) -> dict[str, tuple[str, str]]:
+    """Return library and class of a pipeline's further parts, as far as they are there: a hub id is downloaded without them.
+
+    Raises:
+        UserError: the index or a link in a part names a path outside the folder.
+    """
+    if strange := [name for name in index if not re.fullmatch(r"[A-Za-z0-9_]+", name)]:
+        raise UserError(
+            f"{key}: {folder / INDEX} has the key {strange[0]!r}; keys have letters, digits and underscores only. Remove it, or choose "
+            "another model."
+        )
     found = {}
-    for name, entry in index.items():
-        named = isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)
-        if named and name not in _OWN and (folder / name).is_dir():
-            found[name] = (entry[0], _RENAMED.get(entry[1], entry[1]))
+    for name, library in _BESIDE.items():
+        entry = index.get(name)
+        if not isinstance(entry, list) or len(entry) != 2 or entry[0] != library or not isinstance(entry[1], str):
+            continue
+        if entry[1].isidentifier() and (folder / name).is_dir():
+            files_of_part(inside(folder, name))  # refuses a link before anything is trained
+            found[name] = (library, _RENAMED.get(entry[1], entry[1]))
     return found
 
 
 def files_of_part(folder: Path) -> list[Path]:
     """Return the files of a pipeline's part; of weights that are there in several forms, only those in the plain .safetensors form."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = files_inside(folder)
     plain = [path for path in files if re.fullmatch(r"\w+(-\d{5}-of-\d{5})?\.safetensors", path.name)]
     if not plain:
         return files
@@ -111,7 +129,7 @@ def check_index(folder: Path, key: str, source: str | None = None) -> dict[str, 
     """Return the index of a model that this program trains, or raise UserError, which calls the model `source` or the folder."""
     if not (folder / INDEX).is_file():
         raise UserError(f"{key}: {_what_else(folder)}")
-    index = read_json(folder / INDEX, key)
+    index = read_json(inside(folder, INDEX), key)
     if "text_encoder_2" in index or "transformer" in index or "XL" in str(index.get("_class_name")):
         raise UserError(
             f"{key}: {source or folder} is a {index.get('_class_name')}, which this program does not train; name a Stable Diffusion 1.x or "
@@ -128,11 +146,12 @@ def check_index(folder: Path, key: str, source: str | None = None) -> dict[str, 
 
 def read_network(folder: Path, network: str, key: str, *, weights: bool, weights_follow: bool = False) -> Any:
     """Load one network in fp32 (on the meta device without weights, which must be there unless they follow), or raise UserError."""
+    files = files_inside(folder)
     config = read_json(folder / "config.json", key)
     found = config.get("_class_name") or (config.get("architectures") or [_CLASSES[network]])[0]
     if found != _CLASSES[network]:
         raise UserError(f"{key}: {folder} holds a {found}; {_CLASSES[network]} is the only class that is trained as {network}.")
-    choice = choose_weights([path.name for path in folder.iterdir() if path.is_file()], network)
+    choice = choose_weights([path.name for path in files if path.parent == folder], network)
     if choice is None and not weights_follow:
         stem = WEIGHTS[network][0]
         raise UserError(f"{key}: {folder} holds no weights ({stem}.safetensors or the like); download the model again.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from annotated_types import Ge, Gt
 
 from data.regular import load_json
+from trainer.contained import inside
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -140,7 +142,7 @@ def read_adapter(folder: Path, parts: TrainedParts, options: LoraOptions | None)
     """
     from trainer.models.tensor_file import TensorFile
 
-    file = TensorFile(folder / LORA_FILE)
+    file = TensorFile(inside(folder, LORA_FILE))
     where = f"resume_ckpt: {folder} holds a LoRA"
     if options is None:
         raise UserError(f"{where}, and lora is null; set lora to the rank, alpha and targets that it was trained with.")
@@ -206,7 +208,9 @@ def read_base(folder: Path) -> Base | None:
     if not (folder / LORA_FILE).is_file() or not (folder / BASE_FILE).is_file():
         return None
     try:
-        base = Base(**load_json(folder / BASE_FILE))
+        base = Base(**load_json(inside(folder, BASE_FILE)))
+        if not Path(base.model).is_absolute() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base.model):
+            raise ValueError(f"{base.model!r} is neither a hub id nor an absolute path")
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder / BASE_FILE}: the model under the LoRA cannot be read ({error}); choose another checkpoint.") from error
     if Path(base.model).is_absolute() and not Path(base.model).exists():

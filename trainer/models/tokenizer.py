@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import CLIPTokenizer
 
+from trainer.contained import files_inside
 from trainer.errors import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -35,8 +36,9 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
     """Load a tokenizer folder: `tokenizer.json`, or `vocab.json` and `merges.txt` as older tools write them.
 
     Raises:
-        UserError: the files are missing or damaged.
+        UserError: the files are missing or damaged, or a link leads outside the folder.
     """
+    files_inside(folder)
     if not (folder / "tokenizer.json").is_file() and not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
         raise UserError(
             f"{folder}: the tokenizer is missing: neither tokenizer.json nor vocab.json with merges.txt is there; "
