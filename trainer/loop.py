@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,6 +136,7 @@ def train(run: Run) -> None:
         try:
             make_steps(run)
         except Interrupted:
+            check_gradients(run)
             run.saver.save("interrupted")
             raise
         except SavingError:
@@ -253,6 +254,7 @@ def settle(run: Run) -> None:
             case "best":
                 state.owed = state.owed[1:]  # before it is saved: a run that goes on from it does not save it again
                 check_processes(run)
+                check_gradients(run)
                 with run.meter.paused():
                     run.saver.save("best")
                 continue
@@ -261,6 +263,7 @@ def settle(run: Run) -> None:
             case "save":
                 state.owed = []  # it is the last, and the checkpoint owes nothing
                 check_processes(run)
+                check_gradients(run)
                 with run.meter.paused():
                     run.saver.save("last" if state.step >= run.cadence.total_steps else "")
         state.owed = state.owed[1:]
@@ -271,8 +274,6 @@ def save_after(error: Exception, run: Run) -> None:
     """Keep what has been learned before an error, where it is known to be whole."""
     import torch
 
-    from trainer.saving import SavingError
-
     if run.optimizers.updating:
         run.console.event("Note: it happened while weights were updated, so no checkpoint is saved of this step.")
         return
@@ -280,8 +281,9 @@ def save_after(error: Exception, run: Run) -> None:
     if run.precision.device.type == "cuda":
         torch.cuda.empty_cache()
     try:
+        check_gradients(run)
         run.saver.save("errored")
-    except (SavingError, RuntimeError) as second:  # a broken device fails again, and the first error is the one to be told
+    except (UserError, RuntimeError) as second:  # a broken device fails again, and the first error is the one to be told
         run.console.event(f"Note: no checkpoint could be saved after the error ({second}).")
 
 
@@ -318,7 +320,7 @@ def report(run: Run) -> None:
             run.console.event(sentence)
     run.loss_watch.trained(loss)
     check_processes(run)
-    check_gradients(run, numbers)
+    check_gradients(run)
     check_progress(run, int(numbers.get(SKIPPED, 0)))
 
 
@@ -374,13 +376,15 @@ def check_processes(run: Run) -> None:
         )
 
 
-def check_gradients(run: Run, numbers: Mapping[str, float]) -> None:
-    """Stop where a fused backward met gradients that were not finite: it had to leave them out one by one, not the whole step.
+def check_gradients(run: Run) -> None:
+    """Stop where only a part of a step was made: a fused backward cannot take weights back when a later gradient is not finite.
 
     Raises:
-        UserError: there was such a gradient since the last report.
+        UserError: there was such a gradient since the run started.
     """
-    met = {network: int(numbers.get(f"{NOT_FINITE} {network}", 0)) for network in run.optimizers.parameters}
+    if not run.optimizers.fused:
+        return
+    met = {network: int(measures["not finite"]) for network, measures in run.optimizers.measures().items()}
     if any(met.values()):
         run.optimizers.updating = True  # some weights have made the step and others have not: nothing to save
         where = " and ".join(f"{count} of the {network}" for network, count in met.items() if count)

@@ -1,11 +1,13 @@
 """Faults injected into whole runs: what is kept, what is said, and how the run ends. The README's table has a row for each."""
 
 import errno
+import math
 import multiprocessing
 import os
 import shutil
 import signal
 import time
+from contextlib import nullcontext
 
 import psutil
 import pytest
@@ -175,6 +177,26 @@ def test_gradients_that_are_infinite_in_a_fused_backward_end_the_run_without_a_h
     assert "no checkpoint is saved of this step" in told.out
     (good,) = checkpoints(run_of(workplace))
     assert good.name == "tiny-ep01-gs00003" and resume_problem(good) is None
+
+
+def _crash():
+    raise ZeroDivisionError("a bug")
+
+
+@pytest.mark.parametrize("end", [None, lambda: signal.raise_signal(signal.SIGINT), _crash], ids=["save", "signal", "error"])
+def test_no_checkpoint_holds_a_step_that_only_one_network_made(workplace, monkeypatch, capsys, end):
+    """The UNet's gradient is infinite, the loss is not, and the text encoder has stepped inside backward; no report is near."""
+    mixed = {"base": {"optimizer": "adamw8bit", "lr": 1e-6}, "text_encoder_overrides": FUSED["base"]}
+    write(workplace, mixed, **SETTINGS | {"save_every_n_epochs": 1, "log_step": 100})
+    at_step(monkeypatch, 2, lambda optimizers: optimizers.members[0].parameters[0].register_hook(lambda gradient: gradient * math.inf))
+    if end is not None:
+        at_step(monkeypatch, 3, end)
+    with pytest.raises(ZeroDivisionError) if end is _crash else nullcontext():
+        assert train.main([]) == 1
+    told = capsys.readouterr()
+    where = told.out if end is _crash else told.err
+    assert "gradients were not finite although the loss was (" in where and " of the unet; now at step " in where
+    assert not checkpoints(run_of(workplace))
 
 
 def test_d_that_overflows_spoils_no_checkpoint(workplace, monkeypatch, capsys):

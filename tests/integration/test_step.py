@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,7 +101,32 @@ def _setup(name="adamw", dtype=torch.float32, channels_last=False, **options):
 
 
 def _weights(networks):
-    return torch.cat([p.detach().reshape(-1) for module in (networks.unet, networks.text_encoder) for p in module.parameters()])
+    return torch.cat([_flat(module) for module in (networks.unet, networks.text_encoder)])
+
+
+def _flat(module):
+    return torch.cat([p.detach().reshape(-1) for p in module.parameters()])
+
+
+def _pair(unet, text):
+    """Return two one-weight networks, a function that trains both by their optimizers, and these."""
+    networks = Networks(torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False), torch.nn.Identity())
+    for module, weight in ((networks.unet, 1.0), (networks.text_encoder, 2.0)):
+        torch.nn.init.constant_(module.weight, weight)
+    parameters = {"unet": list(networks.unet.parameters()), "text encoder": list(networks.text_encoder.parameters())}
+    optimizers = OptimizerSet({"unet": OPTIONS[unet], "text encoder": OPTIONS[text]}, parameters, total_steps=10)
+
+    def train(step, loss=1.0, unet_gradient=1.0):
+        def losses(networks, inputs, autocast):
+            predicted = networks.unet(torch.ones(2, 1))
+            predicted.register_hook(lambda gradient: gradient * unet_gradient)
+            return ((predicted + networks.text_encoder(torch.ones(2, 1))) ** 2).mean(1) * loss
+
+        inputs: Any = SimpleNamespace(scale_B=torch.ones(2))
+        objective: Any = SimpleNamespace(losses=losses)
+        return train_step([inputs], networks, objective, optimizers, step=step, images=2)
+
+    return networks, train, optimizers
 
 
 def _gradients_of(cut):
@@ -164,6 +190,35 @@ def test_a_gradient_that_is_not_finite_changes_no_weight_and_no_state(name, pois
     _assert_same(optimizers.state_dict(), state)
     assert train_step([inputs], networks, objective, optimizers, step=2, images=2).skipped.item() == 0.0
     assert not torch.equal(_weights(networks), before)
+
+
+@pytest.mark.parametrize(("unet", "text"), itertools.product(OPTIONS, OPTIONS))
+def test_any_two_optimizers_skip_a_step_together_and_go_on(unet, text):
+    networks, train, optimizers = _pair(unet, text)
+    train(0)
+    before, state = _weights(networks), _copy(optimizers.state_dict())
+    assert train(1, loss=float("nan")).skipped.item() == 1.0
+    assert torch.equal(_weights(networks), before)
+    _assert_same(optimizers.state_dict(), state)
+    for step in (2, 3):
+        earlier = [_flat(networks.unet), _flat(networks.text_encoder)]
+        assert train(step).skipped.item() == 0.0
+        assert not torch.equal(_flat(networks.unet), earlier[0]) and not torch.equal(_flat(networks.text_encoder), earlier[1])
+    assert not any(measures.get("not finite") for measures in optimizers.measures().values())
+
+
+@pytest.mark.parametrize(("unet", "text"), itertools.product(OPTIONS, OPTIONS))
+def test_a_gradient_of_one_network_that_is_not_finite_stops_both_or_is_reported(unet, text):
+    """Its own network never moves. The other one moves only where one of them steps inside backward: counted, which ends a run."""
+    networks, train, optimizers = _pair(unet, text)
+    train(0)
+    before = [_flat(networks.unet), _flat(networks.text_encoder)]
+    train(1, unet_gradient=float("inf"))
+    assert torch.equal(_flat(networks.unet), before[0])
+    together = torch.equal(_flat(networks.text_encoder), before[1])
+    assert together or any("fused" in name for name in (unet, text))
+    counted = {network: int(measures.get("not finite", 0)) for network, measures in optimizers.measures().items()}
+    assert counted == ({"unet": 0, "text encoder": 0} if together else {"unet": 1, "text encoder": 0})
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -31,6 +31,11 @@ class Member:
         """Whether it updates its network inside the backward pass."""
         return getattr(self.optimizer, "fused_backward", False)
 
+    @property
+    def gated(self) -> bool:
+        """Whether `found_inf` on the device is enough to make it skip a step."""
+        return getattr(self.optimizer, "_step_supports_amp_scaling", False)
+
 
 class OptimizerSet:
     """Separate optimizers for separate networks, each with its own rate, schedule and `d`.
@@ -57,6 +62,8 @@ class OptimizerSet:
         )
         self.fused = any(member.fused for member in self.members)
         self._decayed: dict[str, Any] = {}
+        self._finite: Tensor | None = None
+        self._half_made: Tensor | float = 0.0
         self.updating = False
         """Whether a step has begun to change weights and state: until whoever counts steps has counted it and says so here, neither the
         number of the step nor the next one is that of the weights."""
@@ -80,9 +87,10 @@ class OptimizerSet:
     def gate(self, loss: Tensor) -> None:
         """Tell the optimizers that update inside backward, before it, to change nothing where the loss is not finite."""
         self.updating = self.fused
+        self._finite = loss.detach().isfinite()
         for member in self.members:
             if member.fused:
-                member.optimizer.gate(loss.detach().isfinite())  # type: ignore[attr-defined]
+                member.optimizer.gate(self._finite)  # type: ignore[attr-defined]
 
     def norms_in_backward(self) -> dict[str, Tensor]:
         """Return the 2-norm of the last gradient of each network that was updated inside backward, 0-d tensors."""
@@ -92,17 +100,20 @@ class OptimizerSet:
         """Update the weights, or leave weights and state of all networks as they are where `found_inf` is 1.
 
         Optimizers that take the flag on the device are gated there. The kept 8-bit and D-Adaptation libraries cannot: with one of
-        them in the set the flag is read, one synchronisation a step.
+        them in the set the flag is read, one synchronisation a step. Those that step inside backward are called in any case, since
+        that ends their step. They have moved if the loss was finite: then the others' gradients count as "not finite" in `measures`.
         """
-        gated = all(getattr(member.optimizer, "_step_supports_amp_scaling", False) for member in self.members)
-        if not gated and bool(found_inf):
-            return
+        skips = not all(member.gated for member in self.members) and bool(found_inf)
         self.updating = True
+        if self.fused and self._finite is not None:
+            self._half_made = self._half_made + found_inf * self._finite
         for member in self.members:
+            if skips and not member.gated:
+                continue
             if member.options.adapts:
                 share = member.options.decay(member.optimizer) * (1 - found_inf.double())
                 self._decayed[member.network] = self._decayed.get(member.network, 0.0) + share
-            if gated:
+            if member.gated:
                 member.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
                 member.optimizer.grad_scale = None  # type: ignore[attr-defined]
             member.optimizer.step()
@@ -115,9 +126,12 @@ class OptimizerSet:
     def measures(self) -> dict[str, dict[str, Any]]:
         """Return by network what can be reported: `rate`, the rate that really acts; and of one that finds its own, what it found.
 
-        That is `d`, `d_hat` and `decayed`, the share of every weight that decay has taken since the run began.
+        That is `d`, `d_hat` and `decayed`, the share of every weight that decay has taken since the run began. With fused backward
+        also `not finite`: how many gradients, or steps of a network that steps after backward, were left out of steps that others made.
         """
         found = {member.network: member.options.measure(member.optimizer) for member in self.members}
+        for member in self.members if self.fused else ():
+            found[member.network].setdefault("not finite", self._half_made)
         for network, total in self._decayed.items():
             found[network]["decayed"] = 1 - (-total).exp()  # the product of all 1 - share, where shares are small
         return found
