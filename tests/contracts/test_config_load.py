@@ -74,6 +74,8 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(folde
         ({"save_format": "single"}, ["--no_save_ckpt", "false"], ("saving", "save_format", "single")),
         ({"mixed_precision": "bf16"}, ["--disable_amp"], ("precision", "mixed_precision", "no")),
         ({"disable_amp": True}, ["--mixed_precision", "bf16"], ("precision", "mixed_precision", "bf16")),
+        ({}, ["--no-amp"], ("precision", "mixed_precision", "no")),
+        ({"resume_ckpt": "other"}, ["--base_model", "someone/some-model"], ("model", "resume_ckpt", "someone/some-model")),
         ({"amp": False}, ["--mixed_precision", "fp16"], ("precision", "mixed_precision", "fp16")),
         ({"ema_decay_rate": 0.9}, ["--ema_strength_target", "0.1"], ("ema", "ema_decay_rate", None)),
         ({"ema_strength_target": 0.1}, ["--ema_decay_rate", "0.9"], ("ema", "ema_strength_target", None)),

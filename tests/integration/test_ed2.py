@@ -64,7 +64,7 @@ TRAIN = {
     "gpuid": To(1),
     "grad_accum": To(2),
     "gradient_checkpointing": To(True),
-    "keep_tags": To(1),
+    "keep_tags": To(1, {"shuffle_tags": True}),
     "load_settings_every_epoch": To(True, error='go on with "resume_ckpt": "findlast"'),
     "log_step": To(1),
     "logdir": To("elsewhere"),
@@ -100,9 +100,9 @@ TRAIN = {
     "train_sampler": To("ddim", note="has no effect; training uses ddpm"),
     "validation_config": To("validation.json"),
     "wandb": To(True),
-    "write_schedule": To(True, error="train.py --check prints the plan instead"),
+    "write_schedule": To(True, note="train.py --check prints the plan"),
     "zero_frequency_noise_ratio": To(0.1),
-    **{name: To(True, note="an old EveryDream2 key without effect") for name in KEYS["train_legacy_keys_ignored_at_head"]},
+    **{name: To(True, note="an EveryDream2 key without effect") for name in KEYS["train_legacy_keys_ignored_at_head"]},
 }
 ADAPTING = {"optimizer": "dadapt_adam", "lr": 0.1}
 SECTION = {

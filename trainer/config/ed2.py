@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.config.report import Report, Written, shown, unknown_value
+from trainer.config.schema import Key, optimizer_keys, train_keys
 
 NEVER_NAMES: Mapping[str, str] = {
     "adacoor": "dadapt_adam",
@@ -23,15 +24,28 @@ NEVER_NAMES: Mapping[str, str] = {
 UNUSED_OPTIMIZER: Mapping[str, Any] = {"no_prox": False}
 """Keys of optimizer sections that only optimizers use which this program leaves out, with EveryDream2's defaults."""
 
+RENAMED: Mapping[str, str] = {
+    "base_model": "resume_ckpt",
+    "ema_decay_device": "ema_device",
+    "ema_decay_interval": "ema_update_interval",
+    "ema_decay_resume_model": "ema_resume_model",
+    "ema_decay_sample_ema_model": "ema_sample_ema_model",
+    "ema_decay_sample_raw_training": "ema_sample_nonema_model",
+    "ema_decay_target": "ema_strength_target",
+    "ema_sample_ema_training": "ema_sample_ema_model",
+    "ema_sample_raw_training": "ema_sample_nonema_model",
+}
+"""Other names of keys of train.json: EveryDream2's of before it renamed them, and base_model."""
+
 _REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "load_settings_every_epoch": ((False,), 'stop the run, change the file and go on with "resume_ckpt": "findlast"'),
     "plugins": (([], {}, ""), "plugins are not supported; remove it or set it to null"),
     "rated_dataset": ((False,), "rated datasets are not supported; use multiply for images that should count more"),
-    "write_schedule": ((False,), "train.py --check prints the plan instead; set it to false"),
 }
 
 _IDLE: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "rated_dataset_target_dropout_percent": ((50,), "rated_dataset"),
+    "rated_dataset_target_dropout_rate": ((50,), "rated_dataset"),
 }
 """Keys that do nothing unless another is set, which is refused: their usual values, and that other key."""
 
@@ -42,51 +56,93 @@ _OLD: Mapping[str, str] = {
     "notebook": "",
     "scale_lr": "write the lr that is meant",
     "useadam8bit": "the optimizer file names the optimizer",
+    "write_schedule": "train.py --check prints the plan",
 }
 
 _SAMPLERS = ("ddpm", "pndm", "ddim")
 
 _OTHER_WORDS: Mapping[str, str] = {
-    "base_model": "resume_ckpt",
     "caption_dropout_rate": "cond_dropout",
+    "checkpoints_total_limit": "keep_last_n",
     "dataset_path": "data_root",
     "enable_wildcard": "caption_lines",
     "epochs": "max_epochs",
     "flip_aug": "flip_p",
+    "full_bf16": "weights_dtype",
     "gradient_accumulation_steps": "grad_accum",
+    "in_json": "data_root",
+    "instance_data_dir": "data_root",
+    "ip_noise_gamma": "input_perturbation",
     "keep_tokens": "keep_tags",
     "learning_rate": "lr",
+    "logging_dir": "logdir",
     "lora_rank": "lora",
+    "max_data_loader_n_workers": "num_workers",
     "max_grad_norm": "clip_grad_norm",
+    "max_timestep": "timestep_end",
     "max_token_length": "max_tokens",
     "max_train_epochs": "max_epochs",
+    "max_train_steps": "stop_after_steps",
+    "min_timestep": "timestep_start",
     "model": "resume_ckpt",
+    "multires_noise_discount": "pyramid_noise_discount",
     "network_alpha": "lora",
     "network_dim": "lora",
+    "network_module": "lora",
+    "network_train_text_encoder_only": "disable_unet_training",
+    "network_train_unet_only": "disable_textenc_training",
     "noise_offset": "zero_frequency_noise_ratio",
     "num_train_epochs": "max_epochs",
-    "optimizer": "optimizer_config",
     "output_dir": "logdir",
+    "output_name": "project_name",
     "pretrained_model_name_or_path": "resume_ckpt",
+    "random_crop": "crop_jitter",
+    "random_flip": "flip_p",
+    "reg_data_dir": "data_root",
+    "resume": "resume_ckpt",
+    "resume_from_checkpoint": "resume_ckpt",
+    "sample_every_n_steps": "sample_steps",
+    "save_last_n_epochs": "keep_last_n",
     "save_every_n_epoch": "save_every_n_epochs",
+    "save_model_as": "save_format",
+    "save_precision": "save_full_precision",
+    "save_state": "save_optimizer",
+    "sdpa": "attn_type",
     "shuffle_caption": "shuffle_tags",
     "snr_gamma": "min_snr_gamma",
     "train_batch_size": "batch_size",
     "train_data_dir": "data_root",
+    "xformers": "attn_type",
+    "zero_terminal_snr": "enable_zero_terminal_snr",
 }
-"""What other trainers call keys of train.json."""
+"""Keys of train.json by what kohya's sd-scripts, diffusers' examples and others call them."""
 
 _OTHER_OPTIMIZER_WORDS: Mapping[str, str] = {
+    "adam_beta1": "betas",
+    "adam_beta2": "betas",
+    "adam_epsilon": "epsilon",
+    "adam_weight_decay": "weight_decay",
     "beta1": "betas",
     "beta2": "betas",
     "eps": "epsilon",
+    "fused_backward_pass": "fused_backward",
     "learning_rate": "lr",
+    "learning_rate_te": "lr",
     "name": "optimizer",
     "optimizer_type": "optimizer",
     "scheduler": "lr_scheduler",
+    "text_encoder_lr": "lr",
     "type": "optimizer",
+    "unet_lr": "lr",
+    "use_8bit_adam": "optimizer",
     "warmup_steps": "lr_warmup_steps",
 }
+"""Likewise, of the optimizer file's sections."""
+
+_OF_TEXT_ENCODER = ("learning_rate_te", "text_encoder_lr")
+
+SECTION_WORDS: Mapping[str, str] = {"te": "text_encoder_overrides", "text_encoder": "text_encoder_overrides", "unet": "base"}
+"""What the optimizer file's sections are called elsewhere."""
 
 
 def foreign_schema() -> dict[str, dict[str, Any]]:
@@ -100,8 +156,17 @@ def foreign_schema() -> dict[str, dict[str, Any]]:
     for name, (_, master) in _IDLE.items():
         found[name] = {"description": f"Without effect unless {master} is set."}
     for name, instead in _OLD.items():
-        found[name] = {"description": "; ".join(filter(None, ("Old key without effect", instead))) + ".", "deprecated": True}
+        found[name] = {"description": "; ".join(filter(None, ("EveryDream2's key, without effect", instead))) + ".", "deprecated": True}
+    for name, now in RENAMED.items():
+        found[name] = {**train_keys()[now].json_schema(), "description": f"Another name of {now}."}
     return found
+
+
+def foreign_options() -> dict[str, Key]:
+    """Return EveryDream2's options of the command line that `translate` understands, as keys."""
+    kinds: dict[str, Any] = dict.fromkeys(("amp", *_REFUSED, *_OLD), bool) | dict.fromkeys(_IDLE, int)
+    kinds |= {"plugins": str, "train_sampler": str}
+    return {name: Key(name, kind, None, object) for name, kind in kinds.items()}
 
 
 def translate(name: str, written: Written, report: Report) -> dict[str, Written] | None:
@@ -131,7 +196,7 @@ def translate(name: str, written: Written, report: Report) -> dict[str, Written]
         return {}
     if name in _OLD:
         if value not in (False, None):
-            report.note(place, "; ".join(filter(None, ("an old EveryDream2 key without effect", _OLD[name]))))
+            report.note(place, "; ".join(filter(None, ("an EveryDream2 key without effect", _OLD[name]))))
         return {}
     return None
 
@@ -139,6 +204,14 @@ def translate(name: str, written: Written, report: Report) -> dict[str, Written]
 def other_word(name: str, *, optimizer: bool = False) -> str | None:
     """Return the key that another trainer calls `name`."""
     return (_OTHER_OPTIMIZER_WORDS if optimizer else _OTHER_WORDS).get(name.lower())
+
+
+def in_optimizer_file(name: str) -> str | None:
+    """Return the section and key of the optimizer file that a word outside it means; None where it means none."""
+    key = other_word(name, optimizer=True) or name
+    if other_word(name) is not None or key not in optimizer_keys():
+        return None
+    return f"{'text_encoder_overrides' if name.lower() in _OF_TEXT_ENCODER else 'base'}.{key}"
 
 
 def _among(value: Any, choices: tuple[Any, ...]) -> bool:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from trainer.config.ed2 import UNUSED_OPTIMIZER, foreign_schema
+from trainer.config.ed2 import RENAMED, UNUSED_OPTIMIZER, foreign_schema
 from trainer.config.optimizers import BASE, FREEZING, OVERRIDES
 from trainer.config.schema import (
     CommandOptions,
@@ -31,8 +31,9 @@ _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 def train_schema() -> dict[str, Any]:
     """Return the JSON Schema of train.json."""
     keys = {name: key.json_schema() for name, key in train_keys().items()}
-    required = [name for name, key in train_keys().items() if key.required]
-    return {"$schema": _DIALECT, "title": "train.json", **closed_object({**keys, **foreign_schema()}), "required": required}
+    (required,) = (name for name, key in train_keys().items() if key.required)
+    either = [{"required": [name]} for name in (required, *(old for old, now in RENAMED.items() if now == required))]
+    return {"$schema": _DIALECT, "title": "train.json", **closed_object({**keys, **foreign_schema()}), "anyOf": either}
 
 
 def optimizer_schema() -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from data.regular import read_regular
-from trainer.config.ed2 import other_word, translate
+from trainer.config.ed2 import RENAMED, in_optimizer_file, other_word, translate
 from trainer.config.optimizers import BASE, Rates, is_documentation, read_optimizers
 from trainer.config.overrides import help_text, parse
 from trainer.config.paths import (
@@ -27,11 +28,22 @@ from trainer.config.positions import Document, read_json
 from trainer.config.report import COMMAND_LINE, Place, Report, Written, checked, closest, did_you_mean, shown
 from trainer.config.rules import Settings, apply_optimizer_rules, apply_rules, drop_overridden, resolved
 from trainer.config.sample_file import read_sample_prompts
-from trainer.config.schema import CommandOptions, Key, OptimizerConfig, TrainConfig, accepts, keys_of, optimizer_keys, sections, train_keys
+from trainer.config.schema import (
+    CommandOptions,
+    Key,
+    OptimizerConfig,
+    TrainConfig,
+    accepts,
+    keys_of,
+    optimizer_classes,
+    sections,
+    train_keys,
+)
 from trainer.config.validation_file import read_validation
 from trainer.errors import UserError
 
 _FREEZE = "; to leave a network as it is, set disable_unet_training or disable_textenc_training"
+_IN_A_FILE = "; write the keys into a .json file and name the file here"
 _NAMES_FILES = ("data_root", "optimizer_config")
 """Keys whose defaults are looked for, and so only taken if the file was understood far enough to know that they are absent."""
 
@@ -68,7 +80,7 @@ def load_config(argv: Sequence[str]) -> Loaded:
     if arguments.help:
         print(help_text(), end="")
         raise SystemExit(0)
-    source = Path.cwd() / arguments.config
+    source = Path.cwd() / (arguments.config or CommandOptions.config)
     file = shown_path(source)
     report.files.append(file)
     document = _read(source, file, Place(COMMAND_LINE, None, "config"), report)
@@ -76,13 +88,17 @@ def load_config(argv: Sequence[str]) -> Loaded:
         report.error(Place(file), "is an optimizer file, not a train.json; name it with --optimizer_config or in a train.json")
         document = None
     written = _written(document, source.parent, file, report) if document else {}
-    for name, value in arguments.values.items():
-        written[name] = Written(value, Place(COMMAND_LINE, None, name))
+    written |= arguments.values
+    if document and arguments.config is None and {"resume_ckpt", "data_root"} <= arguments.values.keys():
+        report.note(Place(file), "is read too, since --config names no other file; the command line wins over its keys")
     drop_overridden(written)
     settings = _settings(written, document, Place(file), report)
     optimizers, optimizer_source = _optimizers(settings, source, report)
     if settings.values.get("sample_prompts"):
-        read_sample_prompts(Path(settings["sample_prompts"]), report)
+        prompts = read_sample_prompts(Path(settings["sample_prompts"]), report)
+        every = prompts.generate_samples_every_n_steps if prompts else None
+        if every and "sample_steps" in arguments.values and settings.values.get("sample_steps") != every:
+            report.note(settings.place("sample_steps"), f"is not used: generate_samples_every_n_steps of sample_prompts is {every}")
     if settings.values.get("validation_config"):
         read_validation(Path(settings["validation_config"]), report)
     apply_rules(settings, report)
@@ -132,8 +148,11 @@ def _written(document: Document, folder: Path, file: str, report: Report) -> dic
         entry = Written(value, Place(file, document.lines[(name,)], name), folder)
         if is_documentation(name) or (name,) in document.unread:
             continue
-        if name in known:
-            result.setdefault(name, entry)
+        key = RENAMED.get(name, name)
+        if key in known:
+            same = result.setdefault(key, entry)
+            if same.value != value and {name, same.place.key} & RENAMED.keys():
+                report.error(entry.place, f"{shown(value)} contradicts {same.place.key}, which means the same; remove one of the two")
             continue
         foreign = translate(name, entry, report)
         if foreign is None:
@@ -145,8 +164,8 @@ def _written(document: Document, folder: Path, file: str, report: Report) -> dic
 def _unknown_key(name: str) -> str:
     if name in keys_of(CommandOptions):
         return f"belongs on the command line, as --{name}"
-    if name in optimizer_keys() and other_word(name) is None:
-        return f"belongs in the optimizer file, as base.{name}"
+    if inside := in_optimizer_file(name):
+        return f"belongs in the optimizer file, as {inside}"
     word = other_word(name)
     return "unknown key" + (f"; did you mean '{word}'?" if word else did_you_mean(name, train_keys()) or "; --help lists all")
 
@@ -154,12 +173,12 @@ def _unknown_key(name: str) -> str:
 def _settings(written: dict[str, Written], document: Document | None, default: Place, report: Report) -> Settings:
     """Check every value and input path; a key whose value is wrong is absent from the settings' values."""
     complete = document is not None and not document.hides_keys
-    unread = {path[0] for path in document.unread if len(path) == 1} if document else set()
+    unread = {RENAMED.get(str(path[0]), path[0]) for path in document.unread if len(path) == 1} if document else set()
     values: dict[str, Any] = {}
     given = {name: entry for name, entry in written.items() if entry.value is not None}
     for name, key in train_keys().items():
         if name in given:
-            hint = _FREEZE if name == "lr" and given[name].value == 0 else ""
+            hint = _hint(name, given[name].value)
             if dataclasses.is_dataclass(key.kind):
                 right, value = _object(key, given[name], document, report)
             else:
@@ -175,6 +194,19 @@ def _settings(written: dict[str, Written], document: Document | None, default: P
     settings = Settings(values, given, default)
     _resolve_paths(values, settings, report)
     return settings
+
+
+def _hint(name: str, value: Any) -> str:
+    """Return what to add to the sentence about a wrong value where it is clear what was meant."""
+    if name == "lr" and value == 0:
+        return _FREEZE
+    if name.endswith("_config") and isinstance(value, dict):
+        return _IN_A_FILE
+    sides = re.fullmatch(r"(\d+)\s*[x,×]\s*(\d+)", value) if name == "resolution" and isinstance(value, str) else None
+    if sides is None:
+        return ""
+    side = max(64, 64 * round((int(sides[1]) * int(sides[2])) ** 0.5 / 64))
+    return f"; write {side}: images keep their shape and are resized to about its square in area"
 
 
 def _object(key: Key, entry: Written, document: Document | None, report: Report) -> tuple[bool, Any]:
@@ -238,7 +270,10 @@ def _optimizers(settings: Settings, source: Path, report: Report) -> tuple[Optim
     )
     path = find(entry)
     if path is None or path.is_dir():
-        report.error(entry.place, not_found(entry, "optimizer file") if path is None else f"{entry.value} is a folder; name the file")
+        sentence = not_found(entry, "optimizer file") if path is None else f"{entry.value} is a folder; name the file"
+        if path is None and entry.value.lower() in optimizer_classes():
+            sentence = f"{entry.value} is an optimizer, not a file; name a file such as optimizer.json whose base.optimizer it is"
+        report.error(entry.place, sentence)
         return None, source
     file = shown_path(path)
     if file in report.files:

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config.ed2 import NEVER_NAMES, UNUSED_OPTIMIZER, other_word
+from trainer.config.ed2 import NEVER_NAMES, SECTION_WORDS, UNUSED_OPTIMIZER, other_word
 from trainer.config.positions import Document
-from trainer.config.report import Place, Report, Written, checked, did_you_mean, shown, unknown_value
+from trainer.config.report import COMMAND_LINE, Place, Report, Written, checked, did_you_mean, shown, unknown_value
 from trainer.config.schema import (
     DEFAULT_OPTIMIZER,
     FreezingOptions,
@@ -118,6 +118,8 @@ def _top(top: Mapping[str, Any], document: Document, file: str, report: Report) 
         elif name in (BASE, OVERRIDES, FREEZING):
             if value is not None and not isinstance(value, dict):
                 report.error(place, f"must be an object in braces, {{ ... }}; got {shown(value)}")
+        elif name in SECTION_WORDS:
+            report.error(place, f"unknown key; did you mean '{SECTION_WORDS[name]}'?")
         elif name in optimizer_keys() or name in UNUSED_OPTIMIZER:
             report.error(place, f"belongs inside {BASE}")
         elif name in keys_of(FreezingOptions):
@@ -279,7 +281,9 @@ def _tiny_multiplier(section: _Section, learns: bool, report: Report) -> None:
 def _differs(section: _Section, key: str, rates: Rates, report: Report) -> None:
     """Note a value of a section that wins over another one in train.json or on the command line."""
     own, train = section.values.get(key), rates.written.get(key)
-    if own is not None and train is not None and own.value != train.value and not (key == "lr_decay_steps" and train.value == 0):
+    if own is None or train is None or own.value == train.value:
+        return
+    if train.place.file == COMMAND_LINE or train.value not in (train_keys()[key].default, 0):  # files often hold the default
         own_value, other = (value if isinstance(value, str) else f"{value:g}" for value in (own.value, train.value))
         report.note(own.place, f"{own_value} is used, not the {other} of {train.place.origin}")
 

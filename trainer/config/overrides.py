@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from trainer.config.ed2 import RENAMED, foreign_options, in_optimizer_file, other_word, translate
 from trainer.config.positions import read_json
-from trainer.config.report import COMMAND_LINE, Place, Report, checked, closest
+from trainer.config.report import COMMAND_LINE, Place, Report, Written, checked, closest
 from trainer.config.schema import (
     DEFAULT_OPTIMIZER,
     CommandOptions,
@@ -36,13 +37,13 @@ from trainer.config.schema import (
 class Arguments:
     """What the command line says: the file, what to do, and values by key that win over the file's."""
 
-    config: str = CommandOptions.config
+    config: str | None = None
     check: Literal["text", "json"] | None = None
     contact_sheets: str | None = None
     vram: float | None = None
     resume_weights_only: bool = False
     help: bool = False
-    values: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, Written] = field(default_factory=dict)
 
 
 def parse(argv: Sequence[str], report: Report) -> Arguments:
@@ -62,6 +63,7 @@ def parse(argv: Sequence[str], report: Report) -> Arguments:
             report.error(Place(COMMAND_LINE), f"{word} is not an option{close}; options are written --key value, see --help")
             continue
         name, equals, attached = word[2:].partition("=")
+        place = Place(COMMAND_LINE, None, name)
         key, off = _find(name.replace("-", "_"))
         if key is None:
             _unknown(name, report)
@@ -70,11 +72,11 @@ def parse(argv: Sequence[str], report: Report) -> Arguments:
             continue
         if key.kind is bool:
             value: Any = not off
-            if equals or (rest and rest[0].lower() in ("true", "false", "null")):
+            if equals or (rest and not rest[0].startswith("--")):
                 given = attached if equals else rest.pop(0)
                 spelled = {"true": not off, "false": off, "null": None}
                 if given.lower() not in spelled:
-                    report.error(Place(COMMAND_LINE, None, name), f"takes true or false, got '{given}'")
+                    report.error(place, f"takes true or false, got '{given}'")
                     continue
                 value = spelled[given.lower()]
         elif equals:
@@ -84,14 +86,16 @@ def parse(argv: Sequence[str], report: Report) -> Arguments:
         elif rest and not (rest[0].startswith("--") and rest[0] != "--"):
             value = _value(key, rest.pop(0))
         else:
-            report.error(Place(COMMAND_LINE, None, name), f"needs a value: {accepts(key.annotation)}")
+            report.error(place, f"needs a value: {accepts(key.annotation)}")
             continue
         if key.owner is CommandOptions:
-            right, value = (True, key.default) if value is None else checked(key, value, Place(COMMAND_LINE, None, name), report)
+            right, value = (True, key.default) if value is None else checked(key, value, place, report)
             if right:
                 setattr(result, key.name, value)
+        elif key.name in train_keys():
+            result.values[key.name] = Written(value, place)
         else:
-            result.values[key.name] = value
+            result.values |= translate(key.name, Written(value, place), report) or {}
     for name, sentence in (("contact_sheets", "is made by a check; add --check"), ("vram", "is for a check; add --check")):
         if getattr(result, name) is not None and result.check is None:
             report.error(Place(COMMAND_LINE, None, name), sentence)
@@ -143,7 +147,8 @@ def _row(key: Key, dashes: str, width: int, *, takes: str = "", words: str = "")
 
 def _find(name: str) -> tuple[Key | None, bool]:
     """Return the key that an option names and whether it is being turned off; a key `no_x` is turned off by `--x`."""
-    known = {**train_keys(), **keys_of(CommandOptions)}
+    known = {**train_keys(), **keys_of(CommandOptions), **foreign_options()}
+    name = RENAMED.get(name, name)
     if name in known:
         return known[name], False
     if name.startswith("no_") and name[3:] in known and known[name[3:]].kind is bool:
@@ -155,10 +160,10 @@ def _find(name: str) -> tuple[Key | None, bool]:
 
 def _unknown(name: str, report: Report) -> None:
     place, key = Place(COMMAND_LINE, None, name), name.replace("-", "_")
-    if key in optimizer_keys():
-        report.error(place, f"belongs in the optimizer file, as base.{key}")
+    if inside := in_optimizer_file(key):
+        report.error(place, f"belongs in the optimizer file, as {inside}")
     else:
-        close = closest(key, ["help", *train_keys(), *keys_of(CommandOptions)])
+        close = other_word(key) or closest(key, ["help", *train_keys(), *keys_of(CommandOptions)])
         report.error(place, f"unknown option; did you mean --{close}?" if close else "unknown option; --help lists all")
 
 

@@ -366,6 +366,11 @@ def _lora_rates(
         report.note(Place(file, None, "text_encoder_freezing.freeze_embeddings"), "has no effect: lora trains no embeddings")
 
 
+def _tags(settings: Settings, report: Report) -> None:
+    if settings["keep_tags"] and not settings["shuffle_tags"]:
+        report.note(settings.place("keep_tags"), "has no effect without shuffle_tags, but where a folder or an image sets that")
+
+
 def _lora(settings: Settings, report: Report) -> None:
     if settings["lora"] is None:
         return
@@ -419,6 +424,7 @@ _RULES: tuple[Callable[[Settings, Report], None], ...] = (
     _keeping,
     _cadence,
     _attention,
+    _tags,
     _lora,
     _cache,
     _wandb,

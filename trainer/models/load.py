@@ -21,7 +21,8 @@ class ModelOptions:
 
     resume_ckpt: str
     """The model to start from: a diffusers folder, a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5, a
-    .safetensors or .ckpt file in the original layout, a run folder or a checkpoint folder of this program, or findlast."""
+    .safetensors or .ckpt file in the original layout, a run folder or a checkpoint folder of this program, or findlast. base_model is
+    another name of this key."""
 
     vae: str | None = None
     """A VAE to use instead of the model's own: a diffusers folder, a hub id or a .safetensors file."""
