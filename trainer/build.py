@@ -6,7 +6,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import cache
@@ -71,12 +71,19 @@ def run_training(config: TrainConfig, notes: Sequence[str], *, weights_only: boo
 
     quiet_libraries()
     processes = connect(config.loop.gpuid, signals)
-    with processes.together():
-        _train(config, notes, processes, weights_only=weights_only, arguments=arguments, signals=signals)
+    with processes.together(), ExitStack() as ending:
+        _train(config, notes, processes, ending, weights_only=weights_only, arguments=arguments, signals=signals)
 
 
 def _train(
-    config: TrainConfig, notes: Sequence[str], processes: Processes, *, weights_only: bool, arguments: Sequence[str], signals: StopSignals
+    config: TrainConfig,
+    notes: Sequence[str],
+    processes: Processes,
+    ending: ExitStack,
+    *,
+    weights_only: bool,
+    arguments: Sequence[str],
+    signals: StopSignals,
 ) -> None:
     from trainer.environment import check_cuda
     from trainer.found import hand_over
@@ -87,7 +94,7 @@ def _train(
     for note in [*notes, *check_cuda(), *processes.notes]:
         console.event(f"Note: {note}")
     try:
-        run = build_run(config, console, processes, weights_only=weights_only, signals=signals)
+        run = build_run(config, console, processes, ending, weights_only=weights_only, signals=signals)
     except Exception as error:
         if _is_of_killed_reader(error):
             raise UserError(_reader_killed(error)) from error
@@ -116,7 +123,9 @@ def _train(
         if processes.main:
             for sentence in closing(run, resume_command(arguments, run.folder, changed=changed, launcher=processes.launcher)):
                 console.event(sentence)
-            for sentence in [] if failed else hand_over(run, config):  # a run that failed is gone on with, or its rate was no good
+            for sentence in (
+                [] if failed or run.state.step == 0 else hand_over(run, config)
+            ):  # a run that failed is gone on with, or its rate was no good
                 console.event(sentence)
 
 
@@ -146,6 +155,8 @@ def closing(run: Run, command: str) -> list[str]:
     from trainer.checkpoint import RESUME, checkpoints
 
     state, total = run.state, run.cadence.total_steps
+    if state.step == 0:
+        return ["Stopped before the first step: nothing is kept of this run."]
     minutes = state.seconds / 60
     ended = "Done" if state.step >= total else f"Stopped after step {state.step} of {total}"
     lines = [f"{ended}: {state.step} steps, {state.images} images in {minutes:.1f} minutes of training."]
@@ -168,13 +179,16 @@ def closing(run: Run, command: str) -> list[str]:
     ]
 
 
-def build_run(config: TrainConfig, console: Console, processes: Processes, *, weights_only: bool, signals: StopSignals) -> Run:
+def build_run(
+    config: TrainConfig, console: Console, processes: Processes, ending: ExitStack, *, weights_only: bool, signals: StopSignals
+) -> Run:
     """Load everything that a run needs and make, or go on in, its folder.
 
     Args:
         config: the checked configuration.
         console: where events are shown.
         processes: this one and those that it trains with.
+        ending: takes what is to be done when the run has ended, however far it came.
         weights_only: a checkpoint gives its weights to a new run instead of being continued.
         signals: ask the run to end.
 
@@ -323,6 +337,7 @@ def build_run(config: TrainConfig, console: Console, processes: Processes, *, we
     folder = start.checkpoint.parent.parent.resolve() if start.checkpoint else processes.first(lambda: make_folder(config))
     loggers, beside_notes = Loggers([]), []
     if processes.main:
+        ending.callback(drop_unbegun, folder, state)
         tidy(folder / "ckpts")
         beside_notes = keep_beside(models, folder) if lora is None else []
         recorders = open_loggers(
@@ -334,6 +349,7 @@ def build_run(config: TrainConfig, console: Console, processes: Processes, *, we
             wandb_project=config.logging.project_name if config.logging.wandb else None,
         )
         loggers = Loggers([recorders, card.curves])
+        ending.callback(loggers.close)
         record_configuration(config, folder, loggers, state.step)
         console.record_to(folder / "run.log")
     for note in [*start.notes, *notes, *models.notes, *split.notes, *beside_notes]:
@@ -788,6 +804,15 @@ def make_folder(config: TrainConfig) -> Path:
             time.sleep(0.2)  # another run began in the same second
         except OSError as error:
             raise UserError(f"logdir: no run folder can be made in {logdir} ({error.strerror}); choose another logdir.") from error
+
+
+def drop_unbegun(folder: Path, state: TrainState) -> None:
+    """Delete the folder of a run that ended before its first step."""
+    from trainer.disk import remove
+
+    if state.step == 0:
+        with suppress(OSError):
+            remove(folder)
 
 
 def keep_beside(models: Models, folder: Path) -> list[str]:

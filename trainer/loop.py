@@ -132,6 +132,9 @@ def train(run: Run) -> None:
     from trainer.saving import SavingError
     from trainer.signals import Interrupted
 
+    if run.state.step == 0:  # nothing can be lost yet, so a signal ends the run wherever it is
+        run.state.owed = [VALIDATION, *([SAMPLES] if run.sample_first else [])]
+        settle(run)
     with run.signals.deferred():  # the saving too: where another process has died, a signal follows from whoever launched both
         try:
             make_steps(run)
@@ -155,8 +158,6 @@ def make_steps(run: Run) -> None:
     from trainer.step import train_step
 
     state, device = run.state, run.precision.device
-    if state.step == 0:
-        state.owed = [VALIDATION, *([SAMPLES] if run.sample_first else [])]
     settle(run)
     while not ends(run):
         epoch = state.epoch

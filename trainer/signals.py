@@ -1,14 +1,18 @@
-"""Signals that ask a run to end: the first is met at the next safe place, the second ends the process at once."""
+"""Signals that ask a run to end: the first is met at the next safe place, a later one ends the process at once."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+TOGETHER = 1.0
+"""Seconds after the first signal in which further ones repeat it: service managers and launchers often send two."""
 
 
 class Interrupted(BaseException):
@@ -28,8 +32,8 @@ class StopSignals:
     """Turn SIGINT, SIGTERM and what else asks a process to end into `Interrupted`, while the `with` block runs.
 
     Outside `deferred`, where nothing can be lost (imports, loading, caching), it is raised where the program happens to be. Inside, the
-    first signal is only noted, and `check` raises it at places that are safe. The second signal ends the process at once wherever it
-    is: what is being written then stays behind under a hidden name, and everything else is whole.
+    first signal is only noted, and `check` raises it at places that are safe. A signal more than `TOGETHER` seconds later ends the
+    process at once wherever it is: what is being written then stays behind under a hidden name, and everything else is whole.
 
     Only the main thread receives signals; anywhere else the block changes nothing.
     """
@@ -40,6 +44,7 @@ class StopSignals:
         self.quiet = False
         """Whether another process says that the run stops."""
         self._deferred = False
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -103,14 +108,16 @@ class StopSignals:
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self.requested is not None:
+            if time.monotonic() - self._since < TOGETHER:
+                return
             _say("\nStopped at once; the last checkpoint is whole.\n")
             os._exit(128 + number)
-        self.requested = number
+        self.requested, self._since = number, time.monotonic()
         name = signal.Signals(number).name
         if not self._deferred:
             raise Interrupted(number)
         if not self.quiet:
-            _say(f"\n{name}: stopping after this step and saving a checkpoint; a second one stops at once, without.\n")
+            _say(f"\n{name}: stopping after this step and saving a checkpoint; another one, a second later, stops at once, without.\n")
 
 
 def _numbers() -> list[int]:

@@ -12,7 +12,7 @@ from scripts.torture import started, torture
 from tests.runs import DADAPT, run_of, same_run, scalars, uncut, write
 from trainer.checkpoint import checkpoints, resume_problem
 from trainer.loggers.console import Console
-from trainer.signals import Interrupted, StopSignals
+from trainer.signals import TOGETHER, Interrupted, StopSignals
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows cannot send itself these signals")
 
@@ -83,13 +83,37 @@ def test_the_first_signal_saves_and_the_run_goes_on_to_the_bit(workplace, monkey
     assert pictures[0] == pictures[1], "samples that a signal broke off are drawn when the run goes on"
 
 
-@pytest.mark.parametrize("place", ["trainer.models.load._base", "trainer.cache._encode", "trainer.build.make_optimizers"])
-def test_a_signal_before_training_leaves_nothing(workplace, monkeypatch, capsys, place):
+@pytest.mark.parametrize(
+    "place",
+    [
+        "trainer.models.load._base",
+        "trainer.cache._encode",
+        "trainer.build.make_optimizers",
+        "trainer.build.tell_data",
+        "trainer.validation:FixedLoss.measure",
+        "trainer.sampling:Sampler._pictures",
+    ],
+)
+def test_a_signal_before_the_first_step_leaves_nothing(workplace, monkeypatch, capfd, place):
     write(workplace, DADAPT, **SETTINGS)
     at_call(monkeypatch, place, signal.SIGTERM, 1)
     assert train.main([]) == 143
-    assert "Stopped by SIGTERM." in capsys.readouterr().err
+    told = capfd.readouterr()
+    assert "Stopped by SIGTERM." in told.err and "saving a checkpoint" not in told.err
     assert not list((workplace / "logs").glob("tiny*"))
+    assert "logs/tiny" not in told.out.replace("logs/tiny-<time>", "") and "Checkpoints:" not in told.out, "no path that is not there"
+
+
+def test_an_error_before_the_first_step_leaves_nothing(workplace, monkeypatch, capsys):
+    write(workplace, DADAPT, **SETTINGS)
+
+    def train_step(*arguments, **keywords):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("trainer.step.train_step", train_step)
+    with pytest.raises(RuntimeError, match="a bug"):
+        train.main([])
+    assert not list((workplace / "logs").glob("tiny*")) and "Checkpoints:" not in capsys.readouterr().out
 
 
 def test_a_signal_before_the_first_step_of_a_continued_run_changes_nothing(workplace, monkeypatch, capsys):
@@ -137,7 +161,9 @@ def test_the_second_signal_ends_it_at_once(workplace):
     time.sleep(0.2)
     os.kill(process.pid, signal.SIGINT)
     wait_for("SIGINT: stopping after this step", output)
-    assert process.is_alive(), "the first one waits for the step"
+    os.kill(process.pid, signal.SIGINT)  # as a launcher and the terminal send it together
+    time.sleep(TOGETHER + 0.1)
+    assert process.is_alive(), "the first one waits for the step, and two at once are one"
     os.kill(process.pid, signal.SIGINT)
     process.join(2)
     assert process.exitcode == 130 and "step 2/3" not in output.read_text()
