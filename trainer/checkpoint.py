@@ -219,7 +219,7 @@ def find_last(logdir: Path, project: str, *, weights_only: bool = False) -> tupl
     Raises:
         UserError: there is none.
     """
-    runs = sorted((path for path in logdir.glob(f"{glob.escape(project)}-*") if path.is_dir()), key=_timestamp, reverse=True)
+    runs = sorted((path for path in logdir.glob(f"{glob.escape(project)}-*") if path.is_dir()), key=by_timestamp, reverse=True)
     none = f"findlast found no checkpoint of project {project!r} to resume in {logdir} ({len(runs)} runs looked at)"
     return _newest(runs, f"{none}; name a model to start a new run.", weights_only=weights_only, project=project)
 
@@ -408,5 +408,6 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _timestamp(run: Path) -> tuple[str, str]:
+def by_timestamp(run: Path) -> tuple[str, str]:
+    """Return what orders run folders from the oldest to the newest: the timestamp in their names."""
     return run.name[-15:], run.name

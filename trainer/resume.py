@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.replacing import WINDOWS
-from trainer.checkpoint import TrainState, find_last, is_checkpoint, newest_of, read_resume, require_resumable
+from trainer.checkpoint import RUN, TrainState, find_last, is_checkpoint, newest_of, read_resume, require_resumable
 from trainer.config import flattened
 from trainer.errors import UserError
 from trainer.models.lora import read_base
@@ -46,7 +46,7 @@ class Start:
     """What the continued run was, as its checkpoint says."""
 
     notes: Sequence[str] = ()
-    """Newer checkpoints that are damaged, a clause each."""
+    """What to say about the choice: newer checkpoints that are damaged, a run that is not resumed."""
 
 
 def find_start(config: TrainConfig, *, weights_only: bool) -> Start:
@@ -61,15 +61,17 @@ def find_start(config: TrainConfig, *, weights_only: bool) -> Start:
     named = config.model.resume_ckpt
     folder = Path(named)
     damaged: list[str] = []
+    noted: list[str] = []
     if named == "findlast":
         folder, damaged = find_last(Path(config.logging.logdir), config.logging.project_name, weights_only=weights_only)
     elif (folder / "ckpts").is_dir():
         folder, damaged = newest_of(folder, weights_only=weights_only)
     elif not is_checkpoint(folder):
+        noted = [] if weights_only else _of_run(folder, Path(config.logging.logdir))
         weights_only = True
     elif not weights_only:
         require_resumable(folder)
-    notes = [f"{problem}; {folder.name} is used instead" for problem in damaged]
+    notes = [*noted, *(f"{problem}; {folder.name} is used instead" for problem in damaged)]
     base = read_base(folder)
     whole = named if folder == Path(named) else str(folder)  # a hub id is no path
     model, adapter = (whole, None) if base is None else (base.model, folder)
@@ -77,6 +79,17 @@ def find_start(config: TrainConfig, *, weights_only: bool) -> Start:
         return Start(model, adapter=adapter, notes=notes)
     state, about = read_resume(folder)
     return Start(model, folder, state, adapter, about, notes)
+
+
+def _of_run(file: Path, logdir: Path) -> list[str]:
+    """Return a note where `file` is the single file of a run's checkpoint, which cannot be resumed."""
+    from trainer.models.tensor_file import read_metadata
+
+    run = read_metadata(file).get(RUN) if file.is_file() and file.suffix.lower() == ".safetensors" else None
+    if run is None:
+        return []
+    folder = next((place for place in (file.parent.parent, logdir / run) if place.name == run and place.is_dir()), run)
+    return [f"resume_ckpt: {file.name} starts a new run from these weights; to resume theirs, name the run's folder, {folder}"]
 
 
 def describe(config: TrainConfig, index: Index, parts: TrainedParts, total_steps: int, processes: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -185,6 +186,21 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(workplace, no_estimate, c
         out = capsys.readouterr().out
         assert re.search(f"Note: .*{re.escape(problem)}; {older.name} is used instead", out)
     assert f"Going on after step 3 in {older.parent.parent}" in out
+
+
+def test_a_run_s_single_file_starts_a_new_run_and_a_note_says_how_to_resume(workplace, no_estimate, capsys):
+    write(workplace, DADAPT, **SHORT | {"save_format": "both"})
+    assert train.main(["--stop_after_steps", "1"]) == 0
+    run = run_of(workplace)
+    file = next((run / "ckpts").glob("*.safetensors"))
+    for path in (file, shutil.copy(file, workplace)):
+        capsys.readouterr()
+        assert train.main(["--resume_ckpt", str(path), "--check"]) == 0
+        place = run if path == file else run.relative_to(workplace)
+        note = f"Note: resume_ckpt: {file.name} starts a new run from these weights; to resume theirs, name the run's folder, {place}\n"
+        assert note in capsys.readouterr().out
+    assert train.main(["--resume_ckpt", str(file), "--check", "--resume_weights_only"]) == 0
+    assert "starts a new run" not in capsys.readouterr().out
 
 
 def test_an_older_checkpoint_starts_a_new_run_only_if_asked_to(workplace, capsys):

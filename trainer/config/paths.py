@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from data.regular import irregular
+from trainer.checkpoint import by_timestamp
 from trainer.config.report import Place, Report, Written, closest
 from trainer.models.lora import BASE_FILE
 
@@ -50,8 +51,11 @@ def resolve_model(written: Written, report: Report) -> str | None:
         return _model_file(found, written.place, report)
     if any((found / name).exists() for name in ("model_index.json", "ckpts", "resume", BASE_FILE)):
         return str(found)
-    inside = sorted(entry.name for entry in found.iterdir() if (entry / "model_index.json").exists()) if os.access(found, os.R_OK) else []
-    close = f"; did you mean '{written.value.rstrip('/')}/{inside[0]}'?" if inside else ""
+    entries = sorted(found.iterdir()) if os.access(found, os.R_OK) else []
+    runs = sorted((entry for entry in entries if (entry / "ckpts").is_dir()), key=by_timestamp, reverse=True)
+    inside = [entry.name for entry in [*runs, *(entry for entry in entries if (entry / "model_index.json").exists())]]
+    newest = ", its newest run" if runs else ""
+    close = f"; did you mean '{written.value.rstrip('/')}/{inside[0]}'{newest}?" if inside else ""
     report.error(
         written.place,
         f"no model in {written.value}: a diffusers folder holds model_index.json beside unet, text_encoder, vae, tokenizer and scheduler, "
