@@ -346,6 +346,7 @@ def build_run(
             networks=list(optimizers.parameters),
             adaptive=list(adaptive),
             first_step=state.step + 1 if start.checkpoint else None,
+            last_report=state.last_report,
             wandb_project=config.logging.project_name if config.logging.wandb else None,
         )
         loggers = Loggers([recorders, card.curves])

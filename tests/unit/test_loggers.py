@@ -201,9 +201,30 @@ def test_a_continued_run_drops_the_lines_after_its_checkpoint_and_half_a_line(tm
         first.scalars({"loss/log_step": float(step)}, step)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 20')
-    second = JsonlLogger(tmp_path, warn=warnings, purge_step=21)
+    second = JsonlLogger(tmp_path, warn=warnings, purge_step=21, last_report=20)
     second.scalars({"loss/log_step": 31.0}, 30)
     assert [(line["step"], line["loss/log_step"]) for line in lines(tmp_path)] == [(10, 10.0), (20, 20.0), (20, 20.0), (30, 31.0)]
+    assert warnings == [], "a line that was cut off is the mark of a killed process"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda content: content.replace(b'"step": 2', b'"st\xffp": 2'), "1 damaged line is dropped"),
+        (lambda content: content.replace(b"{", b"", 2), "2 damaged lines are dropped"),
+        (lambda content: content[: len(content) // 2], "the numbers of steps 3 to 5 are missing"),
+        (lambda content: b"", "the numbers of steps 1 to 5 are missing"),
+        (lambda content: b"x\n" + content[:30], "1 damaged line is dropped and the numbers of steps 2 to 5 are missing"),
+    ],
+)
+def test_gaps_in_the_numbers_of_a_resumed_run_are_told(tmp_path: Path, warnings: Warnings, damage, said):
+    first = JsonlLogger(tmp_path, warn=warnings)
+    for step in range(1, 6):
+        first.scalars({"a": 1.0}, step)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(damage(path.read_bytes()))
+    JsonlLogger(tmp_path, warn=warnings, purge_step=7, last_report=5).scalars({"a": 1.0}, 7)
+    assert len(warnings) == 1 and said in warnings[0] and lines(tmp_path)[-1] == {"step": 7, "a": 1.0}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the limit that plays the full disk exists on Unix only")

@@ -74,6 +74,7 @@ def open_loggers(
     networks: Sequence[str],
     adaptive: Collection[str],
     first_step: int | None = None,
+    last_report: int = 0,
     wandb_project: str | None = None,
 ) -> Loggers:
     """Return the recorders of a run.
@@ -84,6 +85,7 @@ def open_loggers(
         networks: the trained networks, as their tags name them.
         adaptive: those of them that D-Adaptation trains.
         first_step: when a run is continued, the first step that it records again; what the broken-off run recorded from there on is hidden.
+        last_report: the last step before it whose numbers were recorded.
         wandb_project: the project on Weights & Biases, None where nothing is recorded there.
 
     Raises:
@@ -91,7 +93,7 @@ def open_loggers(
     """
     members: list[Logger] = [
         TensorBoardLogger(folder, warn=warn, networks=networks, adaptive=adaptive, purge_step=first_step),
-        JsonlLogger(folder, warn=warn, purge_step=first_step),
+        JsonlLogger(folder, warn=warn, purge_step=first_step, last_report=last_report),
     ]
     if wandb_project is not None:
         members.append(WandbLogger(folder, project=wandb_project, warn=warn))

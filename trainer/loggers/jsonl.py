@@ -28,25 +28,32 @@ class JsonlLogger:
     Args:
         folder: where the file goes; made if missing.
         warn: is told of trouble in one sentence.
-        purge_step: drop the lines of this step and later ones, and a last line that was cut off.
+        purge_step: drop the lines of this step and later ones, and those that are not whole.
+        last_report: the last step before it whose numbers should be there; `warn` is told of a gap.
 
     Raises:
         UserError: the folder cannot be written to.
     """
 
-    def __init__(self, folder: Path, *, warn: Callable[[str], None], purge_step: int | None = None) -> None:
+    def __init__(self, folder: Path, *, warn: Callable[[str], None], purge_step: int | None = None, last_report: int = 0) -> None:
         self._path = folder / METRICS
         self._warn = warn
         self._warned = self._closed = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if purge_step is not None and self._path.exists():
+            self._path.touch()
+            if purge_step is not None:
                 with open_regular(self._path) as file:
-                    lines = file.readlines()
+                    lines = [(_step(line), line) for line in file]
+                kept = [(step, line) for step, line in lines if step < purge_step]
                 with appearing(self._path) as draft:
-                    draft.write_bytes(b"".join(line for line in lines if _step(line) < purge_step))
-            else:
-                self._path.touch()
+                    draft.write_bytes(b"".join(line for _, line in kept))
+                damaged = sum(step == math.inf for step, _ in lines[:-1])  # a killed process cuts the last line off
+                last = max((int(step) for step, _ in kept), default=0)
+                gaps = [f"{damaged} damaged line{'s are' if damaged > 1 else ' is'} dropped"] if damaged else []
+                gaps += [f"the numbers of steps {last + 1} to {last_report} are missing"] if last < last_report else []
+                if gaps:
+                    warn(f"{self._path}: {' and '.join(gaps)}; TensorBoard's event files are kept apart and may have them")
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"{self._path}: the run's numbers cannot be written ({reason}); choose another logdir.") from error

@@ -114,7 +114,7 @@ class AdaptationWatch:
         (then, before), (now, d) = looks[0], looks[-1]
         d_max = getattr(options, "d_max", math.inf)
         if d <= options.d0:
-            return f"d of the {network} has not left d0 ({options.d0:g}) in {now} steps"
+            return f"d of the {network} has not left d0 ({options.d0:g}) up to step {now}, the last one reported"
         if d >= d_max * (1 - 1e-6):  # d_max is fp64, d may be fp32
             return f"d of the {network} is held by {where}.d_max ({d_max:g}): its rate was chosen, not found; raise d_max to find one"
         if now - then < PATIENCE or d > FLAT * before:
