@@ -5,6 +5,8 @@ numpy and Pillow only; tensors begin in `data.batch`.
 
 from __future__ import annotations
 
+import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,6 +27,10 @@ READING = 1
 """Counts the changes after which `read_pixels` gives other pixels for the same file, so that nothing computed from them is stale."""
 
 CENTRE = (0.5, 0.5)
+
+_STDERR = 2
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # or logging prints its warnings about odd files itself
 
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "AVIF", "TIFF")
 _HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
@@ -84,7 +90,7 @@ def read_pixels(path: Path, size: tuple[int, int], *, flip: bool = False, crop: 
         draft = image.draft(None, (stored[0] * _DRAFT_GAP, stored[1] * _DRAFT_GAP))
         # A JPEG drafted to a half of 333 pixels has 167 columns, of which 166.5 hold the picture.
         extent = (draft[1][2], draft[1][3]) if draft else image.size
-        with _decoding(path):
+        with _decoding(path), _quiet_libtiff(image):
             image.load()
         profile = image.info.get("icc_profile")
         box = _box(extent, stored, _stored_place(crop, orientation))
@@ -150,6 +156,26 @@ def _decoding(path: Path) -> Iterator[None]:
             raise
         except Exception as error:
             raise FileError(_reason(error, path)) from error
+
+
+@contextmanager
+def _quiet_libtiff(image: Image.Image) -> Iterator[None]:
+    """Keep off the console what libtiff writes to the file descriptor of the standard error: Pillow raises what matters."""
+    try:
+        kept = os.dup(_STDERR) if image.format == "TIFF" else None
+    except OSError:  # it is closed
+        kept = None
+    if kept is None:
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, _STDERR)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(kept, _STDERR)
+        os.close(kept)
 
 
 def _reason(error: Exception, path: Path) -> str:

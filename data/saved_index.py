@@ -105,12 +105,12 @@ def _signature(options: DataOptions, roots: list[Path]) -> tuple[str, int]:
     return digest.hexdigest(), youngest
 
 
-def _code() -> tuple[str, str, bool]:
+def _code() -> tuple[str, str, list[bool]]:
     """Return what stands for the code that makes an index."""
     digest = hashlib.blake2b(digest_size=16)
     for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())
-    return digest.hexdigest(), PIL.__version__, importlib.util.find_spec("pillow_heif") is not None
+    return digest.hexdigest(), PIL.__version__, [importlib.util.find_spec(name) is not None for name in ("pillow_heif", "pyarrow")]
 
 
 def _save(path: Path, signature: str, index: Index) -> None:

@@ -132,6 +132,8 @@ class Scan:
             return replace(above, trouble=_named(error, start))
         for table in lists:
             self.bad += [BadFile(printable(start + row.place), row.reason) for row in table.nameless]
+            again = "a later row names the same image and is used"
+            self._remark([Remark(row.place, again) for row in table.repeated], start)
         said = (*below, *(row.entry for table in lists for row in table.rows.values() if isinstance(row, Row)))
         self._remark([remark for entry in said for remark in entry.remarks], start)
         return replace(above, below=below + above.below, lists=lists + above.lists)

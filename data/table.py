@@ -1,4 +1,4 @@
-"""Lists of images with their captions: JSON, JSONL and CSV, as a data root of their own or as the metadata of a folder."""
+"""Lists of images with their captions: JSON, JSONL, CSV and Parquet, as a data root of their own or as the metadata of a folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from data.captions import Entry, read_text
 from data.captions.entry import read_entry
 from data.captions.json_file import read_json
 from data.errors import FileError
+from data.regular import read_regular
 
-SUFFIXES = (".json", ".jsonl", ".csv")
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 """Extensions of files that can be a data root."""
 
-METADATA = ("metadata.jsonl", "metadata.csv")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """Names of the lists that belong to the folder they lie in, as Hugging Face's imagefolder has them."""
 
 FILE_KEYS = ("image", "file_name", "image_path", "path")
@@ -57,6 +58,8 @@ class Metadata:
     rows: Mapping[str, Row | BadRow]
     nameless: tuple[BadRow, ...]
     """Rows that name no image."""
+    repeated: tuple[Row | BadRow, ...] = ()
+    """Rows whose image a later row names too."""
     used: set[str] = field(default_factory=set)
     """Paths that were asked for."""
 
@@ -78,10 +81,17 @@ def read_metadata(path: Path) -> Metadata:
         FileError: it cannot be read, or names no image at all.
     """
     rows = list(read_table(path))
-    named = {_key(row.file): row for row in rows if row.file}
+    named: dict[str, Row | BadRow] = {}
+    repeated = []
+    for row in rows:
+        if row.file:
+            if earlier := named.get(key := _key(row.file)):
+                repeated.append(earlier)
+            named[key] = row
     if rows and not named:
         raise FileError(f"{path.name}: names no images; each row needs a {FILE_KEYS[1]}")
-    return Metadata(path.parent, path.name, named, tuple(row for row in rows if isinstance(row, BadRow) and not row.file))
+    nameless = tuple(row for row in rows if isinstance(row, BadRow) and not row.file)
+    return Metadata(path.parent, path.name, named, nameless, tuple(repeated))
 
 
 def read_table(path: Path) -> Iterator[Row | BadRow]:
@@ -90,9 +100,12 @@ def read_table(path: Path) -> Iterator[Row | BadRow]:
     Raises:
         FileError: it cannot be read as a whole.
     """
-    text = read_text(path, LARGEST_TABLE)
     readers = {".jsonl": _json_lines, ".csv": _csv_rows}
-    for place, values in readers.get(path.suffix.lower(), _json_items)(text, path.name):
+    if (kind := path.suffix.lower()) == ".parquet":
+        found = _parquet_rows(path)
+    else:
+        found = readers.get(kind, _json_items)(read_text(path, LARGEST_TABLE), path.name)
+    for place, values in found:
         yield values if isinstance(values, BadRow) else _row(values, place)
 
 
@@ -149,6 +162,24 @@ def _csv_rows(text: str, name: str) -> Iterator[tuple[str, Any]]:
             yield place, BadRow("", place, "has more columns than the first line; put a text that holds commas into quotes")
         else:
             yield place, {key.strip(): value or None for key, value in values.items() if key.strip()}
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    name = path.name
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import read_table as read_parquet
+    except ImportError as error:
+        raise FileError(
+            f"{name}: Parquet is read with the package pyarrow: pip install pyarrow, or save the list as {METADATA[0]}"
+        ) from error
+    try:
+        table = read_parquet(BytesIO(read_regular(path, LARGEST_TABLE)))
+    except (ArrowException, OSError) as error:
+        reason = getattr(error, "strerror", None) or f"is it Parquet? {' '.join(str(error).split())}"
+        raise FileError(f"{name}: cannot be read ({reason})") from error
+    for number, values in enumerate(table.to_pylist(), 1):
+        yield f"{name}: row {number}", values
 
 
 def _key(path: str) -> str:

@@ -54,15 +54,15 @@ def read_sidecars(stem: str, folder: Folder, chain: Sequence[CaptionSource]) -> 
                 unused = Remark(f"{stem}.json", f"its words are not used: the {spoken} file of the same image has the caption")
                 entry = replace(entry, captions=(), tags=(), remarks=(*entry.remarks, unused))
             entries.append(entry)
-            spoken = spoken or (entry.source if entry.captions else "")
+            spoken = spoken or (entry.source if entry.has_words else "")
     return tuple(entries)
 
 
 def choose_caption(own: Sequence[Entry], around: Sequence[Entry], stem: str, *, prefix: str = "") -> Caption:
     """Return the caption of an image.
 
-    The words are those of the first entry that has a caption; the tags of all entries are added to them, heavier ones first. Where there
-    is no caption, tags of the image's own stand alone, and else its file name is the caption.
+    The words are those of the first entry that has any; the tags of all entries are added to them, heavier ones first. Where there
+    are none, an empty caption counts, then tags of the image's own stand alone, and else its file name is the caption.
 
     Args:
         own: what files say about this image, in the order of precedence.
@@ -71,7 +71,8 @@ def choose_caption(own: Sequence[Entry], around: Sequence[Entry], stem: str, *, 
         prefix: comes before every caption.
     """
     entries = (*own, *around)
-    captions = next((entry.captions for entry in entries if entry.captions), ())
+    spoken = next((entry for entry in entries if entry.has_words), None) or next((entry for entry in entries if entry.captions), NOTHING)
+    captions = spoken.captions
     if not captions:
         alone = next((entry.source for entry in own if entry.tags), None)
         captions = (from_file_name(stem) if alone is None else Caption("", (), alone),)

@@ -56,6 +56,11 @@ class Entry:
     max_caption_length: int | None = None
     remarks: tuple[Remark, ...] = ()
 
+    @property
+    def has_words(self) -> bool:
+        """Whether a caption is not empty."""
+        return any(not caption.empty for caption in self.captions)
+
 
 NOTHING = Entry()
 

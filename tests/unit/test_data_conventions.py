@@ -1,7 +1,9 @@
 """Every way in which people write captions and settings beside their images, and which of them wins."""
 
 import json
+import math
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,24 @@ def test_each_source_of_words_wins_over_all_below_it(root, rank):
     for file, content, _ in CHAIN[rank:]:
         write(root / file, content)
     assert only(root.parent).caption.text == CHAIN[rank][2]
+
+
+@pytest.mark.parametrize(("file", "content", "words"), [row for row in CHAIN if row[0] not in ("a_1.caption", "a_1.txt")])
+def test_an_empty_text_file_leaves_the_words_to_others(root, file, content, words):
+    picture(root / "a_1.png")
+    write(root / "a_1.caption", "\n")
+    write(root / "a_1.txt", "")
+    assert (only(root).caption.text, only(root).caption.source) == ("", ".caption")
+    write(root / file, content)
+    assert only(root.parent).caption.text == words
+
+
+def test_an_empty_text_file_leaves_the_words_to_a_text_file_after_it_and_to_kohyas_folder(tmp_path):
+    picture(tmp_path / "10_sks dog/a.png")
+    write(tmp_path / "10_sks dog/a.caption", "")
+    assert only(tmp_path).caption.text == "sks dog"
+    write(tmp_path / "10_sks dog/a.txt", "a dog")
+    assert only(tmp_path).caption.text == "a dog"
 
 
 def test_the_file_name_is_last(root):
@@ -625,6 +645,42 @@ def test_metadata_of_a_folder(tmp_path):
     assert texts(index) == {"train/a.png": "from the list", "train/c.png": "beside", "train/sub/b.png": "b"}
     assert index.records[2].loss_scale == 0.5
     assert list(map(str, index.notices)) == ["train/metadata.jsonl:3: its image is not there"]
+
+
+def test_of_two_rows_for_one_image_the_last_is_used_and_the_others_are_named(tmp_path):
+    picture(tmp_path / "train/a.png")
+    rows = [{"file_name": name, "text": str(number)} for number, name in enumerate(("a.png", "./a.png", "a.png"))]
+    write(tmp_path / "train/metadata.jsonl", "\n".join(map(json.dumps, rows)))
+    index = index_of(tmp_path)
+    assert texts(index) == {"train/a.png": "2"}
+    places = "train/metadata.jsonl:1, train/metadata.jsonl:2"
+    assert list(map(str, index.notices)) == [f"{places}: a later row names the same image and is used"]
+
+
+def test_parquet_as_metadata_and_as_a_root(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for name in ("a.png", "sub/b.png", "c.png"):
+        picture(tmp_path / "train" / name)
+    columns = {"file_name": ["a.png", "sub/b.png", None], "text": ["a cat", None, "x"], "loss_scale": [None, 0.5, math.nan]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "train/metadata.parquet")
+    index = index_of(tmp_path / "train")
+    assert texts(index) == {"a.png": "a cat", "c.png": "c", "sub/b.png": "b"}
+    assert [record.loss_scale for record in index.records] == [1.0, 1.0, 0.5] and index.records[0].caption.source == "metadata.parquet"
+    assert [str(file) for file in index.bad] == ["metadata.parquet: row 3: names no image; a row needs a file_name"]
+    assert texts(index_of(tmp_path / "train/metadata.parquet")) == {"a.png": "a cat", "sub/b.png": "b"}
+
+
+def test_parquet_that_cannot_be_read_leaves_its_images_out_and_says_why(tmp_path, monkeypatch):
+    picture(tmp_path / "train/a.png")
+    picture(tmp_path / "b.png")
+    write(tmp_path / "train/metadata.parquet", "not Parquet")
+    for reason in (
+        "cannot be read (is it Parquet?",
+        "Parquet is read with the package pyarrow: pip install pyarrow, or save the list as metadata.jsonl",
+    ):
+        (bad,) = index_of(tmp_path).bad
+        assert str(bad).startswith(f"train/metadata.parquet: {reason}") and bad.reason.endswith("; 1 image is left out for it")
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
 
 
 def test_a_bad_row_of_metadata_costs_its_image(tmp_path):

@@ -396,3 +396,35 @@ def test_our_own_mistakes_are_not_taken_for_bad_files(tmp_path):
     corners().save(tmp_path / "picture.png")
     with pytest.raises((TypeError, ValueError)):
         read_pixels(tmp_path / "picture.png", (64, "64"))
+
+
+def test_odd_tiffs_write_nothing_to_the_standard_error(tmp_path):
+    """libtiff writes to the file descriptor and Pillow to logging's last resort, a line for each oddity of each file."""
+    files = []
+    for compression in ("tiff_lzw", "packbits"):
+        files.append(tmp_path / f"{compression}.tif")
+        Image.effect_noise((64, 64), 50).convert("RGB").save(files[-1], compression=compression)
+        content = bytearray(files[-1].read_bytes())
+        directory = int.from_bytes(content[4:8], "little")
+        entries = {int.from_bytes(content[at : at + 2], "little"): at for at in range(directory + 2, directory + 2 + 12 * 8, 12)}
+        content[8:40] = b"\x5a" * 32  # the beginning of the pixels
+        files.append(tmp_path / f"pixels_{compression}.tif")
+        files[-1].write_bytes(content)
+        content[entries[277] + 8] = 200  # samples per pixel
+        files.append(tmp_path / f"samples_{compression}.tif")
+        files[-1].write_bytes(content)
+    code = """
+import os, sys
+from pathlib import Path
+from data.errors import FileError
+from data.image import read_pixels
+for file in sys.argv[1:]:
+    try:
+        read_pixels(Path(file), (64, 64))
+    except FileError:
+        print(Path(file).stem)
+os.write(2, b"still there")
+"""
+    done = subprocess.run([sys.executable, "-c", code, *map(str, files)], capture_output=True, text=True)
+    assert {"pixels_packbits", "samples_packbits", "samples_tiff_lzw"} <= (bad := set(done.stdout.split()))
+    assert not bad & {"packbits", "tiff_lzw"} and done.stderr == "still there"

@@ -7,7 +7,7 @@ import pytest
 
 import data
 
-ALLOWED = {"numpy", "torch", "PIL", "pillow_heif", "yaml", "annotated_types", "safetensors", "data"}
+ALLOWED = {"numpy", "torch", "PIL", "pillow_heif", "pyarrow", "yaml", "annotated_types", "safetensors", "data"}
 
 
 def loaded_by(statement):
