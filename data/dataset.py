@@ -32,7 +32,7 @@ class DataOptions:
     """Where the captioned images are and how they are shown to the model."""
 
     data_root: str | tuple[str, ...] = "input"
-    """The folder of captioned images, sub-folders included, or a .json, .jsonl or .csv list of images; or several of these."""
+    """The folder of captioned images, sub-folders included, or a .json, .jsonl, .csv or .parquet list of images; or several of these."""
 
     resolution: Resolution | Annotated[tuple[Resolution, ...], MinLen(1)] = 512
     """The training resolution in pixels, a multiple of 64: images are resized into aspect buckets of about its square in area. Of a

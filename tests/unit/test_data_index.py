@@ -192,7 +192,7 @@ def test_all_missing_roots_are_named_at_once(tmp_path):
 
 
 def test_a_root_that_is_a_file(tmp_path):
-    assert "is neither a folder of captioned images nor a list of them (.json, .jsonl, .csv, .parquet)" in problems(picture(tmp_path / "a.png"))[0]
+    assert "nor a list of them (.json, .jsonl, .csv, .parquet)" in problems(picture(tmp_path / "a.png"))[0]
 
 
 def test_a_root_without_images(tmp_path):
