@@ -47,7 +47,7 @@ LIBRARIES = {  # which modules may import a library; the scripts may import all,
 }
 
 ALL_IMPORTS = {  # everything that a package may import besides the standard library and itself
-    "data": ("numpy", "torch", "PIL", "pillow_heif", "yaml", "annotated_types", "safetensors"),
+    "data": ("numpy", "torch", "PIL", "pillow_heif", "pyarrow", "yaml", "annotated_types", "safetensors"),
     "trainer.optim": (
         "torch",
         "diffusers",

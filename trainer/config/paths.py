@@ -20,7 +20,7 @@ _LOCAL = ("checkpoints", "ckpts", "input", "logs", "model", "models", "output")
 _READABLE = (".safetensors", ".ckpt")
 _MODEL_FILES = (*_READABLE, ".pt", ".pth", ".bin")
 _PROMPT_FILES = (".txt", ".json")
-_IMAGE_LISTS = (".json", ".jsonl", ".csv")
+_IMAGE_LISTS = (".json", ".jsonl", ".csv", ".parquet")
 
 
 def shown_path(path: Path) -> str:
