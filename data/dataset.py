@@ -54,7 +54,7 @@ class DataOptions:
     """Shuffle the comma-separated tags after the main prompt, anew each epoch."""
 
     keep_tags: Annotated[int, Ge(0)] = 0
-    """Keep the first n tags in place when tags are shuffled."""
+    """Keep the first n tags in place when tags are shuffled. In folders named as kohya's, the words before the first comma are a tag."""
 
     caption_prefix: str = ""
     """Text in front of every caption, with a space between; the empty caption of cond_dropout stays empty."""

@@ -7,7 +7,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.captions import SETTINGS, CaptionSource, Entry, Remark, UnknownKey, choose_caption, first_setting, read_sidecars
+from data.captions import (
+    SETTINGS,
+    CaptionSource,
+    Entry,
+    Remark,
+    TextFile,
+    UnknownKey,
+    choose_caption,
+    first_setting,
+    read_sidecars,
+    without_main,
+)
 from data.errors import DataError, FileError
 from data.folder import FOLDER_FILES, Folder, list_folder, walk
 from data.folder_files import read_global, read_local
@@ -33,6 +44,7 @@ class _Around:
     """global.yaml, of the folder itself and of those above."""
     lists: tuple[Metadata, ...] = ()
     repeats: tuple[Entry, ...] = ()
+    """What kohya's name of a folder says; empty in other folders."""
     trouble: BadFile | None = None
     """The file that cannot be used, so that all images have to be left out."""
 
@@ -49,6 +61,7 @@ class Scan:
         self.records: list[Record] = []
         self.bad: list[BadFile] = []
         self._chain = chain
+        self._kohyas = [replace(source, first=True) if isinstance(source, TextFile) else source for source in chain]
         self._caption_prefix = caption_prefix
         self._names: Counter[str] = Counter()
         self._remarks: dict[str, list[str]] = {}
@@ -163,7 +176,8 @@ class Scan:
             if not trouble:
                 wrong = [row.reason for row in rows[:1] if isinstance(row, BadRow)]
                 after = tuple(row.entry for row in rows[:1] if isinstance(row, Row))
-                self._image(folder, file, printable(start + file), after=after, around=said, problems=wrong)
+                kohyas = bool(around.repeats)
+                self._image(folder, file, printable(start + file), after=after, around=said, problems=wrong, kohyas=kohyas)
 
     def _image(
         self,
@@ -175,6 +189,7 @@ class Scan:
         after: tuple[Entry, ...] = (),
         around: tuple[Entry, ...] = (),
         problems: Sequence[str] = (),
+        kohyas: bool = False,
     ) -> None:
         """Add one image, or what is wrong with it; its own files are read here, what else speaks of it comes before or after them."""
         stem = file.rpartition(".")[0] or file
@@ -186,7 +201,7 @@ class Scan:
         except FileError as error:
             problems.append(error.reason)
         try:
-            beside = read_sidecars(stem, folder, self._chain)
+            beside = read_sidecars(stem, folder, self._kohyas if kohyas else self._chain)
         except FileError as error:
             problems.append(error.reason)
         if problems:
@@ -199,6 +214,7 @@ class Scan:
         own = (*before, *beside, *after)
         settings = {key: value for key in SETTINGS if key in _FIELDS and (value := first_setting((*own, *around), key)) is not None}
         caption = choose_caption(own, around, stem, prefix=self._caption_prefix)
+        caption = without_main(caption) if kohyas else caption  # kohya's keep_tokens counts from the first piece
         self.records.append(Record(folder=folder.path, file=file, name=name, width=width, height=height, caption=caption, **settings))
 
     def _remark(self, remarks: Iterable[Remark], start: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from data.captions.caption import Caption, Tag, parse_caption, render
+from data.captions.caption import Caption, Tag, parse_caption, render, without_main
 from data.captions.entry import NOTHING, SETTINGS, Entry, Remark, UnknownKey, first_setting, read_setting
 from data.captions.file_name import SOURCE as FILE_NAME
 from data.captions.file_name import from_file_name
@@ -97,5 +97,5 @@ def _joined(tags: tuple[Tag, ...], added: Sequence[Tag]) -> tuple[Tag, ...]:
 __all__ = [
     "FILE_NAME", "NOTHING", "SETTINGS", "Caption", "CaptionSource", "Entry", "JsonFile", "Remark", "Tag", "TextFile", "UnknownKey",
     "YamlFile", "choose_caption", "first_setting", "from_file_name", "parse_caption", "read_setting", "read_sidecars", "read_text",
-    "read_yaml", "render", "sidecar_chain",
+    "read_yaml", "render", "sidecar_chain", "without_main",
 ]  # fmt: skip

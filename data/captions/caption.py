@@ -62,6 +62,12 @@ def parse_caption(text: str, source: str) -> Caption:
     return Caption(main, tuple(_tag(tag) for tag in tags if tag), source)
 
 
+def without_main(caption: Caption) -> Caption:
+    """Return the same words with the main prompt as the first of the tags, shuffled or kept in place like them."""
+    tags = (_tag(caption.main), *caption.tags) if caption.main else caption.tags
+    return replace(caption, main="", tags=tags, others=tuple(map(without_main, caption.others)))
+
+
 @lru_cache(maxsize=1 << 16)
 def _tag(text: str) -> Tag:
     """Return the tag of a text, one object for all images that have it: of 100 000 images the tags take the most memory."""

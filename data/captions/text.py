@@ -25,6 +25,8 @@ class TextFile:
     suffix: str
     lines: bool = False
     """Whether each line is a caption of its own."""
+    first: bool = False
+    """Whether the first line alone is the caption unless `lines` is set, as kohya's scripts read it."""
 
     def read(self, stem: str, folder: Folder) -> Entry | None:
         """Return the caption, or None where there is none.
@@ -41,6 +43,9 @@ class TextFile:
             return Entry(captions=(parse_caption(text, self.suffix),), source=self.suffix)
         if self.lines:
             return Entry(captions=tuple(parse_caption(line, self.suffix) for line in lines), source=self.suffix)
+        if self.first:
+            unread = Remark(name, "its first line is the caption, as in kohya's scripts; with caption_lines a line is drawn each time")
+            return Entry(captions=(parse_caption(lines[0], self.suffix),), source=self.suffix, remarks=(unread,))
         joined = Remark(name, "its lines are joined into one caption; with caption_lines one of them would be drawn each time")
         return Entry(captions=(parse_caption(text, self.suffix),), source=self.suffix, remarks=(joined,))
 

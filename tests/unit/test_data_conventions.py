@@ -6,11 +6,13 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from data.captions import render
 from data.captions.entry import SETTINGS as SETTINGS_BY_KEY
 from data.captions.entry import WORDS, Entry, read_entry
 from data.captions.yaml_file import read_yaml
@@ -723,6 +725,27 @@ def test_kohyas_folders_are_read_and_said(tmp_path):
         "10_sks dog/: read as kohya names its folders: 10 times an epoch",
         "2_cats",
     ]
+
+
+def test_in_kohyas_folders_the_words_before_the_first_comma_are_a_tag_and_the_first_line_is_the_caption(tmp_path):
+    """sd-scripts: keep_tokens N keeps the first N pieces, 0 none; of a .txt the first line is read, all of them as wildcards."""
+    picture(tmp_path / "10_sks dog/deep/a.png")
+    write(tmp_path / "10_sks dog/deep/a.txt", "one, two, three, four\nfive, six\n")
+    index = index_of(tmp_path)
+    (record,) = index.records
+    assert record.caption.text == "one, two, three, four"
+    assert "its first line is the caption, as in kohya's scripts" in "".join(map(str, index.notices))
+    draws = np.random.default_rng(0)
+    for kept, starts in ((0, {()}), (1, {("one",)}), (2, {("one", "two")})):
+        shown = [render(record.caption, draws, cond_dropout=0, shuffle_tags=True, keep_tags=kept).split(", ") for _ in range(60)]
+        assert {tuple(pieces[:kept]) for pieces in shown} == starts
+        assert {pieces[kept] for pieces in shown} == set(["one", "two", "three", "four"][kept:])
+    assert {caption.text for caption in only(tmp_path, caption_lines=True).caption.versions} == {"one, two, three, four", "five, six"}
+    picture(tmp_path / "more/a.png")
+    write(tmp_path / "more/a.txt", "one, two\nthree")
+    found = {record.name: record.caption for record in index_of(tmp_path).records}
+    assert found["more/a.png"].main == "one" and found["more/a.png"].text == "one, two three"
+    assert found["10_sks dog/deep/a.png"].main == "one"
 
 
 @pytest.mark.parametrize(
