@@ -608,7 +608,7 @@ def images_per_step(config: TrainConfig, processes: Processes) -> int:
 def skipped_layers(models: Models, clip_skip: int) -> list[str]:
     """Return the names of the text encoder's parameters that clip_skip leaves without effect: those of its last layers."""
     last = int(models.text_encoder.config.num_hidden_layers)
-    layers = tuple(f"encoder.layers.{number}." for number in range(last - clip_skip, last))
+    layers = tuple(f"encoder.layers.{number}." for number in range(last + 1 - max(clip_skip, 1), last))
     return [name for name, _ in models.text_encoder.named_parameters() if any(layer in name for layer in layers)]
 
 

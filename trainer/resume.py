@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.replacing import WINDOWS
 from trainer.checkpoint import RUN, TrainState, find_last, is_checkpoint, newest_of, read_resume, require_resumable
-from trainer.config import flattened
+from trainer.config import FORMAT, clip_skip_of_format_1, flattened
 from trainer.errors import UserError
 from trainer.models.lora import read_base
 
@@ -78,7 +78,20 @@ def find_start(config: TrainConfig, *, weights_only: bool) -> Start:
     if weights_only:
         return Start(model, adapter=adapter, notes=notes)
     state, about = read_resume(folder)
-    return Start(model, folder, state, adapter, about, notes)
+    return Start(model, folder, state, adapter, about, [*notes, *_migrate(about)])
+
+
+def _migrate(about: dict[str, Any]) -> list[str]:
+    """Put the configuration of a checkpoint into today's format; return a note of what changes its number."""
+    config = about["config"]
+    skip = config.get("clip_skip", 0)
+    if about.get("config_format") == FORMAT or skip == 0:
+        return []
+    now = config["clip_skip"] = clip_skip_of_format_1(skip)
+    return [
+        f"clip_skip: the run started with {skip}, which is {now} now: the penultimate layer was 1, and is 2; "
+        f"to train it as before, set clip_skip to {now}"
+    ]
 
 
 def _of_run(file: Path, logdir: Path) -> list[str]:
@@ -117,6 +130,7 @@ def describe(config: TrainConfig, index: Index, parts: TrainedParts, total_steps
             **{f"what learns of the {network}": part.what for network, part in parts.counts.items()},
             **{f"the optimizer of the {network}": optimizers[network].optimizer for network in parts.parameters},
         },
+        "config_format": FORMAT,
         "config": {**flattened(config), "processes": processes},
     }
 

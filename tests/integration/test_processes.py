@@ -95,7 +95,7 @@ SETTINGS = {
     "log_step": 1,
     "fixed_loss_images": 2,
     "gradient_checkpointing": True,
-    "clip_skip": 1,
+    "clip_skip": 2,
     "validation_config": "validation.json",
     "save_every_n_epochs": None,
     "ckpt_every_n_minutes": 1000,

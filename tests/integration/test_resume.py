@@ -9,6 +9,7 @@ import pytest
 import train
 from tests.runs import ADAMW, DADAPT, run_of, same_run, scalars, uncut, write
 from trainer.checkpoint import checkpoints
+from trainer.config import load_config
 from trainer.config.schema import optimizer_classes
 from trainer.resume import resume_command
 
@@ -110,6 +111,34 @@ def test_what_has_changed_is_told_and_the_configuration_counts(workplace, no_est
     assert scalars(run_of(workplace))["hyperparameter/lr unet"][5] > 1e-3, "the new rate acts"
     saved = json.loads((run_of(workplace) / "optimizer.json").read_text())
     assert saved["base"]["weight_decay"] == 0.5
+
+
+@pytest.mark.parametrize(("now", "changed"), [(2, False), (1, True)])
+def test_a_clip_skip_of_an_earlier_version_keeps_its_meaning(workplace, monkeypatch, no_estimate, capsys, now, changed):
+    """Format 1 counted the penultimate layer as 1. Its checkpoints and resolved files are read as 2, others as they are."""
+    with monkeypatch.context() as earlier:
+        for module in ("trainer.resume", "trainer.config.resolved"):
+            earlier.setattr(f"{module}.FORMAT", 1)
+        write(workplace, ADAMW, **SHORT, clip_skip=1)
+        assert train.main(["--stop_after_steps", "2"]) == 0
+    written = run_of(workplace) / "train.json"
+    old = {key: value for key, value in json.loads(written.read_text()).items() if key != "_format"}
+    written.write_text(json.dumps(old))
+
+    loaded = load_config(["--config", str(written), "--resume_ckpt", str(run_of(workplace))])
+    assert loaded.config.objective.clip_skip == 2
+    assert any("clip_skip: the 1 of an earlier version's run is read as 2" in note for note in loaded.notes)
+
+    write(workplace, ADAMW, **SHORT, clip_skip=now)
+    assert load_config([]).config.objective.clip_skip == now
+    capsys.readouterr()
+    assert train.main(["--resume_ckpt", "findlast", "--stop_after_steps", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "clip_skip: the run started with 1, which is 2 now" in out
+    assert ("Changed: clip_skip: 2 -> 1" in out) == changed
+    assert load_config(["--config", str(written)]).config.objective.clip_skip == now, "the run's file is of today's format"
+    assert train.main(["--resume_ckpt", "findlast", "--check"]) == 0
+    assert "the run started with" not in capsys.readouterr().out
 
 
 def test_continuing_with_other_data_or_another_optimizer_is_refused_and_weights_only_is_the_way_out(workplace, capsys):

@@ -10,6 +10,7 @@ from diffusers.training_utils import compute_snr
 
 from data.rng import stream
 from tests.tiny import tiny_models, tiny_tokenizer
+from trainer.build import skipped_layers
 from trainer.diffusion import conditioning
 from trainer.diffusion.conditioning import Tokenize, encode_text
 from trainer.diffusion.loss import image_losses
@@ -179,15 +180,24 @@ def test_zero_terminal_snr_says_how_to_sample_and_is_refused_for_epsilon():
             with_zero_terminal_snr(epsilon, "some-model")
 
 
-def test_clip_skip_takes_the_hidden_state_before_through_the_final_norm():
+def test_clip_skip_counts_hidden_states_from_the_end_as_everydream2_does_through_the_final_norm():
     encoder = tiny_models().text_encoder
     tokens = torch.randint(0, 50, (2, 77), generator=torch.Generator().manual_seed(0))
     plain = getattr(encoder, "text_model", encoder)
     with torch.no_grad():
         states = encoder(tokens, output_hidden_states=True).hidden_states
-        torch.testing.assert_close(encode_text(encoder, tokens), plain.final_layer_norm(states[-1]))
-        torch.testing.assert_close(encode_text(encoder, tokens, 2), plain.final_layer_norm(states[-3]))
+        for clip_skip, from_the_end in ((0, 1), (1, 1), (2, 2), (3, 3)):
+            expected = plain.final_layer_norm(states[-from_the_end])
+            torch.testing.assert_close(encode_text(encoder, tokens, clip_skip), expected)
     assert math.isfinite(states[-1].sum().item())
+
+
+@pytest.mark.parametrize("clip_skip", range(4))
+def test_the_layers_that_clip_skip_leaves_out_are_those_without_a_gradient(clip_skip):
+    models = tiny_models()
+    encode_text(models.text_encoder, torch.zeros(1, 77, dtype=torch.int64), clip_skip).square().sum().backward()
+    without = [name for name, parameter in models.text_encoder.named_parameters() if parameter.grad is None]
+    assert skipped_layers(models, clip_skip) == without
 
 
 @pytest.fixture(scope="module")

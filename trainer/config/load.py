@@ -26,6 +26,7 @@ from trainer.config.paths import (
 )
 from trainer.config.positions import Document, read_json
 from trainer.config.report import COMMAND_LINE, Place, Report, Written, checked, closest, did_you_mean, shown
+from trainer.config.resolved import clip_skip_of_format_1
 from trainer.config.rules import Settings, apply_optimizer_rules, apply_rules, drop_overridden, resolved
 from trainer.config.sample_file import read_sample_prompts
 from trainer.config.schema import (
@@ -158,6 +159,13 @@ def _written(document: Document, folder: Path, file: str, report: Report) -> dic
         if foreign is None:
             report.error(entry.place, _unknown_key(name))
         result |= foreign or {}
+    skip = result.get("clip_skip")
+    of_earlier_run = "_format" not in document.values and (folder / "run.log").is_file()
+    if of_earlier_run and skip and isinstance(skip.value, int) and skip.value > 0:
+        now = clip_skip_of_format_1(skip.value)
+        was = f"the {skip.value} of an earlier version's run"
+        report.note(skip.place, f"{was} is read as {now}: the penultimate layer was 1, and is 2 now")
+        result["clip_skip"] = replace(skip, value=now)
     return result
 
 

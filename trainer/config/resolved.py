@@ -10,6 +10,14 @@ from trainer.config.optimizers import BASE, FREEZING, OVERRIDES
 from trainer.config.schema import TrainConfig, plain, sections
 from trainer.disk import appearing
 
+FORMAT = 2
+"""Of resolved configurations. Format 1, which has no number, counted the penultimate layer as clip_skip 1."""
+
+
+def clip_skip_of_format_1(value: int) -> int:
+    """Return the clip_skip that a resolved configuration of format 1 means by `value`."""
+    return value + 1 if value > 0 else value
+
 
 def write_resolved(config: TrainConfig, folder: Path) -> None:
     """Write train.json and optimizer.json into `folder`: every key, input paths absolute; loading them gives an equal configuration."""
@@ -21,7 +29,7 @@ def write_resolved(config: TrainConfig, folder: Path) -> None:
 def documents(config: TrainConfig) -> dict[str, dict[str, Any]]:
     """Return the contents of train.json and optimizer.json that describe `config` completely."""
     optimizers = config.optimizers
-    train: dict[str, Any] = {"optimizer_config": "optimizer.json"}
+    train: dict[str, Any] = {"_format": FORMAT, "optimizer_config": "optimizer.json"}
     for section in sections():
         train |= plain(getattr(config, section))
     optimizer = {
@@ -37,7 +45,7 @@ def documents(config: TrainConfig) -> dict[str, dict[str, Any]]:
 def flattened(config: TrainConfig) -> dict[str, Any]:
     """Return every key of both files with its value, those of the optimizer file's sections as base.lr."""
     train, optimizer = documents(config).values()
-    flat = dict(train)
+    flat = {name: value for name, value in train.items() if name != "_format"}
     for name, value in optimizer.items():
         flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
     return flat

@@ -203,6 +203,11 @@ def _timesteps(settings: Settings, report: Report) -> None:
         report.error(place, f"no timestep is left to train: timestep_start {start} must be less than timestep_end {end}")
 
 
+def _clip_skip(settings: Settings, report: Report) -> None:
+    if settings["clip_skip"] == 1:
+        report.note(settings.place("clip_skip"), "1 is the last layer, as 0 is; the penultimate one is 2")
+
+
 def _terminal_snr(settings: Settings, report: Report) -> None:
     if not settings["enable_zero_terminal_snr"]:
         return
@@ -415,6 +420,7 @@ def _names(settings: Settings, report: Report) -> None:
 
 _RULES: tuple[Callable[[Settings, Report], None], ...] = (
     _timesteps,
+    _clip_skip,
     _terminal_snr,
     _ema,
     _validation,

@@ -74,15 +74,15 @@ def encode_text(text_encoder: Any, tokens_BT: Tensor, clip_skip: int = 0) -> Ten
     Args:
         text_encoder: a CLIPTextModel, possibly wrapped for several processes.
         tokens_BT: token numbers; T is a multiple of the encoder's window, 77 for CLIP.
-        clip_skip: 0 takes the last hidden state, n the n-th before it; both go through the final layer norm.
+        clip_skip: n takes the n-th hidden state from the end, 0 the last, as 1 does; then the final layer norm.
     """
     plain = getattr(text_encoder, "module", text_encoder)
     # Windows become further rows of the batch, and afterwards further positions of the context.
     tokens_NW = tokens_BT.reshape(-1, plain.config.max_position_embeddings)
-    if clip_skip == 0:
+    if clip_skip <= 1:
         hidden_NWD = text_encoder(tokens_NW).last_hidden_state
     else:
-        skipped_NWD = text_encoder(tokens_NW, output_hidden_states=True).hidden_states[-1 - clip_skip]
+        skipped_NWD = text_encoder(tokens_NW, output_hidden_states=True).hidden_states[-clip_skip]
         hidden_NWD = getattr(plain, "text_model", plain).final_layer_norm(skipped_NWD)
     return hidden_NWD.reshape(*tokens_BT.shape, -1)
 

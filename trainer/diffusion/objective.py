@@ -55,8 +55,9 @@ class ObjectiveOptions:
     timestep_end: Annotated[int, Ge(1), Le(1000)] = 1000
     """The end of the trained timesteps, itself not trained."""
 
-    clip_skip: Annotated[int, Ge(0), Le(4)] = 0
-    """Which hidden state of the text encoder conditions the UNet: 0 the last, n the n-th before it, through the final layer norm."""
+    clip_skip: Annotated[int, Ge(0), Le(12)] = 0
+    """Which hidden state of the text encoder conditions the UNet, through the final layer norm: 0 or 1 the last,
+    2 the penultimate, n the n-th from the end, as in EveryDream2 and kohya's trainers."""
 
     @property
     def is_plain(self) -> bool:
