@@ -17,6 +17,7 @@ from trainer.errors import UserError
 from trainer.memory import cheapest_key, estimate, is_out_of_memory, memory_table, size_of_device, work_of
 from trainer.processes import Processes, connect
 from trainer.resume import Start, changes, check_same_run, describe, find_start, resume_command
+from trainer.run_folder import mark
 
 if TYPE_CHECKING:
     import torch
@@ -226,7 +227,7 @@ def build_run(
     from trainer.validation import VALIDATION_LOSS, FixedLoss, Validation, split_images
 
     start = processes.first(lambda: find_start(config, weights_only=weights_only))
-    if start.checkpoint is None and (problem := log_folder_problem(Path(config.logging.logdir))):
+    if start.run is None and (problem := log_folder_problem(Path(config.logging.logdir))):
         raise UserError(problem)
     check_fused_backward(config, processes=processes.count)
     seed = processes.first(lambda: choose_seed(config.loop.seed, start))
@@ -334,10 +335,11 @@ def build_run(
         for name in stateful.keys() & saved.keys():
             stateful[name].load_state_dict(saved[name])
 
-    folder = start.checkpoint.parent.parent.resolve() if start.checkpoint else processes.first(lambda: make_folder(config))
+    folder = start.run or processes.first(lambda: make_folder(config))
     loggers, beside_notes = Loggers([]), []
     if processes.main:
         ending.callback(drop_unbegun, folder, state)
+        mark(folder)  # also a run that is older than the marker
         tidy(folder / "ckpts")
         beside_notes = keep_beside(models, folder) if lora is None else []
         recorders = open_loggers(
@@ -345,7 +347,7 @@ def build_run(
             warn=console.event,
             networks=list(optimizers.parameters),
             adaptive=list(adaptive),
-            first_step=state.step + 1 if start.checkpoint else None,
+            first_step=state.step + 1 if start.run else None,
             last_report=state.last_report,
             wandb_project=config.logging.project_name if config.logging.wandb else None,
         )

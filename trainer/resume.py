@@ -14,6 +14,7 @@ from trainer.checkpoint import RUN, TrainState, find_last, is_checkpoint, newest
 from trainer.config import FORMAT, clip_skip_of_format_1, flattened
 from trainer.errors import UserError
 from trainer.models.lora import read_base
+from trainer.run_folder import run_of
 
 if TYPE_CHECKING:
     from data.index import Index
@@ -37,6 +38,9 @@ class Start:
 
     checkpoint: Path | None = None
     """The checkpoint folder of the run that is continued."""
+
+    run: Path | None = None
+    """That run's folder; None for a new run and for a checkpoint that was copied out of its run."""
 
     state: TrainState | None = None
     adapter: Path | None = None
@@ -78,7 +82,10 @@ def find_start(config: TrainConfig, *, weights_only: bool) -> Start:
     if weights_only:
         return Start(model, adapter=adapter, notes=notes)
     state, about = read_resume(folder)
-    return Start(model, folder, state, adapter, about, [*notes, *_migrate(about)])
+    run = run_of(folder)
+    if run is None:
+        notes.append(f"{folder} lies outside the folder of its run, so the resumed run gets a new one in {config.logging.logdir}")
+    return Start(model, folder, run, state, adapter, about, [*notes, *_migrate(about)])
 
 
 def _migrate(about: dict[str, Any]) -> list[str]:

@@ -7,11 +7,13 @@ import shutil
 import pytest
 
 import train
+from data.replacing import WINDOWS
 from tests.runs import ADAMW, DADAPT, run_of, same_run, scalars, uncut, write
 from trainer.checkpoint import checkpoints
 from trainer.config import load_config
 from trainer.config.schema import optimizer_classes
 from trainer.resume import resume_command
+from trainer.run_folder import MARKER
 
 LAST = "last-tiny-ep02-gs00006"
 SHORT = {"max_epochs": 2, "fixed_loss_images": 1, "first_samples": False, "save_every_n_epochs": None, "save_format": "diffusers"}
@@ -244,6 +246,57 @@ def test_an_older_checkpoint_starts_a_new_run_only_if_asked_to(workplace, capsys
     assert len(list((workplace / "logs").glob("tiny-*"))) == 1
     assert train.main(["--resume_ckpt", str(older), "--resume_weights_only", "--stop_after_steps", "1"]) == 0
     assert len(list((workplace / "logs").glob("tiny-*"))) == 2
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("place", ["models/mycheckpoint", "ckpts/mycheckpoint", "mycheckpoint"])
+def test_a_copied_checkpoint_is_resumed_in_a_new_run_and_overwrites_nothing(workplace, no_estimate, capsys, place):
+    """As where a checkpoint is copied into a project whose root has a train.json, an optimizer.json and a metrics.jsonl of its own."""
+    write(workplace, ADAMW, **SHORT)
+    assert train.main(["--stop_after_steps", "4"]) == 0
+    shutil.copytree(checkpoints(run_of(workplace))[0], workplace / place)
+    shutil.rmtree(workplace / "logs")
+    (workplace / "metrics.jsonl").write_text('{"step": 5, "mine": 1}\n')
+    before = files(workplace)
+    capsys.readouterr()
+    assert train.main(["--resume_ckpt", place, "--check"]) == 0
+    sentence = f"Note: {workplace / place} lies outside the folder of its run, so the resumed run gets a new one in logs\n"
+    assert sentence in capsys.readouterr().out and files(workplace) == before
+    assert train.main(["--resume_ckpt", place]) == 0
+    run = run_of(workplace)
+    assert sentence in (out := capsys.readouterr().out) and f"Going on after step 4 in {run}." in out
+    assert {path: content for path, content in files(workplace).items() if run not in path.parents} == before
+    same_run(run / "ckpts" / LAST, uncut(workplace) / "ckpts" / LAST)
+
+
+def test_a_run_from_before_the_marker_and_one_that_was_moved_are_resumed_in_their_folders(workplace, capsys):
+    write(workplace, ADAMW, **SHORT)
+    assert train.main(["--stop_after_steps", "2"]) == 0
+    run = run_of(workplace)
+    (run / MARKER).unlink()
+    assert train.main(["--resume_ckpt", "findlast", "--stop_after_steps", "3"]) == 0
+    assert f"Going on after step 2 in {run}." in capsys.readouterr().out and (run / MARKER).is_file()
+    moved = run.rename(workplace / "my best run")
+    assert train.main(["--resume_ckpt", "my best run", "--stop_after_steps", "4"]) == 0
+    assert f"Going on after step 3 in {moved}." in capsys.readouterr().out
+    assert not list((workplace / "logs").iterdir())
+
+
+@pytest.mark.skipif(WINDOWS, reason="links need a privilege there")
+@pytest.mark.parametrize("name", ["train.json", "samples", "ckpts/.draft-x", "base"])
+def test_a_run_folder_with_a_link_that_leads_outside_is_not_written_to(workplace, capsys, name):
+    write(workplace, ADAMW, **SHORT)
+    assert train.main(["--stop_after_steps", "2"]) == 0
+    run = run_of(workplace)
+    shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(workplace / "pictures")
+    before = files(workplace)
+    assert train.main(["--resume_ckpt", "findlast"]) == 2
+    assert f"{name!r} leads outside the folder, to {workplace / 'pictures'}" in capsys.readouterr().err
+    assert files(workplace) == before
 
 
 @pytest.mark.parametrize(

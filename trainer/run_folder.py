@@ -1,0 +1,56 @@
+"""The folder of a run: which folders this program made, and so may write to when a run is resumed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from data.regular import load_json
+from trainer.contained import inside
+from trainer.errors import UserError
+
+MARKER = "run.json"
+"""The file that tells a run's folder from every other one."""
+
+_MARK = {"program": "sd-dadapt", "format": 1}
+_TIMED = re.compile(r"-\d{8}-\d{6}$")
+"""The end of a run folder's name."""
+
+
+def mark(run: Path) -> None:
+    """Write the marker into a run's folder.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        (run / MARKER).write_text(json.dumps(_MARK) + "\n", encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{run / MARKER}: the file cannot be written ({reason}); check disk and permissions.") from error
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """Return the folder of the run that a checkpoint lies in, None for a checkpoint that was copied out of its run.
+
+    Raises:
+        UserError: a link in the run's folder leads outside it, where resuming would write.
+    """
+    place = checkpoint.resolve()
+    run = place.parent.parent
+    if place.parent.name != "ckpts" or not _is_run(run):
+        return None
+    for pattern in ("*", "*/*"):
+        for path in run.glob(pattern):
+            inside(run, path.relative_to(run))
+    return run
+
+
+def _is_run(folder: Path) -> bool:
+    """Return whether this program made a folder: by its marker, or by the name and the files of runs older than the marker."""
+    try:
+        return load_json(folder / MARKER) == _MARK
+    except (OSError, ValueError):
+        written = ("train.json", "optimizer.json", "run.log")
+        return _TIMED.search(folder.name) is not None and all((folder / name).is_file() for name in written)
