@@ -23,8 +23,8 @@ REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
 CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
 """Where torch's builds for CUDA 13.0 are, which is what the package index has for Linux alone."""
 
-OPTIONAL = frozenset({"bitsandbytes", "dadaptation", "peft", "prodigyopt"})
-"""Pinned packages that only LoRA or some choices of optimizer need: those ask for them."""
+OPTIONAL = frozenset({"bitsandbytes", "dadaptation", "peft", "prodigyopt", "triton-windows"})
+"""Pinned packages that only LoRA, some choices of optimizer or compiling need: those ask for them."""
 
 COMPANIONS = ("torchvision", "torchaudio")
 """Packages that training does not need, but that diffusers and transformers import wherever they are installed."""
@@ -79,9 +79,14 @@ def visible_gpus() -> list[str]:
 
 
 def _pins() -> dict[str, str]:
-    """Return the packages of requirements.txt with their pinned versions."""
+    """Return the packages of requirements.txt with their pinned versions, without those for another system."""
     lines = (line.partition("#")[0].strip() for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines())
-    return {name: version for name, equal, version in (line.partition("==") for line in lines) if equal}
+    pins = {}
+    for requirement, _, marker in (line.partition(";") for line in lines):
+        name, equal, version = requirement.strip().partition("==")
+        if equal and marker.strip() in ("", f'sys_platform == "{sys.platform}"'):
+            pins[name] = version
+    return pins
 
 
 def _installed_version(name: str) -> str | None:

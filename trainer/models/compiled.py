@@ -36,7 +36,7 @@ def require_compiler(device: torch.device) -> None:
             raise RuntimeError("it gives wrong results")
     except Exception as error:  # a missing or broken compiler raises anything, from OSError to torch's InductorError
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        needed = "Triton, which comes with torch for CUDA on Linux," if device.type == "cuda" else "a C++ compiler (g++, clang or cl)"
+        needed = "Triton (see requirements.txt)" if device.type == "cuda" else "a C++ compiler (g++, clang or cl)"
         raise UserError(f"compile: torch.compile does not work here ({reason}); install {needed} or set compile to false.") from error
 
 
