@@ -140,7 +140,7 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     check_fused_backward(config, precision)
     total_steps = count_steps(config, index, processes)
     models = describe_model(replace(config.model, resume_ckpt=start.model))
-    notes = [*notes, *start.notes, *split.notes, *check_schedules(config, total_steps), *models.notes]
+    notes = [*notes, *processes.notes, *start.notes, *split.notes, *check_schedules(config, total_steps), *models.notes]
     set_noise_schedule(config, prompts, models)
     parts = apply_freezing(models, config.parts, config.optimizers.freezing)
     check_rates(config, {network: part.trained for network, part in parts.counts.items()})

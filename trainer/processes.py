@@ -300,9 +300,9 @@ def expected(gpuid: int) -> Processes:
     import torch
 
     _refuse_sharding()
-    count = launched()
+    count, notes = launched(), _notes()
     if count == 1:
-        return Processes(device=_own_device(gpuid))
+        return Processes(device=_own_device(gpuid, notes), notes=notes)
     return Processes(count=count, on_machine=_on_machine(count), device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -322,7 +322,7 @@ def connect(gpuid: int, signals: StopSignals) -> Processes:
     _refuse_sharding()
     count, notes = launched(), _notes()
     if count == 1:
-        return Processes(device=_own_device(gpuid), notes=notes, signals=signals)
+        return Processes(device=_own_device(gpuid, notes), notes=notes, signals=signals)
     on_machine = _on_machine(count)
     owned = not torch.distributed.is_initialized()
     state = PartialState(cpu=_flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
@@ -362,7 +362,8 @@ def _gone(error: BaseException) -> str:
     )
 
 
-def _own_device(gpuid: int) -> torch.device:
+def _own_device(gpuid: int, notes: list[str]) -> torch.device:
+    """Return the device of a process that trains alone, and add to `notes` why it is not the one that was asked for."""
     import torch
     from accelerate import PartialState
 
@@ -373,7 +374,11 @@ def _own_device(gpuid: int) -> torch.device:
         torch.cuda.set_device(gpuid)
     device = PartialState(cpu=_flag("ACCELERATE_USE_CPU")).device
     assert device is not None, "accelerate has chosen one"
-    return torch.device("cuda", gpuid) if device.type == "cuda" else device
+    if device.type == "cuda":
+        return torch.device("cuda", gpuid)
+    if gpuid:
+        notes.append(f"gpuid {gpuid} is not used: torch has no CUDA device here, and {device.type} trains")
+    return device
 
 
 def _on_machine(count: int) -> int:

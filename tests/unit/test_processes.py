@@ -31,6 +31,13 @@ def test_a_process_alone_asks_nobody(environment):
         raise UserError("mine")
 
 
+def test_a_gpu_that_is_asked_for_where_there_is_none_is_noted(environment):
+    environment()
+    for process in (connect(1, StopSignals()), expected(1)):
+        assert process.device == torch.device("cpu")
+        assert process.notes == ["gpuid 1 is not used: torch has no CUDA device here, and cpu trains"]
+
+
 def test_a_plan_counts_what_was_launched_and_connects_nobody(environment):
     environment(WORLD_SIZE="8", RANK="5", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4")
     plan = expected(0)
