@@ -35,7 +35,7 @@ def test_a_gpu_that_is_asked_for_where_there_is_none_is_noted(environment):
     environment()
     for process in (connect(1, StopSignals()), expected(1)):
         assert process.device == torch.device("cpu")
-        assert process.notes == ["gpuid 1 is not used: torch has no CUDA device here, and cpu trains"]
+        assert process.notes == ("gpuid 1 is not used: torch has no CUDA device here, and cpu trains",)
 
 
 def test_a_plan_counts_what_was_launched_and_connects_nobody(environment):
