@@ -19,7 +19,7 @@ def output_of(*arguments):
 def test_reading_is_compared_with_pillow_alone():
     output = output_of("pixels", "--images", "2", "--rounds", "3")
     shares = re.findall(r"sd-dadapt +[\d.]+ images/s of one core +([\d.]+) of the limit", output)
-    assert len(shares) == 2 and all(float(share) > 0.8 for share in shares), output
+    assert len(shares) == 2 and all(float(share) > 0.5 for share in shares), output
 
 
 @pytest.mark.slow

@@ -142,7 +142,7 @@ def test_a_frozen_text_encoder_is_run_once_for_each_caption(workplace, calls):
     assert 5 + 1 <= calls["text encoder"] <= 5 + 1 + samples
     (plain, (losses, fixed)), (kept, (kept_losses, kept_fixed)) = (outcome(workplace / name) for name in ("plain", "kept"))
     assert_same((plain, losses), (kept, kept_losses))
-    assert kept_fixed == pytest.approx(fixed, rel=1e-6), "which encodes four captions at a time"
+    assert kept_fixed == pytest.approx(fixed, rel=1e-5), "which encodes four captions at a time"
     calls["text encoder"] = 0
     (workplace / "pictures" / "0.txt").write_text("a red circle, one, two, three")
     assert train.main(["--logdir", "shuffled", "--cache_latents", "auto", "--shuffle_tags", "true", *frozen]) == 0

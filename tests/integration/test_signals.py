@@ -153,8 +153,8 @@ def wait_for(words, output, seconds=120):
 
 
 def test_the_second_signal_ends_it_at_once(workplace):
-    (workplace / "pictures" / "multiply.txt").write_text("8")  # one step an epoch, of forty passes
-    write(workplace, DADAPT, **SETTINGS | {"max_epochs": 3, "log_step": 1, "sample_steps": 100}, batch_size=1, grad_accum=40)
+    (workplace / "pictures" / "multiply.txt").write_text("40")  # one step an epoch, of two hundred passes
+    write(workplace, DADAPT, **SETTINGS | {"max_epochs": 3, "log_step": 1, "sample_steps": 100}, batch_size=1, grad_accum=200)
     output = workplace / "out.txt"
     process = started([], output)
     wait_for("step 1: saved", output)
@@ -165,7 +165,7 @@ def test_the_second_signal_ends_it_at_once(workplace):
     time.sleep(TOGETHER + 0.1)
     assert process.is_alive(), "the first one waits for the step, and two at once are one"
     os.kill(process.pid, signal.SIGINT)
-    process.join(2)
+    process.join(30)
     assert process.exitcode == 130 and "step 2/3" not in output.read_text()
     found = checkpoints(run_of(workplace))
     assert [path.name for path in found] == ["tiny-ep01-gs00001"] and resume_problem(found[0]) is None
