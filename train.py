@@ -7,6 +7,7 @@ import sys
 from data.errors import DataError
 from trainer.environment import check_environment
 from trainer.errors import UserError
+from trainer.output import open_streams, say
 from trainer.processes import ToldElsewhere, rank, rank_on_machine
 from trainer.signals import Interrupted, StopSignals
 
@@ -42,14 +43,15 @@ def main(arguments: list[str]) -> int:
         except ToldElsewhere as error:
             return error.exit_code
         except Interrupted as error:
-            print(f"Stopped by {error}.", file=sys.stderr)
+            say(f"Stopped by {error}.", stream=sys.stderr)
             return error.exit_code
         except (UserError, DataError) as error:
             if rank_on_machine() == 0:  # of several processes the others have found the same, or the first tells it
-                print(*error.problems, sep="\n", file=sys.stderr)
+                say(*error.problems, stream=sys.stderr)
             return getattr(error, "exit_code", 2)
     return 0
 
 
 if __name__ == "__main__":
+    open_streams()
     sys.exit(main(sys.argv[1:]))

@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from trainer.errors import UserError
+from trainer.output import say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         compare(options, changes, shlex.join(["python", "scripts/compare_optimizers.py", *arguments]))
     except UserError as error:
-        print(*error.problems, sep="\n", file=sys.stderr)
+        say(*error.problems, stream=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("Stopped. The same command goes on.", file=sys.stderr)

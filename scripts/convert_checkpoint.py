@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from trainer.errors import UserError
+from trainer.output import say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         convert(options.source, options.target, vae=options.vae, full_precision=options.fp32)
     except UserError as error:
-        print(*error.problems, sep="\n", file=sys.stderr)
+        say(*error.problems, stream=sys.stderr)
         return error.exit_code
     print(f"{options.target}: written in {time.perf_counter() - began:.1f} s")
     return 0
@@ -54,7 +55,7 @@ def convert(source: str, target: Path, *, vae: str | None = None, full_precision
 
     models = load_models(ModelOptions(resume_ckpt=source, vae=vae))
     for note in models.notes:
-        print(f"Note: {note}", file=sys.stderr)
+        say(f"Note: {note}", stream=sys.stderr)
 
     from trainer.disk import appearing
     from trainer.export import save_diffusers, save_single_file

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.grids.draw import AXES
 from trainer.errors import UserError
+from trainer.output import say
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
             return merge(options)
         return draw_grid(options)
     except UserError as error:
-        print(*error.problems, sep="\n", file=sys.stderr)
+        say(*error.problems, stream=sys.stderr)
         return error.exit_code
 
 

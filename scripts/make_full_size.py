@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from trainer.errors import UserError
 from trainer.models.quiet import quiet_libraries
+from trainer.output import say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         counts = make(options.out, options.seed, options.dtype)
     except UserError as error:
-        print(*error.problems, sep="\n", file=sys.stderr)
+        say(*error.problems, stream=sys.stderr)
         return error.exit_code
     size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
     parameters = ", ".join(f"{name} {count:,}" for name, count in counts.items())

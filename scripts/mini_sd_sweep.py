@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.compare.drift import tone
 from scripts.compare.runs import Finished, Planned, finished, plan_runs, train
 from trainer.errors import UserError
+from trainer.output import say
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             (options.out / "results.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
             (options.out / "results.md").write_text(table(rows), encoding="utf-8")
     except UserError as error:
-        print(*error.problems, sep="\n", file=sys.stderr)
+        say(*error.problems, stream=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("Stopped. The same command goes on.", file=sys.stderr)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.ema import plan_ema
 from trainer.memory import estimate, size_of_device, work_of
+from trainer.output import say
 
 if TYPE_CHECKING:
     from data.index import Index
@@ -56,7 +57,11 @@ def check(
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         findings = _examine(config, notes, weights_only, contact_sheets, vram)
     refused = bool(findings.data.bad) and config.data.on_bad_image == "error"
-    print(json.dumps(findings.as_json(usable=not refused), indent=1) if as_json else "\n".join(findings.lines(refused=refused)))
+    if as_json:
+        lines = json.dumps(findings.as_json(usable=not refused), indent=1).replace("\x7f", "\\u007f").split("\n")
+    else:
+        lines = findings.lines(refused=refused)
+    say(*lines, stream=sys.stdout)
     return 1 if refused else 0
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from data.errors import DataError
 from trainer.errors import UserError
+from trainer.output import say
 from trainer.signals import Interrupted, StopSignals
 
 if TYPE_CHECKING:
@@ -251,7 +252,7 @@ class Processes:
                     self._exchange(self._failure(error))
                 self._exchange(None)
         elif not self.main and isinstance(error, (UserError, DataError)):
-            print(*(f"Process {self.rank}: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+            say(*(f"Process {self.rank}: {problem}" for problem in error.problems), stream=sys.stderr)
         if not self.main and isinstance(error, (UserError, DataError, Interrupted)):
             raise ToldElsewhere(getattr(error, "exit_code", 2)) from error
 

@@ -120,6 +120,12 @@ def test_the_packages_import_by_full_names():
     assert relative == []
 
 
+def test_text_leaves_in_one_place():
+    """Elsewhere a file's name or a key could steer the terminal."""
+    printing = [name for name, text in sources().items() if not name.startswith("scripts") and re.search(r"\bprint\(|sys\.std\w+\.", text)]
+    assert printing == ["trainer.output"]
+
+
 def test_modules_are_named_for_what_they_hold():
     assert [name for name in sources() if name.rpartition(".")[2].strip("_") in SHAPELESS] == []
 

@@ -427,6 +427,16 @@ def test_a_console_that_cannot_show_a_character_goes_on():
     assert raw.getvalue().decode("cp1252").rstrip() == "a café \\u4e2d"
 
 
+def test_no_name_steers_the_terminal_or_forges_a_line(tmp_path: Path):
+    stream = io.StringIO()
+    console = Console(stream=stream)
+    console.record_to(tmp_path / "run.log")
+    console.event("a\x1b[2Jb\n2026-01-01 00:00:00 Done\r\u2028c\u202ed\x9be\udce9")
+    escaped = "a\\x1b[2Jb\\n2026-01-01 00:00:00 Done\\r\\u2028c\\u202ed\\x9be\\udce9"
+    assert stream.getvalue() == escaped + "\n"
+    assert (tmp_path / "run.log").read_text(encoding="utf-8")[20:] == escaped + "\n"
+
+
 def test_other_processes_show_and_record_nothing(tmp_path: Path):
     stream = Terminal()
     console = Console(stream=stream, enabled=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +43,7 @@ from trainer.config.schema import (
 )
 from trainer.config.validation_file import read_validation
 from trainer.errors import UserError
+from trainer.output import say
 
 _FREEZE = "; to leave a network as it is, set disable_unet_training or disable_textenc_training"
 _IN_A_FILE = "; write the keys into a .json file and name the file here"
@@ -79,7 +81,7 @@ def load_config(argv: Sequence[str]) -> Loaded:
     report = Report()
     arguments = parse(argv, report)
     if arguments.help:
-        print(help_text(), end="")
+        say(*help_text().splitlines(), stream=sys.stdout)
         raise SystemExit(0)
     source = Path.cwd() / (arguments.config or CommandOptions.config)
     file = shown_path(source)

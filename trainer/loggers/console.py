@@ -6,12 +6,14 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
+
+from trainer.output import clean, say, surviving
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class Console:
         self._place, self._step = f"epoch {epoch}/{epochs}", step
         if self._bar is not None:
             self._bar.set_description_str(self._place, refresh=False)
-            with self._surviving():
+            with surviving(self._stream):
                 self._bar.update(step - self._bar.n)
 
     def report(self, report: Report) -> None:
@@ -123,7 +125,7 @@ class Console:
             return
         line = f"{self._place}, step {self._step}/{self._total}: {report}"
         if self._bar is not None:
-            with self._surviving():
+            with surviving(self._stream):
                 self._bar.set_postfix_str(str(report) if self._wide else report.compact())
         else:
             self._print(f"{line}, {self._remaining()} left")
@@ -132,7 +134,7 @@ class Console:
     def close(self) -> None:
         """Leave the bar as it stands; events may follow."""
         if self._bar is not None:
-            with self._surviving():
+            with surviving(self._stream):
                 self._bar.close()
             self._bar = None
 
@@ -143,30 +145,16 @@ class Console:
         return tqdm.format_interval((time.monotonic() - self._began) / done * (self._total - self._step)) if done else "?"
 
     def _print(self, line: str) -> None:
-        encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        line = line.encode(encoding, "backslashreplace").decode(encoding)  # a caption may hold what a Windows console cannot show
-        with self._surviving():
-            if self._bar is not None:
-                self._bar.write(line, file=self._stream)
-            else:
-                print(line, file=self._stream, flush=True)
-
-    @contextmanager
-    def _surviving(self) -> Iterator[None]:
-        """Train on where the terminal was closed or the program at the other end of a pipe has ended: from then on nobody is told."""
-        try:
-            yield
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())  # what is still in the stream's buffer goes there too
-            os.close(nowhere)
+        apart = nullcontext() if self._bar is None else self._bar.external_write_mode(file=self._stream)
+        with surviving(self._stream), apart:
+            say(line, stream=self._stream)
 
     def _record(self, line: str) -> None:
         if self._path is None:
             return
         try:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
+                file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {clean(line)}\n")
         except OSError as reason:
             if not self._warned:
                 self._warned = True
