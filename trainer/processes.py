@@ -304,7 +304,8 @@ def expected(gpuid: int) -> Processes:
     count, notes = launched(), _notes()
     if count == 1:
         return Processes(device=_own_device(gpuid, notes), notes=notes)
-    return Processes(count=count, on_machine=_on_machine(count), device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Processes(count=count, on_machine=_on_machine(count), device=device, notes=notes)
 
 
 def connect(gpuid: int, signals: StopSignals) -> Processes:
@@ -326,7 +327,7 @@ def connect(gpuid: int, signals: StopSignals) -> Processes:
         return Processes(device=_own_device(gpuid, notes), notes=notes, signals=signals)
     on_machine = _on_machine(count)
     owned = not torch.distributed.is_initialized()
-    state = PartialState(cpu=_flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    state = PartialState(cpu=_flag("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
     device = state.device
     assert device is not None, "accelerate has chosen one"
     device = torch.device("cpu") if device.type == "cpu" else device  # which has no number
@@ -366,20 +367,16 @@ def _gone(error: BaseException) -> str:
 def _own_device(gpuid: int, notes: list[str]) -> torch.device:
     """Return the device of a process that trains alone, and add to `notes` why it is not the one that was asked for."""
     import torch
-    from accelerate import PartialState
 
     count = torch.cuda.device_count()
     if count and gpuid >= count:
         raise UserError(f"gpuid: {gpuid} was asked for, and this machine has {count} CUDA device(s), numbered from 0; choose one of those.")
-    if count:
+    if count and not _flag("ACCELERATE_USE_CPU"):
         torch.cuda.set_device(gpuid)
-    device = PartialState(cpu=_flag("ACCELERATE_USE_CPU")).device
-    assert device is not None, "accelerate has chosen one"
-    if device.type == "cuda":
         return torch.device("cuda", gpuid)
     if gpuid:
-        notes.append(f"gpuid {gpuid} is not used: torch has no CUDA device here, and {device.type} trains")
-    return device
+        notes.append(f"gpuid {gpuid} is not used: torch has no CUDA device here, and the CPU trains")
+    return torch.device("cpu")
 
 
 def _on_machine(count: int) -> int:
@@ -405,7 +402,15 @@ def _refuse_sharding() -> None:
 
 
 def _notes() -> list[str]:
+    import torch
+
     notes = []
+    other = torch.accelerator.current_accelerator(check_available=True)
+    if other is not None and other.type != "cuda":
+        notes.append(
+            f"this machine's GPU ({other.type}) is not used, and training runs on the CPU: only CUDA devices are supported; "
+            "Apple's GPUs lack fp64, which D-Adaptation's sums need"
+        )
     if _flag("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ and launched() == 1:
         notes.append(
             "accelerate launch starts one process on the CPU, however many are asked for, as it leaves that to MPI; torchrun "

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from accelerate import PartialState
 
 from trainer.errors import UserError
 from trainer.processes import Processes, connect, expected, launched, rank, rank_on_machine
@@ -69,6 +70,18 @@ def test_more_processes_than_devices_are_refused_by_all(environment, monkeypatch
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match=r"4 processes .* 2 CUDA"):
         connect(0, StopSignals())
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_what_is_no_cuda_device_is_named_and_left_for_the_cpu(environment, monkeypatch, kind):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device(kind))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: kind == "mps")
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: kind == "mps")
+    PartialState._reset_state()  # accelerate remembers the device that it chose first
+    for alone in (connect(0, StopSignals()), expected(0)):
+        assert alone.device == torch.device("cpu")
+        assert [note for note in alone.notes if f"GPU ({kind}) is not used, and training runs on the CPU" in note]
 
 
 def test_settings_of_accelerate_that_do_nothing_are_named(environment):
