@@ -9,16 +9,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+from diffusers.optimization import get_scheduler
 
 from trainer.config.schema import keys_of, optimizer_classes
 from trainer.errors import UserError
 from trainer.optim.gradients import finish_gradients
 from trainer.optim.optimizer_set import OptimizerSet
-from trainer.optim.schedules import ScheduleOptions
+from trainer.optim.schedules import ScheduleOptions, SchedulerName, rate_factor
 from trainer.state import read_state, write_state
 
 NAMES = list(optimizer_classes())
@@ -342,6 +344,22 @@ def test_a_library_that_is_not_installed_is_said_in_a_sentence(library, name, mo
         monkeypatch.delitem(sys.modules, f"trainer.optim.{ours}", raising=False)
     with pytest.raises(UserError, match=rf"^optimizer {name}: {library} does not load .*`pip install {library}`, or choose"):
         options_of(name).build(parameters(), 1.0)
+
+
+@pytest.mark.parametrize("name", get_args(SchedulerName))
+@pytest.mark.parametrize("lr", [1.0, 1e-6, 5e-8, 1e-10])
+@pytest.mark.parametrize("warmup", [0, 10, 20])
+def test_every_schedule_is_diffusers_and_bears_every_rate(name, lr, warmup):
+    options = ScheduleOptions(lr=lr, lr_scheduler=name, lr_warmup_steps=warmup, lr_decay_steps=20)
+    factor = rate_factor(options, 15)
+    factors = [factor(step) for step in range(30)]
+    assert all(0 <= value <= 1 for value in factors) and max(factors) > 0.9
+    if name == "polynomial" and warmup < 20:
+        assert factors[warmup:21] == sorted(factors[warmup:21], reverse=True) and lr * factors[20] == pytest.approx(min(1e-7, lr / 10))
+    if lr >= 1e-6 and (name, warmup) != ("polynomial", 20):  # where diffusers divides by 0
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
+        theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=20)
+        assert factors == pytest.approx([theirs.lr_lambdas[0](step) for step in range(30)])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -24,7 +24,8 @@ class ScheduleOptions:
     takes train.json's lr, and 1e-6 without one."""
 
     lr_scheduler: SchedulerName | None = None
-    """The course of the rate, by diffusers' names; null takes train.json's, and constant without one."""
+    """The course of the rate, by diffusers' names; null takes train.json's, and constant without one. polynomial falls in
+    a straight line to 1e-7, or to a tenth of a rate below 1e-6."""
 
     lr_warmup_steps: Annotated[int, Ge(0)] | None = None
     """Optimizer steps over which the rate rises from 0; null is a fiftieth of lr_decay_steps, 0 none; constant ignores it."""
@@ -82,13 +83,17 @@ def rate_factor(options: ScheduleOptions, total_steps: int) -> Callable[[int], f
         total_steps: the optimizer steps of the run.
     """
     import torch
-    from diffusers.optimization import get_scheduler
+    from diffusers.optimization import get_polynomial_decay_schedule_with_warmup, get_scheduler
 
     name = options.lr_scheduler or "constant"
     decay, warmup = _decay_steps(options, total_steps), warmup_steps(options, total_steps)
     dummy = torch.optim.SGD([torch.zeros(1)], lr=options.lr or 1.0)
-    scheduler = get_scheduler(name, dummy, num_warmup_steps=warmup, num_training_steps=decay)
-    factor = scheduler.lr_lambdas[0]  # type: ignore[attr-defined]
+    if name == "polynomial":  # which diffusers ends at 1e-7 whatever the rate, and refuses for smaller ones
+        end, decay = min(1e-7, dummy.defaults["lr"] / 10), max(decay, warmup + 1)
+        scheduler: Any = get_polynomial_decay_schedule_with_warmup(dummy, warmup, decay, lr_end=end)
+    else:
+        scheduler = get_scheduler(name, dummy, num_warmup_steps=warmup, num_training_steps=decay)
+    factor = scheduler.lr_lambdas[0]
     return lambda step: float(factor(step))
 
 
