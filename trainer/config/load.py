@@ -210,7 +210,7 @@ def _hint(name: str, value: Any) -> str:
     """Return what to add to the sentence about a wrong value where it is clear what was meant."""
     if name == "lr" and value == 0:
         return _FREEZE
-    if name.endswith("_config") and isinstance(value, dict):
+    if name in ("optimizer_config", "sample_prompts", "validation_config") and isinstance(value, dict):
         return _IN_A_FILE
     sides = re.fullmatch(r"(\d+)\s*[x,×]\s*(\d+)", value) if name == "resolution" and isinstance(value, str) else None
     if sides is None:

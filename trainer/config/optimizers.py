@@ -76,10 +76,9 @@ def read_optimizers(document: Document, file: str, rates: Rates, report: Report)
         return None
     scale = options.text_encoder_lr_scale
     merged = _Section(OVERRIDES, overrides.optimizer, _inherit(base, overrides, report))
-    if scale != 1 and "lr" in overrides.values and rates.text_encoder:
-        report.note(
-            Place(file, document.lines[("text_encoder_lr_scale",)], "text_encoder_lr_scale"), f"has no effect: {OVERRIDES}.lr is set"
-        )
+    if scale != 1 and ("lr" in overrides.values or not rates.text_encoder):
+        why = f"{OVERRIDES}.lr is set" if rates.text_encoder else "disable_textenc_training freezes the text encoder"
+        report.note(Place(file, document.lines[("text_encoder_lr_scale",)], "text_encoder_lr_scale"), f"has no effect: {why}")
     lr = _base_lr(base, overrides, rates, Place(file, document.lines.get((BASE,)), f"{BASE}.lr"), report)
     text_lr = _text_lr(base, overrides, lr, scale, rates, Place(file, document.lines.get((OVERRIDES,)), f"{OVERRIDES}.lr"), report)
     learn = {BASE: (base, lr)} if rates.unet else {}

@@ -89,6 +89,7 @@ def apply_optimizer_rules(settings: Settings, optimizers: OptimizerConfig, file:
         }
         _fused_backward(settings, sections, file, report)
         _compiled(settings, sections, report)
+        _high_rates(settings, sections, report)
         _clipping(settings, sections, report)
         _weights(settings, sections, file, report)
         _lora_rates(settings, sections, optimizers, file, report)
@@ -328,6 +329,11 @@ def _compiled(settings: Settings, sections: Mapping[str, OptimizerOptions], repo
             settings.place("compile"),
             "a compiled backward pass hands over all gradients of a network at once, so fused_backward spares no memory with it",
         )
+
+
+def _high_rates(settings: Settings, sections: Mapping[str, OptimizerOptions], report: Report) -> None:
+    if settings["allow_high_lr"] and all(options.adapts for options in sections.values()):
+        report.note(settings.place("allow_high_lr"), "has no effect: it allows rates chosen by hand, and D-Adaptation finds them")
 
 
 def _clipping(settings: Settings, sections: Mapping[str, OptimizerOptions], report: Report) -> None:
