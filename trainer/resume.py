@@ -26,7 +26,7 @@ _NEW_RUN = "or start a new run from its weights with --resume_weights_only"
 _OWN_TO_A_START = ("resume_ckpt", "stop_after_steps", "max_train_time", "optimizer_config")
 """Keys that say how this start of the run goes, and nothing about the run."""
 
-_GIVEN_BY_RESUMING = ("resume_ckpt", "resume_weights_only")
+_GIVEN_BY_RESUMING = ("resume_ckpt", "base_model", "resume_weights_only")
 
 
 @dataclass(frozen=True)

@@ -310,6 +310,7 @@ def test_a_run_folder_with_a_link_that_leads_outside_is_not_written_to(workplace
         (["--resume_weights_only", "true", "--no-amp"], {}, "python train.py --no-amp --resume_ckpt logs/x"),
         ([], {"stop_after_steps": "null"}, "python train.py --resume_ckpt logs/x --stop_after_steps null"),
         (["--max_train_time", "9"], {}, "python train.py --max_train_time 9 --resume_ckpt logs/x"),
+        (["--base_model", "m", "--lowvram"], {}, "python train.py --lowvram --resume_ckpt logs/x"),
         (["--max_epochs", "9", "--seed", "3"], {"max_epochs": "18"}, "python train.py --seed 3 --resume_ckpt logs/x --max_epochs 18"),
         (
             ["--stop_after_steps=2"],
