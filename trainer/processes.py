@@ -375,7 +375,7 @@ def _own_device(gpuid: int, notes: list[str]) -> torch.device:
         torch.cuda.set_device(gpuid)
         return torch.device("cuda", gpuid)
     if gpuid:
-        notes.append(f"gpuid {gpuid} is not used: torch has no CUDA device here, and the CPU trains")
+        notes.append(f"gpuid {gpuid} is not used: torch has no CUDA device here, and cpu trains")
     return torch.device("cpu")
 
 
