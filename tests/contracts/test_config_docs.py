@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jsonschema
 import pytest
 
 from scripts.export_schema import FOLDER, REFERENCE, schemas, texts
@@ -27,6 +26,8 @@ from trainer.config.schema import (
     sections,
     train_keys,
 )
+
+jsonschema = pytest.importorskip("jsonschema")
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = {

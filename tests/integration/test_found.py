@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 
-import jsonschema
 import pytest
 
 import train
@@ -14,6 +13,8 @@ from trainer.config import load_config
 from trainer.config.export import optimizer_schema
 from trainer.found import FOUND
 from trainer.optim import AdamW8bitOptions
+
+jsonschema = pytest.importorskip("jsonschema")
 
 SHORT = {"max_epochs": 2, "log_step": 1, "fixed_loss_images": 0, "save_every_n_epochs": None, "save_format": "diffusers"}
 

@@ -5,11 +5,12 @@ import struct
 from pathlib import Path
 
 import pytest
-import wandb
-from wandb.proto import wandb_internal_pb2
 
 import train
 from tests.runs import DADAPT, run_of, scalars, write
+
+wandb = pytest.importorskip("wandb")
+wandb_internal_pb2 = pytest.importorskip("wandb.proto.wandb_internal_pb2")
 
 QUICK = {"max_epochs": 2, "fixed_loss_images": 1, "save_every_n_epochs": None, "save_format": "diffusers", "log_step": 1}
 
