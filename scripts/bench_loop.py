@@ -86,15 +86,15 @@ def _contenders(options: argparse.Namespace, folder: Path) -> dict[str, Callable
     """Return by name what prepares an epoch and returns a function that trains it and returns its images."""
 
     def loop(optimizer: str, **extra: str) -> Run:
-        return _build(_config(options.config, optimizer, folder, extra))
+        return build(_config(options.config, optimizer, folder, extra))
 
     config = _config(options.config, "adamw8bit", folder, {})
     return {
         NETWORKS_ALONE: _alone(loop("adamw8bit")),
-        BASE: _epochs(loop("adamw8bit")),
+        BASE: epochs_of(loop("adamw8bit")),
         PLAIN: _plain(config),
-        NOT_KEPT: _epochs(loop("adamw8bit", cache_latents="no")),
-        **{f"this program, {name}": _epochs(loop(name)) for name in (*ADAPTING, "adamw")},
+        NOT_KEPT: epochs_of(loop("adamw8bit", cache_latents="no")),
+        **{f"this program, {name}": epochs_of(loop(name)) for name in (*ADAPTING, "adamw")},
     }
 
 
@@ -125,7 +125,8 @@ class _OnlyReports(Cadence):
         return replace(due, sample=False, fixed_loss=False, save=False)
 
 
-def _build(config: TrainConfig) -> Run:
+def build(config: TrainConfig) -> Run:
+    """Return a run that draws no samples before its first step and shows nothing."""
     from trainer.build import build_run
     from trainer.loggers.console import Console
     from trainer.models.quiet import quiet_libraries
@@ -139,8 +140,8 @@ def _build(config: TrainConfig) -> Run:
     return run
 
 
-def _epochs(run: Run) -> Callable[[], Callable[[], int]]:
-    """Return epochs of the program's own loop."""
+def epochs_of(run: Run) -> Callable[[], Callable[[], int]]:
+    """Return what prepares an epoch of the program's own loop and returns a function that trains it and returns its images."""
     from trainer.loop import make_steps
 
     def prepare() -> Callable[[], int]:

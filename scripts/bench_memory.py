@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.full_size import NAMES, Setting, Steps, config_of, empty_models, optimizer_options, state_bytes
+from scripts.full_size import NAMES, Setting, Steps, empty_models, optimizer_options, precision_of, run_config, state_bytes
 from scripts.full_size import estimated as estimated_step
 
 if TYPE_CHECKING:
@@ -70,10 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Train a few steps with one optimizer and return its numbers, in bytes and seconds."""
     setting = setting_of(options.one, options)
-    config, precision = config_of(setting)
-    baseline = _held_before(config.optimizers.unet, precision.device)
+    device = precision_of(setting).device
+    baseline = _held_before(run_config(setting).optimizers.unet, device)
     steps = Steps(setting)
-    _start_counting(precision.device)
+    _start_counting(device)
     seconds: list[float] = []
     done: list[tuple[float, float]] = []
     for step in range(options.steps):
@@ -84,13 +84,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         seconds.append(time.perf_counter() - began)
     assert all(math.isfinite(loss) and not skipped for loss, skipped in done), "a step was skipped, so it did not do its work"
     return {
-        "peak": _peak(precision.device),
+        "peak": _peak(device),
         "baseline": baseline,
         "state": state_bytes(steps.optimizers),
         "weights": sum(p.numel() * p.element_size() for part in vars(steps.networks).values() for p in part.parameters()),
         "trained": steps.trained,
         "seconds": statistics.median(seconds[1:] or seconds),
-        "machine": _machine(precision.device),
+        "machine": _machine(device),
     }
 
 

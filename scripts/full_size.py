@@ -70,25 +70,31 @@ class Timing:
     """Until all work was handed to the device."""
 
 
-def config_of(setting: Setting) -> tuple[TrainConfig, Precision]:
-    """Return the configuration of a run with these steps, and its precision."""
+def run_config(setting: Setting) -> TrainConfig:
+    """Return the configuration of a run with these steps."""
     from trainer.config.schema import OptimizerConfig, TrainConfig
     from trainer.models.load import ModelOptions
     from trainer.models.trainable import FreezingOptions, TrainableOptions
-    from trainer.precision import PrecisionOptions, resolve_precision
+    from trainer.precision import PrecisionOptions
 
     optimizer, *variants = setting.optimizer.split("+")
     chosen = optimizer_options(optimizer, fused="fused" in variants)
     weights = "bf16" if "bf16" in variants else "fp32"
     mixed = "auto" if weights == "bf16" and setting.mixed_precision == "no" else setting.mixed_precision
     frozen = setting.networks == "unet"
-    config = TrainConfig(
+    return TrainConfig(
         model=ModelOptions(resume_ckpt="random"),
         parts=TrainableOptions(disable_textenc_training=frozen, gradient_checkpointing=setting.checkpointing),
         precision=PrecisionOptions(mixed_precision=mixed, weights_dtype=weights),
         optimizers=OptimizerConfig(unet=chosen, text_encoder=chosen, freezing=FreezingOptions(freeze_embeddings=True)),
     )
-    return config, resolve_precision(config.precision, torch.device(setting.device))
+
+
+def precision_of(setting: Setting) -> Precision:
+    """Return the precision of these steps on their device."""
+    from trainer.precision import resolve_precision
+
+    return resolve_precision(run_config(setting).precision, torch.device(setting.device))
 
 
 def optimizer_options(name: str, *, fused: bool) -> OptimizerOptions:
@@ -101,10 +107,12 @@ def optimizer_options(name: str, *, fused: bool) -> OptimizerOptions:
 
 
 def estimated(setting: Setting) -> int:
-    """Return the bytes of tensors that the memory estimate holds at the peak of a step."""
+    """Return the bytes of tensors that the memory estimate holds at the peak of a step; needs no GPU."""
     from trainer.footprint import Work, footprint
+    from trainer.precision import imagined_precision
 
-    config, precision = config_of(setting)
+    config = run_config(setting)
+    precision = imagined_precision(config.precision) if setting.device == "cuda" else precision_of(setting)
     size = (setting.resolution, setting.resolution)
     work = Work(size=size, images=setting.images, latents_kept=setting.latents_cached)
     phases = footprint(config, empty_models(bundled=setting.bundled), precision, work)
@@ -169,7 +177,7 @@ class Steps:
         from trainer.optim.optimizer_set import OptimizerSet
 
         self.setting = setting
-        config, self.precision = config_of(setting)
+        config, self.precision = run_config(setting), precision_of(setting)
         self.device, self.autocast = self.precision.device, self.precision.autocast
         if models is None:
             bundled = setting.bundled

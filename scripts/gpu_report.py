@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.gpu.job import Job
 from scripts.gpu.worker import Workers
 
-OPTIMIZERS = ("adamw8bit", "dadapt_adam8bit+fused", "dadapt_adam_reference", "dadapt_adam8bit+fused+bf16")
+PICTURE = "comparison.png"
+OPTIMIZERS = ("adamw8bit", "dadapt_adam8bit+fused", "dadapt_adam_reference", "dadapt_adam8bit+fused+bf16", "dadapt_adam8bit")
+"""The most telling first."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,21 @@ class Planned:
     limit: int
     """Seconds."""
     argument: str = ""
+    aside: bool = False
+    """Whether it runs beside the others, on the CPU."""
 
 
 STEPS = (
+    Planned("estimates", "scripts.gpu.training:estimates", 300, " ".join(OPTIMIZERS), aside=True),
     Planned("environment", "scripts.gpu.environment:environment", 60),
-    *(Planned(f"training {name}", "scripts.gpu.training:training", 75, name) for name in OPTIMIZERS),
+    Planned("agreement", "scripts.gpu.correctness:agreement", 60),
+    *(Planned(f"epochs {name}", "scripts.gpu.epochs:epochs", 60, name) for name in OPTIMIZERS[:2]),
+    *(Planned(f"training {name}", "scripts.gpu.training:training", 60, name) for name in OPTIMIZERS),
     Planned("profile", "scripts.gpu.profiling:profile_step", 90),
+    Planned("resumed", "scripts.gpu.runs:resumed", 90),
+    Planned("first run", "scripts.gpu.runs:first_run", 120),
+    Planned("tests", "scripts.gpu.correctness:gpu_tests", 180),
+    *(Planned(f"largest {name}", "scripts.gpu.training:largest", 60, name) for name in OPTIMIZERS[:2]),
 )
 
 
@@ -52,45 +64,86 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     began = time.monotonic()
     report = _begin(options)
-    chosen = [step for step in STEPS if not options.only or step.name in options.only or step.name.split()[0] in options.only]
-    workers = Workers(options.device)
+    chosen = _chosen(options)
+    ends = began + 60 * options.minutes
+    take = _Taking(report, options, ends)
+    asides = [threading.Thread(target=take, args=([step],), daemon=True) for step in chosen if step.aside]
     try:
-        for number, step in enumerate(chosen):
-            left = 60 * options.minutes - (time.monotonic() - began)
-            if left < 5:
-                report["steps"][step.name] = {"status": "not run", "reason": "no time was left", "seconds": 0.0, "results": []}
-                continue
-            _take(step, workers, report, options, left, last=number == len(chosen) - 1)
+        for aside in asides:
+            aside.start()
+        take([step for step in chosen if not step.aside])
+        for aside in asides:
+            aside.join()
     finally:
-        workers.close()
+        take.close()
         write(report, options.out)
     print(f"{options.out / 'report.md'}: {time.monotonic() - began:.0f} s in all")
     return 0 if all(report["steps"][step.name]["status"] in ("ok", "not run") for step in chosen) else 1
 
 
-def _take(step: Planned, workers: Workers, report: dict[str, Any], options: argparse.Namespace, left: float, *, last: bool) -> None:
-    started = time.monotonic()
-    found: dict[str, Any] = {"status": "stopped", "reason": "", "seconds": 0.0, "results": []}
-    report["steps"][step.name] = found
+class _Taking:
+    """Takes steps one after the other until the time is over, and writes the report after every result."""
 
-    def tell(result: dict[str, Any]) -> None:
-        found["results"].append(result)
+    def __init__(self, report: dict[str, Any], options: argparse.Namespace, ends: float) -> None:
+        self._report, self._options, self._ends = report, options, ends
+        self._lock = threading.Lock()
+        self._workers: list[Workers] = []
+
+    def close(self) -> None:
+        """End all processes."""
+        for workers in self._workers:
+            workers.close()
+
+    def __call__(self, steps: Sequence[Planned]) -> None:
+        if not steps:
+            return
+        workers = Workers(self._options.device)
+        self._workers.append(workers)
+        for number, step in enumerate(steps):
+            left = self._ends - time.monotonic()
+            if left < 5:
+                found = {"status": "not run", "reason": "no time was left", "seconds": 0.0, "results": []}
+                self._report["steps"].setdefault(step.name, found)
+            else:
+                self._take(step, workers, left, last=number == len(steps) - 1)
+
+    def _take(self, step: Planned, workers: Workers, left: float, *, last: bool) -> None:
+        options, started = self._options, time.monotonic()
+        found: dict[str, Any] = {"status": "stopped", "reason": "", "seconds": 0.0, "results": []}
+        with self._lock:
+            self._report["steps"][step.name] = found
+
+        def tell(result: dict[str, Any]) -> None:
+            with self._lock:
+                found["results"].append(result)
+                found["seconds"] = round(time.monotonic() - started, 1)
+                print(f"[{step.name}] {found['seconds']:.0f} s: {_short(result)}", flush=True)
+                write(self._report, options.out, picture=False)
+
+        folder = options.out / "steps" / step.name.replace(" ", "-")
+        device, argument = ("cpu", f"{options.device} {step.argument}") if step.aside else (options.device, step.argument)
+        job = Job(step.name, device, options.tiny, folder.resolve(), argument)
+        found["status"], found["reason"] = workers.run(step.function, job, min(left, step.limit), tell, last=last)
         found["seconds"] = round(time.monotonic() - started, 1)
-        print(f"[{step.name}] {found['seconds']:.0f} s: {_short(result)}", flush=True)
-        write(report, options.out, picture=False)
+        print(f"[{step.name}] {found['status']} after {found['seconds']:.0f} s {found['reason']}", flush=True)
 
-    job = Job(step.name, options.device, options.tiny, options.out / "steps" / step.name.replace(" ", "-"), step.argument)
-    found["status"], found["reason"] = workers.run(step.function, job, min(left, step.limit), tell, last=last)
-    found["seconds"] = round(time.monotonic() - started, 1)
-    print(f"[{step.name}] {found['status']} after {found['seconds']:.0f} s {found['reason']}", flush=True)
+
+def _chosen(options: argparse.Namespace) -> list[Planned]:
+    if options.only:
+        return [step for step in STEPS if step.name in options.only or step.name.split()[0] in options.only]
+    return [step for step in STEPS if not options.tiny or step.argument not in OPTIMIZERS[2:]]
 
 
 def write(report: dict[str, Any], out: Path, *, picture: bool = True) -> None:
     """Write what has been found so far."""
     from scripts.gpu.page import page
+    from scripts.gpu.picture import draw
 
     (out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    (out / "report.md").write_text(page(report), encoding="utf-8")
+    text = page(report)
+    if picture and draw(report, out / PICTURE):
+        text += f"\n![Time and memory of each optimizer]({PICTURE})\n"
+    (out / "report.md").write_text(text, encoding="utf-8")
 
 
 def _begin(options: argparse.Namespace) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,23 +19,39 @@ def page(report: dict[str, Any]) -> str:
     lines = [f"# GPU report, {report['date']}", ""]
     if report["tiny"]:
         lines += ["Made with the bundled model to try the report out: **its numbers say nothing about a GPU.**", ""]
-    lines += [*_summary(training_rows(steps)), ""]
-    parts = (_environment, _training, _profile)
+    lines += [*_summary(steps), ""]
+    parts = (_environment, _correctness, _epochs, _training, _profile, _runs)
     return "\n".join([*lines, *(line for part in parts for line in part(steps)), *_course(steps), ""])
 
 
 def training_rows(steps: dict[str, dict[str, Any]]) -> list[Result]:
-    """Return the measured training steps of every optimizer, with its name, number of trained weights, launches and waits."""
-    rows = []
+    """Return the measured training steps of every optimizer, each with its name and what is known of the optimizer at all batches."""
+    rows: list[Result] = []
+    estimates = {(found["optimizer"], found["images"]): found["bytes"] for found in results(steps.get("estimates"), "estimate")}
+    speeds = results(steps.get("environment"), "speed")
     for name, step in steps.items():
-        if not name.startswith("training "):
+        kind, _, optimizer = name.partition(" ")
+        if kind not in ("training", "largest"):
             continue
-        shared = {"name": name.removeprefix("training ")}
-        for kind, keys in (("built", ("trained",)), ("launches", ("launches", "busy", "cpu")), ("waits", ("count",))):
-            for found in results(step, kind):
-                shared |= {key: found[key] for key in keys}
-        rows += [{**shared, **found} for found in results(step, "steps")]
+        shared: Result = {"name": optimizer}
+        for found in [found for kind in ("built", "launches", "waits") for found in results(step, kind)]:
+            shared |= {key: value for key, value in found.items() if key not in ("kind", "images", "seconds")}
+        for found in results(step, "steps"):
+            row = {**shared, **found, "estimated": estimates.get((optimizer, found["images"]))}
+            if speeds:
+                row["floor"] = floor(row, speeds[0]["copy"])
+            rows.append(row)
     return rows
+
+
+def floor(row: Result, copy: float) -> float | None:
+    """Return the milliseconds that an optimizer's step takes at the least, in memory traffic at the measured speed of copying.
+
+    Gradients are read once, weights and state read and written once. None for updates inside the backward pass.
+    """
+    if "fused" in row["name"]:
+        return None
+    return (12 * row["trained"] + 2 * row["state"]) / copy / 1e6
 
 
 def results(step: dict[str, Any] | None, kind: str) -> list[Result]:
@@ -51,18 +68,38 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     return [*("| " + " | ".join(line) + " |" for line in lines), ""]
 
 
-def _summary(rows: list[Result]) -> list[str]:
+def ratios(steps: dict[str, dict[str, Any]]) -> list[tuple[str, float, float | None]]:
+    """Return what D-Adaptation takes relative to AdamW8bit: a label, time, and memory where it was measured."""
+    found: list[tuple[str, float, float | None]] = []
+    epochs = epoch_seconds(steps)
+    found += [
+        (f"{name}, whole epochs", seconds / epochs[BASE], None) for name, seconds in epochs.items() if BASE in epochs and name != BASE
+    ]
+    rows = training_rows(steps)
     base = {row["images"]: row for row in rows if row["name"] == BASE}
-    lines = []
     for row in rows:
         other = base.get(row["images"])
-        if other is None or not row["name"].startswith("dadapt"):
-            continue
-        memory = f", memory **{row['allocated'] / other['allocated']:.2f}**" if "allocated" in row and "allocated" in other else ""
-        lines.append(f"- {row['name']}, batch {row['images']}: time **{row['whole'] / other['whole']:.2f}**{memory}")
-    title = "D-Adaptation relative to AdamW8bit, time of an epoch (steps of the same images) and peak memory:"
-    first = f"- published first comparison: time {POST_TIME:.2f}, memory {POST_MEMORY:.2f} (24 against 14 GB); the goal: at most 1.00"
-    return [title, "", first, *(lines or ["- not measured yet"])]
+        if other is not None and row["name"].startswith("dadapt"):
+            memory = row["allocated"] / other["allocated"] if "allocated" in row and "allocated" in other else None
+            found.append((f"{row['name']}, steps of batch {row['images']}", row["whole"] / other["whole"], memory))
+    return found
+
+
+def epoch_seconds(steps: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Return the median time of an epoch by optimizer."""
+    found = {}
+    for name, step in steps.items():
+        seconds = [epoch["seconds"] for epoch in results(step, "epoch") if epoch["counted"]]
+        if seconds:
+            found[name.partition(" ")[2]] = statistics.median(seconds)
+    return found
+
+
+def _summary(steps: dict[str, dict[str, Any]]) -> list[str]:
+    published = ("published first comparison (24 against 14 GB)", POST_TIME, POST_MEMORY)
+    rows = [published, ("the goal, at most", 1.0, 1.0), *ratios(steps)]
+    lines = table(("D-Adaptation : AdamW8bit", "time", "peak memory"), rows)
+    return [*lines[:-1], *([] if len(rows) > 2 else ["| not measured yet | | |"])]
 
 
 def _environment(steps: dict[str, dict[str, Any]]) -> list[str]:
@@ -88,12 +125,42 @@ def _environment(steps: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _correctness(steps: dict[str, dict[str, Any]]) -> list[str]:
+    lines = table(
+        ("steps on the device against eager steps on the CPU", "steps", "d, relative", "weights, relative to their way"),
+        (
+            (found["optimizer"], found["steps"], _small(found["d"]), _small(found["weights"]))
+            for found in results(steps.get("agreement"), "agreement")
+        ),
+    )
+    lines += table(
+        ("compared with an unbroken run, bit by bit", "tensors", "that differ", "largest difference"),
+        (
+            (found["what"], found["tensors"], found["differing"], _small(found["largest"]))
+            for found in results(steps.get("resumed"), "equality")
+        ),
+    )
+    for found in results(steps.get("resumed"), "not deterministic"):
+        lines += [f"Operators without a deterministic implementation: {', '.join(found['operators']) or 'none'}.", ""]
+    for found in results(steps.get("tests"), "tests"):
+        lines += ["Tests that need a GPU: " + ", ".join(f"{count} {name}" for name, count in found.items() if name != "kind") + ".", ""]
+    lines += table(("failed test", "reason"), ((found["test"], found["reason"]) for found in results(steps.get("tests"), "failure")))
+    return ["## Correctness", "", *lines] if lines else []
+
+
+def _epochs(steps: dict[str, dict[str, Any]]) -> list[str]:
+    images = {name.partition(" ")[2]: epoch["images"] for name, step in steps.items() for epoch in results(step, "epoch")}
+    rows = [(name, images[name], seconds, images[name] / seconds) for name, seconds in epoch_seconds(steps).items()]
+    lines = table(("optimizer", "images of an epoch", "seconds", "images/s"), rows)
+    return ["## Epochs of the whole program: configs/sd15.json, batch 4, without samples and checkpoints", "", *lines] if lines else []
+
+
 def _training(steps: dict[str, dict[str, Any]]) -> list[str]:
     rows = training_rows(steps)
-    header = ("optimizer", "batch", "images/s", "step ms", "forward", "backward", "optimizer", "host", "first s")
+    header = ("optimizer", "batch", "images/s", "step ms", "forward", "backward", "optimizer", "floor", "host", "first s")
+    parts = ("whole", "forward", "backward", "optimizer", "floor", "host", "first")
     times = table(
-        header,
-        ((row["name"], row["images"], row["images"] / row["whole"] * 1e3, *(row[part] for part in _PARTS), row["first"]) for row in rows),
+        header, ((row["name"], row["images"], row["images"] / row["whole"] * 1e3, *(row.get(part) for part in parts)) for row in rows)
     )
     header = ("optimizer", "batch", "allocated GiB", "reserved", "estimated", "estimated / allocated", "beside", "state B/weight")
     memory = table(header, ((row["name"], row["images"], *_memory(row)) for row in rows))
@@ -101,34 +168,27 @@ def _training(steps: dict[str, dict[str, Any]]) -> list[str]:
         ("optimizer", "launches a step", "GPU busy ms", "CPU ms", "waits for the GPU"),
         (
             (name, *(row.get(key) for key in ("launches", "busy", "cpu", "count")))
-            for name, row in {row["name"]: row for row in rows}.items()
+            for name, row in {row["name"]: row for row in rows if "launches" in row}.items()
         ),
     )
     title = (
         "## Training steps: Stable Diffusion 1.5, UNet and text encoder, 512 px, 16-bit autocast, gradient checkpointing, cached latents"
     )
-    if not rows:
-        return [title, "", "not measured yet", ""]
-    return [
-        title,
-        "",
-        "Milliseconds, medians. `backward` has the updates of an optimizer that steps inside it.",
-        "",
-        *times,
-        *memory,
-        *launches,
-    ]
+    legend = (
+        "Milliseconds, medians. `backward` has the updates of an optimizer that steps inside it. `floor`: the optimizer's memory traffic "
+        "at the measured speed of copying. `host`: until all work was handed to the GPU; where it equals the step, the CPU is the "
+        "limit. `beside`: memory in use beyond torch's allocator."
+    )
+    return [title, "", *([legend, "", *times, *memory, *launches] if rows else ["not measured yet", ""])]
 
 
 _PARTS = ("whole", "forward", "backward", "optimizer", "host")
 
 
 def _memory(row: Result) -> tuple[object, ...]:
-    estimated, state = row["estimated"] / GIB, row["state"] / row["trained"]
-    if "allocated" not in row:
-        return (None, None, estimated, None, None, state)
-    allocated = row["allocated"] / GIB
-    return (allocated, row["reserved"] / GIB, estimated, estimated / allocated, row["beside"] / GIB, state)
+    sizes = [row[key] / GIB if row.get(key) is not None else None for key in ("allocated", "reserved", "estimated", "beside")]
+    ratio = sizes[2] / sizes[0] if sizes[0] and sizes[2] else None
+    return (*sizes[:3], ratio, sizes[3], row["state"] / row["trained"])
 
 
 def _profile(steps: dict[str, dict[str, Any]]) -> list[str]:
@@ -156,6 +216,19 @@ def _profile(steps: dict[str, dict[str, Any]]) -> list[str]:
             rows = ((f"`{entry['name'][:90]}`", entry["milliseconds"], entry["count"]) for entry in found[key])
             lines += table((title, "ms", "calls"), rows)
     return ["## Where the time of an AdamW8bit step goes", "", *lines] if lines else []
+
+
+def _runs(steps: dict[str, dict[str, Any]]) -> list[str]:
+    step = steps.get("first run")
+    rows = [(found["step"], found["what"], _small(found["device"]), _small(found["cpu"])) for found in results(step, "compared")]
+    lines = table(("step", "", "on the device", "on the CPU"), rows)
+    speed = [f"{found['images per second']:.1f} images/s on the device.", ""] if (found := next(iter(results(step, "speed")), None)) else []
+    return ["## First run of the bundled model", "", *speed, *lines] if lines else []
+
+
+def _small(value: float | None) -> str | None:
+    """Return a number of any size, in four digits."""
+    return None if value is None else f"{value:.4g}"
 
 
 def _course(steps: dict[str, dict[str, Any]]) -> list[str]:

@@ -57,7 +57,7 @@ def profile_step(job: Job, tell: Callable[[Result], None]) -> None:
     steps = Steps(setting)
     steps.wait()
     tell({"kind": "built", "seconds": time.perf_counter() - began, "trained": steps.trained})
-    warm, times = (1, 1) if job.tiny else (3, 5)
+    warm, times = (0, 1) if job.tiny else (3, 5)
 
     def timed(change: str, context: AbstractContextManager[Any] | None = None, images: int = setting.images) -> None:
         with context or nullcontext():
@@ -80,6 +80,7 @@ def profile_step(job: Job, tell: Callable[[Result], None]) -> None:
     torch.backends.cudnn.benchmark = before
     steps.networks.unet.to(memory_format=torch.contiguous_format)
     timed("weights not channels last")
+    timed("neither channels last nor gradient checkpointing", without_checkpointing(steps))
     began = time.perf_counter()
     steps.objective.draw(steps.batch(1, setting.images))
     tell({"kind": "drawing", "milliseconds": (time.perf_counter() - began) * 1e3})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +12,9 @@ import torch
 from scripts.full_size import Steps, estimated, state_bytes
 from scripts.gpu.job import Job, Result
 from scripts.gpu.profiling import repeat, setting_of, summary
+
+SHARE = 0.95
+"""Of the GPU's free memory, what the largest batch is tried in."""
 
 BATCHES = (4, 1, 16)
 """Images of a step, the most telling first."""
@@ -26,27 +28,53 @@ def training(job: Job, tell: Callable[[Result], None]) -> None:
     steps.wait()
     tell({"kind": "built", "seconds": time.perf_counter() - began, "trained": steps.trained})
     for images in (2,) if job.tiny else BATCHES:
-        began = time.perf_counter()
-        steps.step(steps.inputs(0, images))
-        steps.wait()
-        first = time.perf_counter() - began
-        _forget_peak(steps.device)
-        warm, times = (0, 1) if job.tiny else (2, 10)
-        tell(
-            {
-                "kind": "steps",
-                "images": images,
-                "first": first,
-                **repeat(steps, images, warm=warm, times=times, seconds=6),
-                **_memory(steps.device),
-                "state": state_bytes(steps.optimizers),
-                "estimated": estimated(replace(setting, images=images)),
-            }
-        )
+        tell(_measured(steps, images, times=1 if job.tiny else 10))
         if images == setting.images:
             tell({"kind": "launches", "images": images, **_launches(steps)})
     if job.device == "cuda":
         tell({"kind": "waits", "count": _waits(steps)})
+
+
+def largest(job: Job, tell: Callable[[Result], None]) -> None:
+    """Measure the largest batch that fits the GPU, found along a straight line through two that do; on the CPU a batch of 4."""
+    steps = Steps(setting_of(job, job.argument))
+    tell({"kind": "built", "trained": steps.trained})
+    images = 4
+    if job.device == "cuda":
+        few, some = (_measured(steps, images, times=1)["allocated"] for images in (4, 16))
+        free, _ = torch.cuda.mem_get_info(steps.device)
+        holds = SHARE * (free + torch.cuda.memory_reserved(steps.device))
+        images = int(4 + (holds - few) / ((some - few) / 12))
+    while True:
+        try:
+            return tell(_measured(steps, images, times=2))
+        except torch.OutOfMemoryError:
+            tell({"kind": "too large", "images": images})
+        steps.optimizers.zero_grad()
+        images -= max(1, images // 12)
+
+
+def estimates(job: Job, tell: Callable[[Result], None]) -> None:
+    """Return the memory estimate of every training step of the report; needs no GPU, and runs beside the other steps.
+
+    The job's argument is the device to estimate for and the optimizers, separated by spaces.
+    """
+    device, *names = job.argument.split()
+    for name in names[:2] if job.tiny else names:
+        for images in (2,) if job.tiny else BATCHES:
+            setting = setting_of(job, name, device=device, images=images)
+            tell({"kind": "estimate", "optimizer": name, "images": images, "bytes": estimated(setting)})
+
+
+def _measured(steps: Steps, images: int, *, times: int) -> Result:
+    """Return times and memory of steps of so many images."""
+    _forget_peak(steps.device)
+    began = time.perf_counter()
+    steps.step(steps.inputs(0, images))
+    steps.wait()
+    first = time.perf_counter() - began
+    found = {"first": first, **repeat(steps, images, warm=min(2, times - 1), times=times, seconds=6)}
+    return {"kind": "steps", "images": images, **found, **_memory(steps.device), "state": state_bytes(steps.optimizers)}
 
 
 def _launches(steps: Steps) -> Result:

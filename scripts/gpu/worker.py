@@ -34,7 +34,7 @@ class Workers:
             self._context: Any = quick_context()
         else:
             self._context = multiprocessing.get_context("spawn")
-        self._next = self._start()
+        self._now = self._next = self._start()
 
     def run(self, function: str, job: Job, limit: float, tell: Callable[[Result], None], *, last: bool) -> tuple[str, str]:
         """Run a step and return its status (ok, failed or stopped) and a reason.
@@ -46,7 +46,7 @@ class Workers:
             tell: takes its results as they come.
             last: whether no further step follows.
         """
-        process, pipe = self._next
+        process, pipe = self._now = self._next
         if not last:
             self._next = self._start()
         pipe.send((function, job))
@@ -66,8 +66,9 @@ class Workers:
             _end(process)
 
     def close(self) -> None:
-        """End the process that waits."""
-        _end(self._next[0])
+        """End the process of the step and the one that waits."""
+        for process, _ in (self._now, self._next):
+            _end(process)
 
     def _start(self) -> tuple[Any, Any]:
         ours, theirs = self._context.Pipe()
@@ -87,6 +88,8 @@ def serve(pipe: Any) -> None:
         function, job = pipe.recv()
     except EOFError:
         return
+    if job.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     _print_to(job.folder / "output.log")
     module, _, name = function.partition(":")
     try:

@@ -1,0 +1,52 @@
+"""Whole epochs of the program's own loop at full size: reading cached latents, drawing noise, steps and reports."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from unittest import mock
+
+from scripts.bench_loop import build, epochs_of
+from scripts.full_size import BUNDLED, random_models
+from scripts.gpu.job import Job, Result
+from scripts.gpu.runs import ROOT
+
+
+def epochs(job: Job, tell: Callable[[Result], None]) -> None:
+    """Train epochs of a run of configs/sd15.json with one optimizer, and time them; the first is not counted."""
+    import torch
+
+    from trainer.config import load_config
+    from trainer.models.load import ModelOptions, load_models
+    from trainer.models.tokenizer import clip_tokenizer
+
+    def models(_: ModelOptions) -> object:
+        made = random_models(torch.device(job.device))
+        made.tokenizer = clip_tokenizer()
+        return made
+
+    name, *variants = job.argument.split("+")
+    chosen = job.folder / "optimizer.json"
+    extra = {"fused_backward": True} if "fused" in variants else {}
+    rate = 1.0 if name.startswith("dadapt") else 1e-6
+    chosen.write_text(json.dumps({"base": {"optimizer": name, "lr": rate, **extra}, "text_encoder_freezing": {"freeze_embeddings": True}}))
+    settings = {"config": "configs/sd15.json", "resume_ckpt": BUNDLED, "data_root": "examples/faces", "optimizer_config": chosen}
+    settings |= {"logdir": job.folder / "logs", "batch_size": 4, "resolution": 512, "max_epochs": 1000, "sample_prompts": "null"}
+    settings |= {"fixed_loss_images": 0, "weights_dtype": "bf16" if "bf16" in variants else "fp32"}
+    if job.tiny:
+        settings |= {"batch_size": 20, "resolution": 64, "mixed_precision": "no", "weights_dtype": "fp32"}
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    config = load_config([word.replace("configs/", f"{ROOT}/configs/").replace("examples/", f"{ROOT}/examples/") for word in words]).config
+    began = time.perf_counter()
+    with mock.patch("trainer.models.load.load_models", load_models if job.tiny else models):
+        run = build(config)
+    tell({"kind": "built", "seconds": time.perf_counter() - began})
+    for number in range(1 if job.tiny else 4):
+        train = epochs_of(run)()
+        began = time.perf_counter()
+        images = train()
+        if job.device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        tell({"kind": "epoch", "number": number, "images": images, "seconds": seconds, "counted": job.tiny or number > 0})
