@@ -64,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     began = time.monotonic()
     report = _begin(options)
-    chosen = _chosen(options)
+    only = options.only
+    chosen = [step for step in STEPS if not only or step.name in only or step.name.split()[0] in only]
     ends = began + 60 * options.minutes
     take = _Taking(report, options, ends)
     asides = [threading.Thread(target=take, args=([step],), daemon=True) for step in chosen if step.aside]
@@ -126,12 +127,6 @@ class _Taking:
         found["status"], found["reason"] = workers.run(step.function, job, min(left, step.limit), tell, last=last)
         found["seconds"] = round(time.monotonic() - started, 1)
         print(f"[{step.name}] {found['status']} after {found['seconds']:.0f} s {found['reason']}", flush=True)
-
-
-def _chosen(options: argparse.Namespace) -> list[Planned]:
-    if options.only:
-        return [step for step in STEPS if step.name in options.only or step.name.split()[0] in options.only]
-    return [step for step in STEPS if not options.tiny or step.argument not in OPTIMIZERS[2:]]
 
 
 def write(report: dict[str, Any], out: Path, *, picture: bool = True) -> None:

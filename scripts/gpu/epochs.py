@@ -10,7 +10,7 @@ from unittest import mock
 from scripts.bench_loop import build, epochs_of
 from scripts.full_size import BUNDLED, random_models
 from scripts.gpu.job import Job, Result
-from scripts.gpu.runs import ROOT
+from scripts.gpu.runs import ROOT, images_of
 
 
 def epochs(job: Job, tell: Callable[[Result], None]) -> None:
@@ -31,13 +31,13 @@ def epochs(job: Job, tell: Callable[[Result], None]) -> None:
     extra = {"fused_backward": True} if "fused" in variants else {}
     rate = 1.0 if name.startswith("dadapt") else 1e-6
     chosen.write_text(json.dumps({"base": {"optimizer": name, "lr": rate, **extra}, "text_encoder_freezing": {"freeze_embeddings": True}}))
-    settings = {"config": "configs/sd15.json", "resume_ckpt": BUNDLED, "data_root": "examples/faces", "optimizer_config": chosen}
+    settings = {"config": ROOT / "configs" / "sd15.json", "resume_ckpt": BUNDLED, "data_root": images_of(job), "optimizer_config": chosen}
     settings |= {"logdir": job.folder / "logs", "batch_size": 4, "resolution": 512, "max_epochs": 1000, "sample_prompts": "null"}
-    settings |= {"fixed_loss_images": 0, "weights_dtype": "bf16" if "bf16" in variants else "fp32"}
+    settings |= {"fixed_loss_images": 0, "num_workers": 0, "weights_dtype": "bf16" if "bf16" in variants else "fp32"}
     if job.tiny:
-        settings |= {"batch_size": 20, "resolution": 64, "mixed_precision": "no", "weights_dtype": "fp32"}
+        settings |= {"resolution": 64, "mixed_precision": "no", "weights_dtype": "fp32"}
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    config = load_config([word.replace("configs/", f"{ROOT}/configs/").replace("examples/", f"{ROOT}/examples/") for word in words]).config
+    config = load_config(words).config
     began = time.perf_counter()
     with mock.patch("trainer.models.load.load_models", load_models if job.tiny else models):
         run = build(config)

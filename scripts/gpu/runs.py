@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -55,12 +56,24 @@ def resumed(job: Job, tell: Callable[[Result], None]) -> None:
     tell({"kind": "not deterministic", "operators": sorted(messages)})
 
 
+def images_of(job: Job) -> Path:
+    """Return the folder of the example's images, in a tiny job of its first eight."""
+    examples = ROOT / "examples" / "faces"
+    if not job.tiny:
+        return examples
+    few = job.folder / "images"
+    few.mkdir(parents=True, exist_ok=True)
+    for file in sorted(examples.iterdir())[:16]:  # each with its caption
+        shutil.copy(file, few)
+    return few
+
+
 def _arguments(job: Job, name: str, *arguments: str) -> list[str]:
     """Return the command line of a run that draws no samples and writes into a folder of its own."""
     prompts = job.folder / "prompts.json"
     prompts.write_text(json.dumps({"generate_pretrain_samples": False, "num_inference_steps": 2, "samples": [{"prompt": "a face"}]}))
     settings = {"logdir": job.folder / name, "sample_prompts": prompts, "sample_steps": 100_000, "fixed_loss_images": 0, "num_workers": 0}
-    settings |= {"config": ROOT / "train.json", "save_format": "diffusers", "save_every_n_epochs": "null"}
+    settings |= {"config": ROOT / "train.json", "data_root": images_of(job), "save_format": "diffusers", "save_every_n_epochs": "null"}
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     return [*words, *arguments]
 

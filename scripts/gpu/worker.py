@@ -105,7 +105,7 @@ def serve(pipe: Any) -> None:
 
 def _print_to(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a", encoding="utf-8")
+    file = path.open("a", encoding="utf-8", buffering=1)  # lines are there when the process is killed
     for number in (1, 2):
         os.dup2(file.fileno(), number)
     sys.stdout = sys.stderr = file
