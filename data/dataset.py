@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from data.batch import Batch
 
 
-Resolution = Annotated[int, Ge(64), MultipleOf(64)]
+Resolution = Annotated[int, Ge(64), Le(8192), MultipleOf(64)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class DataOptions:
     """What to do about images and captions that cannot be used: leave them out and name them, or refuse the run. Damage inside an image
     shows when it is read: before training where latents are kept, else in the run, which leaves the image out either way."""
 
-    num_workers: Annotated[int, Ge(0)] | None = None
+    num_workers: Annotated[int, Ge(0), Le(256)] | None = None
     """Processes that read images; null chooses by the size of the images and the number of cores, 0 reads in the training process."""
 
     @property

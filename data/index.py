@@ -90,9 +90,11 @@ def _set_fields(thing: Any, *without: str) -> list[tuple[str, Any]]:
     return [(name, value) for name, (value, default) in values.items() if value != default]
 
 
-def _natural(name: str) -> tuple[str | int, ...]:
+def _natural(name: str) -> tuple[str | tuple[int, str], ...]:
     """Sort key in which image 2 comes before image 10."""
-    return tuple(int(part) if place % 2 else part.casefold() for place, part in enumerate(re.split("([0-9]+)", name)))
+    parts = enumerate(re.split("([0-9]+)", name))
+    # By the number of digits first: Python reads no number of thousands of them.
+    return tuple((len(part.lstrip("0")), part.lstrip("0")) if place % 2 else part.casefold() for place, part in parts)
 
 
 def _roots(data_root: str | Sequence[str]) -> tuple[Path, ...]:

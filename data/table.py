@@ -25,8 +25,11 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 FILE_KEYS = ("image", "file_name", "image_path", "path")
 """Keys that name a row's image; the first that is there."""
 
-LARGEST_TABLE = 1 << 29
-"""Bytes."""
+LARGEST_TABLE = 1 << 28
+"""Bytes; what JSON of nothing but brackets becomes in memory is twenty times as much."""
+
+MOST_ROWS, MOST_BAD = 5_000_000, 100_000
+"""Rows of a list, and those of them that may be unusable: a file of more is no list of images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,18 +83,19 @@ def read_metadata(path: Path) -> Metadata:
     Raises:
         FileError: it cannot be read, or names no image at all.
     """
-    rows = list(read_table(path))
+    rows = read_table(path)
     named: dict[str, Row | BadRow] = {}
-    repeated = []
+    repeated, nameless = [], []
     for row in rows:
         if row.file:
             if earlier := named.get(key := _key(row.file)):
                 repeated.append(earlier)
             named[key] = row
-    if rows and not named:
+        elif isinstance(row, BadRow):
+            nameless.append(row)
+    if nameless and not named:
         raise FileError(f"{path.name}: names no images; each row needs a {FILE_KEYS[1]}")
-    nameless = tuple(row for row in rows if isinstance(row, BadRow) and not row.file)
-    return Metadata(path.parent, path.name, named, nameless, tuple(repeated))
+    return Metadata(path.parent, path.name, named, tuple(nameless), tuple(repeated))
 
 
 def read_table(path: Path) -> Iterator[Row | BadRow]:
@@ -105,8 +109,14 @@ def read_table(path: Path) -> Iterator[Row | BadRow]:
         found = _parquet_rows(path)
     else:
         found = readers.get(kind, _json_items)(read_text(path, LARGEST_TABLE), path.name)
-    for place, values in found:
-        yield values if isinstance(values, BadRow) else _row(values, place)
+    bad = 0
+    for number, (place, values) in enumerate(found):
+        row = values if isinstance(values, BadRow) else _row(values, place)
+        bad += isinstance(row, BadRow)
+        if bad > MOST_BAD or number >= MOST_ROWS:
+            more = f"{MOST_BAD:,} rows that cannot be used" if bad > MOST_BAD else f"{MOST_ROWS:,} rows"
+            raise FileError(f"{path.name}: has more than {more}; {place} was the last one read")
+        yield row
 
 
 def _row(values: Any, place: str) -> Row | BadRow:
@@ -128,7 +138,7 @@ def _missing(value: Any) -> bool:
 
 
 def _json_lines(text: str, name: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(StringIO(text), 1):
         if line.strip():
             place = f"{name}:{number}"
             try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 
 from trainer.errors import UserError
 
@@ -50,7 +50,7 @@ MOST_UNREAD = 10  # steps in a row of which no image could be read
 class LoopOptions:
     """How long a run lasts and what makes it repeatable."""
 
-    max_epochs: Annotated[int, Ge(1)] = 300
+    max_epochs: Annotated[int, Ge(1), Le(100_000)] = 300
     """How many times every image is trained."""
 
     grad_accum: Annotated[int, Ge(1)] = 1

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
+
+_HALVES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +55,12 @@ class Caption:
 
 
 def squeeze(text: str) -> str:
-    """Return a text with every run of white space, line ends included, as a single space, and none at its ends."""
-    return " ".join(text.split())
+    """Return a text with every run of white space, line ends included, as a single space, and none at its ends.
+
+    Halves of surrogate pairs, which JSON may spell and names in Latin-1 are read as, become the replacement character: no tokenizer
+    takes them.
+    """
+    return " ".join((text if text.isascii() else _HALVES.sub("\ufffd", text)).split())
 
 
 def parse_caption(text: str, source: str) -> Caption:

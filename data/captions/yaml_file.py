@@ -1,13 +1,14 @@
 """A YAML file beside the image, or for a folder, with words and settings under EveryDream2's keys.
 
-The parser's events are read here and nothing is ever constructed from them but dicts, lists and strings: no tag can run code, aliases
-cannot multiply, and depth is bounded before libyaml, which recurses when it composes a document, could overflow the stack.
+The parser's events are read here and nothing is ever constructed from them but dicts, lists and strings. No tag can run code, and
+aliases bring no more text than a file may hold. Depth is bounded before libyaml, which recurses when it composes a document, could
+overflow the stack.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,25 @@ _DEEPEST = 8
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TAGS = ("!", *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "timestamp", "seq", "map")))
 _NULLS = ("", "~", "null", "Null", "NULL")
+
+
+@dataclass
+class _Anchors:
+    """The values that aliases stand for."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    left: int = LARGEST_YAML
+    """Characters that aliases may still bring in."""
+
+    def value(self, event: Any, file: str) -> Any:
+        """Return what an alias stands for."""
+        if event.anchor not in self.values:
+            raise FileError(f"{file}:{_line(event)}: nothing above is marked &{event.anchor}")
+        value = self.values[event.anchor]
+        self.left -= _size(value)
+        if self.left < 0:
+            raise FileError(f"{file}:{_line(event)}: aliases repeat more than {LARGEST_YAML >> 10} KiB; write fewer of them")
+        return value
 
 
 @dataclass(frozen=True)
@@ -65,7 +85,7 @@ def _document(events: Iterator[Any], file: str) -> tuple[dict[str, Any], dict[st
     if isinstance(next(events), yaml.StreamEndEvent):
         return {}, {}
     lines: dict[str, int] = {}
-    anchors: dict[str, Any] = {}
+    anchors = _Anchors()
     first = next(events)
     if isinstance(first, yaml.ScalarEvent) and _scalar(first) is None:
         values: Any = {}
@@ -80,12 +100,10 @@ def _document(events: Iterator[Any], file: str) -> tuple[dict[str, Any], dict[st
     return values, lines
 
 
-def _value(event: Any, events: Iterator[Any], anchors: dict[str, Any], file: str, depth: int, lines: dict[str, int] | None = None) -> Any:
+def _value(event: Any, events: Iterator[Any], anchors: _Anchors, file: str, depth: int, lines: dict[str, int] | None = None) -> Any:
     """Return the dict, list, string or None that begins with `event`; the line of each key of a dict goes into `lines`."""
     if isinstance(event, yaml.AliasEvent):
-        if event.anchor not in anchors:
-            raise FileError(f"{file}:{_line(event)}: nothing above is marked &{event.anchor}")
-        return anchors[event.anchor]
+        return anchors.value(event, file)
     if event.tag is not None and event.tag not in _TAGS:
         raise FileError(f"{file}:{_line(event)}: the tag {event.tag} is not accepted; remove it")
     if depth > _DEEPEST:
@@ -109,8 +127,15 @@ def _value(event: Any, events: Iterator[Any], anchors: dict[str, Any], file: str
                 lines[key] = _line(inner)
             value[key] = _value(next(events), events, anchors, file, depth + 1)
     if event.anchor is not None:
-        anchors[event.anchor] = value
+        anchors.values[event.anchor] = value
     return value
+
+
+def _size(value: Any) -> int:
+    """Return the characters of a value, each item one more."""
+    if isinstance(value, dict):
+        return sum(len(key) + 1 + _size(item) for key, item in value.items())
+    return sum(map(_size, value)) + 1 if isinstance(value, list) else len(value or "") + 1
 
 
 def _scalar(event: yaml.ScalarEvent) -> str | None:

@@ -50,7 +50,7 @@ def test_help_lists_every_key_with_its_range_default_and_words(capsys: pytest.Ca
         assert " ".join(key.doc.split())[:40] in " ".join(text.split()), key.name
     for name in [*optimizer_keys(), *keys_of(FreezingOptions), *keys_of(OptimizerFileOptions)]:
         assert any(line.startswith(f"  {name}: ") for line in lines), name
-    assert "  --resolution: a whole number, at least 64, a multiple of 64, or a list of such; default 512" in lines
+    assert "  --resolution: a whole number, at least 64, at most 8192, a multiple of 64, or a list of such; default 512" in lines
     assert "  --resume_ckpt: text; required" in lines
     assert "  optimizer: text; default adamw8bit" in lines
     assert "lion, lion8bit, dadapt_lion: Share of the running mean" in " ".join(text.split())

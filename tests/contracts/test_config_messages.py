@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,25 @@ def test_files_that_are_no_text(folder: Path, content: bytes, problem: str):
     Case("", {}).write(folder)
     (folder / "train.json").write_bytes(content)
     assert refused().problems == (problem,)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows holds a working directory, and its names are Unicode")
+def test_a_working_directory_that_is_gone_or_has_no_name_in_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in (b"gone", b"caf\xe9"):
+        place = tmp_path / os.fsdecode(name)
+        try:
+            place.mkdir()
+        except OSError:
+            pytest.skip("this file system takes Unicode only")
+        monkeypatch.chdir(place)
+        if name == b"gone":
+            place.rmdir()
+            assert refused().problems == ("the working directory has been deleted; change to a folder that is there.",)
+        else:
+            assert refused().problems == (f"the working directory: {place} is not UTF-8; rename it, or name it by a link.",)
+    monkeypatch.chdir(tmp_path)
+    word = os.fsdecode(b"pictures\xe9")
+    assert refused(["--data_root", word]).problems == (f"command line: {word} is not UTF-8; rename it, or name it by a link.",)
 
 
 def test_without_a_configuration_the_option_is_named(folder: Path):

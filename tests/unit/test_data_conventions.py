@@ -22,6 +22,8 @@ from data.folder import FOLDER_FILES
 from data.index import build_index, refuse_bad
 from data.repeats import read_repeats
 from data.table import FILE_KEYS, METADATA
+from trainer.diffusion.conditioning import Tokenize
+from trainer.models.tokenizer import clip_tokenizer
 
 
 @pytest.fixture
@@ -251,6 +253,51 @@ def test_tags_of_an_image_stand_alone_where_it_has_no_main_prompt(root):
     (root / "IMG_1.yaml").unlink()
     write(root / "global.yaml", "tags: [cat, sitting]\n")
     assert only(root).caption.text == "IMG, cat, sitting"
+
+
+@pytest.mark.parametrize(
+    ("limits", "rows", "said"),
+    [
+        ((100, 3), 4 * "x\n", "has more than 3 rows that cannot be used; metadata.jsonl:4 was the last one read"),
+        ((5, 3), 6 * '{"file_name": "a.png"}\n', "has more than 5 rows; metadata.jsonl:6 was the last one read"),
+    ],
+)
+def test_lists_of_nothing_are_not_read_to_their_end(root, monkeypatch, limits, rows, said):
+    monkeypatch.setattr("data.table.MOST_ROWS", limits[0])
+    monkeypatch.setattr("data.table.MOST_BAD", limits[1])
+    picture(root / "a.png")
+    (root / "metadata.jsonl").write_text(rows)
+    with pytest.raises(DataError, match=f"metadata.jsonl: {said}"):
+        index_of(root)
+
+
+def test_aliases_repeat_what_is_written_and_do_not_multiply(root):
+    picture(root / "a.png")
+    write(root / "a.yaml", "main_prompt: &it a cat\ntags: [&b {tag: small, weight: 2}, *it]\n")
+    assert only(root).caption.text == "a cat, small, a cat"
+    nested = "".join(f"x{level}: &l{level} [{', '.join([f'*l{level - 1}'] * 100)}]\n" for level in range(1, 6))
+    for bomb in ('tags: [&a "' + 50_000 * "x" + '"' + 10_000 * ", *a" + "]\n", f"x0: &l0 [a]\n{nested}"):
+        write(root / "a.yaml", bomb)
+        with pytest.raises(FileError, match=r"a\.yaml:\d: aliases repeat more than 128 KiB; write fewer of them"):
+            read_yaml(root / "a.yaml", ".yaml")
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names there are Unicode")
+def test_halves_of_surrogate_pairs_become_words_that_can_be_tokenized(root):
+    picture(root / os.fsdecode(b"caf\xe9.png"))
+    for name in "abc":
+        picture(root / f"{name}.png")
+    (root / "a.json").write_text('{"caption": "half \\ud83d", "tags": ["\\udc00 tag"], "batch_id": "\\ud83d"}')
+    (root / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "\\udfff and \\ud83d\\ude00"}\n')
+    (root / "c.yaml").write_text("tags: [x]\n")
+    tokens = Tokenize(clip_tokenizer())([record.caption.text for record in index_of(root).records])
+    assert tokens.shape == (4, 77)
+    assert texts(index_of(root)) == {
+        "a.png": "half \ufffd, \ufffd tag",
+        "b.png": "\ufffd and 😀",
+        "c.png": "x",
+        "caf\ufffd.png": "caf\ufffd",
+    }
 
 
 def test_yaml_scalars_are_the_words_that_were_written(root):

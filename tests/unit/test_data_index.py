@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 
@@ -37,6 +38,14 @@ def test_records_say_what_and_where(tmp_path):
     assert (record.width, record.height) == (48, 64)
     assert record.caption.text == "a cat, sitting"
     assert (record.multiply, record.loss_scale, record.flip_p, record.cond_dropout) == (1.0, 1.0, None, None)
+
+
+def test_numbers_of_thousands_of_digits_are_sorted_too(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    rows = [{"file_name": f"{number}.png", "text": "x"} for number in ("9", "1" * 5000, "08", "2")]
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(row) for row in [{"file_name": "a.png"}, *rows]))
+    index = build_index(DataOptions(data_root=str(tmp_path / "list.jsonl"), resolution=64))
+    assert [file.name for file in index.bad] == ["2.png", "08.png", "9.png", "1" * 5000 + ".png"]
 
 
 def test_natural_order_and_all_extensions(tmp_path):

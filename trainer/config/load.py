@@ -78,6 +78,7 @@ def load_config(argv: Sequence[str]) -> Loaded:
         UserError: all problems of the command line and of all files, each with its place.
         SystemExit: after printing the help that was asked for.
     """
+    _check_names(argv)
     report = Report()
     arguments = parse(argv, report)
     if arguments.help:
@@ -119,6 +120,20 @@ def load_config(argv: Sequence[str]) -> Loaded:
         notes=report.notes,
         weights_only=arguments.resume_weights_only,
     )
+
+
+def _check_names(argv: Sequence[str]) -> None:
+    """Refuse names that libraries cannot open, and a working directory that is gone."""
+    try:
+        place = str(Path.cwd())
+    except FileNotFoundError as error:
+        raise UserError("the working directory has been deleted; change to a folder that is there.") from error
+    for name in (place, *argv):
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            where = "the working directory" if name == place else "command line"
+            raise UserError(f"{where}: {name} is not UTF-8; rename it, or name it by a link.") from error
 
 
 def _read(path: Path, file: str, named: Place, report: Report) -> Document | None:

@@ -14,6 +14,9 @@ from pydantic import ValidationError
 
 from trainer.config.schema import Key, accepts
 
+_TINIEST = 1e-37
+"""About the smallest number of 32 bits whose inverse is one too."""
+
 COMMAND_LINE = "--"
 """Stands for the command line where a place names its file."""
 
@@ -93,12 +96,22 @@ class Report:
 def checked(key: Key, value: Any, place: Place, report: Report, hint: str = "") -> tuple[bool, Any]:
     """Return whether `value` fits the key, and the value as the field's type; what does not fit is reported, `hint` appended."""
     try:
-        return True, key.validate(value)
+        read = key.validate(value)
+        if all(map(_computable, read if isinstance(read, tuple) else [read])):
+            return True, read
+        report.error(place, f"{shown(value)} is too large or too small a number to compute with{hint}")
     except ValidationError as error:
         for inner, sentence in _sentences(key, value, error):
             where = place.key + "".join(f"[{index}]" if isinstance(index, int) else f".{index}" for index in inner)
             report.error(place.at(where), sentence + hint)
-        return False, None
+    return False, None
+
+
+def _computable(value: Any) -> bool:
+    """Return whether a number fits the 64 bits of counts, or the 32 of weights."""
+    if isinstance(value, int):
+        return abs(value) < 1 << 63
+    return not isinstance(value, float) or value in (0, math.inf) or _TINIEST < abs(value) < 1 / _TINIEST
 
 
 def _sentences(key: Key, value: Any, error: ValidationError) -> list[tuple[tuple[int | str, ...], str]]:

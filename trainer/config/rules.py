@@ -12,6 +12,7 @@ from trainer.config.schema import OptimizerConfig, TrainConfig, keys_of, optimiz
 from trainer.ema import EmaOptions
 from trainer.errors import UserError
 from trainer.optim import OptimizerOptions
+from trainer.output import clean
 
 if TYPE_CHECKING:
     from trainer.precision import Precision
@@ -25,6 +26,8 @@ LORA_LR = 1e-4
 FULL_SIZE = 500_000_000
 """Trained parameters from which a run counts as a full fine-tune."""
 
+LONGEST_NAME = 150
+"""Bytes; of the 255 that file systems allow, checkpoints add up to 80: their kind, epoch, step, ending and that of a draft."""
 
 _SAME = (("no_save_ckpt", "save_format"), ("disable_amp", "mixed_precision"), ("ema_decay_rate", "ema_strength_target"))
 """Pairs of keys that set the same thing in two ways."""
@@ -419,9 +422,15 @@ def _wandb(settings: Settings, report: Report) -> None:
 def _names(settings: Settings, report: Report) -> None:
     for key in ("project_name", "run_name"):
         name = settings[key]
-        odd = next((character for character in name or "" if character in '/\\:*?"<>|' or character < " "), None)
+        odd = next((letter for letter in name or "" if letter in '/\\:*?"<>|' or clean(letter) != letter), None)
         if odd is not None:
             report.error(settings.place(key), f"becomes part of file names and must not hold {odd!r}; got '{name}'")
+    size = sum(len((settings[key] or "").encode()) for key in ("project_name", "run_name"))
+    if size > LONGEST_NAME:
+        report.error(
+            settings.place("run_name", "project_name"),
+            f"project_name and run_name become file names and may have {LONGEST_NAME} bytes together, and have {size}; shorten them",
+        )
 
 
 _RULES: tuple[Callable[[Settings, Report], None], ...] = (
