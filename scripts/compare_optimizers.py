@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from trainer.errors import UserError
+from trainer.lock import locked
 from trainer.output import say
 
 
@@ -37,7 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     options, changes = parser.parse_known_args(arguments)
     try:
-        compare(options, changes, shlex.join(["python", "scripts/compare_optimizers.py", *arguments]))
+        with suppress(OSError):  # which locking it reports
+            options.out.mkdir(parents=True, exist_ok=True)
+        with locked(options.out):
+            compare(options, changes, shlex.join(["python", "scripts/compare_optimizers.py", *arguments]))
     except UserError as error:
         say(*error.problems, stream=sys.stderr)
         return error.exit_code

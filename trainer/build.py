@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
+from trainer.lock import locked
 from trainer.memory import cheapest_key, estimate, is_out_of_memory, memory_table, size_of_device, work_of
 from trainer.processes import Processes, connect
 from trainer.resume import Start, changes, check_same_run, describe, find_start, resume_command
@@ -226,7 +227,13 @@ def build_run(
     from trainer.state import read_state
     from trainer.validation import VALIDATION_LOSS, FixedLoss, Validation, split_images
 
-    start = processes.first(lambda: find_start(config, weights_only=weights_only))
+    def find() -> Start:
+        start = find_start(config, weights_only=weights_only)
+        if start.run is not None:
+            ending.enter_context(locked(start.run))
+        return start
+
+    start = processes.first(find)
     if start.run is None and (problem := log_folder_problem(Path(config.logging.logdir))):
         raise UserError(problem)
     check_fused_backward(config, processes=processes.count)
@@ -339,6 +346,7 @@ def build_run(
     loggers, beside_notes = Loggers([]), []
     if processes.main:
         ending.callback(drop_unbegun, folder, state)
+        ending.enter_context(locked(folder))
         mark(folder)  # also a run that is older than the marker
         tidy(folder / "ckpts")
         beside_notes = keep_beside(models, folder) if lora is None else []

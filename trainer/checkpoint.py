@@ -26,6 +26,7 @@ from data.regular import LARGEST_STATE, load_json, open_regular
 from trainer.contained import files_inside, inside
 from trainer.disk import appearing, drop, restore
 from trainer.errors import UserError
+from trainer.lock import is_free
 
 MANIFEST = "manifest.json"
 RESUME = "resume"
@@ -337,7 +338,8 @@ def _start_from(folder: Path) -> str:
 
 def _folders(run: Path) -> list[Path]:
     """Return `checkpoints`, and among them folders named like one whose manifest is lost."""
-    restore(run / "ckpts")
+    if is_free(run):  # a process that is replacing one now will do it itself
+        restore(run / "ckpts")
     found = [path for path in (run / "ckpts").glob("*/") if not path.name.startswith(".") and is_checkpoint(path)]
     untimely = ("interrupted-", "errored-", f"{BEST}-")
     return sorted(found, key=lambda folder: (-_manifest(folder)["step"], folder.name.startswith(untimely), folder.name))

@@ -18,6 +18,8 @@ from scripts.compare.plots import COLOURS
 from scripts.compare.report import write_report
 from scripts.compare.runs import DONE, Finished, Planned, finish, join, labels, plan_runs
 from tests.runs import ADAMW, DADAPT, model, scalars, workplace, write  # noqa: F401
+from tests.unit.test_lock import held
+from trainer.lock import LOCK
 
 LOSSES = ("loss/log_step", "loss/stabilize-train", "loss/val")
 
@@ -31,6 +33,14 @@ def place(workplace):  # noqa: F811
     samples = [{"prompt": "a red circle"}, {"prompt": "a blue square", "seed": 3}]
     (workplace / "prompts.json").write_text(json.dumps({"cfgs": [2, 1], "num_inference_steps": 2, "seed": 5, "samples": samples}))
     return workplace
+
+
+def test_two_comparisons_do_not_share_a_folder(place, capsys):
+    (place / "out").mkdir()
+    with held(place / "out") as process:
+        assert compare_optimizers.main(["--config", "train.json", "adamw.json", "optimizer.json", "--out", "out"]) == 2
+        assert f"{place / 'out'} is in use by process {process.pid} on " in capsys.readouterr().err
+        assert [path.name for path in (place / "out").iterdir()] == [LOCK]
 
 
 def test_a_comparison_from_training_to_the_report(place, capsys):

@@ -9,9 +9,11 @@ import pytest
 import train
 from data.replacing import WINDOWS
 from tests.runs import ADAMW, DADAPT, run_of, same_run, scalars, uncut, write
+from tests.unit.test_lock import held
 from trainer.checkpoint import checkpoints
 from trainer.config import load_config
 from trainer.config.schema import optimizer_classes
+from trainer.lock import LOCK
 from trainer.resume import resume_command
 from trainer.run_folder import MARKER
 
@@ -283,6 +285,26 @@ def test_a_run_from_before_the_marker_and_one_that_was_moved_are_resumed_in_thei
     assert train.main(["--resume_ckpt", "my best run", "--stop_after_steps", "4"]) == 0
     assert f"Going on after step 3 in {moved}." in capsys.readouterr().out
     assert not list((workplace / "logs").iterdir())
+
+
+@pytest.mark.parametrize("how", ["findlast", "run", "checkpoint"])
+def test_a_run_that_another_process_writes_to_is_refused_and_not_touched(workplace, capsys, how):
+    """Its draft and the checkpoint that it is replacing, above all; weights may be read."""
+    write(workplace, ADAMW, **SHORT)
+    assert train.main(["--stop_after_steps", "2"]) == 0
+    run = run_of(workplace)
+    checkpoint = checkpoints(run)[0]
+    for name in (".draft-tiny-ep01-gs00003", ".replaced-tiny-ep01-gs00002"):
+        (run / "ckpts" / name).mkdir()
+    named = {"findlast": "findlast", "run": str(run), "checkpoint": str(checkpoint)}[how]
+    with held(run) as process:
+        before = files(workplace) | {path: b"" for path in run.rglob("*") if path.is_dir()}
+        assert train.main(["--resume_ckpt", named]) == 2
+        assert f"{run} is in use by process {process.pid} on " in capsys.readouterr().err
+        assert files(workplace) | {path: b"" for path in run.rglob("*") if path.is_dir()} == before
+        assert train.main(["--resume_ckpt", str(run), "--resume_weights_only", "--logdir", "other", "--stop_after_steps", "1"]) == 0
+    assert train.main(["--resume_ckpt", named]) == 0
+    assert not list((run / "ckpts").glob(".*")) and not (run / LOCK).exists()
 
 
 @pytest.mark.skipif(WINDOWS, reason="links need a privilege there")
