@@ -14,7 +14,8 @@ from scripts.full_size import optimizer_options
 from scripts.gpu.job import Job, Result
 
 ROOT = Path(__file__).resolve().parents[2]
-COMPARED = ("dadapt_adam", "dadapt_adam8bit")
+D0 = 1e-6
+COMPARED = ("dadapt_adam", "dadapt_adam8bit", "dadapt_adam8bit+fused")
 SHAPES = ((1280, 1280, 3, 3), (2560, 1280), (320, 768), (320,), (77, 3))
 """Of the compared tensors, the first channels last: 18 million elements, so that steps are compiled where they would be for a network."""
 
@@ -57,12 +58,22 @@ def agreement(job: Job, tell: Callable[[Result], None]) -> None:
     for name in COMPARED:
         generator = torch.Generator().manual_seed(0)
         start = [0.02 * torch.randn(shape, generator=generator) for shape in shapes]
-        gradients = [[1e-3 * torch.randn(shape, generator=generator) for shape in shapes] for _ in range(steps)]
+        ways = [torch.randn(shape, generator=generator) for shape in shapes]  # that all gradients share, so that d grows
+        gradients = [[1e-3 * (way + 0.1 * torch.randn(way.shape, generator=generator)) for way in ways] for _ in range(steps)]
         there, d_there = _stepped(name, "cpu", start, gradients, eager=True)
         here, d_here = _stepped(name, job.device, start, gradients, eager=False)
         moved = _length(after - before for after, before in zip(there, start, strict=True))
         apart = _length(one - other for one, other in zip(here, there, strict=True))
-        tell({"kind": "agreement", "optimizer": name, "steps": steps, "d": d_here / d_there - 1, "weights": apart / moved})
+        tell(
+            {
+                "kind": "agreement",
+                "optimizer": name,
+                "steps": steps,
+                "grown": d_there / D0,
+                "d": d_here / d_there - 1,
+                "weights": apart / moved,
+            }
+        )
 
 
 def _stepped(
@@ -70,13 +81,17 @@ def _stepped(
 ) -> tuple[list[torch.Tensor], float]:
     """Return the weights, on the CPU, and d after one step for each set of gradients."""
     weights = [torch.nn.Parameter(_placed(tensor, device)) for tensor in start]
-    optimizer: Any = optimizer_options(name, fused=False).build(weights, 1.0)
+    kind, _, fused = name.partition("+")
+    optimizer: Any = optimizer_options(kind, fused=bool(fused)).build(weights, 1.0)
     if eager:
         optimizer.compile = False
     for step in gradients:
-        for weight, gradient in zip(weights, step, strict=True):
-            weight.grad = _placed(gradient, device)
+        if fused:
+            optimizer.gate(torch.ones((), dtype=torch.bool, device=device))
+        pairs = zip(weights, (_placed(gradient, device) for gradient in step), strict=True)
+        torch.stack([(weight * gradient).sum() for weight, gradient in pairs]).sum().backward()
         optimizer.step()
+        optimizer.zero_grad()
     return [weight.detach().cpu() for weight in weights], float(optimizer.d)
 
 
