@@ -344,7 +344,6 @@ def test_the_post_s_configurations_are_the_post_s(folder: Path):
 @pytest.mark.parametrize(("name", "optimizer"), SHIPPED)
 def test_every_shipped_configuration_loads(folder: Path, name: str, optimizer: str):
     command_line = ["--config", str(ROOT / name), "--optimizer_config", str(ROOT / optimizer), "--resume_ckpt", "model"]
-    command_line += ["--lr", "1e-6"] if optimizer == "optimizer.json" else []
     loaded = load_config([*command_line, "--data_root", "input"])
     assert loaded.notes == ()
 
@@ -382,7 +381,7 @@ def test_the_shipped_configurations_say_what_the_readme_says(folder: Path):
     demo = load_config(
         [
             *("--config", str(ROOT / "train.json"), "--optimizer_config", str(ROOT / "optimizer.json")),
-            *("--resume_ckpt", "model", "--data_root", "input", "--lr", "1e-4"),
+            *("--resume_ckpt", "model", "--data_root", "input"),
         ]
     ).config
     assert isinstance(demo.optimizers.unet, AdamW8bitOptions) and not isinstance(demo.optimizers.unet, AdamWOptions)

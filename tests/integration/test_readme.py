@@ -44,9 +44,7 @@ CHECKED = [
 tests of its own: training itself takes minutes, or a GPU and a model from the hub."""
 
 _GRID = "python scripts/grid.py"
-_COMPARE = (
-    "python scripts/compare_optimizers.py --config train.json optimizer.json optimizer_dadapt.json --out compare --seeds 1 2 --lr 1e-4"
-)
+_COMPARE = "python scripts/compare_optimizers.py --config train.json optimizer.json optimizer_dadapt.json --out compare --seeds 1 2"
 _TORTURE = (
     "python scripts/torture.py --out ... --kills 200 --config train.json --max_epochs 4 --batch_size 12 --save_every_n_epochs 1 "
     "--keep_last_n 2 --sample_steps 1000 --sample_prompts null"

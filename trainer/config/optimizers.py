@@ -258,12 +258,20 @@ def _train_lr(rates: Rates, place: Place, learns: bool, report: Report) -> float
 
 
 def _idle_lr(learns: Mapping[str, tuple[_Section, float]], rates: Rates, file: str, report: Report) -> None:
-    """Note an lr of train.json or the command line that no network takes, since D-Adaptation finds the rates of all."""
+    """Note an lr of the command line that no network takes, since D-Adaptation finds the rates of all.
+
+    train.json's is a fall-back for whichever optimizer file is swapped in, and silent where that file needs none.
+    """
     written = rates.written.get("lr")
-    if written is None or not learns or not all(_adapts(section) for section, _ in learns.values()):
+    if written is None or written.place.file != COMMAND_LINE:
+        return
+    if not learns or not all(_adapts(section) for section, _ in learns.values()):
         return
     name, (section, lr) = next(iter(learns.items()))
-    report.note(written.place, f"is not used: {section.optimizer} finds the rate, which {name}.lr in {file}, {lr:g}, multiplies")
+    report.note(
+        written.place,
+        f"is for optimizers that take a rate: {section.optimizer} finds its own, times {lr:g}, the {name}.lr of {file}",
+    )
 
 
 def _tiny_multiplier(section: _Section, learns: bool, report: Report) -> None:
