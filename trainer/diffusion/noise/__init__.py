@@ -13,14 +13,16 @@ def gaussian(shape_CHW: tuple[int, int, int], seed: int, *place: int) -> np.ndar
 
 
 def pyramid(noise_CHW: np.ndarray, discount: float, seed: int, *place: int) -> np.ndarray:
-    """Return noise of one image with coarser noise added to it, level by level, scaled to a standard deviation of 1 over the image; fp32.
+    """Return noise of one image with coarser noise added to it, scaled to a standard deviation of 1 over the image; fp32.
 
-    Each level is 2 to 4 times as coarse as the one before, so chosen by chance, bilinearly enlarged and weighted by `discount` to the power
-    of its number, down to a side of one latent. Source: J. Whitaker, "Multi-Resolution Noise for Diffusion Model Training", 2023.
+    Level i is r^i times as coarse, r being drawn from 2 to 4 for each level, bilinearly enlarged and weighted by discount^i.
+    The last one has a side of one latent. Level 0, of full resolution and weight 1, is a second noise on top of the plain one.
+    Source: J. Whitaker, "Multi-Resolution Noise for Diffusion Model Training", 2023; r^i counts from the whole image, as in
+    EveryDream2 and kohya's trainers.
 
     Args:
-        noise_CHW: the image's unit-variance noise, level 0.
-        discount: above 0, up to 1; the weight of the first coarser level.
+        noise_CHW: the image's unit-variance noise.
+        discount: above 0, up to 1; the weight of level 1.
         seed: the run's.
         place: the image's, in the run.
     """
@@ -29,19 +31,20 @@ def pyramid(noise_CHW: np.ndarray, discount: float, seed: int, *place: int) -> n
 
     draws = stream(seed, "pyramid noise", *place)
     channels, height, width = noise_CHW.shape
-    total, level, side = noise_CHW.copy(), 0, (float(height), float(width))
-    while min(side) >= 2 and level < _LEVELS:
-        level += 1
-        factor = draws.uniform(2, 4)
-        side = (side[0] / factor, side[1] / factor)
-        coarse = draws.standard_normal((1, channels, max(1, int(side[0])), max(1, int(side[1]))), dtype=np.float32)
+    total = np.float32(2**0.5) * noise_CHW  # the plain noise and level 0 together
+    for level in range(1, _LEVELS):
+        coarser = draws.uniform(2, 4) ** level
+        sides = max(1, int(height / coarser)), max(1, int(width / coarser))
+        coarse = draws.standard_normal((1, channels, *sides), dtype=np.float32)
         enlarged = interpolate(torch.from_numpy(coarse), size=(height, width), mode="bilinear", align_corners=False)
         total += np.float32(discount**level) * enlarged[0].numpy()
+        if 1 in sides:
+            break
     return total / total.std()
 
 
 _LEVELS = 10
-"""Enough for any size: the tenth is at least 1024 times as coarse as a latent."""
+"""The last would be at least 512 times as coarse as a latent."""
 
 
 def perturbation(shape_TD: tuple[int, int], strength: float, seed: int, *place: int) -> np.ndarray:
