@@ -12,11 +12,13 @@ other work on the machine disturbs less; on CUDA the time until the device has f
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import date
 from io import StringIO
@@ -135,7 +137,10 @@ def build(config: TrainConfig) -> Run:
 
     quiet_libraries()
     signals = StopSignals()
-    run = build_run(config, Console(stream=StringIO()), connect(config.loop.gpuid, signals), weights_only=False, signals=signals)
+    ending = ExitStack()
+    atexit.register(ending.close)  # runs are used until the end of the process
+    processes = connect(config.loop.gpuid, signals)
+    run = build_run(config, Console(stream=StringIO()), processes, ending, weights_only=False, signals=signals)
     run.sample_first = False
     return run
 

@@ -241,9 +241,9 @@ class Steps:
         marks = [self._mark()]
         gate, step = self.optimizers.gate, self.optimizers.step
 
-        def marked(function: Callable[[Any], None], argument: Any, *, after: bool = False) -> None:
+        def marked(function: Callable[..., None], *arguments: Any, after: bool = False, **named: Any) -> None:
             marks.append(self._mark())
-            function(argument)
+            function(*arguments, **named)
             if after:
                 marks.append(self._mark())
 

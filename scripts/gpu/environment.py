@@ -94,4 +94,4 @@ def _driver() -> str | None:
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip().splitlines()[0] or None
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.partition("\n")[0].strip() or None

@@ -33,9 +33,9 @@ def epochs(job: Job, tell: Callable[[Result], None]) -> None:
     chosen.write_text(json.dumps({"base": {"optimizer": name, "lr": rate, **extra}, "text_encoder_freezing": {"freeze_embeddings": True}}))
     settings = {"config": ROOT / "configs" / "sd15.json", "resume_ckpt": BUNDLED, "data_root": images_of(job), "optimizer_config": chosen}
     settings |= {"logdir": job.folder / "logs", "batch_size": 4, "resolution": 512, "max_epochs": 1000, "sample_prompts": "null"}
-    settings |= {"fixed_loss_images": 0, "num_workers": 0, "weights_dtype": "bf16" if "bf16" in variants else "fp32"}
+    settings |= {"fixed_loss_images": 0, "weights_dtype": "bf16" if "bf16" in variants else "fp32"}
     if job.tiny:
-        settings |= {"resolution": 64, "mixed_precision": "no", "weights_dtype": "fp32"}
+        settings |= {"resolution": 64, "num_workers": 0, "mixed_precision": "no", "weights_dtype": "fp32"}
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     config = load_config(words).config
     began = time.perf_counter()

@@ -90,8 +90,9 @@ def _train(job: Job, name: str, *arguments: str) -> Path:
 
 def _elsewhere(job: Job, name: str, arguments: list[str]) -> subprocess.Popen[bytes]:
     """Start train.py on the CPU, in a process of its own that shares this one's output."""
+    threads = str(max(1, (os.cpu_count() or 2) // 2))  # the run on the device needs some too
     command = [sys.executable, "train.py", *_arguments(job, name, *arguments)]
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads})
 
 
 def _run_folder(job: Job, name: str) -> Path:

@@ -47,11 +47,13 @@ def largest(job: Job, tell: Callable[[Result], None]) -> None:
         images = int(4 + (holds - few) / ((some - few) / 12))
     while True:
         try:
-            return tell(_measured(steps, images, times=2))
+            return tell(_measured(steps, images, times=1))
         except torch.OutOfMemoryError:
             tell({"kind": "too large", "images": images})
-        steps.optimizers.zero_grad()
         images -= max(1, images // 12)
+        del steps  # of which the backward pass was cut short
+        torch.cuda.empty_cache()
+        steps = Steps(setting_of(job, job.argument))
 
 
 def estimates(job: Job, tell: Callable[[Result], None]) -> None:
