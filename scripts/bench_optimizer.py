@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from datetime import date
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -63,6 +64,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--only", nargs="+", choices=list(OPTIMIZERS), help="these, and the base they are compared with")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--weights", choices=("fp32", "bf16"), default="fp32", help="dtype of weights and gradients")
+    parser.add_argument("--contiguous", action="store_true", help="convolutions contiguous, not channels last as in training")
     return parser.parse_args(argv)
 
 
@@ -104,9 +107,18 @@ def _prodigy(params: list[nn.Parameter]) -> Optimizer:
 
 def _ours(**options: Any) -> Callable[[list[nn.Parameter]], Optimizer]:
     def build(params: list[nn.Parameter]) -> Optimizer:
-        from trainer.optim.dadapt_adam import DAdaptAdam
+        from trainer.optim.dadapt.optimizer import DAdaptAdam
 
         return DAdaptAdam(params, weight_decay=0.01, decouple=True, **options)
+
+    return build
+
+
+def _our_adamw(**options: Any) -> Callable[[list[nn.Parameter]], Optimizer]:
+    def build(params: list[nn.Parameter]) -> Optimizer:
+        from trainer.optim.dadapt.optimizer import TiledAdamW
+
+        return TiledAdamW(params, lr=1e-6, weight_decay=0.01, **options)
 
     return build
 
@@ -117,7 +129,12 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "dadaptation": _published,
     "prodigy": _prodigy,
     "ours": _ours(compile=True),
+    "ours+fused": _ours(compile=True, fused_backward=True),
     "ours-8bit": _ours(compile=True, state_bits=8),
+    "ours-8bit+fused": _ours(compile=True, state_bits=8, fused_backward=True),
+    "ours-8bit-all-s": _ours(compile=True, state_bits=8, every=1),
+    "ours-adamw8bit": _our_adamw(compile=True),
+    "ours-adamw8bit+fused": _our_adamw(compile=True, fused_backward=True),
     "ours-eager": _ours(compile=False),
     "ours-8bit-eager": _ours(compile=False, state_bits=8),
 }
@@ -126,66 +143,86 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
 def _bench(shapes: Sequence[torch.Size], numel: int, threads: int, options: argparse.Namespace) -> None:
     import torch
 
-    gradients = [torch.randn(shape, device=options.device) * 1e-3 for shape in shapes]
-    built: dict[str, Optimizer] = {}
+    dtype = torch.bfloat16 if options.weights == "bf16" else torch.float32
+
+    def random(shape: torch.Size, scale: float) -> torch.Tensor:
+        made = (torch.randn(shape, device=options.device) * scale).to(dtype)
+        return made if options.contiguous or len(shape) != 4 else made.to(memory_format=torch.channels_last)
+
+    gradients = [random(shape, 1e-3) for shape in shapes]
+    built: dict[str, Callable[[], Any]] = {}
+    optimizers: dict[str, Optimizer] = {}
     first: dict[str, float] = {}
     for name, build in OPTIMIZERS.items():
         if options.only and name not in (*options.only, BASE):
             continue
-        params = [torch.nn.Parameter(torch.randn(shape, device=options.device) * 0.02) for shape in shapes]
-        for parameter, gradient in zip(params, gradients, strict=True):
-            parameter.grad = gradient
+        params = [torch.nn.Parameter(random(shape, 0.02)) for shape in shapes]
         try:
             with redirect_stdout(StringIO()), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                built[name] = build(params)
+                optimizer = optimizers[name] = build(params)
         except ImportError as error:
             print(f"{name} is left out: {error}")
             continue
-        optimizer = built[name]
         if getattr(optimizer, "_step_supports_amp_scaling", False) and name != BASE:
             # The trainer hands this over; without it the step would read every gradient once more.
             optimizer.found_inf = torch.zeros((), device=options.device)  # type: ignore[attr-defined]
-        first[name], _ = _timed(optimizer.step, options.device)
+        built[name] = partial(_step, optimizer, params, gradients)
+        first[name], _ = _timed(built[name], options.device)
         for _ in range(2):  # what only the first steps do
-            optimizer.step()
+            built[name]()
 
     stream = [torch.randn(PROBE_NUMEL, device=options.device) for _ in range(3)]
     wall: dict[str, list[float]] = {name: [] for name in built}
-    cpu: dict[str, list[float]] = {name: [] for name in built}
+    host: dict[str, list[float]] = {name: [] for name in built}
     bandwidth: list[float] = []
     for _ in range(options.rounds):
-        for name, optimizer in built.items():
-            seconds, busy = _timed(optimizer.step, options.device)
+        for name, step in built.items():
+            seconds, busy = _timed(step, options.device)
             wall[name].append(seconds * 1e3)
-            cpu[name].append(busy * 1e3)
+            host[name].append(busy * 1e3)
         seconds, _ = _timed(lambda: torch.add(stream[0], stream[1], out=stream[2]), options.device)
         bandwidth.append(12 * PROBE_NUMEL / seconds / 1e9)
 
     print(
         f"\n{threads} thread{'s' * (threads > 1)}; streaming {statistics.median(bandwidth):.1f} GB/s (median), {max(bandwidth):.1f} (best)"
     )
-    print(f"{'':16} {'ms':>8} {'ratio':>6} {'CPU ms':>8} {'ratio':>6} {'state B/param':>13} {'peak MB':>8} {'compiled calls':>14}")
-    for name, optimizer in built.items():
-        ratios = [statistics.median(a / b for a, b in zip(times[name], times[BASE], strict=True)) for times in (wall, cpu)]
-        peak = _peak(optimizer.step) if options.device == "cpu" else None
+    counted = "launches" if options.device != "cpu" else "compiled calls"
+    print(f"{'':20} {'ms':>8} {'ratio':>6} {'host ms':>8} {'ratio':>6} {'state B/param':>13} {'peak MB':>8} {counted:>14}")
+    for name, step in built.items():
+        ratios = [statistics.median(a / b for a, b in zip(times[name], times[BASE], strict=True)) for times in (wall, host)]
+        peak, calls = _peak(step, options.device), _calls(step, options.device)
         print(
-            f"{name:16} {statistics.median(wall[name]):8.1f} {ratios[0]:6.2f} {statistics.median(cpu[name]):8.1f} {ratios[1]:6.2f}"
-            f" {_state_bytes(optimizer) / numel:13.2f} {'-' if peak is None else round(peak / 1e6):>8} {_compiled_calls(optimizer):14}",
+            f"{name:20} {statistics.median(wall[name]):8.1f} {ratios[0]:6.2f} {statistics.median(host[name]):8.1f} {ratios[1]:6.2f}"
+            f" {_state_bytes(optimizers[name]) / numel:13.2f} {'-' if peak is None else round(peak / 1e6):>8} {calls:14}",
             flush=True,
         )
     if threads == options.threads[0]:
         print("first step, with allocation and compiling: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in first.items()))
 
 
+def _step(optimizer: Optimizer, params: list[nn.Parameter], gradients: list[torch.Tensor]) -> None:
+    """Step as after a backward pass; with fused backward, hand over the gradients as one does."""
+    fused = getattr(optimizer, "fused_backward", False)
+    for parameter, gradient in zip(reversed(params), reversed(gradients), strict=True):
+        parameter.grad = gradient
+        if fused:
+            for hook in (parameter._post_accumulate_grad_hooks or {}).values():  # type: ignore[attr-defined]
+                hook(parameter)
+    optimizer.step()
+
+
 def _timed(run: Callable[[], Any], device: str) -> tuple[float, float]:
+    """Return the seconds until the result is there, and the host's: of its CPUs, or on a GPU until it may go on."""
     import torch
 
     start, busy = time.perf_counter(), time.process_time()
     run()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, time.process_time() - busy
+    if device == "cpu":
+        return time.perf_counter() - start, time.process_time() - busy
+    launched = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return time.perf_counter() - start, launched
 
 
 def _state_bytes(optimizer: Optimizer) -> int:
@@ -199,8 +236,15 @@ def _state_bytes(optimizer: Optimizer) -> int:
     return sum(storages.values())
 
 
-def _peak(run: Callable[[], Any]) -> int | None:
-    """Return how far the resident memory rises over its start, in bytes; None where the system does not tell."""
+def _peak(run: Callable[[], Any], device: str) -> int | None:
+    """Return how far memory rises over its start, in bytes; None where the system does not tell."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        allocated = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - allocated
     marks = Path("/proc/self/clear_refs")
     if not marks.exists():
         return None
@@ -217,13 +261,15 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
-def _compiled_calls(optimizer: Optimizer) -> int:
-    """Count the compiled regions that one step enters."""
+def _calls(step: Callable[[], Any], device: str) -> int:
+    """Count the compiled regions that one step enters, or the kernels and copies that it launches on a GPU."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        optimizer.step()
-    return sum(event.count for event in profiler.key_averages() if event.key.startswith("Torch-Compiled Region"))
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device != "cpu" else [])
+    with profile(activities=activities) as profiler:
+        step()
+    names = ("cudaLaunch", "cuLaunch", "cudaMemcpy", "cudaMemset") if device != "cpu" else ("Torch-Compiled Region",)
+    return sum(event.count for event in profiler.key_averages() if event.key.startswith(names))
 
 
 def _machine(device: str) -> str:

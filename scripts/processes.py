@@ -22,7 +22,7 @@ _IMPORTED = [
     "trainer.grid",
     "trainer.models.checkpoint_file",
     "trainer.models.folder",
-    "trainer.optim.dadapt_adam",
+    "trainer.optim.dadapt.optimizer",
     "trainer.sampling",
     "trainer.saving",
     "trainer.step",

@@ -19,3 +19,4 @@ def pytest_configure(config):
     """Hide GPUs, so that results are the CPU's on every machine, unless tests are chosen by the gpu marker."""
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported

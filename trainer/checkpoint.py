@@ -25,9 +25,8 @@ from annotated_types import Ge, Gt
 from data.regular import LARGEST_STATE, load_json, open_regular
 from trainer.contained import files_inside, inside
 from trainer.disk import appearing, drop, restore
-from trainer.errors import UserError, said
+from trainer.errors import UserError
 from trainer.lock import is_free
-from trainer.state import as_kind
 
 MANIFEST = "manifest.json"
 RESUME = "resume"
@@ -185,13 +184,9 @@ def read_resume(folder: Path) -> tuple[TrainState, dict[str, Any]]:
     path = folder / RESUME / "state.json"
     try:
         saved = load_json(path, LARGEST_STATE)
-        state, about = as_kind(TrainState, saved["state"]), saved["about"]
-        as_kind(tuple[dict, dict, int, int], (about["same"], about["config"], about["total_steps"], about["same"]["seed"]))
-        if min(state.step, state.epoch, state.step_in_epoch, state.images) < 0:
-            raise ValueError("a count is negative")
-        return state, about
+        return TrainState(**saved["state"]), saved["about"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: the state of the run cannot be read ({said(error)}); choose another checkpoint.") from error
+        raise UserError(f"{path}: the state of the run cannot be read ({error}); choose another checkpoint.") from error
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -37,10 +37,11 @@ LIBRARIES = {  # which modules may import a library; the scripts may import all,
     "transformers": DIFFUSION,
     "accelerate": ("trainer.build", "trainer.loop", "trainer.step", "trainer.checkpoint", "trainer.processes"),
     "peft": ("trainer.models.lora",),
-    "pydantic": ("trainer.config", "trainer.state"),
+    "pydantic": ("trainer.config",),
     "bitsandbytes": ("trainer.optim",),
     "dadaptation": ("trainer.optim",),
     "prodigyopt": ("trainer.optim",),
+    "triton": ("trainer.optim.dadapt.triton_kernel", "trainer.optim.dadapt.device"),
     "tensorboard": ("trainer.loggers",),
     "tqdm": ("trainer.loggers",),
     "wandb": ("trainer.loggers",),
@@ -54,9 +55,9 @@ ALL_IMPORTS = {  # everything that a package may import besides the standard lib
         "bitsandbytes",
         "dadaptation",
         "prodigyopt",
+        "triton",
         "annotated_types",
         "trainer.errors",
-        "trainer.state",
         "trainer.transfer",
     ),
     "trainer.errors": (),
@@ -251,7 +252,7 @@ def option_modules() -> set[str]:
             and any(isinstance(node, ast.ClassDef) and node.name.endswith("Options") for node in ast.parse(text).body)
         )
     }
-    assert {"trainer.loop", "data.dataset", "trainer.optim.dadapt"} <= holding
+    assert {"trainer.loop", "data.dataset", "trainer.optim.dadapt.options"} <= holding
     return {step for name in holding for step in ancestry(name) if step in texts}
 
 

@@ -11,12 +11,13 @@ import torch
 import torch._dynamo
 from torch import nn
 
-from trainer.optim import dadapt_adam, dadapt_kernels
-from trainer.optim.dadapt_adam import DAdaptAdam
-from trainer.optim.dadapt_kernels import ROW, advance_bytes, advance_float
+from trainer.optim.dadapt import eager, kernels
+from trainer.optim.dadapt.kernels import CompiledKernel, advance_bytes, advance_float, estimate_bytes
+from trainer.optim.dadapt.optimizer import DAdaptAdam
+from trainer.optim.dadapt.state import TILE
 
 # Large and a multiple of a row; large and ragged; a pack that is full, and small ones, ragged, of one row and of one element.
-SHAPES = [(30,), (512, 1024), (7, 100_000), (40, 3), (ROW,), (300, 1000), (400, 600), (1,), (90, 70)]
+SHAPES = [(30,), (512, 1024), (7, 100_000), (40, 3), (TILE,), (300, 1000), (400, 600), (1,), (90, 70)]
 
 
 @pytest.fixture
@@ -24,15 +25,15 @@ def calls(monkeypatch):
     """Run kernels uncompiled; return the list of how many rows each call had."""
     seen = []
 
-    def counted(device, state_bits, weights):
-        def kernel(p, *arguments):
+    def uncompiled(bits, every, weights):
+        def whole(p, *arguments):
             assert p.is_contiguous() and len(p) >= 2
-            seen.append(p.numel() // ROW)
-            return (advance_float if state_bits == 32 else advance_bytes)(p, *arguments)
+            seen.append(p.numel() // TILE)
+            return (advance_float if bits == 32 else advance_bytes)(p, *arguments)
 
-        return kernel
+        return CompiledKernel(whole, estimate_bytes if every > 1 else None)
 
-    monkeypatch.setattr(dadapt_adam, "compiled_kernel", counted)
+    monkeypatch.setattr(eager, "compiled_kernel", uncompiled)
     return seen
 
 
@@ -100,22 +101,31 @@ def test_packs_and_large_parameters_give_what_the_eager_path_gives(calls, bits, 
     assert_close(*results[0], *results[1])
 
 
+def other_layout(bits, channels_last, scale):
+    p = nn.Parameter(torch.linspace(-1, 1, 640_000).view(64, 100, 10, 10).clone())
+    if channels_last:
+        p = nn.Parameter(p.detach().to(memory_format=torch.channels_last))
+    optimizer = DAdaptAdam([p], compile=True, state_bits=bits, d0=1e-3)
+    for step in range(4):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)) * scale  # its elements are always in logical order
+        optimizer.found_inf, optimizer.grad_scale = torch.tensor(0.0), torch.tensor(scale) if scale != 1 else None
+        optimizer.step()
+    return p, optimizer
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("bits", [32, 8])
-def test_other_layouts_and_scaled_gradients(calls, bits):
-    shape = (64, 100, 10, 10)
-    results = []
-    for channels_last, scale in ((False, 1.0), (True, 1024.0)):
-        p = nn.Parameter(torch.linspace(-1, 1, 640_000).view(shape).clone())
-        if channels_last:
-            p = nn.Parameter(p.detach().to(memory_format=torch.channels_last))
-        optimizer = DAdaptAdam([p], compile=True, state_bits=bits, d0=1e-3)
-        for step in range(4):
-            g = torch.randn(shape, generator=torch.Generator().manual_seed(step)) * scale
-            p.grad = g.to(memory_format=torch.channels_last) if channels_last else g
-            optimizer.found_inf, optimizer.grad_scale = torch.tensor(0.0), torch.tensor(scale) if scale != 1 else None
-            optimizer.step()
-        results.append(everything([p], optimizer))
-    assert_same(*results)
+def test_scaled_gradients(calls, bits, channels_last):
+    assert_same(*(everything([p], optimizer) for p, optimizer in (other_layout(bits, channels_last, scale) for scale in (1.0, 1024.0))))
+
+
+def test_weights_in_another_order_of_memory(calls):
+    (a, plain), (b, strided) = (other_layout(32, channels_last, 1.0) for channels_last in (False, True))
+    assert b.is_contiguous(memory_format=torch.channels_last)
+    assert plain.d_hat.item() == pytest.approx(strided.d_hat.item(), rel=1e-6), "sums are added up in another order"
+    for name in ("exp_avg", "exp_avg_sq", "s"):
+        torch.testing.assert_close(plain.state[a][name], strided.state[b][name], rtol=1e-6, atol=0)
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 def backward(params, step, spoil=None):
@@ -207,9 +217,7 @@ def test_compiling_is_chosen_by_size_and_saved(calls):
     small.load_state_dict(one.state_dict())
     assert small.compiled
     fixed = DAdaptAdam([nn.Parameter(torch.zeros(1000))], compile=False)
-    with pytest.warns(
-        UserWarning, match=r"^the saved run stepped through torch\.compile, this one does without torch\.compile: it goes on"
-    ):
+    with pytest.warns(UserWarning, match=r"^the saved run stepped through a compiler, this one does without a compiler"):
         fixed.load_state_dict(one.state_dict())
     assert not fixed.compiled
     large = DAdaptAdam([nn.Parameter(torch.zeros(1 << 24))])
@@ -219,16 +227,16 @@ def test_compiling_is_chosen_by_size_and_saved(calls):
 
 
 def test_a_forbidden_compiler_is_not_used(monkeypatch):
-    monkeypatch.setattr(dadapt_kernels, "_compiled", {})
+    monkeypatch.setattr(kernels, "_compiled", {})
     with torch._dynamo.config.patch(disable=True), pytest.warns(UserWarning, match="TORCH_COMPILE_DISABLE is set"):
         assert not DAdaptAdam([nn.Parameter(torch.zeros(1000))], compile=True).compiled
 
 
 def test_a_resumed_run_whose_compiler_is_gone_says_so(calls, monkeypatch):
     saved = DAdaptAdam([nn.Parameter(torch.zeros(1000))], compile=True).state_dict()
-    monkeypatch.setattr(dadapt_adam, "compiled_kernel", lambda *_: None)
+    monkeypatch.setattr(eager, "compiled_kernel", lambda *_: None)
     resumed = DAdaptAdam([nn.Parameter(torch.zeros(1000))])
-    with pytest.warns(UserWarning, match=r"stepped through torch\.compile, this one does without"):
+    with pytest.warns(UserWarning, match=r"stepped through a compiler, this one does without"):
         resumed.load_state_dict(saved)
     assert not resumed.compiled
 
@@ -237,7 +245,7 @@ def test_where_compiling_does_not_work_one_line_says_so(monkeypatch):
     def broken(*arguments, **options):
         raise OSError("no compiler found\nand a second line")
 
-    monkeypatch.setattr(dadapt_kernels, "_compiled", {})
+    monkeypatch.setattr(kernels, "_compiled", {})
     monkeypatch.setattr(torch, "compile", broken)
     params = parameters()
     with pytest.warns(UserWarning, match=r"torch\.compile does not work here \(no compiler found and a second line\)") as caught:

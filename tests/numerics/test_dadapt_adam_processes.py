@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from trainer.optim.dadapt_adam import DAdaptAdam
+from trainer.optim.dadapt.optimizer import DAdaptAdam
 
 rank, world, bits, folder = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 torch.set_num_threads(1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainer.optim.quantized import BLOCK, decode, encode
+from trainer.optim.dadapt.quantized import BLOCK, decode, encode
 
 NEAREST = torch.tensor(0.5)
 

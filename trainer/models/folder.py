@@ -6,18 +6,23 @@ The checkpoints of this program are such folders too, with more files beside, wh
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from transformers import CLIPTextModel
 
 from data.regular import load_json
 from trainer.contained import files_inside, inside
 from trainer.errors import UserError
 from trainer.models.load import Models
-from trainer.models.networks import empty_text_encoder, empty_unet, empty_vae, fill
-from trainer.models.tensor_file import TensorFile
+from trainer.models.networks import empty_text_encoder, empty_unet, empty_vae
+from trainer.models.tensor_file import TensorFile, check_pickle, hostile
 from trainer.models.tokenizer import read_tokenizer
 
 INDEX = "model_index.json"
@@ -29,6 +34,7 @@ WEIGHTS = {
 """How each network's file begins, as .safetensors and as the older .bin."""
 
 _CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+_READERS: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 _EMPTY: dict[str, Any] = {"unet": empty_unet, "vae": empty_vae, "text_encoder": empty_text_encoder}
 _OWN = (*WEIGHTS, "tokenizer", "scheduler")
 _BESIDE = {"safety_checker": "stable_diffusion", "feature_extractor": "transformers", "image_encoder": "transformers"}
@@ -36,10 +42,17 @@ _BESIDE = {"safety_checker": "stable_diffusion", "feature_extractor": "transform
 _RENAMED = {"CLIPFeatureExtractor": "CLIPImageProcessor"}
 """Classes of pipelines of 2022 that have another name since, with the same settings."""
 _IS_WEIGHTS = re.compile(r"\.(safetensors|bin|msgpack|h5|onnx|pt|ckpt)$|\.(bin|\w+\.safetensors)\.index(\.\w+)?\.json$")
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""Layers of the VAE's attention, as they were called until 2023."""
 _PRECISION = {"": 0, "fp32": 1, "bf16": 2, "fp16": 3, "non_ema": 9}
 """Which variant of the weights is taken where a folder holds several: plain ones first, weights without averaging last."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One form of a network's weights among those in a folder."""
+
+    variant: str | None
+    safe: bool
+    files: tuple[str, ...]
 
 
 def read_folder(folder: Path, key: str, *, weights: bool, source: str | None = None, weights_follow: bool = False) -> Models:
@@ -138,53 +151,41 @@ def read_network(folder: Path, network: str, key: str, *, weights: bool, weights
     found = config.get("_class_name") or (config.get("architectures") or [_CLASSES[network]])[0]
     if found != _CLASSES[network]:
         raise UserError(f"{key}: {folder} holds a {found}; {_CLASSES[network]} is the only class that is trained as {network}.")
-    if config.get("quantization_config"):
-        raise UserError(f"{key}: {folder} is quantized (quantization_config in config.json) and cannot be trained; name the model in fp16.")
     choice = choose_weights([path.name for path in files if path.parent == folder], network)
     if choice is None and not weights_follow:
         stem = WEIGHTS[network][0]
         raise UserError(f"{key}: {folder} holds no weights ({stem}.safetensors or the like); download the model again.")
     if choice is None or not weights:
         return _EMPTY[network](config)
-    return _filled(_EMPTY[network](config), [TensorFile(folder / name) for name in choice], key)
-
-
-def _filled(network: Any, files: Sequence[TensorFile], key: str) -> Any:
-    """Give an empty network its weights in fp32 from the files of a folder.
-
-    The libraries' own loaders are not used: they also read what else the folder and its configuration name, such as adapters, other
-    files of weights, and kernels and quantizers, whose code they fetch.
-
-    Raises:
-        UserError: the weights are not the network's.
-    """
-    held = {_current(name): (file, name) for file in files for name in file}
-    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    folder = files[0].path.parent
-    if missing := sorted(name for name in shapes if name not in held):
+    for name in choice.files:
+        if name.endswith(".safetensors"):
+            TensorFile(folder / name)  # says plainly that a file is cut short, which the libraries do not
+        else:
+            check_pickle(folder / name)  # likewise
+    try:
+        loaded, notes = _READERS[network].from_pretrained(
+            str(folder),
+            dtype=torch.float32,
+            variant=choice.variant,
+            use_safetensors=choice.safe,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (UnpicklingError, EOFError) as error:
+        path = folder / choice.files[0]
+        raise UserError(hostile(path, error) or f"{path}: the file is damaged; download or copy it again.") from error
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{key}: {folder}: the weights do not fit config.json ({reason}); download the model again.") from error
+    missing = sorted(notes["missing_keys"])
+    if missing:  # the libraries would train random numbers in their place
         raise UserError(
             f"{key}: {folder}: {len(missing)} tensors are missing from the weights, {missing[0]} among them; download the model again."
         )
-    for name, shape in shapes.items():
-        file, written = held[name]
-        found, dtype = file.shapes[written], file.dtypes[written]
-        if found != shape or dtype is None or not dtype.is_floating_point:
-            expected = f"{written} is {found} of {dtype}, where {shape} of floating-point numbers is expected"
-            raise UserError(f"{key}: {folder}: the weights do not fit config.json ({expected}); download the model again.")
-    fill(network, {name: held[name][0][held[name][1]].float() for name in shapes})
-    return network.eval()
+    return loaded
 
 
-def _current(name: str) -> str:
-    """Return the name that a tensor of a file of any age has in the networks of today."""
-    return re.sub(
-        r"(?<=\.attentions\.)(\d+)\.(query|key|value|proj_attn)(?=\.)",
-        lambda old: f"{old[1]}.{_OLD_ATTENTION[old[2]]}",
-        name.removeprefix("text_model."),
-    )
-
-
-def choose_weights(names: Collection[str], network: str) -> tuple[str, ...] | None:
+def choose_weights(names: Collection[str], network: str) -> Choice | None:
     """Return which of a folder's files hold the weights: full precision before variants, .safetensors before .bin; None if none does."""
     found: dict[tuple[int, int, str], list[str]] = {}
     for order, (stem, suffix) in enumerate(zip(WEIGHTS[network], ("safetensors", "bin"), strict=True)):
@@ -196,7 +197,8 @@ def choose_weights(names: Collection[str], network: str) -> tuple[str, ...] | No
                 found.setdefault((_PRECISION.get(variant, 5), order, variant), []).append(name)
     if not found:
         return None
-    return tuple(sorted(found[min(found)]))
+    best = min(found)
+    return Choice(best[2] or None, best[1] == 0, tuple(sorted(found[best])))
 
 
 def read_json(path: Path, key: str) -> dict[str, Any]:

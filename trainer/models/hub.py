@@ -49,7 +49,7 @@ def fetch_model(name: str, key: str, *, weights: bool) -> Path:
         choice = choose_weights([file.removeprefix(f"{network}/") for file in files if file.startswith(f"{network}/")], network)
         if choice is None:
             raise UserError(f"{key}: {name} on the hub holds no weights of the {network}; name another model.")
-        wanted += [f"{network}/{file}" for file in choice]
+        wanted += [f"{network}/{file}" for file in choice.files]
     return _downloaded(name, key, wanted) if weights else settings
 
 
@@ -67,7 +67,7 @@ def fetch_vae(name: str, key: str) -> Path:
     choice = choose_weights([file.removeprefix(inside) for file in files if file.startswith(inside)], "vae")
     if choice is None or f"{inside}config.json" not in files:
         raise UserError(f"{key}: {name} on the hub holds no VAE in diffusers' layout; name another, or download its single file.")
-    folder = _downloaded(name, key, [f"{inside}{file}" for file in ("config.json", *choice)])
+    folder = _downloaded(name, key, [f"{inside}{file}" for file in ("config.json", *choice.files)])
     return folder / inside
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import torch
@@ -33,28 +32,19 @@ SD2 = Configs(unet=sd2.UNET, text_encoder=sd2.TEXT_ENCODER, vae=sd2.VAE, schedul
 def empty_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
     """Return the UNet on the meta device: shapes without weights."""
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config(_described(UNet2DConditionModel, config))  # pyright: ignore[reportReturnType]
+        return UNet2DConditionModel.from_config(dict(config))  # pyright: ignore[reportReturnType]
 
 
 def empty_vae(config: Mapping[str, Any]) -> AutoencoderKL:
     """Return the VAE on the meta device: shapes without weights."""
     with torch.device("meta"):
-        return AutoencoderKL.from_config(_described(AutoencoderKL, config))  # pyright: ignore[reportReturnType]
+        return AutoencoderKL.from_config(dict(config))  # pyright: ignore[reportReturnType]
 
 
 def empty_text_encoder(config: Mapping[str, Any]) -> CLIPTextModel:
-    """Return the text encoder on the meta device: shapes without weights.
-
-    Of the configuration, only what describes the network is taken: other keys choose kernels, whose code transformers fetches.
-    """
-    known = (*sd15.TEXT_ENCODER, "attention_dropout", "initializer_range", "initializer_factor")
+    """Return the text encoder on the meta device: shapes without weights."""
     with torch.device("meta"):
-        return CLIPTextModel(CLIPTextConfig(**{name: config[name] for name in known if name in config}))
-
-
-def _described(network: type, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys that describe a network; others would reach every checkpoint, whose readers may fetch code for them."""
-    return {name: config[name] for name in signature(network).parameters if name in config}
+        return CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
 
 
 def fill(network: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trainer.state import as_kind
-
 if TYPE_CHECKING:
     from trainer.optim.dadapt import EstimateOptions
 
@@ -137,4 +135,6 @@ class AdaptationWatch:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        self._courses |= {network: as_kind(_Course, state[network]) for network in self._courses if network in state}
+        for network, course in self._courses.items():
+            if network in state:
+                vars(course).update(state[network])

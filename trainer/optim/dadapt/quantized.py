@@ -88,6 +88,31 @@ def stored(value: Tensor) -> Tensor:
     return _store(value, value.stride())
 
 
+_WORD = (1 << 32) - 1
+_COLUMNS = 0x6A09E667
+
+
+def noise(step: int, first: int, blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the step's noise as two parts, fp32: (blocks, 1) from block `first` on, and (2, 1, BLOCK), for codes and for bf16 weights.
+
+    The fractional part of their sum is uniform in [0, 1), and that of any two elements independent. All are multiples of 2^-16, but for
+    half of it in the second: their sums are exact, so that every device and every order agrees.
+    """
+    if device.type == "meta":
+        return torch.empty(blocks, 1, device=device), torch.empty(2, 1, BLOCK, device=device)
+    key = int(mixed(torch.tensor(step & _WORD)))
+    by_block = mixed(torch.arange(first, first + blocks, device=device) ^ key) >> 16
+    by_column = mixed((torch.arange(2 * BLOCK, device=device) + (key ^ _COLUMNS)) & _WORD) >> 16
+    return by_block.to(torch.float32).view(-1, 1) * 2**-16, by_column.to(torch.float32).view(2, 1, BLOCK) * 2**-16 + 2**-17
+
+
+def mixed(x: Tensor) -> Tensor:
+    """Permute the 32-bit numbers so that each bit changes half of the others (lowbias32, by C. Wellons); int64."""
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _WORD
+    x = ((x ^ (x >> 15)) * 0xD35A2D97) & _WORD
+    return x ^ (x >> 15)
+
+
 def give_hints() -> None:
     """Let `stored` reach the compiler, if this torch has the operator for it: without it, kernels are slower and give the same."""
     import torch._inductor.inductor_prims

@@ -103,7 +103,7 @@ class DAdaptAdamOptions(AdaptationOptions):
 
     def build(self, params: Iterable[nn.Parameter], lr: float) -> Optimizer:
         """Return the optimizer over `params`, its rate being d times `lr`."""
-        from trainer.optim.dadapt_adam import DAdaptAdam
+        from trainer.optim.dadapt.optimizer import DAdaptAdam
 
         return DAdaptAdam(
             [{"params": list(params), "layer_scale": self.layer_scale}],
@@ -135,7 +135,7 @@ class DAdaptAdamOptions(AdaptationOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DAdaptAdam8bitOptions(DAdaptAdamOptions):
-    """dadapt_adam with its state in 8 bits: 3 bytes for a parameter instead of 12."""
+    """dadapt_adam with its state in 8 bits: 2.1 bytes for a parameter instead of 12."""
 
     optimizer: Literal["dadapt_adam8bit"] = "dadapt_adam8bit"  # type: ignore[assignment]
     """The optimizer's name."""

@@ -1,0 +1,326 @@
+"""What Adam with D-Adaptation and AdamW share: state in tiles, and the course of a step."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from trainer.optim.dadapt.adam import Coefficients, adapt
+from trainer.optim.dadapt.device import TritonEngine, launch, works
+from trainer.optim.dadapt.eager import Arrival, TorchEngine
+from trainer.optim.dadapt.fused import FusedBackward, Pass, arrival_hook
+from trainer.optim.dadapt.groups import LEARNED, Group, check_group
+from trainer.optim.dadapt.saved import restore
+from trainer.optim.dadapt.state import Bank, Layout, Segment
+from trainer.transfer import to_device
+
+KERNEL_DEVICES = ("cuda", "meta")
+"""Kinds of devices that the Triton kernel runs on; on the last its launches are only counted."""
+
+_WORTH_COMPILING = {32: 1 << 24, 8: 1 << 20}
+"""By bits of state, the parameters from which on compiling is tried without being asked for."""
+
+_GATE = Coefficients._fields.index("gate")
+_DECAY = Coefficients._fields.index("decay")
+_UNSCALE = Coefficients._fields.index("unscale")
+
+
+class TiledAdam(FusedBackward, Optimizer):
+    """An Adam whose state lies in tiles, advanced by one kernel on a GPU, and by torch elsewhere.
+
+    Gradients that are not finite: if `found_inf` (and `grad_scale`) are set on the optimizer before `step()`, as torch's GradScaler
+    does for optimizers with `_step_supports_amp_scaling`, they decide; otherwise the step looks for itself. Either way the whole step
+    then changes neither parameters nor state. The answer stays on the device. A gradient whose 2-norm overflows counts as not finite.
+    """
+
+    _step_supports_amp_scaling = True
+    adapts = True
+    """Whether it finds its rate."""
+
+    def __init__(
+        self, params: Iterable[Any], defaults: dict[str, Any], *, bits: int, every: int, fused_backward: bool, compile: bool | None
+    ) -> None:
+        if not defaults["lr"] > 0:
+            raise ValueError(f"lr is {defaults['lr']}; it must be above 0")
+        if bits not in (8, 32):
+            raise ValueError(f"state_bits is {bits}; it must be 8 or 32")
+        self.state_bits, self.every, self.fused_backward, self.compile = bits, every, fused_backward, compile
+        self._steps = 0
+        self._layout: Layout | None = None
+        self._pass: Pass | None = None
+        self._gate: Tensor | None = None
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; only before the first step, since the state is one block of memory."""
+        if self._layout is not None:
+            raise RuntimeError("a parameter group can only be added before the first step")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1] = Group(self.param_groups[-1])
+        check_group(group, self.param_groups[0], self.state_bits)
+        if self.fused_backward:
+            hook = arrival_hook(self)
+            for parameter in group["params"]:
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(hook)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether steps run through a compiler."""
+        self._ready()
+        return any(engine.compiled for engine in self._engines.values())
+
+    @property
+    def launches(self) -> int:
+        """Launches of own kernels so far."""
+        self._ready()
+        return self._launches + sum(engine.launches for engine in self._engines.values() if isinstance(engine, TritonEngine))
+
+    # ---- the step ----
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update the parameters that have a gradient, their state, and d; return what `closure` returned.
+
+        After a fused backward only small parameters and d are left to be updated.
+
+        Raises:
+            ValueError: groups have different rates.
+            RuntimeError: with fused backward, what has happened since backward does not fit it.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        layout = self._ready()
+        work = [(segment, p) for segment, p in self._segments() if p.grad is not None]
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if self.fused_backward:
+            if scale is not None:
+                raise RuntimeError("fused backward cannot undo a loss scale after backward: use bf16 or fp32, or the plain step")
+            for _, parameter in work:  # gradients that did not come from a backward pass
+                self.arrive(parameter)
+        elif work:
+            if found_inf is None:
+                norm = torch.nn.utils.get_total_norm([p.grad for _, p in work if p.grad is not None])
+                found_inf = (~norm.isfinite()).float()
+            blocked = found_inf.to(layout.device)
+            if not self._host or not blocked:
+                self._pass = self._begin(blocked, scale)
+                self._pass.waiting = [self._arrival(segment, p, p.grad) for segment, p in work if p.grad is not None]
+        if self._pass is not None:
+            self._close(self._pass, found_inf)
+        self._pass = self._gate = None
+        return loss
+
+    def _begin(self, blocked: Tensor | None, scale: Tensor | None = None) -> Pass:
+        rates = {group["lr"] for group in self.param_groups}
+        if len(rates) > 1 or min(rates) < 0:
+            raise ValueError(f"the groups have the rates {sorted(rates)}; there is one d, so every lr is the same: use layer_scale instead")
+        lr, device = rates.pop(), self._ready().device
+        coupled = any(group["weight_decay"] != 0 and not group["decouple"] for group in self.param_groups)
+        for engine in self._engines.values():
+            engine.begin(self._steps, scale is not None, coupled)
+        self._steps += 1
+        blocked = self._never if blocked is None else blocked.to(device, torch.float32)
+        scale = self._one if scale is None else scale.to(device, torch.float32)
+        hyper, s = self._hyper(lr), self._scalars
+        if self._on_kernel:
+            self._launched("begin", len(self.param_groups), (hyper, s["d"], s["k"], s["l1"], blocked, scale, self._dlr, self._coefficients))
+            return Pass(lr, blocked)
+        rate, root, dlr = self._rates(hyper)
+        rows = hyper[8:].view(-1, 4, 16)
+        values = rows[:, 0] + rows[:, 1] * dlr + rows[:, 2] * rate + rows[:, 3] * root
+        values[:, _UNSCALE] = 1 / scale
+        self._dlr.copy_(dlr)
+        if not self._host:
+            values[:, _DECAY] *= s["l1"] > 0
+            values[:, _GATE] = blocked == 0
+        self._coefficients.copy_(values)
+        resting = values.clone()
+        resting[:, _DECAY] = 0
+        width = len(Coefficients._fields)
+        now = Pass(lr, blocked)
+        for bank in self._engines:
+            now.tables[bank] = [row[:width].to(bank.dtype) for row in values], [row[:width].to(bank.dtype) for row in resting]
+        return now
+
+    def _arrival(self, segment: Segment, parameter: Tensor, gradient: Tensor, live: Tensor | None = None) -> Arrival:
+        """Return what an engine advances. On the host a parameter that has never moved decays at the end, if any moves."""
+        now = self._pass
+        assert now is not None
+        if isinstance(self._engines[segment.bank], TritonEngine):
+            return Arrival(segment, parameter, gradient, None, self._coefficients)
+        waits = self._host and self.adapts and segment.index not in self._moved
+        if waits:
+            now.undecided.append((segment, parameter))
+        if not self._host and live is None:
+            live = now.blocked == 0
+        return Arrival(segment, parameter, gradient, live, now.tables[segment.bank][waits][segment.group])
+
+    def _close(self, now: Pass, found_inf: Tensor | None) -> None:
+        """Advance what has waited, then add up the sums in their fixed order and move what is learned."""
+        if now.lr != self.param_groups[0]["lr"]:
+            raise RuntimeError("lr was changed between backward and step(): with fused backward it is set before backward")
+        if now.lr == 0:
+            return
+        for bank, engine in self._engines.items():
+            engine.advance([arrival for arrival in now.waiting if arrival.segment.bank is bank])
+        s = self._scalars
+        blocked = now.blocked if found_inf is None else found_inf.to(now.blocked)
+        totals = [engine.totals() for engine in self._engines.values()]
+        if self._on_kernel:
+            sums = totals[0]
+            for more in totals[1:]:
+                sums += more
+            self._squares = sums[2]
+            learned = (s["d"], s["numerator_weighted"], s["d_hat"], s["l1"], s["k"], self._not_finite)
+            self._launched("finish", 1, (self._hyper(now.lr), sums, self._dlr, blocked, *learned), {"ADAPTS": self.adapts})
+            return
+        num = torch.stack([total[0] for total in totals]).sum() * self._dlr
+        l1 = torch.stack([total[1] for total in totals]).sum()
+        new = adapt(s, num, l1, self.param_groups[0]) if self.adapts else {"k": s["k"] + 1, "learns": torch.ones_like(l1, dtype=torch.bool)}
+        learns = new.pop("learns") & (blocked == 0)
+        if now.undecided and bool(l1 > 0):
+            for segment, parameter in now.undecided:
+                engine = self._engines[segment.bank]
+                assert isinstance(engine, TorchEngine)
+                if engine.l1_of(segment) > 0:
+                    self._moved.add(segment.index)
+                engine.decay(segment, parameter, now.tables[segment.bank][0][segment.group][_DECAY])
+        for key, value in new.items():
+            s[key].copy_(torch.where(learns, value, s[key]))
+
+    # ---- state ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of each parameter, and under state["adaptation"] d, k, W, d_hat, l1 and the number of steps.
+
+        All of them are the live tensors, not copies. The groups hold hyper-parameters only.
+        """
+        self._ready()
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            for key in LEARNED:
+                group.pop(key, None)
+        saved["state"]["adaptation"] = {**self._scalars, "steps": self._steps, "compiled": self.compiled, "tiled": True}
+        return saved
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Restore the state bit for bit, in the precision it was saved in. Hyper-parameters stay those of this optimizer.
+
+        State in 8 bits from before s was kept for drawn elements alone is converted. A warning says so, and if steps cannot go on the
+        way they were computed, compiled or not.
+
+        Raises:
+            ValueError: the state is of other parameters or of another precision.
+        """
+        layout = self._ready()
+        state = dict(state_dict["state"])
+        adaptation = state.pop("adaptation")
+        restore([(segment, p, self.state[p]) for segment, p in self._segments()], state, self._scalars, adaptation)
+        self._steps = adaptation["steps"]
+        saved = adaptation["compiled"]
+        if self.compile is None and self.compiled != saved and not self._on_kernel:
+            self._choose_engines(layout, compile=saved)
+        if self.compiled != saved:
+            ways = ("through a compiler", "without a compiler")
+            warnings.warn(
+                f"the saved run stepped {ways[not saved]}, this one does {ways[saved]}: it goes on the same but for the last bits",
+                stacklevel=2,
+            )
+        self._look_who_moved()
+
+    # ---- inside ----
+
+    def _ready(self) -> Layout:
+        """Return the layout; the first call allocates the state, on the device where the parameters are by then."""
+        if self._layout is None:
+            layout = self._layout = Layout(self.param_groups, self.state_bits, self.every)
+            device = layout.device
+            self._segment_of = {parameter: segment for segment, parameter in self._segments()}
+            for segment, parameter in self._segments():
+                self.state[parameter] = segment.views(parameter.shape)
+            first = dict(self.param_groups[0])
+            kinds = {"d": torch.float64, "k": torch.int64, "numerator_weighted": torch.float64, "d_hat": torch.float64, "l1": torch.float64}
+            self._scalars = {key: torch.full((), first.get(key, 0), dtype=kind, device=device) for key, kind in kinds.items()}
+            self._not_finite = torch.zeros((), dtype=torch.int64, device=device)
+            self._squares, self._dlr = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
+            self._never, self._one = torch.zeros((), device=device), torch.ones((), device=device)
+            self._coefficients = torch.zeros(len(self.param_groups), 16, device=device)
+            self._hypers: tuple[Any, Tensor] | None = None
+            self._launches = 0
+            self._handles: dict[str, Any] = {}
+            for group in self.param_groups:
+                group.update({key: self._scalars[key] for key in LEARNED if key in group})
+            worth_it = sum(segment.numel for segment in layout.segments) >= _WORTH_COMPILING[self.state_bits]
+            self._choose_engines(layout, compile=worth_it if self.compile is None else self.compile)
+            self._look_who_moved()
+        return self._layout
+
+    def _choose_engines(self, layout: Layout, *, compile: bool) -> None:
+        self._host = _on_host(layout.device)
+        self._engines: dict[Bank, TorchEngine | TritonEngine] = {}
+        weights = [group["layer_scale"] for group in self.param_groups]
+        for bank in layout.banks:
+            possible = self.compile is not False and bank.device.type in KERNEL_DEVICES and bank.dtype == torch.float32
+            if possible and works(bank.device, bank.weights, bank.bits, bank.every):
+                self._engines[bank] = TritonEngine(bank, self._coefficients)
+            else:
+                self._engines[bank] = TorchEngine(bank, compile, weights)
+        self._on_kernel = all(isinstance(engine, TritonEngine) for engine in self._engines.values())
+
+    def _look_who_moved(self) -> None:
+        """Find the parameters with s != 0, which is looked up on the host alone: elsewhere nothing decays in the first step."""
+        self._moved = {segment.index for segment, p in self._segments() if self._host and self.adapts and self.state[p]["s"].any()}
+
+    def _launched(self, name: str, programs: int, arguments: tuple[Any, ...], constants: Mapping[str, Any] | None = None) -> None:
+        self._launches += 1
+        if self._never.device.type != "meta":
+            launch(self._handles, name, programs, arguments, constants or {})
+
+    def _segments(self) -> Sequence[tuple[Segment, Tensor]]:
+        assert self._layout is not None
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        return list(zip(self._layout.segments, parameters, strict=True))
+
+    def _rates(self, hyper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return d * lr, the root of the second moment's correction, and the corrected rate, which is held by rate_max: 0-d, fp64."""
+        rate = self._scalars["d"] * hyper[0]
+        steps = (self._scalars["k"] + 1).double()
+        root = (1 - (steps * hyper[3]).exp()).sqrt()
+        return rate, root, (rate * root / (1 - (steps * hyper[2]).exp())).minimum(hyper[1])
+
+    def _hyper(self, lr: float) -> Tensor:
+        """Return 8 numbers of all groups, and for each 4 rows of 16: coefficients, and what they gain by dlr, d * lr and the root; fp64.
+
+        The numbers: lr, rate_max, logarithms of beta1 and beta2 (-inf where nothing is corrected), sqrt(beta2), growth_rate, d_max.
+        """
+        first = self.param_groups[0]
+        beta1, beta2 = first["betas"]
+        corrects = first["use_bias_correction"]
+        logarithms = [math.log(beta) if corrects and beta else -math.inf for beta in (beta1, beta2)]
+        values = [lr, first["rate_max"], *logarithms, math.sqrt(beta2), first["growth_rate"], first["d_max"], 0.0]
+        for group in self.param_groups:
+            rows: list[list[float]] = [[getattr(c, name, 0.0) for name in Coefficients._fields] for c in self.rows(group)]
+            values += [value for row in rows for value in [*row, *[0.0] * (16 - len(row))]]
+        if self._hypers is None or self._hypers[0] != values:
+            device = self._never.device
+            self._hypers = values, to_device(torch.tensor(values, dtype=torch.float64), device)
+        return self._hypers[1]
+
+    def rows(self, group: Mapping[str, Any]) -> list[Any]:
+        """Return coefficients, and what they gain by the corrected rate, by d * lr and by the root."""
+        raise NotImplementedError
+
+
+def _on_host(device: torch.device) -> bool:
+    """Return whether a number there can be looked at without waiting for a device."""
+    return device.type == "cpu"
