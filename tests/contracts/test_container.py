@@ -67,4 +67,9 @@ def test_the_image_has_what_the_program_asks_for():
     (base,) = argument("FROM")
     assert re.fullmatch(r"nvidia/cuda:13\.0\.\d+-base-ubuntu24\.04", base), "torch of the package index is built for CUDA 13.0"
     installed = " ".join(argument("RUN"))
-    assert "pip install" in installed and "-r requirements.txt" in installed and "gcc" in installed and "python3-dev" in installed
+    assert (
+        "pip install" in installed
+        and "--require-hashes -r requirements.lock" in installed
+        and "gcc" in installed
+        and "python3-dev" in installed
+    )
