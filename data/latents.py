@@ -21,7 +21,7 @@ from data.buckets import Bucket, buckets, nearest
 from data.errors import FileError
 from data.image import READING
 from data.index import Index, Record
-from data.regular import LARGEST_STATE, load_json, open_regular
+from data.regular import LARGEST_STATE, irregular, load_json, open_regular
 from data.replacing import clear_drafts, replacing
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ class DiskLatents:
 
     A moment's key is the content of the image file, the bucket, the flip and whatever else decides its pixels; the folder belongs
     to one VAE. A changed image has another key, so nothing stale is ever found. Files are written whole or not at all and never
-    changed; any of them may be deleted between runs.
+    changed; any of them may be deleted between runs. A file's name is the hash of its content: one whose bits have changed is deleted
+    before it is used.
 
     Args:
         folder: made when the first file is written.
@@ -130,7 +131,10 @@ class DiskLatents:
         self.contents = contents
         self.bad: dict[int, str] = {}
         """By record id, why an image has no moments."""
+        self.damaged = 0
+        """Files that were deleted because their content was not what had been written."""
         self._folder = folder
+        self._sound: set[str] = set()
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._began = time.monotonic()
@@ -143,8 +147,9 @@ class DiskLatents:
     def missing(self, wanted: Iterable[Entry]) -> list[Entry]:
         """Return which of `wanted` are still to be computed, in their order; of equal images one."""
         first: dict[str, Entry] = {}
-        for entry in wanted:
-            key = self._key(entry)
+        keys = {entry: self._key(entry) for entry in wanted}
+        self._verify({shard for key in keys.values() if key and (shard := self._shard_of.get(key))})
+        for entry, key in keys.items():
             if key not in self._shard_of:
                 first.setdefault(key or f"{entry}", entry)
         return list(first.values())
@@ -168,14 +173,15 @@ class DiskLatents:
         Raises:
             OSError: the disk is full, or the folder cannot be written to.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         if self._pending:
-            keys = "\n".join(sorted(self._pending))
-            name = hashlib.blake2b(keys.encode(), digest_size=16).hexdigest() + ".safetensors"
+            content = save(self._pending)
+            name = hashlib.blake2b(content, digest_size=16).hexdigest() + ".safetensors"
             with replacing(self._folder / name) as draft:
-                save_file(self._pending, draft)
+                draft.write_bytes(content)
             self._shard_of.update(dict.fromkeys(self._pending, name))
+            self._sound.add(name)
         self._pending, self._pending_bytes, self._began = {}, 0, time.monotonic()
 
     def read(self, entry: Entry) -> Tensor:
@@ -193,9 +199,32 @@ class DiskLatents:
         try:
             if shard not in self._opened:
                 self._opened[shard] = safe_open(self._folder / shard, framework="pt")
-            return self._opened[shard].get_tensor(key)
+            moments = self._opened[shard].get_tensor(key)
         except (OSError, SafetensorError) as error:
             raise FileError(f"its cached latents in {self._folder / shard} cannot be read any more ({error})") from error
+        if moments.shape != self.shape.of(entry.bucket):
+            raise FileError(f"its cached latents in {self._folder / shard} have the shape {tuple(moments.shape)}; delete the file")
+        return moments
+
+    def _verify(self, shards: set[str]) -> None:
+        """Delete and forget those of some files whose content is not what their name says."""
+
+        def is_sound(shard: str) -> bool:
+            try:
+                return content_of(self._folder / shard) == Path(shard).stem
+            except OSError:
+                return False
+
+        unknown = sorted(shards - self._sound)
+        with ThreadPoolExecutor(READERS) as pool:
+            sound = {shard for shard, right in zip(unknown, pool.map(is_sound, unknown), strict=True) if right}
+        self._sound |= sound
+        lost = set(unknown) - sound
+        for shard in lost:
+            (self._folder / shard).unlink(missing_ok=True)
+        self.damaged += len(lost)
+        if lost:
+            self._shard_of = {key: shard for key, shard in self._shard_of.items() if shard not in lost}
 
     def _key(self, entry: Entry) -> str | None:
         content = self.contents.get(entry.record)
@@ -210,9 +239,12 @@ class DiskLatents:
         found: dict[str, str] = {}
         for path in sorted(self._folder.glob("*.safetensors")):
             try:
+                if irregular(path):
+                    continue
                 with safe_open(path, framework="pt") as shard:
                     found.update(dict.fromkeys(shard.keys(), path.name))
             except SafetensorError:
+                self.damaged += 1
                 path.unlink(missing_ok=True)
             except OSError:
                 continue
@@ -269,7 +301,9 @@ def _remembered(memory: Path) -> dict[str, list[Any]]:
         known = load_json(memory, LARGEST_STATE)
     except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    if not isinstance(known, dict):
+        return {}
+    return {path: fact for path, fact in known.items() if isinstance(fact, list) and len(fact) == 4 and isinstance(fact[-1], str)}
 
 
 _ABSENT = "its latents were not computed"

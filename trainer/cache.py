@@ -153,6 +153,8 @@ def encode_images(
         _check_disk(folder, size)
     if len(missing) < len(plan.entries):
         tell(f"Latents of {len(plan.entries) - len(missing):,} of {len(plan.entries):,} images are in {place} already.")
+    if isinstance(latents, DiskLatents) and latents.damaged:
+        tell(f"Deleted {latents.damaged:,} damaged or outdated files of cached latents in {place}; their images are encoded again.")
     if missing:
         tell(f"Encoding {len(missing):,} images once: {size / 2**20:,.1f} MiB of latents, kept in {place}.")
     try:

@@ -149,6 +149,44 @@ def test_a_damaged_file_is_replaced_and_a_draft_is_not_read(folder, tmp_path, mo
     assert not disk(store, folder).missing(wanted)
 
 
+def test_a_file_with_a_flipped_bit_is_encoded_again(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents_module, "SHARD", 2 * 4 * 8 * 256)  # two images a file
+    store = tmp_path / "store"
+    wanted = filled(store, folder)
+    spoilt = sorted(store.glob("*.safetensors"))[0]
+    content = bytearray(spoilt.read_bytes())
+    content[-1] ^= 64
+    spoilt.write_bytes(content)
+    (store / "0.safetensors").write_bytes(content)  # not named for its content, as earlier versions wrote them
+    again = disk(store, folder)
+    lost = again.missing(wanted)
+    assert 1 <= len(lost) < len(wanted) and again.damaged == 1 and not spoilt.exists()
+    filled(store, folder)
+    sound = disk(store, folder)
+    assert not sound.missing(wanted) and not sound.damaged
+    for entry in wanted:
+        assert torch.equal(sound.read(entry), moments(entry))
+
+
+def test_moments_of_another_shape_cost_their_image_only(folder, tmp_path):
+    (entry, *_) = wanted = entries(build_index(options_of(folder)), options_of(folder))
+    latents = disk(tmp_path / "store", folder)
+    latents.add(entry, torch.zeros(8, 1, 1))
+    latents.flush()
+    again = disk(tmp_path / "store", folder)
+    assert again.missing(wanted) == wanted[1:]
+    with pytest.raises(FileError, match=r"have the shape \(8, 1, 1\)"):
+        again.read(entry)
+
+
+@pytest.mark.parametrize("facts", [5, ["x"], [1, 2, 3, 4], {}, None])
+def test_a_memory_of_contents_that_holds_nonsense_is_as_good_as_none(folder, tmp_path, facts):
+    records = build_index(options_of(folder)).records
+    memory = tmp_path / "contents.json"
+    memory.write_text(json.dumps({str(record.path): facts for record in records}))
+    assert contents_of(records, memory) == contents_of(records, tmp_path / "other.json")
+
+
 def test_a_vanished_file_costs_its_images_only(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(latents_module, "SHARD", 1)
     wanted = filled(tmp_path / "store", folder)
@@ -185,6 +223,8 @@ def test_a_killed_writer_leaves_whole_files(tmp_path):
         store = tmp_path / f"store {delay}"
         with subprocess.Popen([sys.executable, "-c", WRITER, str(store)], stdout=subprocess.PIPE) as writer:
             assert writer.stdout is not None and writer.stdout.readline() == b"ready\n"
+            while not list(store.glob("*.safetensors")):
+                time.sleep(0.001)
             time.sleep(delay)
             writer.send_signal(signal.SIGKILL)
         for path in store.glob("*.safetensors"):
