@@ -138,7 +138,8 @@ def save_single_file(models: Models, path: Path, dtype: torch.dtype = torch.floa
     """
     configs = _configs(models)
     prediction = configs["scheduler"].get("prediction_type", "epsilon")
-    side = configs["unet"]["sample_size"] * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+    size = configs["unet"]["sample_size"]
+    side = max(size if isinstance(size, (list, tuple)) else [size]) * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
     header = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",

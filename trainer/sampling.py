@@ -396,17 +396,26 @@ _GUIDANCE_RESCALE = 0.7
 
 
 def check_scheduler(prompts: SamplePrompts, scheduler_config: Mapping[str, Any]) -> None:
-    """Refuse a sampler that does not know the model's noise schedule.
+    """Refuse a sampler that does not know the model's noise schedule, or cannot be built from its settings.
 
     Raises:
-        UserError: the schedule ends in noise alone, and the sampler would draw with another one.
+        UserError: the schedule ends in noise alone, and the sampler would draw with another one; or the settings make no sense.
     """
-    if not scheduler_config.get("rescale_betas_zero_snr") or prompts.scheduler in _rescaling():
+    if scheduler_config.get("rescale_betas_zero_snr") and prompts.scheduler not in _rescaling():
+        raise UserError(
+            f"sample_prompts: scheduler {prompts.scheduler} does not know a noise schedule that ends in noise alone (zero-terminal SNR); "
+            f"use one of {', '.join(_rescaling())}."
+        )
+    try:
+        _sampler_of(prompts.scheduler, scheduler_config)
+    except ImportError:  # scipy, which the file of prompts was already checked for
         return
-    raise UserError(
-        f"sample_prompts: scheduler {prompts.scheduler} does not know a noise schedule that ends in noise alone (zero-terminal SNR); use "
-        f"one of {', '.join(_rescaling())}."
-    )
+    except Exception as error:  # diffusers raises what a wrong value happens to lead to
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"scheduler of the model: {prompts.scheduler} cannot sample with its settings ({reason}); download the model again, or name "
+            "another scheduler in sample_prompts."
+        ) from error
 
 
 def _rescaling() -> list[str]:
@@ -442,22 +451,27 @@ def pipeline_of(
     unet: Any, text_encoder: Any, vae: Any, tokenizer: Any, scheduler: Scheduler, config: Mapping[str, Any]
 ) -> StableDiffusionPipeline:
     """Return diffusers' pipeline of these networks with the sampler of that name; `config` is the model's own noise schedule."""
-    from diffusers import schedulers
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
-    kind, settings = _SCHEDULERS[scheduler]
-    # Configurations written for PNDM lack clip_sample, and DDIM's default would clip latents, which reach far beyond -1..1.
-    settings = {"set_alpha_to_one": False, **config, "clip_sample": False, "thresholding": False, **settings}
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=getattr(schedulers, kind).from_config(settings),
+        scheduler=_sampler_of(scheduler, config),
         safety_checker=None,  # type: ignore[arg-type]
         feature_extractor=None,  # type: ignore[arg-type]
         requires_safety_checker=False,
     )
+
+
+def _sampler_of(scheduler: Scheduler, config: Mapping[str, Any]) -> Any:
+    from diffusers import schedulers
+
+    kind, settings = _SCHEDULERS[scheduler]
+    # Configurations written for PNDM lack clip_sample, and DDIM's default would clip latents, which reach far beyond -1..1.
+    settings = {"set_alpha_to_one": False, **config, "clip_sample": False, "thresholding": False, **settings}
+    return getattr(schedulers, kind).from_config(settings)
 
 
 def _decode(vae: Any, latents_1CHW: Tensor) -> Image.Image:

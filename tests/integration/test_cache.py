@@ -78,7 +78,7 @@ def calls(monkeypatch):
 
     def counting(name, original):
         def call(self, first, *arguments, **keywords):
-            counted[name] += len(first)
+            counted[name] += 0 if first.is_meta else len(first)  # on the meta device a model is only tried out
             return original(self, first, *arguments, **keywords)
 
         return call

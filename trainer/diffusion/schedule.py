@@ -79,6 +79,11 @@ class NoiseSchedule:
                 "choose another base model."
             )
 
+    @property
+    def kept(self) -> Tensor:
+        """Return the share of the signal's variance that is left at each timestep, abar_T."""
+        return self._ddpm.alphas_cumprod
+
     def to(self, device: torch.device) -> NoiseSchedule:
         """Keep the table of alphas on `device`, so that no step copies it there."""
         self._ddpm.alphas_cumprod = self._ddpm.alphas_cumprod.to(device)

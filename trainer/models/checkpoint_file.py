@@ -8,7 +8,7 @@ epsilon from v-prediction, so where the file does not say it either, v-predictio
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from trainer.errors import UserError
 from trainer.models import sd2
 from trainer.models.load import Models
-from trainer.models.networks import SD2, SD15, Configs, empty_text_encoder, empty_unet, empty_vae, fill
+from trainer.models.networks import SD2, SD15, Configs, build, fill, first_line
 from trainer.models.single_file import OPEN_CLIP_PREFIX, SD2_WIDTH, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, from_original, layout
 from trainer.models.tensor_file import TensorFile
 from trainer.models.tokenizer import END, clip_tokenizer, tokenizer_from_text
@@ -33,7 +33,6 @@ ARCHITECTURE = "modelspec.architecture"
 SD2_NOISE, SD2_VELOCITY = "stable-diffusion-v2-512", "stable-diffusion-v2-768-v"
 """What the ModelSpec standard calls SD 2.x by what it predicts."""
 
-_EMPTY: dict[str, Callable[[Mapping[str, Any]], Any]] = {"unet": empty_unet, "vae": empty_vae, "text_encoder": empty_text_encoder}
 _BARE_TEXT_PREFIX = TEXT_PREFIX.removesuffix("text_model.")
 """Where files that were written with newer transformers have the text encoder."""
 
@@ -60,22 +59,22 @@ def read_file(path: Path, key: str, *, weights: bool) -> Models:
     if problem:
         raise UserError(f"{key}: {path} {problem}")
     configs = _configs(file)
-    second = configs.unet["cross_attention_dim"] == SD2_WIDTH
+    second = configs.unet.get("cross_attention_dim") == SD2_WIDTH
     known = (prefix for prefix in (OPEN_CLIP_PREFIX, TEXT_PREFIX) if any(name.startswith(prefix) for name in file))
     text_prefix = next(known, _BARE_TEXT_PREFIX)
     networks: dict[str, Any] = {}
     for network, prefix in (("unet", UNET_PREFIX), ("vae", VAE_PREFIX), ("text_encoder", text_prefix)):
         config = getattr(configs, network)
-        empty = _EMPTY[network](config)
-        problem = _misfit(file, network, config, empty, prefix)
+        empty = build(network, config, _named(file))
+        problem = _misfit(file, network, empty, prefix)
         if problem:
             raise UserError(f"{key}: {path} is not a Stable Diffusion {2 if second else 1}.x model: of its {network}, {problem}.")
         if weights:
-            fill(empty, from_original(file, network, config, empty, prefix))
+            fill(empty, from_original(file, network, empty.config, empty, prefix))
             empty.eval()
         networks[network] = empty
     if TOKENIZER in file.metadata:
-        tokenizer = tokenizer_from_text(file.metadata[TOKENIZER])
+        tokenizer = tokenizer_from_text(file.metadata[TOKENIZER], f"{file.path}: the header field {TOKENIZER}")
     else:
         tokenizer = clip_tokenizer(padding(configs.text_encoder.get("hidden_size")))
     notes = ()
@@ -106,16 +105,16 @@ def read_vae_file(path: Path, key: str, base: Mapping[str, Any], *, weights: boo
     configs: list[Mapping[str, Any]] = [_configs(file).vae] if CONFIGS in file.metadata else [SD15.vae, base]
     problems = []
     for config in configs:
-        empty = empty_vae(config)
+        empty = build("vae", config, _named(file))
         shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
         if {name.removeprefix(prefix): shape for name, shape in file.shapes.items() if name.startswith(prefix)} == shapes:
             state = {name: file[prefix + name].float() for name in shapes} if weights else None  # diffusers' own names
         else:
-            problem = _misfit(file, "vae", config, empty, prefix)
+            problem = _misfit(file, "vae", empty, prefix)
             if problem:
                 problems.append(problem)
                 continue
-            state = from_original(file, "vae", config, empty, prefix) if weights else None
+            state = from_original(file, "vae", empty.config, empty, prefix) if weights else None
         if state is not None:
             fill(empty, state)
             empty.eval()
@@ -188,9 +187,12 @@ def _reads(file: TensorFile) -> int | None:
 def _configs(file: TensorFile) -> Configs:
     if CONFIGS in file.metadata:
         try:
-            return Configs(**json.loads(file.metadata[CONFIGS]))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{file.path}: the header field {CONFIGS} is damaged ({error}); export the file again.") from error
+            configs = Configs(**json.loads(file.metadata[CONFIGS]))
+            if not all(isinstance(config, dict) for config in vars(configs).values()):
+                raise ValueError("a configuration is not an object")
+            return configs
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{_named(file)} is damaged ({first_line(error)}); export the file again.") from error
     kind, _ = prediction(file)
     if _reads(file) != SD2_WIDTH:
         return Configs(unet=SD15.unet, text_encoder=SD15.text_encoder, vae=SD15.vae, scheduler={**SD15.scheduler, "prediction_type": kind})
@@ -200,9 +202,16 @@ def _configs(file: TensorFile) -> Configs:
     return Configs(unet=unet, text_encoder=SD2.text_encoder, vae=vae, scheduler=sd2.BASE["scheduler"])
 
 
-def _misfit(file: TensorFile, network: str, config: Mapping[str, Any], empty: Any, prefix: str) -> str | None:
+def _named(file: TensorFile) -> str:
+    return f"{file.path}: the header field {CONFIGS}"
+
+
+def _misfit(file: TensorFile, network: str, empty: Any, prefix: str) -> str | None:
     """Return what keeps a network from being read from a file, None where every tensor is there in its shape."""
-    places = layout(network, config, empty.state_dict(), prefix=prefix)
+    try:
+        places = layout(network, empty.config, empty.state_dict(), prefix=prefix)
+    except (ValueError, LookupError) as error:
+        return first_line(error)
     shapes = {
         place.name: (place.shape, place.shape if place.third is not None else tuple(tensor.shape))
         for place, tensor in zip(places.values(), empty.state_dict().values(), strict=True)

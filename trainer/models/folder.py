@@ -9,21 +9,18 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
-
-import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from transformers import CLIPTextModel
+from typing import TYPE_CHECKING, Any
 
 from data.regular import load_json
 from trainer.contained import files_inside, inside
 from trainer.errors import UserError
 from trainer.models.load import Models
-from trainer.models.networks import empty_text_encoder, empty_unet, empty_vae
-from trainer.models.tensor_file import TensorFile, check_pickle, hostile
+from trainer.models.networks import build, fill
+from trainer.models.tensor_file import TensorFile
 from trainer.models.tokenizer import read_tokenizer
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 INDEX = "model_index.json"
 WEIGHTS = {
@@ -34,13 +31,14 @@ WEIGHTS = {
 """How each network's file begins, as .safetensors and as the older .bin."""
 
 _CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
-_READERS: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-_EMPTY: dict[str, Any] = {"unet": empty_unet, "vae": empty_vae, "text_encoder": empty_text_encoder}
 _OWN = (*WEIGHTS, "tokenizer", "scheduler")
 _BESIDE = {"safety_checker": "stable_diffusion", "feature_extractor": "transformers", "image_encoder": "transformers"}
 """The further parts that diffusers' StableDiffusionPipeline takes, and the library of each; others are not copied."""
 _RENAMED = {"CLIPFeatureExtractor": "CLIPImageProcessor"}
 """Classes of pipelines of 2022 that have another name since, with the same settings."""
+_RENAMED_TENSORS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_ATTENTION = re.compile(rf"(.*\.attentions\.\d+)\.({'|'.join(_RENAMED_TENSORS)})\.(weight|bias)")
+"""The VAE's attention as diffusers named its tensors until 2023."""
 _IS_WEIGHTS = re.compile(r"\.(safetensors|bin|msgpack|h5|onnx|pt|ckpt)$|\.(bin|\w+\.safetensors)\.index(\.\w+)?\.json$")
 _PRECISION = {"": 0, "fp32": 1, "bf16": 2, "fp16": 3, "non_ema": 9}
 """Which variant of the weights is taken where a folder holds several: plain ones first, weights without averaging last."""
@@ -50,7 +48,6 @@ _PRECISION = {"": 0, "fp32": 1, "bf16": 2, "fp16": 3, "non_ema": 9}
 class Choice:
     """One form of a network's weights among those in a folder."""
 
-    variant: str | None
     safe: bool
     files: tuple[str, ...]
 
@@ -136,7 +133,8 @@ def check_index(folder: Path, key: str, source: str | None = None) -> dict[str, 
             "2.x model."
         )
     for network, accepted in _CLASSES.items():
-        found = (index.get(network) or [None, None])[1]
+        entry = index.get(network)
+        found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if found != accepted:
             raise UserError(
                 f"{key}: {folder / INDEX} names {found or 'nothing'} as {network}; Stable Diffusion 1.x and 2.x have {accepted} there."
@@ -148,41 +146,38 @@ def read_network(folder: Path, network: str, key: str, *, weights: bool, weights
     """Load one network in fp32 (on the meta device without weights, which must be there unless they follow), or raise UserError."""
     files = files_inside(folder)
     config = read_json(folder / "config.json", key)
-    found = config.get("_class_name") or (config.get("architectures") or [_CLASSES[network]])[0]
+    names = config.get("architectures")
+    found = config.get("_class_name") or (names[0] if isinstance(names, list) and names else _CLASSES[network])
     if found != _CLASSES[network]:
         raise UserError(f"{key}: {folder} holds a {found}; {_CLASSES[network]} is the only class that is trained as {network}.")
     choice = choose_weights([path.name for path in files if path.parent == folder], network)
     if choice is None and not weights_follow:
         stem = WEIGHTS[network][0]
         raise UserError(f"{key}: {folder} holds no weights ({stem}.safetensors or the like); download the model again.")
-    if choice is None or not weights:
-        return _EMPTY[network](config)
-    for name in choice.files:
-        if name.endswith(".safetensors"):
-            TensorFile(folder / name)  # says plainly that a file is cut short, which the libraries do not
-        else:
-            check_pickle(folder / name)  # likewise
-    try:
-        loaded, notes = _READERS[network].from_pretrained(
-            str(folder),
-            dtype=torch.float32,
-            variant=choice.variant,
-            use_safetensors=choice.safe,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (UnpicklingError, EOFError) as error:
-        path = folder / choice.files[0]
-        raise UserError(hostile(path, error) or f"{path}: the file is damaged; download or copy it again.") from error
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{key}: {folder}: the weights do not fit config.json ({reason}); download the model again.") from error
-    missing = sorted(notes["missing_keys"])
-    if missing:  # the libraries would train random numbers in their place
+    empty = build(network, config, f"{key}: {folder / 'config.json'}")
+    if choice is None or not (weights or choice.safe):  # a .bin cannot be described without reading it whole
+        return empty
+    tensors = {_current(name): (file, name) for file in map(TensorFile, (folder / name for name in choice.files)) for name in file}
+    shapes = {name: (_current(name), tuple(tensor.shape)) for name, tensor in empty.state_dict().items()}
+    if missing := sorted(name for name, (known, _) in shapes.items() if known not in tensors):
         raise UserError(
             f"{key}: {folder}: {len(missing)} tensors are missing from the weights, {missing[0]} among them; download the model again."
         )
-    return loaded
+    for name, (known, shape) in shapes.items():
+        file, own = tensors[known]
+        if file.shapes[own] != shape:
+            problem = f"{name} is {file.shapes[own]} instead of {shape}"
+            raise UserError(f"{key}: {folder}: the weights do not fit config.json ({problem}); download the model again.")
+    if weights:
+        fill(empty, {name: tensors[known][0][tensors[known][1]].float() for name, (known, _) in shapes.items()})
+        empty.eval()
+    return empty
+
+
+def _current(name: str) -> str:
+    """Return the name that both old and new versions of a tensor's name become."""
+    match = _OLD_ATTENTION.fullmatch(name)
+    return f"{match[1]}.{_RENAMED_TENSORS[match[2]]}.{match[3]}" if match else name.removeprefix("text_model.")
 
 
 def choose_weights(names: Collection[str], network: str) -> Choice | None:
@@ -198,7 +193,7 @@ def choose_weights(names: Collection[str], network: str) -> Choice | None:
     if not found:
         return None
     best = min(found)
-    return Choice(best[2] or None, best[1] == 0, tuple(sorted(found[best])))
+    return Choice(best[1] == 0, tuple(sorted(found[best])))
 
 
 def read_json(path: Path, key: str) -> dict[str, Any]:

@@ -123,6 +123,7 @@ def _replace_vae(models: Models, name: str, *, weights: bool) -> None:
     from trainer.models.checkpoint_file import read_vae_file
     from trainer.models.folder import read_vae_folder
     from trainer.models.hub import cached_vae, fetch_vae
+    from trainer.models.trial import try_vae
 
     key = "vae"
     path = Path(name).expanduser()
@@ -139,6 +140,7 @@ def _replace_vae(models: Models, name: str, *, weights: bool) -> None:
             models.notes += (f"vae: {name} is not in the hub cache and is downloaded when training starts.",)
             return
         models.vae = read_vae_folder(folder, key, weights=weights)
+    try_vae(models.vae, f"{key}: {name}")
     after: Any = models.vae.config
     for what, old, new in (
         ("latent channels", before["latent_channels"], after["latent_channels"]),
@@ -169,7 +171,9 @@ def _assumed(name: str) -> Models:
 
 
 def _check(models: Models) -> None:
-    """Raise UserError unless the parts fit together and are of the kind that is trained."""
+    """Raise UserError unless the parts fit together, work, and are of the kind that is trained; complete what is left out."""
+    from trainer.models.trial import complete, try_model
+
     unet: Any = models.unet.config
     where = f"resume_ckpt: {models.source}"
     taken, made = unet["in_channels"], models.vae.config["latent_channels"]
@@ -192,6 +196,8 @@ def _check(models: Models) -> None:
     known = len(models.tokenizer)
     if known > entries:
         raise UserError(f"{where}: the tokenizer has {known} entries and the text encoder {entries}; the parts are of different models.")
+    complete(models, where)
+    try_model(models, where)
 
 
 def _check_kind(path: Path, key: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from trainer.errors import UserError
 from trainer.models import sd2, sd15
 
 
@@ -29,22 +31,80 @@ SD15 = Configs(unet=sd15.UNET, text_encoder=sd15.TEXT_ENCODER, vae=sd15.VAE, sch
 SD2 = Configs(unet=sd2.UNET, text_encoder=sd2.TEXT_ENCODER, vae=sd2.VAE, scheduler=sd2.SCHEDULER)
 
 
+_TEXT_KEYS = (*sd15.TEXT_ENCODER, "attention_dropout", "initializer_factor", "initializer_range")
+"""What a text encoder's configuration may say. Other keys choose attention code, quantization or files to load."""
+
+_COUNTS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")
+_MOST_LAYERS = 1000
+"""Levels times layers; 8 in SD 1.5's UNet, 12 in its text encoder."""
+
+_LARGEST = 1 << 24
+"""Of the numbers in a configuration; the largest in SD 1.5's is the vocabulary, 49,408."""
+
+
 def empty_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
     """Return the UNet on the meta device: shapes without weights."""
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config(dict(config))  # pyright: ignore[reportReturnType]
+        return UNet2DConditionModel.from_config(_known(UNet2DConditionModel, config))  # pyright: ignore[reportReturnType]
 
 
 def empty_vae(config: Mapping[str, Any]) -> AutoencoderKL:
     """Return the VAE on the meta device: shapes without weights."""
     with torch.device("meta"):
-        return AutoencoderKL.from_config(dict(config))  # pyright: ignore[reportReturnType]
+        return AutoencoderKL.from_config(_known(AutoencoderKL, config))  # pyright: ignore[reportReturnType]
 
 
 def empty_text_encoder(config: Mapping[str, Any]) -> CLIPTextModel:
     """Return the text encoder on the meta device: shapes without weights."""
     with torch.device("meta"):
-        return CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
+        return CLIPTextModel(CLIPTextConfig.from_dict({key: config[key] for key in _TEXT_KEYS if key in config}))
+
+
+EMPTY: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {"unet": empty_unet, "vae": empty_vae, "text_encoder": empty_text_encoder}
+
+
+def build(network: str, config: object, where: str) -> Any:
+    """Return a network on the meta device as a configuration of unknown origin describes it.
+
+    Args:
+        network: "unet", "vae" or "text_encoder".
+        config: of that network.
+        where: the place of the configuration, for messages.
+
+    Raises:
+        UserError: it describes no network of this kind, or an unreasonably large one.
+    """
+    problem = _problem(config)
+    if problem is None and isinstance(config, Mapping):
+        try:
+            return EMPTY[network](config)
+        except Exception as error:  # the libraries raise what a wrong value happens to lead to
+            problem = first_line(error)
+    raise UserError(f"{where} describes no {network} that can be built ({problem}); download the model again.")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _problem(config: object) -> str | None:
+    """Return why a configuration cannot be a network's, or None; building one of a million layers would take hours."""
+    if not isinstance(config, Mapping):
+        return "it is not an object"
+    layers = 1
+    for key, value in config.items():
+        numbers = [number for number in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(number, (int, float))]
+        if any(not -_LARGEST <= number <= _LARGEST for number in numbers):  # NaN too
+            return f"{key} is out of range"
+        layers *= max((1, *numbers)) if key in _COUNTS else 1
+    levels = max((len(value) for value in config.values() if isinstance(value, (list, tuple))), default=1)
+    return f"it has more than {_MOST_LAYERS:,} layers" if layers * max(1, levels) > _MOST_LAYERS else None
+
+
+def _known(kind: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a configuration that a class of diffusers takes; it would keep the others for every checkpoint."""
+    return {key: config[key] for key in inspect.signature(kind.__init__).parameters if key in config}
 
 
 def fill(network: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -39,7 +39,7 @@ _POINTER = "this is a Git LFS pointer, not the file itself; run `git lfs pull`, 
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """The tensors of a .safetensors or .ckpt file by name, each read when it is asked for.
+    """The tensors of a .safetensors, .ckpt or .bin file by name, each read when it is asked for.
 
     Attributes:
         path: the file.
@@ -65,7 +65,7 @@ class TensorFile(Mapping[str, Tensor]):
             raise UserError(f"{path}: the file cannot be read ({reason}); check disk and permissions, or download it again.") from error
 
     def _open(self, path: Path) -> None:
-        if path.suffix.lower() == ".ckpt":
+        if path.suffix.lower() in (".ckpt", ".bin"):
             tensors, self.global_step = _read_ckpt(path)
             self._tensors: Any = tensors
             self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
@@ -194,7 +194,7 @@ def _read_ckpt(path: Path) -> tuple[dict[str, Tensor], int | None]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises UnpicklingError, EOFError, RuntimeError and others, by what is broken
         advice = "download or copy it again, or get the .safetensors version"
-        damaged = f"{path}: the .ckpt file cannot be read as plain tensors ({_first_line(error)}); {advice}."
+        damaged = f"{path}: the {path.suffix} file cannot be read as plain tensors ({_first_line(error)}); {advice}."
         raise UserError(hostile(path, error) or damaged) from error
     content = content if isinstance(content, dict) else {}
     step = content.get("global_step")
@@ -202,7 +202,7 @@ def _read_ckpt(path: Path) -> tuple[dict[str, Tensor], int | None]:
     named = content.items() if isinstance(content, dict) else ()
     tensors = {name: tensor for name, tensor in named if isinstance(name, str) and isinstance(tensor, Tensor) and _is_plain(tensor)}
     if not tensors:
-        raise UserError(f"{path}: the .ckpt file holds no tensors; name a whole Stable Diffusion 1.x or 2.x checkpoint.")
+        raise UserError(f"{path}: the {path.suffix} file holds no tensors; name a whole Stable Diffusion 1.x or 2.x checkpoint.")
     return tensors, step if isinstance(step, int) else None
 
 

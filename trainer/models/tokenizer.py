@@ -9,18 +9,26 @@ from __future__ import annotations
 import gzip
 import json
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from transformers import CLIPTokenizer
 
+from data.regular import read_regular
 from trainer.contained import files_inside
 from trainer.errors import UserError
+from trainer.models.networks import first_line
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 TOKENS = 77
 """The length of CLIP's context, start and end token included."""
+
+_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_LARGEST = 64 << 20
+"""Bytes of one of them; CLIP's are of 4 MB at most."""
+_NUMBERS = ("bos_token_id", "eos_token_id", "pad_token_id", "model_max_length")
 
 _MERGES = Path(__file__).parent / "clip_vocabulary" / "merges.txt.gz"
 
@@ -38,19 +46,17 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
     Raises:
         UserError: the files are missing or damaged, or a link leads outside the folder.
     """
-    files_inside(folder)
-    if not (folder / "tokenizer.json").is_file() and not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
+    there = {path.name: path for path in files_inside(folder) if path.parent == folder and path.name in _FILES}
+    if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there.keys():
         raise UserError(
             f"{folder}: the tokenizer is missing: neither tokenizer.json nor vocab.json with merges.txt is there; "
             "copy the tokenizer folder of the model's base, or download the model again."
         )
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
-        raise UserError(f"{folder}: the tokenizer cannot be read ({_first_line(error)}); download the model again.") from error
-    if tokenizer.model_max_length > 1_000_000:  # the library's stand-in for "not said"
-        tokenizer.model_max_length = TOKENS
-    return tokenizer
+        files = {name: read_regular(path, _LARGEST) for name, path in there.items()}
+    except OSError as error:
+        raise UserError(f"{folder}: the tokenizer cannot be read ({error.strerror}); download the model again.") from error
+    return _from_files(files, f"{folder}: the tokenizer")
 
 
 def write_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
@@ -86,12 +92,47 @@ def tokenizer_to_text(tokenizer: CLIPTokenizer) -> str:
     return json.dumps(files, ensure_ascii=False, separators=(",", ":"))
 
 
-def tokenizer_from_text(text: str) -> CLIPTokenizer:
-    """Return the tokenizer that `tokenizer_to_text` described."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in json.loads(text).items():
-            (Path(folder) / Path(name).name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-        return read_tokenizer(Path(folder))
+def tokenizer_from_text(text: str, where: str = "the tokenizer") -> CLIPTokenizer:
+    """Return the tokenizer that `tokenizer_to_text` described.
+
+    Raises:
+        UserError: the text is damaged; the message calls it `where`.
+    """
+    try:
+        files = {name: json.dumps(content).encode() for name, content in json.loads(text).items() if name in _FILES}
+        if "tokenizer.json" not in files:
+            raise ValueError("it holds no tokenizer.json")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{where} cannot be read ({first_line(error)}); export the file again.") from error
+    return _from_files(files, where)
+
+
+def _from_files(files: Mapping[str, bytes], where: str) -> CLIPTokenizer:
+    """Return the tokenizer of files by name.
+
+    They are given to the library in a folder of their own, for their settings could name other files.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                (Path(folder) / name).write_bytes(_plain(content) if name == "tokenizer_config.json" else content)
+            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        if tokenizer.model_max_length > 1_000_000:  # the library's stand-in for "not said"
+            tokenizer.model_max_length = TOKENS
+        if not all(type(getattr(tokenizer, name)) is int for name in _NUMBERS) or tokenizer.model_max_length < 3:
+            raise ValueError("it lacks a start, an end, a padding or a length")
+        tokenizer("a photo of a cat")
+    except BaseException as error:  # the tokenizers library raises plain Exception, and panics outside of it
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{where} cannot be read ({first_line(error)}); download the model again.") from error
+    return tokenizer
+
+
+def _plain(content: bytes) -> bytes:
+    """Return tokenizer settings without those that name files or code."""
+    settings = json.loads(content)
+    return json.dumps({key: value for key, value in settings.items() if not key.endswith("_file") and key != "auto_map"}).encode()
 
 
 @cache
@@ -118,7 +159,3 @@ def _save(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 def _model(tokenizer: CLIPTokenizer) -> dict[str, Any]:
     return json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
