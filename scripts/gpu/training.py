@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ def training(job: Job, tell: Callable[[Result], None]) -> None:
         if images == setting.images:
             tell({"kind": "launches", "images": images, **_launches(steps)})
     if job.device == "cuda":
-        tell({"kind": "waits", "count": _waits(steps)})
+        tell({"kind": "waits", **_waits(steps)})
 
 
 def largest(job: Job, tell: Callable[[Result], None]) -> None:
@@ -97,8 +99,8 @@ def _launches(steps: Steps) -> Result:
     return {"launches": found["launches"], "busy": found["busy"], "cpu": cpu}
 
 
-def _waits(steps: Steps) -> int:
-    """Return how often one step waits for the device."""
+def _waits(steps: Steps) -> Result:
+    """Return how often one step waits for the device, and in which lines most often."""
     inputs = steps.inputs(0, steps.setting.images)
     steps.wait()
     with warnings.catch_warnings(record=True) as caught:
@@ -108,7 +110,9 @@ def _waits(steps: Steps) -> int:
             steps.step(inputs)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+    # Not the warning that this mode is a prototype, which torch gives once.
+    lines = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message))
+    return {"count": lines.total(), "where": [f"{line} ({count})" for line, count in lines.most_common(5)]}
 
 
 def _forget_peak(device: torch.device) -> None:
