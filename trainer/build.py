@@ -13,11 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.errors import UserError
+from trainer.errors import UserError, said
 from trainer.lock import locked
 from trainer.memory import cheapest_key, estimate, is_out_of_memory, memory_table, size_of_device, work_of
 from trainer.processes import Processes, connect
-from trainer.resume import Start, changes, check_same_run, describe, find_start, resume_command
+from trainer.resume import Start, changes, check_same_run, describe, find_start, restore_state, resume_command
 from trainer.run_folder import mark
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _train(
             raise UserError(_reader_killed(error)) from error
         if not is_out_of_memory(error):
             raise
-        raise UserError([f"Memory has run out before the first step ({_said(error)}).", cheapest_key(config)]) from error
+        raise UserError([f"Memory has run out before the first step ({said(error)}).", cheapest_key(config)]) from error
     console.start(total_steps=run.cadence.total_steps, first_step=run.state.step)
     failed = False
     try:
@@ -113,8 +113,8 @@ def _train(
             raise UserError(_reader_killed(error), exit_code=1) from error
         if not is_out_of_memory(error):
             raise
-        said = f"Memory has run out in step {run.state.step + 1} ({_said(error)}). Where it is:"
-        raise UserError([said, *memory_table(run), cheapest_key(config)], exit_code=1) from error
+        sentence = f"Memory has run out in step {run.state.step + 1} ({said(error)}). Where it is:"
+        raise UserError([sentence, *memory_table(run), cheapest_key(config)], exit_code=1) from error
     finally:
         console.close()
         run.loader.close()
@@ -139,12 +139,8 @@ def _is_of_killed_reader(error: Exception) -> bool:
 def _reader_killed(error: Exception) -> str:
     return (
         "a process that reads images was killed, most likely because memory ran out, main memory or a container's shared memory: set "
-        f"num_workers lower, 0 reads without such processes ({_said(error)})."
+        f"num_workers lower, 0 reads without such processes ({said(error)})."
     )
-
-
-def _said(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def closing(run: Run, command: str) -> list[str]:
@@ -224,7 +220,6 @@ def build_run(
     from trainer.optim.watch import AdaptationWatch
     from trainer.precision import resolve_precision
     from trainer.saving import Saver, Stateful
-    from trainer.state import read_state
     from trainer.validation import VALIDATION_LOSS, FixedLoss, Validation, split_images
 
     def find() -> Start:
@@ -338,9 +333,9 @@ def build_run(
     if precision.scaler is not None:
         stateful["scaler"] = precision.scaler
     if start.checkpoint is not None:
-        saved = read_state(start.checkpoint / "resume" / "training")
-        for name in stateful.keys() & saved.keys():
-            stateful[name].load_state_dict(saved[name])
+        restore_state(stateful, start.checkpoint)
+        if 0 < loader.steps_in(state.epoch) <= state.step_in_epoch:
+            raise UserError(f"{start.checkpoint}: its counts are not those of a run on these images; choose another checkpoint.")
 
     folder = start.run or processes.first(lambda: make_folder(config))
     loggers, beside_notes = Loggers([]), []

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.disk import appearing
 from trainer.errors import UserError
+from trainer.state import as_kind
 
 if TYPE_CHECKING:
     from trainer.checkpoint import TrainState
@@ -104,7 +105,7 @@ class Card:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        self._origin = Origin(**state)
+        self._origin = as_kind(Origin, state)
 
     def write(self, folder: Path, samples: Path) -> None:
         """Write the page and its two pictures into a checkpoint's folder, in the place of older ones.
@@ -223,5 +224,5 @@ def _header(path: Path) -> Mapping[str, Any]:
 
     try:
         return (metadata_load(path) if path.is_file() else None) or {}
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}

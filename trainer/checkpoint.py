@@ -25,8 +25,9 @@ from annotated_types import Ge, Gt
 from data.regular import LARGEST_STATE, load_json, open_regular
 from trainer.contained import files_inside, inside
 from trainer.disk import appearing, drop, restore
-from trainer.errors import UserError
+from trainer.errors import UserError, said
 from trainer.lock import is_free
+from trainer.state import as_kind
 
 MANIFEST = "manifest.json"
 RESUME = "resume"
@@ -184,9 +185,13 @@ def read_resume(folder: Path) -> tuple[TrainState, dict[str, Any]]:
     path = folder / RESUME / "state.json"
     try:
         saved = load_json(path, LARGEST_STATE)
-        return TrainState(**saved["state"]), saved["about"]
+        state, about = as_kind(TrainState, saved["state"]), saved["about"]
+        as_kind(tuple[dict, dict, int, int], (about["same"], about["config"], about["total_steps"], about["same"]["seed"]))
+        if min(state.step, state.epoch, state.step_in_epoch, state.images) < 0:
+            raise ValueError("a count is negative")
+        return state, about
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: the state of the run cannot be read ({error}); choose another checkpoint.") from error
+        raise UserError(f"{path}: the state of the run cannot be read ({said(error)}); choose another checkpoint.") from error
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.state import as_kind
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -57,7 +59,7 @@ class Curves:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned; curves that are not drawn any more are dropped."""
         for tag in self._points:
-            self._points[tag] = [list(point) for point in state.get(tag, [])]
+            self._points[tag] = [list(point) for point in as_kind(list[tuple[int, float]], state.get(tag, []))]
 
     @property
     def begun(self) -> bool:

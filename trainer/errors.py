@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def said(error: Exception) -> str:
+    """Return what an error says in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class UserError(Exception):
     """Stop with plain sentences: something in the configuration, the data or the environment must change.
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from trainer.state import as_kind
+
 PATIENCE = 3
 """Evaluations in a row above the lowest value before that means anything."""
 
@@ -116,9 +118,9 @@ class LossWatch:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        self._validation = _Low(**state["validation"]) if state["validation"] and state["held_out"] == self._held_out else None
-        self._fixed = _Low(**state["fixed"]) if state["fixed"] else None
-        self._batches, self._means = list(state["batches"]), list(state["means"])
+        self._validation = as_kind(_Low, state["validation"]) if state["validation"] and state["held_out"] == self._held_out else None
+        self._fixed = as_kind(_Low, state["fixed"]) if state["fixed"] else None
+        self._batches, self._means = as_kind(list[float], state["batches"]), as_kind(list[float], state["means"])
 
 
 def _follow(low: _Low | None, now: _Low) -> _Low:

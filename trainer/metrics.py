@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from trainer.state import as_kind
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -116,10 +118,10 @@ class Meter:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        self._window = {tag: (total, weight) for tag, (total, weight) in state["window"].items()}
-        self._epoch = {tag: (total, weight) for tag, (total, weight) in state["epoch"].items()}
-        self._totals = dict(state["totals"])
-        self._epoch_seconds = state["epoch_seconds"]
+        self._window = as_kind(dict[str, tuple[float, float]], state["window"])
+        self._epoch = as_kind(dict[str, tuple[float, float]], state["epoch"])
+        self._totals = as_kind(dict[str, float], state["totals"])
+        self._epoch_seconds = as_kind(float, state["epoch_seconds"])
         self._start_window()
         self._epoch_since = self._since
 

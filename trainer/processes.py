@@ -10,6 +10,7 @@ Nothing waits for a device here: what processes tell each other travels through 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -279,17 +280,17 @@ class Processes:
 
 def launched() -> int:
     """Return how many processes were launched to train as one, by accelerate or torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    return _number("WORLD_SIZE", 1) if "LOCAL_RANK" in os.environ else 1
 
 
 def rank() -> int:
     """Return this process's number among those that were launched."""
-    return int(os.environ.get("RANK", "0")) if launched() > 1 else 0
+    return _number("RANK", 0) if launched() > 1 else 0
 
 
 def rank_on_machine() -> int:
     """Return this process's number among those of its machine; number 0 shows what goes wrong before they are connected."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if launched() > 1 else 0
+    return _number("LOCAL_RANK", 0) if launched() > 1 else 0
 
 
 def expected(gpuid: int) -> Processes:
@@ -300,7 +301,7 @@ def expected(gpuid: int) -> Processes:
     """
     import torch
 
-    _refuse_sharding()
+    _check_launcher()
     count, notes = launched(), _notes()
     if count == 1:
         return Processes(device=_own_device(gpuid, notes), notes=notes)
@@ -321,7 +322,7 @@ def connect(gpuid: int, signals: StopSignals) -> Processes:
     import torch
     from accelerate import PartialState
 
-    _refuse_sharding()
+    _check_launcher()
     count, notes = launched(), _notes()
     if count == 1:
         return Processes(device=_own_device(gpuid, notes), notes=notes, signals=signals)
@@ -382,7 +383,7 @@ def _own_device(gpuid: int, notes: list[str]) -> torch.device:
 def _on_machine(count: int) -> int:
     import torch
 
-    on_machine, devices = int(os.environ.get("LOCAL_WORLD_SIZE", count)), torch.cuda.device_count()
+    on_machine, devices = _number("LOCAL_WORLD_SIZE", count), torch.cuda.device_count()
     if devices and on_machine > devices and not _flag("ACCELERATE_USE_CPU"):
         raise UserError(
             f"{on_machine} processes were launched on this machine, and it has {devices} CUDA device(s), one for each process; launch at "
@@ -391,7 +392,19 @@ def _on_machine(count: int) -> int:
     return on_machine
 
 
-def _refuse_sharding() -> None:
+def _number(variable: str, default: int) -> int:
+    """Return what a launcher has set, the default where it is no number: `_check_launcher` refuses that."""
+    value = os.environ.get(variable, "")
+    return int(value) if re.fullmatch("[0-9]{1,6}", value) else default
+
+
+def _check_launcher() -> None:
+    for variable, least in {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
+        if variable in os.environ and _number(variable, -1) < least:
+            raise UserError(
+                f"the environment variable {variable} must be a whole number, at least {least}; it is {os.environ[variable]!r}: unset it, "
+                "or start with torchrun or accelerate launch."
+            )
     for variable, name in _SHARDING.items():
         if _flag(variable):
             raise UserError(

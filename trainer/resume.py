@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.replacing import WINDOWS
-from trainer.checkpoint import RUN, TrainState, find_last, is_checkpoint, newest_of, read_resume, require_resumable
+from trainer.checkpoint import RESUME, RUN, TrainState, find_last, is_checkpoint, newest_of, read_resume, require_resumable
 from trainer.config import FORMAT, clip_skip_of_format_1, flattened
-from trainer.errors import UserError
+from trainer.errors import UserError, said
 from trainer.models.lora import read_base
 from trainer.run_folder import run_of
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from data.index import Index
     from trainer.config import TrainConfig
     from trainer.models.trainable import TrainedParts
+    from trainer.saving import Stateful
 
 _NEW_RUN = "or start a new run from its weights with --resume_weights_only"
 
@@ -86,6 +87,32 @@ def find_start(config: TrainConfig, *, weights_only: bool) -> Start:
     if run is None:
         notes.append(f"{folder} lies outside the folder of its run, so the resumed run gets a new one in {config.logging.logdir}")
     return Start(model, folder, run, state, adapter, about, [*notes, *_migrate(about)])
+
+
+def restore_state(parts: Mapping[str, Stateful], checkpoint: Path) -> None:
+    """Give the parts of a resumed run their state from a checkpoint that has been found whole.
+
+    Raises:
+        UserError: the state is not there, or not of such parts.
+    """
+    from safetensors import SafetensorError
+
+    from trainer.state import read_state
+
+    path = checkpoint / RESUME / "training.json"
+    problem = ""
+    try:
+        saved = read_state(path.with_suffix(""))
+        problem = next((f"it holds none of the {name}" for name in ("optimizers", "meter") if name not in saved), "")
+        for name in parts.keys() & saved.keys():
+            parts[name].load_state_dict(saved[name])
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        problem = said(error)
+    if problem:
+        raise UserError(
+            f"{path}: the state of the run cannot be used ({problem}); choose another checkpoint, or start a new run from its weights with "
+            "--resume_weights_only."
+        )
 
 
 def _migrate(about: dict[str, Any]) -> list[str]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from data.regular import LARGEST_STATE, load_json
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 _TENSOR = "$tensor"
 _TUPLE = "$tuple"
@@ -39,6 +41,21 @@ def read_state(path: Path) -> Any:
     tree = load_json(path.with_suffix(".json"), LARGEST_STATE)
     with safe_open(path.with_suffix(".safetensors"), framework="pt") as file:
         return _from_tree(tree, file)
+
+
+def as_kind(kind: type[T], value: Any) -> T:
+    """Return saved state as the type that it was saved from: a dataclass, or dicts, lists and tuples of numbers.
+
+    Raises:
+        ValueError: it is nothing of the kind.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from error
 
 
 def size_of_state(state: Any) -> int:

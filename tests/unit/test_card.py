@@ -19,7 +19,7 @@ def test_the_licence_of_a_base_is_told_only_where_it_is_known(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     assert origin_of(str(folder)) == Origin("model")
-    for text in ("no header", "---\nlicense: [1\n---\n", "---\nlicense: 3\n---\n", "---\n- a\n---\n"):
+    for text in ("no header", "---\nlicense: [1\n---\n", "---\nlicense: 3\n---\n", "---\n- a\n---\n", f"---\na: {'[' * 5000}\n---\n"):
         (folder / PAGE).write_text(text)
         assert origin_of(str(folder)) == Origin("model"), text
     for said, license_ in (("", None), ("CreativeML Open RAIL-M", OPENRAIL), ("CreativeML Open RAIL++-M", None), ("my own", None)):

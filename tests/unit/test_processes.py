@@ -53,6 +53,18 @@ def test_the_world_of_a_cluster_is_no_launched_process(environment):
 
 
 @pytest.mark.parametrize(
+    ("variable", "value"),
+    [("WORLD_SIZE", "x"), ("WORLD_SIZE", "0"), ("RANK", "-1"), ("LOCAL_RANK", ""), ("LOCAL_WORLD_SIZE", "9" * 5000)],
+)
+def test_what_no_launcher_sets_is_refused(environment, variable, value):
+    environment(**{"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", variable: value})
+    assert rank_on_machine() == 0, "whoever shows the error"
+    for connects in (lambda: connect(0, StopSignals()), lambda: expected(0)):
+        with pytest.raises(UserError, match=f"the environment variable {variable} must be a whole number, at least"):
+            connects()
+
+
+@pytest.mark.parametrize(
     ("variable", "name"),
     [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "M")],
 )

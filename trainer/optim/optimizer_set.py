@@ -193,6 +193,8 @@ def _laid_out_like(parameter: nn.Parameter, value: Any) -> Any:
 
     if isinstance(value, dict):
         return {key: _laid_out_like(parameter, item) for key, item in value.items()}
+    if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape != parameter.shape:
+        raise ValueError(f"state of {tuple(value.shape)} beside weights of {tuple(parameter.shape)}")
     if isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
         return torch.empty_strided(parameter.shape, parameter.stride(), dtype=value.dtype, device=value.device).copy_(value)
     return value

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from trainer.state import as_kind
+
 if TYPE_CHECKING:
     from trainer.optim.dadapt import EstimateOptions
 
@@ -135,6 +137,4 @@ class AdaptationWatch:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        for network, course in self._courses.items():
-            if network in state:
-                vars(course).update(state[network])
+        self._courses |= {network: as_kind(_Course, state[network]) for network in self._courses if network in state}
