@@ -14,7 +14,7 @@ from scripts.gpu.page import page, ratios, training_rows
 from scripts.gpu.worker import Workers
 
 SIMILAR = [f"{kind} {name}" for kind in ("epochs", "training", "largest") for name in gpu_report.OPTIMIZERS]
-TRIED = {"epochs dadapt_adam8bit+fused", "training dadapt_adam_reference", "largest dadapt_adam8bit+fused"}
+TRIED = {"epochs dadapt_adam8bit+fused", "training dadapt_adam_reference", "largest adamw8bit"}
 """Of the steps that differ by the optimizer alone, those that the test takes."""
 
 
@@ -36,6 +36,7 @@ def test_every_step_runs_on_the_cpu(tmp_path, capsys, on_the_cpu):
         assert f"## {title}" in text
     assert "its numbers say nothing about a GPU" in text and "(comparison.png)" in text
     assert len(Image.open(tmp_path / "comparison.png").convert("RGB").getcolors(1 << 20)) > 10
+    assert all(result["grown"] > 2 for result in report["steps"]["agreement"]["results"]), "d moved, so it was compared"
     equal = [result for result in report["steps"]["resumed"]["results"] if result["kind"] == "equality"]
     assert [result["differing"] for result in equal] == [0, 0] and equal[0]["tensors"] > 100
 
