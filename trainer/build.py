@@ -404,6 +404,7 @@ def build_run(
             total_steps=total_steps,
             stop_after_steps=config.loop.stop_after_steps,
         ),
+        images_per_step=images_per_step(config, processes),
         epochs=config.loop.max_epochs,
         steps_in=cache(loader.steps_in),
         clip=config.gradients.clip_grad_norm,

@@ -82,6 +82,8 @@ class Run:
     loader: StepLoader
     precision: Precision
     cadence: Cadence
+    images_per_step: int
+    """Images of a full step over all processes."""
     epochs: int
     """Epochs of the whole run."""
     steps_in: Callable[[int], int]
@@ -182,6 +184,7 @@ def make_steps(run: Run) -> None:
                         run.optimizers,
                         step=state.step,
                         images=images,
+                        nominal=run.images_per_step,
                         autocast=run.precision.autocast,
                         scaler=run.precision.scaler,
                         clip=run.clip,

@@ -39,6 +39,7 @@ def train_step(
     *,
     step: int,
     images: int,
+    nominal: int | None = None,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     scaler: torch.amp.GradScaler | None = None,
     clip: float | None = None,
@@ -49,13 +50,16 @@ def train_step(
     Args:
         micro_batches: this process's share of the step, on the device.
         step: the optimizer step, counted from 0, for the learning rates.
-        images: images of the step over all processes; every image counts 1/images, whatever micro-batch it is in.
+        images: images of the step over all processes.
+        nominal: images of a full step, None for `images`. Every image counts 1/nominal: no more in a bucket's last short step
+            than elsewhere.
         autocast: the context in which the networks compute.
         scaler: fp16's loss scaler.
         clip: norm to clip each network's gradient to.
         processes: how many processes train; their gradients are averaged by the wrapped networks.
     """
     optimizers.set_rates(step)
+    nominal = nominal or images
     total = None
     for number, inputs in enumerate(micro_batches):
         last = number == len(micro_batches) - 1
@@ -64,7 +68,7 @@ def train_step(
                 for network in (networks.unet, networks.text_encoder):
                     stack.enter_context(getattr(network, "no_sync", nullcontext)())
             loss_B = objective.losses(networks, inputs, autocast)
-            loss = (loss_B * inputs.scale_B).sum() * (processes / images)
+            loss = (loss_B * inputs.scale_B).sum() * (processes / nominal)
             optimizers.gate(loss)  # those that step inside backward cannot wait for the gradients
             (loss if scaler is None else scaler.scale(loss)).backward()
         total = loss.detach() if total is None else total + loss.detach()
@@ -79,4 +83,4 @@ def train_step(
     if scaler is not None:
         scaler.update()
     optimizers.zero_grad()
-    return StepResult(loss=total, norms=norms, skipped=found_inf)
+    return StepResult(loss=total * (nominal / images), norms=norms, skipped=found_inf)

@@ -154,6 +154,28 @@ def test_micro_batches_change_neither_loss_nor_gradient():
             assert (others[network] - gradient).norm() < 1e-4 * gradient.norm(), (cut, network)
 
 
+@pytest.mark.parametrize("scaled", [False, True], ids=["fp32", "loss scale"])
+def test_an_image_of_a_short_step_counts_as_one_of_a_full_step(scaled):
+    """The gradients of a full step are the sum of those of its images, each in a step of its own; so are the losses on the mean."""
+    norms, losses, gradients = [], [], []
+    for positions in (range(4), [0], [1], [2], [3]):
+        networks, objective, optimizers = _setup()
+        kept = []
+        optimizers.step = lambda found_inf, o=optimizers, k=kept: k.extend(  # type: ignore[method-assign]
+            p.grad.reshape(-1) for p in o.parameters["unet"] if p.grad is not None
+        )
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8) if scaled else None
+        inputs = objective.draw(_batch(positions))
+        result = train_step([inputs], networks, objective, optimizers, step=0, images=len(positions), nominal=4, scaler=scaler)
+        norms.append(result.norms["unet"])
+        losses.append(result.loss)
+        gradients.append(torch.cat(kept))
+    whole, *parts = gradients
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.stack(losses[1:]).mean(), losses[0], rtol=1e-5, atol=0)
+    assert all(norm < norms[0] for norm in norms[1:])
+
+
 def test_draws_are_equal_whatever_the_cut():
     _, objective, _ = _setup()
     whole = objective.draw(_batch(range(4)))

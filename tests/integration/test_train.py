@@ -299,3 +299,21 @@ def test_a_batch_larger_than_the_data_is_a_note(workplace, capsys):
     write(workplace, DADAPT, batch_size=16, max_epochs=1)
     assert train.main([]) == 0
     assert "batch_size 16 is larger than the number of images, 5" in capsys.readouterr().out
+
+
+def test_every_image_counts_the_same_also_in_a_short_step(workplace, monkeypatch):
+    from trainer.diffusion.objective import Objective
+
+    real, weights = Objective.losses, []
+
+    def losses(self, networks, inputs, autocast):
+        loss_B = real(self, networks, inputs, autocast)
+        if loss_B.requires_grad:
+            loss_B.register_hook(lambda gradient: weights.append(gradient.tolist()))
+        return loss_B
+
+    monkeypatch.setattr(Objective, "losses", losses)
+    write(workplace, DADAPT, batch_size=4, max_epochs=1, fixed_loss_images=0, first_samples=False, flip_p=0.0)
+    assert train.main([]) == 0
+    assert sorted(map(len, weights)) == [1, 4]
+    assert {weight for step in weights for weight in step} == {0.25}
