@@ -221,8 +221,10 @@ class _Trace:
         from trainer.diffusion.objective import Networks
 
         with torch.no_grad():
+            if not self._work.latents_kept:
+                self._encode()  # once for all timesteps
             networks = Networks(self._models.unet, self._models.text_encoder, self._models.vae)
-            self._objective().losses(networks, self._inputs(self._work.evaluated), self._device.autocast)
+            self._objective().losses(networks, self._inputs(self._work.evaluated, encoded=True), self._device.autocast)
 
     def _draw(self) -> None:
         assert self._work.sample is not None
@@ -238,13 +240,13 @@ class _Trace:
 
         return make_objective(self._config, self._models, self._parts)
 
-    def _inputs(self, images: int) -> Any:
+    def _inputs(self, images: int, encoded: bool = False) -> Any:
         from trainer.diffusion.objective import Inputs
 
         work = self._work
         width, height = work.size
         latents = (images, 4, height // 8, width // 8)
-        kept = work.latents_kept
+        kept = work.latents_kept or encoded
         return Inputs(
             pixels_BCHW=None if kept else torch.empty(images, 3, height, width, device=_META),
             tokens_BT=torch.zeros(images, self._tokens(), dtype=torch.int64, device=_META),

@@ -186,7 +186,7 @@ class FixedLoss:
     def __init__(self, batches: Sequence[Batch], objective: Objective, keys: Sequence[tuple[int, ...]] | None = None) -> None:
         start, end = objective.options.timestep_start, objective.options.timestep_end
         self._timesteps = [int(start + (end - start) * (part + 0.5) / TIMESTEPS) for part in range(TIMESTEPS)]
-        self._batches = tuple(batches)
+        self._batches = list(batches)
         self._objective = objective
         self._keys = keys
 
@@ -197,7 +197,7 @@ class FixedLoss:
         device: torch.device,
         check: Callable[[], None] = lambda: None,
     ) -> Measured:
-        """Return the mean loss over images and timesteps; synchronises once.
+        """Return the mean loss over images and timesteps; synchronises once. The first time encodes the images, one batch at a time.
 
         Args:
             networks: as they train.
@@ -208,12 +208,16 @@ class FixedLoss:
         import torch
 
         from trainer.diffusion.loss import image_losses
+        from trainer.diffusion.moments import encode_pixels
         from trainer.diffusion.objective import Inputs
 
         sums, images = [], 0
         with torch.no_grad():
-            for batch in self._batches:
+            for number, batch in enumerate(self._batches):
                 check()
+                if batch.pixels_BCHW is not None:
+                    moments = encode_pixels(networks.vae, batch.pixels_BCHW.to(device), autocast).cpu()
+                    batch = self._batches[number] = replace(batch, pixels_BCHW=None, moments_BCHW=moments)
                 keys = [(record,) if self._keys is None else self._keys[record] for record in batch.records]
                 parts = [
                     self._objective.place(batch, [(EVALUATION, part, *key) for key in keys], [t] * len(batch))

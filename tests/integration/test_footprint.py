@@ -169,6 +169,13 @@ def test_what_is_kept_beside_training_counts(models):
     assert step(once, models, CUDA, replace(work, images=16)).total < step(config, models, CUDA, replace(work, images=16)).total
 
 
+def test_the_fixed_noise_loss_encodes_one_image_at_a_time_as_the_encoding_of_latents_does(models):
+    work = Work(size=(512, 512), images=1, evaluated=4)
+    _, fixed = footprint(options(), models, CUDA, work)
+    encoding, _, _ = footprint(options(), models, CUDA, replace(work, latents_kept=True))
+    assert of(fixed, ACTIVATIONS) == pytest.approx(of(encoding, ACTIVATIONS), rel=0.05)
+
+
 def test_the_changes_proposed_come_in_their_order_and_end_where_it_fits(models):
     config = options("adamw")
     work = Work(size=(256, 256), images=4)

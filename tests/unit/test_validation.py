@@ -221,6 +221,19 @@ def models():
     return tiny_models()
 
 
+def objective_of(models, **options):
+    return Objective(
+        ObjectiveOptions(**options),
+        NoiseSchedule(models.scheduler_config),
+        seed=1,
+        latent_channels=4,
+        latent_factor=8,
+        scaling_factor=0.18215,
+        context_width=16,
+        train_text_encoder=True,
+    )
+
+
 def measured(models, folder, size=1, record=None, **options):
     """Return the losses of the images in a folder, `size` at a time, and their batches."""
     data = DataOptions(data_root=str(folder), resolution=64)
@@ -231,16 +244,7 @@ def measured(models, folder, size=1, record=None, **options):
         return replace(batch, pixels_BCHW=None, moments_BCHW=encode_pixels(models.vae, batch.pixels_BCHW, CPU.autocast))
 
     batches = held_out_batches(images, len(index.records), size, encode)
-    objective = Objective(
-        ObjectiveOptions(**options),
-        NoiseSchedule(models.scheduler_config),
-        seed=1,
-        latent_channels=4,
-        latent_factor=8,
-        scaling_factor=0.18215,
-        context_width=16,
-        train_text_encoder=True,
-    )
+    objective = objective_of(models, **options)
     if record is not None:
         predict = objective.predict
         objective.predict = lambda networks, inputs, autocast: record.append(inputs) or predict(networks, inputs, autocast)  # type: ignore[method-assign]
@@ -256,6 +260,20 @@ def test_a_loss_is_the_same_again_whatever_the_batches(models, tmp_path):
     together, batches = measured(models, folder, size=3)
     assert sorted(len(batch) for batch in batches) == [2, 3], "two sizes of latents"
     assert together.loss == pytest.approx(one.loss, rel=1e-5)
+
+
+def test_an_image_is_encoded_once_and_alone_whatever_is_measured(models, tmp_path, monkeypatch):
+    folder = pictures(tmp_path / "pictures", 3)
+    expected, _ = measured(models, folder)
+    encode, rows = models.vae.encode, []
+    monkeypatch.setattr(models.vae, "encode", lambda pixels: rows.append(len(pixels)) or encode(pixels))
+    data = DataOptions(data_root=str(folder), resolution=64)
+    index = build_index(data)
+    images = Images(index, data, tokenize=Tokenize(models.tokenizer), seed=1)
+    loss = FixedLoss(images.plain(range(3)), objective_of(models), [(555, int(name.removesuffix(".png"))) for name in names(index)])
+    networks = Networks(models.unet, models.text_encoder, models.vae)
+    assert [loss.measure(networks, CPU.autocast, CPU.device) for _ in range(2)] == [expected] * 2
+    assert rows == [1, 1, 1]
 
 
 def test_an_images_noise_and_timesteps_are_its_own(models, tmp_path):
