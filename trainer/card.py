@@ -41,6 +41,13 @@ class Origin:
     license: str | None = None
     """The hub's name of its licence."""
 
+    def __post_init__(self) -> None:
+        """Drop what is no id and no name of the hub: both come from the base's files, which anyone may have written."""
+        for field, pattern in (("hub", r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?"), ("license", r"[a-z0-9.+-]+")):
+            value = getattr(self, field)
+            if not isinstance(value, str) or not re.fullmatch(pattern, value):
+                object.__setattr__(self, field, None)
+
 
 def origin_of(model: str) -> Origin:
     """Return what is known of a model: a hub id, a folder with a card, or a .safetensors file whose header names its licence.
@@ -52,7 +59,7 @@ def origin_of(model: str) -> Origin:
     if path.is_dir():
         card = _header(path / PAGE)
         base, license_ = card.get("base_model"), card.get("license")
-        return Origin(path.resolve().name, base if isinstance(base, str) else None, license_ if isinstance(license_, str) else None)
+        return Origin(path.resolve().name, base, license_)
     if path.is_file():
         from trainer.models.tensor_file import read_metadata
 
@@ -143,14 +150,22 @@ class Card:
         known |= {"base_model": origin.hub, "base_model_relation": kind} if origin.hub else {}
         header = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **known).to_yaml().strip()
         what = "A LoRA for" if self._lora else "Fine-tuned from"
-        began = f"[{origin.hub}](https://huggingface.co/{origin.hub})" if origin.hub == origin.name else f"`{origin.name}`"
+        began = f"[{origin.hub}](https://huggingface.co/{origin.hub})" if origin.hub == origin.name else _code(origin.name)
         made_from = f", which was made from {origin.hub}" if origin.hub not in (None, origin.name) else ""
+        rows = [f"| {_text(name)} | {_text(text)} |" for name, text in [*self._plan, *self._numbers()]]
         lines = [
-            *("---", header, "---", "", f"# {self._project}", ""),
+            *("---", header, "---", "", f"# {_text(self._project)}", ""),
             f"{what} {began}{made_from}: {self._state.step:,} of {self._total:,} steps, {self._state.images:,} images.",
             *([] if sampled is None else ["", f"![samples of step {sampled}]({SAMPLES})"]),
             *("", "## Use", "", "```python", *self._use(), "```"),
-            *("", "## Training", "", "| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in [*self._plan, *self._numbers()])),
+            *(
+                "",
+                "## Training",
+                "",
+                "| | |",
+                "|---|---|",
+                *rows,
+            ),
             *(["", f"![curves of the run]({CURVES})"] if drawn else []),
         ]
         for name, text in self._files.items():
@@ -174,7 +189,7 @@ class Card:
             return [*lines, f'pipeline = StableDiffusionPipeline.from_pretrained("YOUR_NAME/{name}")', 'pipeline("...").images[0]']
         return [
             *lines,
-            f'pipeline = StableDiffusionPipeline.from_pretrained("{base}")',
+            f"pipeline = StableDiffusionPipeline.from_pretrained({json.dumps(base)})",
             f'pipeline.load_lora_weights("YOUR_NAME/{name}")',
             'pipeline("...").images[0]',
         ]
@@ -194,16 +209,16 @@ class Card:
         return [*rows, ("time", f"{self._state.seconds / 60:.0f} minutes of training")]
 
     def _licence(self) -> str:
-        origin = self._origin
+        origin, name = self._origin, _code(self._origin.name)
         if origin.license == OPENRAIL:
             return (
-                f"`{origin.name}` is under [CreativeML Open RAIL-M](https://huggingface.co/spaces/CompVis/stable-diffusion-license), and "
+                f"{name} is under [CreativeML Open RAIL-M](https://huggingface.co/spaces/CompVis/stable-diffusion-license), and "
                 "so is what is made from it, with the same restrictions of use."
             )
         if origin.license:
-            return f"`{origin.name}` is under `{origin.license}`."
+            return f"{name} is under {_code(origin.license)}."
         return (
-            f"The program that wrote this page does not know the licence of `{origin.name}`. What is made from it is bound by it: name it "
+            f"The program that wrote this page does not know the licence of {name}. What is made from it is bound by it: name it "
             "as `license:` at the top of this page before you publish."
         )
 
@@ -212,6 +227,20 @@ class Card:
         found = [(int(match[1]), not match[2], path) for path in samples.glob("gs*.png") if (match := _SAMPLES.fullmatch(path.name))]
         steps = [entry for entry in found if entry[0] <= self._state.step]
         return (max(steps)[0], max(steps)[2]) if steps else None
+
+
+def _text(text: str) -> str:
+    """Return text as Markdown shows it: no markup, no HTML, one line."""
+    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", _line(text))
+
+
+def _code(text: str) -> str:
+    """Return text as a code span, which nothing in it can end."""
+    return f"`{_line(text).replace('`', chr(39))}`"
+
+
+def _line(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 _SAMPLES = re.compile(r"gs(\d+)(-\w+)?\.png")

@@ -1,6 +1,8 @@
 """What is known of a base, and what a run's curves keep."""
 
+import json
 import math
+import re
 
 import pytest
 import torch
@@ -53,6 +55,38 @@ def test_a_page_without_curves_and_samples_has_a_header_for_the_hub(tmp_path, lo
     assert f"[{base}](https://huggingface.co/{base}): 1,200 of 1,200 steps, 4,800 images." in text
     assert ('load_lora_weights("YOUR_NAME/my-faces")' if lora else 'from_pretrained("YOUR_NAME/my-faces")') in text
     assert "| time | 10 minutes of training |" in text and "![" not in text and "Open RAIL-M" in text
+
+
+HOSTILE = "x](http://evil) <script>alert(1)</script> `a` | b\n\n# c \x1b[31m\u202e ![i](http://evil/i.png)"
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_names_and_licences_of_strangers_are_text_on_the_page_and_nothing_else(tmp_path, lora):
+    folder = tmp_path / "".join(letter for letter in HOSTILE if letter not in "/\x00")
+    folder.mkdir()
+    (folder / PAGE).write_text(f"---\nlicense: {HOSTILE!r}\nbase_model: {HOSTILE!r}\n---\n")
+    origin = origin_of(str(folder))
+    assert (origin.license, origin.hub) == (None, None)
+    card = Card(
+        project=HOSTILE,
+        origin=origin,
+        curves=Curves({"loss": "loss"}, {"rate": "unet"}),
+        state=TrainState(),
+        total_steps=1,
+        losses={},
+        rates={},
+        plan=[("unet", HOSTILE)],
+        files={"train.json": json.dumps({"project_name": HOSTILE + "```"})},
+        lora=lora,
+    )
+    card.load_state_dict({"name": folder.name, "hub": HOSTILE, "license": HOSTILE})
+    card.write(tmp_path, tmp_path / "samples")
+    text = (tmp_path / PAGE).read_text()
+    shown = re.sub(r"```.*?\n```", "", text, flags=re.DOTALL)
+    assert "\x1b" not in text and "\u202e" not in shown and "\n# c" not in text
+    shown = re.sub(r"`[^`\n]*`|\\.", "", shown)  # code spans and what is escaped
+    assert not re.search(r"\]\(http://evil|<script|!\[i\]", shown)
+    assert "from_pretrained(" in text and compile(text.partition("```python\n")[2].partition("\n```")[0], "page", "exec")
 
 
 def test_long_curves_are_thinned_and_continued_ones_end_as_whole_ones(tmp_path):
