@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
+import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
@@ -135,3 +139,67 @@ def write_corpus(folder: Path, files: int, seed: int) -> int:
             (below / name).write_bytes(mutated(words.encode(), other, draws))
             written += 1
     return written
+
+
+JUNK = (
+    None, True, "", "x", -1, 0, 1, 2.5, 0.5, "null",
+    1e-320, 1e308, 10**30, -(10**30), "1" * 5000, [], [[]], {}, {"a": {}}, "\x1b[2J", "\ud83d",
+    "../..", "~", "C:\\x", "CON", "a\nb", "findlast", "owner/name", [1, "x"], {"lr": "x"}, "\u202e", "é" * 300,
+)  # fmt: skip
+"""Values that fit few keys."""
+
+NAMES = (
+    b"caf\xe9", b"a\x1b[2Jb", b"line\nfeed", b"tab\tcarriage\r", b"\xff\xfe\xfd", "\u202etxt.exe".encode(), "\u2028\u2029".encode(),
+    "👩‍🚀 नमस्ते".encode(), b"n" * 245, b"1" * 240, b" spaces at the ends ", b"-rf", b"--help", b"%s%n{0}", b"'quotes\"`", b"a,b,,c", b"_",
+    b"__", b"#comment", b"$HOME", b"*?[a]", b"multiply", b"METADATA", b"global", b"10_x", b"5000000000_x", b"\x7f\x80\x9b",
+    b"e\xcc\x81", b"\xc3\xa9",
+)  # fmt: skip
+"""Beginnings of file names, as bytes, that some program or other stumbles over."""
+
+
+def crafted(tree: Any, known: Mapping[str, Any], draws: np.random.Generator) -> Any:
+    """Return a JSON tree with one to three of its values or keys exchanged for others.
+
+    Args:
+        tree: the right one.
+        known: keys that it may have, each with a value that is right.
+        draws: what is exchanged.
+    """
+    tree, names = json.loads(json.dumps(tree)), list(known)
+    for _ in range(int(draws.integers(1, 4))):
+        place = tree
+        while isinstance(place, dict | list) and place:
+            inner = list(place) if isinstance(place, dict) else list(range(len(place)))
+            key = inner[int(draws.integers(len(inner)))]
+            if not isinstance(place[key], dict | list) or not place[key] or draws.random() < 0.3:
+                value = copy.deepcopy(JUNK[int(draws.integers(len(JUNK)))])
+                if isinstance(place, dict) and draws.random() < 0.8:
+                    key = names[int(draws.integers(len(names)))]
+                    value = copy.deepcopy(known[key]) if draws.random() < 0.8 else value
+                elif isinstance(place, dict) and draws.random() < 0.3:
+                    key = str(value)
+                place[key] = value
+                break
+            place = place[key]
+    return tree
+
+
+def write_odd_names(folder: Path, seed: int) -> int:
+    """Write an image, a sidecar and a folder of each of `NAMES`, as far as the file system takes it; return the number of images."""
+    draws = np.random.default_rng(seed)
+    content = pictures(seed)["plain.png"]
+    images = 0
+    for name in NAMES:
+        suffix = str(draws.choice(list(SIDECARS)))
+        inner = Path(os.fsdecode(os.fsencode(folder) + b"/" + name))
+        try:
+            inner.mkdir(parents=True)
+            for place in (folder, inner):
+                image = place / os.fsdecode(name + b".png")
+                image.write_bytes(content)
+                images += 1
+                words = mutated(SIDECARS[suffix].encode(), name * 3, draws) if draws.random() < 0.3 else SIDECARS[suffix].encode()
+                image.with_suffix(f".{suffix}").write_bytes(words)
+        except (OSError, ValueError):
+            continue
+    return images

@@ -82,7 +82,7 @@ def test_state_that_is_none_is_refused(crafted, capsys):
 @pytest.mark.parametrize("crafted", [ADAMW, DADAPT], indirect=True, ids=["adamw", "dadapt"])
 @pytest.mark.parametrize("file", ["state.json", "training.json"])
 def test_junk_anywhere_in_the_state_is_refused_or_harmless(crafted, file):
-    """60 seeded changes of one place each."""
+    """25 seeded changes of one place each."""
     draws = np.random.default_rng(5)
 
     def change(tree):
@@ -92,8 +92,8 @@ def test_junk_anywhere_in_the_state_is_refused_or_harmless(crafted, file):
         way = way[: int(draws.integers(1, len(way) + 1))]
         return changed(*way, to=JUNK[int(draws.integers(len(JUNK)))])(place)
 
-    codes = [crafted(file, change) for _ in range(60)]
-    assert set(codes) <= {0, 2} and codes.count(2) > 20, codes
+    codes = [crafted(file, change) for _ in range(25)]
+    assert set(codes) <= {0, 2} and codes.count(2) > 5, codes
 
 
 def leaves(tree, way=()):
