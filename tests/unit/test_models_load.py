@@ -215,6 +215,46 @@ def test_older_weights_that_want_to_run_something_are_refused_and_nothing_runs(f
         load(folder)
 
 
+def test_no_key_and_no_file_of_a_folder_makes_a_library_fetch_code_or_other_weights(folder, tmp_path, monkeypatch):
+    """Transformers would load kernels, quantizers, an adapter's base or another file by these."""
+    monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel.from_pretrained", None)
+    monkeypatch.setattr("diffusers.models.modeling_utils.ModelMixin.from_pretrained", None)
+    kernel = {"_attn_implementation": "kernels-community/x", "attn_implementation": "kernels-community/x"}
+    other = {"transformers_weights": "../../x.safetensors", "auto_map": {"AutoModel": "x.Y"}, "fusion_config": {"x": "y"}}
+    for network in ("unet", "vae", "text_encoder"):
+        spoil_json(folder / network / "config.json", **kernel, **other, _name_or_path="/elsewhere")
+    (folder / "text_encoder" / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/elses", "peft_type": "LORA"}')
+    index = {"metadata": {}, "weight_map": {"x": "../../elsewhere.safetensors"}}
+    (folder / "text_encoder" / "model.safetensors.index.json").write_text(json.dumps(index))
+    models = load(folder)
+    assert_same(models, tiny_models())
+    assert models.text_encoder.config._attn_implementation in ("sdpa", "eager")
+    save_single_file(models, tmp_path / "x.safetensors", torch.float32)
+    file = TensorFile(tmp_path / "x.safetensors")
+    configs = json.loads(file.metadata[CONFIGS])
+    assert not {*kernel, *other} & {key for config in configs.values() for key in config}
+    configs["text_encoder"] |= kernel
+    write_tensors(tmp_path / "y.safetensors", file, torch.float32, {**file.metadata, CONFIGS: json.dumps(configs)})
+    assert_same(load(tmp_path / "y.safetensors"), tiny_models())
+
+
+def test_quantized_weights_are_named_for_what_they_are(folder):
+    """bitsandbytes keeps the shape and the name of a matrix in 8 bits."""
+    weights = safetensors.torch.load_file(folder / UNET)
+    weights["conv_in.weight"] = weights["conv_in.weight"].to(torch.int8)
+    safetensors.torch.save_file(weights, folder / UNET)
+    assert "unet: the weights are quantized (conv_in.weight is torch.int8); name the model in fp16 or fp32." in refused(folder)
+
+
+def test_shards_load_as_one(folder):
+    weights = safetensors.torch.load_file(folder / UNET)
+    (folder / UNET).unlink()
+    for number in (0, 1):
+        part = dict(list(weights.items())[number::2])
+        safetensors.torch.save_file(part, folder / "unet" / f"diffusion_pytorch_model-{number + 1:05}-of-00002.safetensors")
+    assert_same(load(folder), tiny_models())
+
+
 def test_text_encoder_weights_that_are_missing_are_refused(folder):
     weights = safetensors.torch.load_file(folder / TEXT)
     name = next(name for name in weights if "layers.2.mlp.fc1.weight" in name)

@@ -168,6 +168,11 @@ def read_network(folder: Path, network: str, key: str, *, weights: bool, weights
         if file.shapes[own] != shape:
             problem = f"{name} is {file.shapes[own]} instead of {shape}"
             raise UserError(f"{key}: {folder}: the weights do not fit config.json ({problem}); download the model again.")
+        dtype = file.dtypes[own]
+        if dtype is None or not dtype.is_floating_point:
+            raise UserError(
+                f"{key}: {folder}: the weights are quantized ({name} is {dtype or 'of 8 bits'}); name the model in fp16 or fp32."
+            )
     if weights:
         fill(empty, {name: tensors[known][0][tensors[known][1]].float() for name, (known, _) in shapes.items()})
         empty.eval()
