@@ -48,10 +48,18 @@ class CompiledKernel(NamedTuple):
             gs, ps = g.gather(1, drawn), p.gather(1, drawn)
             (s, exponents), (v, powers) = ([each[first : first + tiles] for each in bank.held[name]] for name in ("s", "exp_avg_sq"))
             few = [s, exponents, v.gather(1, drawn), powers.gather(1, drawn // BLOCK)]
-            sums = self.few(ps, gs, live, table, [draws[0][::_BLOCKS], draws[1][0, :, : bank.few]], few)
-        others = self.whole(p.view(-1, width), g.view(-1, width), by_row, table, draws, state)
+            sums = _call(self.few, ps, gs, live, table, [draws[0][::_BLOCKS], draws[1][0, :, : bank.few]], few)
+        others = _call(self.whole, p.view(-1, width), g.view(-1, width), by_row, table, draws, state)
         num, l1 = (each.view(tiles, -1).sum(1, dtype=torch.float64) for each in sums or others)
         return num, l1
+
+
+def _call(
+    kernel: Kernel, p: Tensor, g: Tensor, live: Tensor, table: Tensor, noises: list[Tensor], state: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    for tensor in (p, g, live, *noises[:1], *state):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)  # one graph for any number of rows
+    return kernel(p, g, live, table, noises, state)
 
 
 def row_width(bits: int, weights: torch.dtype) -> int:
