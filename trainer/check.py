@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -280,4 +281,5 @@ def _draw(dataset: DatasetReport, index: Index, config: TrainConfig, folder: Pat
 
 def _optimizer(options: OptimizerOptions) -> str:
     rate = f"lr {options.lr:g}" + (" x the d it finds" if options.adapts else "")
-    return f"{options.optimizer}, {rate}, {options.lr_scheduler}"
+    rate_max = getattr(options, "rate_max", math.inf)
+    return f"{options.optimizer}, {rate}{f', at most {rate_max:g}' if rate_max < math.inf else ''}, {options.lr_scheduler}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -42,14 +43,16 @@ def hand_over(run: Run, config: TrainConfig) -> list[str]:
         found = {network: _as_adamw(learning[network], run.watch.d(network)) for network in run.watch.networks}
         handed = replace(config, optimizers=replace(config.optimizers, **{_FIELD[network]: options for network, options in found.items()}))
         rates = " and ".join(f"{options.lr:g} for the {network}" for network, options in found.items())
-        doc = f"AdamW in 8 bits at the rates that D-Adaptation found in {run.folder.name} up to step {run.state.step}: {rates}."
+        held = [network for network in found if (found[network].lr or 0) >= _rounded(getattr(learning[network], "rate_max", math.inf))]
+        caps = f" That of the {' and the '.join(held)} is rate_max, which held it below what was found." if held else ""
+        doc = f"AdamW in 8 bits at the rates that D-Adaptation found in {run.folder.name} up to step {run.state.step}: {rates}.{caps}"
         with appearing(path) as draft:
             text = json.dumps({"doc": doc, **documents(handed)["optimizer.json"]}, indent=2, ensure_ascii=False, allow_nan=False)
             draft.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         return [f"No {FOUND}: it could not be written ({error.strerror or error})."]
     needs = _needs(handed, {network: sum(p.numel() for p in parameters) for network, parameters in run.optimizers.parameters.items()})
-    return [f"Found rate:  {path}: AdamW in 8 bits at {rates}{needs}"]
+    return [f"Found rate:  {path}: AdamW in 8 bits at {rates}{needs}{'.' + caps if caps else ''}"]
 
 
 _FIELD = {"unet": "unet", "text encoder": "text_encoder"}
@@ -67,9 +70,13 @@ def _as_adamw(options: Any, d: float) -> AdamW8bitOptions:
     scale: float = getattr(options, "layer_scale", 1.0)
     same = {entry.name: getattr(options, entry.name) for entry in fields(AdamW8bitOptions) if entry.name != "optimizer"}
     # Decay shrinks weights by weight_decay * d*lr a step, which layer_scale leaves alone; AdamW has none that is added to the gradient.
-    rate = d * (options.lr or 1.0) * scale
+    rate = min(d * (options.lr or 1.0) * scale, getattr(options, "rate_max", math.inf))
     decay = options.weight_decay / scale if options.decouple else 0.0
-    return AdamW8bitOptions(**{**same, "lr": float(f"{rate:.4g}"), "weight_decay": float(f"{decay:.6g}")})
+    return AdamW8bitOptions(**{**same, "lr": _rounded(rate), "weight_decay": float(f"{decay:.6g}")})
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.4g}")
 
 
 def _needs(config: TrainConfig, trained: dict[str, int]) -> str:

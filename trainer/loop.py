@@ -306,7 +306,7 @@ def report(run: Run) -> None:
         if "d" in measures:
             latest[f"dadapt/d {network}"] = measures["d"]
             latest[f"dadapt/d_hat {network}"] = measures["d_hat"]
-            latest[f"dadapt/d*lr {network}"] = measures["rate"]
+            latest[f"dadapt/d*lr {network}"] = measures.get("d*lr", measures["rate"])
             latest[f"dadapt/decay so far {network}"] = measures["decayed"]
         if "not finite" in measures:
             latest[f"{NOT_FINITE} {network}"] = measures["not finite"]

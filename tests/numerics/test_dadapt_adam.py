@@ -611,3 +611,15 @@ def test_adamw_in_eight_bits_is_close_to_that_of_torch(tmp_path):
         assert (p - expected).abs().mean() < 0.1 * (expected - before).abs().mean()
     kept = sum(value.numel() * value.element_size() for p in ours for value in b.state[p].values())
     assert kept < 2.2 * sum(p.numel() for p in ours)
+
+
+def test_a_cap_holds_the_rate_and_not_d():
+    params = parameters()
+    optimizer = DAdaptAdam(params, rate_max=1e-5)
+    train(optimizer, params, 60)
+    assert optimizer.rate() == 1e-5 < optimizer.rate(capped=False) == optimizer.d
+    capped = optimizer.d.item()
+    free_params = parameters()
+    free = DAdaptAdam(free_params)
+    train(free, free_params, 60)
+    assert capped > 2e-5 and 0.1 < capped / free.d.item() < 10, "d goes on"

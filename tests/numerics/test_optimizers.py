@@ -77,9 +77,9 @@ def dadapt_adam(x, gradients, o):
     """Defazio & Mishchenko, arXiv 2301.07733, algorithm 5, with the library's decay and layer_scale."""
     (beta1, beta2), q, d, w, m, v, s = o.betas, math.sqrt(o.betas[1]), o.d0, 0.0, 0.0, 0.0, np.zeros_like(x)
     decay = (o.weight_decay, 0.0) if o.decouple else (0.0, o.weight_decay)
-    limit = getattr(o, "d_max", math.inf)
+    limit, cap = getattr(o, "d_max", math.inf), getattr(o, "rate_max", math.inf) / o.layer_scale
     for k, g in enumerate(gradients):
-        rate, g = d * o.lr * o.correction(k), g + decay[1] * x
+        rate, g = min(d * o.lr * o.correction(k), cap), g + decay[1] * x
         w = q * w + (1 - q) * o.layer_scale * rate * (g @ (s / (np.sqrt(v) + o.epsilon)))
         m = beta1 * m + (1 - beta1) * o.layer_scale * rate * g
         v = beta2 * v + (1 - beta2) * g * g
@@ -171,10 +171,10 @@ CASES = {
     "adamw8bit": Case(adamw_in_blocks, 1e-2, ADAM, torch.float32, share=0.9, agrees=1e-3, tiny={"epsilon": 1e-37}),
     "lion": Case(lion, 1e-2, LION, torch.float32, share=0.99, agrees=1e-5),
     "lion8bit": Case(lion_in_blocks, 1e-2, LION, torch.float32, share=0.99, agrees=1e-5),
-    "dadapt_adam": Case(dadapt_adam, settings={**DADAPT, **FUSED, "d_max": 3e-3}, tiny={"epsilon": 1e-300, "d0": 1e-4}),
+    "dadapt_adam": Case(dadapt_adam, settings={**DADAPT, **FUSED, "d_max": 3e-3, "rate_max": 5e-4}, tiny={"epsilon": 1e-300, "d0": 1e-4}),
     "dadapt_adam8bit": Case(
         dadapt_adam,
-        settings={**DADAPT, **FUSED, "d_max": 1e3},
+        settings={**DADAPT, **FUSED, "d_max": 1e3, "rate_max": 1e3},
         dtype=torch.float32,
         share=0.99,
         agrees=0.1,
@@ -300,7 +300,8 @@ def test_every_option_is_away_from_its_default_in_the_test_against_the_equations
 
 OTHER_VALUES = {
     "betas": (0.5, 0.6), "epsilon": 1e-2, "weight_decay": 0.7, "d0": 3e-4, "growth_rate": 1.001, "decouple": False, "momentum": 0.5,
-    "use_bias_correction": None, "safeguard_warmup": False, "layer_scale": 0.5, "d_max": 2e-4, "d_coef": 2.0, "slice_p": 2,
+    "use_bias_correction": None, "safeguard_warmup": False, "layer_scale": 0.5, "d_max": 2e-4, "rate_max": 1e-4, "d_coef": 2.0,
+    "slice_p": 2,
 }  # fmt: skip
 GROUP_KEYS = {"epsilon": "eps", "d0": "d"}
 

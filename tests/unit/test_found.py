@@ -89,3 +89,10 @@ def test_a_folder_that_cannot_be_written_to_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     told, _ = outcome(tmp_path / "file", chosen("dadapt_adam"), chosen("dadapt_adam"))
     assert told[0].startswith(f"No {FOUND}: it could not be written")
+
+
+def test_a_rate_that_a_cap_held_is_the_one_that_acted_and_is_said_to_be(tmp_path):
+    told, written = outcome(tmp_path, chosen("dadapt_adam8bit", rate_max=2e-6), chosen("dadapt_adam8bit", rate_max=1e-4))
+    assert (written["base"]["lr"], written["text_encoder_overrides"]["lr"]) == (2e-6, 5e-6)
+    held = "That of the unet is rate_max, which held it below what was found."
+    assert told[0].endswith(held) and written["doc"].endswith(held)

@@ -97,10 +97,10 @@ class DAdaptAdam(TiledAdam):
         self._ready()
         return self._scalars["l1"]
 
-    def rate(self) -> Tensor:
-        """Return min(d * lr * bias correction, rate_max), the rate of the coming step: 0-d, fp64, on the parameters' device."""
+    def rate(self, capped: bool = True) -> Tensor:
+        """Return d * lr * bias correction, `capped` by rate_max, the rate of the coming step: 0-d, fp64, on the parameters' device."""
         self._ready()
-        return self._rates(self._hyper(self.param_groups[0]["lr"]))[2]
+        return self._rates(self._hyper(self.param_groups[0]["lr"]), capped)[2]
 
     def rows(self, group: Mapping[str, Any]) -> list[Any]:  # noqa: D102
         beta1, beta2 = group["betas"]

@@ -94,6 +94,9 @@ class DAdaptAdamOptions(AdaptationOptions):
     d_max: Annotated[float, Gt(0)] = math.inf
     """d does not grow beyond this; d_max * lr * layer_scale is the largest rate that can act."""
 
+    rate_max: Annotated[float, Gt(0)] = math.inf
+    """The rate d*lr*layer_scale acts as at most this, while d itself goes on estimating: a safety net that d_max, which stops d, is not."""
+
     fused_backward: bool = False
     """Update each weight inside the backward pass and drop its gradient: the same steps without memory for gradients. Not with
     grad_accum above 1, clip_grad_norm, fp16 or several processes, which need all gradients after backward."""
@@ -116,6 +119,7 @@ class DAdaptAdamOptions(AdaptationOptions):
             d0=self.d0,
             growth_rate=self.growth_rate,
             d_max=self.d_max,
+            rate_max=self.rate_max / self.layer_scale,
             state_bits=self.state_bits,
             fused_backward=self.fused_backward,
         )
@@ -125,11 +129,12 @@ class DAdaptAdamOptions(AdaptationOptions):
         return optimizer.rate() * self.layer_scale  # type: ignore[attr-defined]
 
     def measure(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return `d`, the estimate `d_hat` that d follows upwards, and `rate`; 0-d tensors on the device.
+        """Return `d`, the estimate `d_hat` that d follows upwards, `rate`, and `d*lr`, the same uncapped; 0-d device tensors.
 
         With fused backward also `not finite`, how many gradients were left out since the run began or went on.
         """
-        found = {"rate": self.rate(optimizer), "d": optimizer.d, "d_hat": optimizer.d_hat}  # type: ignore[attr-defined]
+        free = optimizer.rate(capped=False) * self.layer_scale  # type: ignore[attr-defined]
+        found = {"rate": self.rate(optimizer), "d*lr": free, "d": optimizer.d, "d_hat": optimizer.d_hat}  # type: ignore[attr-defined]
         return {**found, "not finite": optimizer.not_finite} if self.fused_backward else found  # type: ignore[attr-defined]
 
 

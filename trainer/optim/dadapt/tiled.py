@@ -291,12 +291,13 @@ class TiledAdam(FusedBackward, Optimizer):
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
         return list(zip(self._layout.segments, parameters, strict=True))
 
-    def _rates(self, hyper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _rates(self, hyper: Tensor, capped: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Return d * lr, the root of the second moment's correction, and the corrected rate, which is held by rate_max: 0-d, fp64."""
         rate = self._scalars["d"] * hyper[0]
         steps = (self._scalars["k"] + 1).double()
         root = (1 - (steps * hyper[3]).exp()).sqrt()
-        return rate, root, (rate * root / (1 - (steps * hyper[2]).exp())).minimum(hyper[1])
+        corrected = rate * root / (1 - (steps * hyper[2]).exp())
+        return rate, root, corrected.minimum(hyper[1]) if capped else corrected
 
     def _hyper(self, lr: float) -> Tensor:
         """Return 8 numbers of all groups, and for each 4 rows of 16: coefficients, and what they gain by dlr, d * lr and the root; fp64.
