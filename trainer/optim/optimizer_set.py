@@ -173,6 +173,11 @@ class OptimizerSet:
                 key: _laid_out_like(member.parameters[key], values) if isinstance(key, int) else values
                 for key, values in entry["state"].items()
             }
+            kinds: dict[Any, set[type]] = {}
+            for name, value in (item for key, values in state.items() if isinstance(key, int) for item in values.items()):
+                kinds.setdefault(name, set()).add(type(value))
+            if odd := [name for name, types in kinds.items() if len(types) > 1]:
+                raise ValueError(f"{odd[0]} is not of one kind in the state of the {member.network}")
             member.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self._decayed = {network: entry["decayed"] for network, entry in saved.items() if entry["decayed"] is not None}
 
