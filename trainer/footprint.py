@@ -456,7 +456,7 @@ class _Standing(Optimizer):
 
 
 def _traceable(options: OptimizerOptions) -> bool:
-    return options.optimizer in ("dadapt_adam", "dadapt_adam8bit")
+    return options.optimizer in ("dadapt_adam", "dadapt_adam8bit", "adamw8bit_fused")
 
 
 def _like(options: OptimizerOptions, precision: Precision) -> _Alike:

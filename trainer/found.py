@@ -11,7 +11,7 @@ from trainer.config.resolved import documents
 from trainer.config.rules import check_rates
 from trainer.disk import appearing
 from trainer.errors import UserError
-from trainer.optim import AdamW8bitOptions
+from trainer.optim import AdamW8bitFusedOptions, AdamW8bitOptions
 from trainer.optim.dadapt import AdaptedMomentOptions
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def hand_over(run: Run, config: TrainConfig) -> list[str]:
         path.unlink(missing_ok=True)  # of an earlier stop, at which d may have been another
         if reasons := [reason for network in run.watch.networks if (reason := _reason(network, learning[network], run.watch))]:
             return [f"No {FOUND}: {'; '.join(reasons)}."]
-        found = {network: _as_adamw(learning[network], run.watch.d(network)) for network in run.watch.networks}
+        half = config.precision.weights_dtype == "bf16" and config.parts.lora is None
+        found = {network: _as_adamw(learning[network], run.watch.d(network), half) for network in run.watch.networks}
         handed = replace(config, optimizers=replace(config.optimizers, **{_FIELD[network]: options for network, options in found.items()}))
         rates = " and ".join(f"{options.lr:g} for the {network}" for network, options in found.items())
         held = [network for network in found if (found[network].lr or 0) >= _rounded(getattr(learning[network], "rate_max", math.inf))]
@@ -65,14 +66,19 @@ def _reason(network: str, options: OptimizerOptions, watch: AdaptationWatch) -> 
     return watch.unsettled(network)
 
 
-def _as_adamw(options: Any, d: float) -> AdamW8bitOptions:
-    """Return AdamW in 8 bits whose steps, schedule and decay are those that an Adam with estimate `d` has come to."""
+def _as_adamw(options: Any, d: float, half: bool) -> AdamW8bitOptions | AdamW8bitFusedOptions:
+    """Return AdamW in 8 bits whose steps, schedule and decay are those that an Adam with estimate `d` has come to.
+
+    It is the one that takes no more memory than the run: with fused backward, or with bf16 weights if `half`, this program's own.
+    """
+    fused = getattr(options, "fused_backward", False)
     scale: float = getattr(options, "layer_scale", 1.0)
     same = {entry.name: getattr(options, entry.name) for entry in fields(AdamW8bitOptions) if entry.name != "optimizer"}
     # Decay shrinks weights by weight_decay * d*lr a step, which layer_scale leaves alone; AdamW has none that is added to the gradient.
     rate = min(d * (options.lr or 1.0) * scale, getattr(options, "rate_max", math.inf))
     decay = options.weight_decay / scale if options.decouple else 0.0
-    return AdamW8bitOptions(**{**same, "lr": _rounded(rate), "weight_decay": float(f"{decay:.6g}")})
+    same |= {"lr": _rounded(rate), "weight_decay": float(f"{decay:.6g}")}
+    return AdamW8bitFusedOptions(**same, fused_backward=fused) if fused or half else AdamW8bitOptions(**same)
 
 
 def _rounded(rate: float) -> float:
@@ -80,10 +86,9 @@ def _rounded(rate: float) -> float:
 
 
 def _needs(config: TrainConfig, trained: dict[str, int]) -> str:
-    """Return which keys of train.json the file goes with, where it does not go with those of its own run."""
-    keys = ["weights_dtype fp32"] if config.precision.weights_dtype == "bf16" and config.parts.lora is None else []
+    """Return which key of train.json the file needs, where it does not go with those of its own run."""
     try:
         check_rates(config, trained)
     except UserError:
-        keys.append("allow_high_lr true")
-    return f"; train.json then needs {' and '.join(keys)}" if keys else ""
+        return "; train.json then needs allow_high_lr true"
+    return ""

@@ -169,6 +169,7 @@ SGD = {"momentum": 0.6, "weight_decay": 0.05, "d0": 1e-2, "growth_rate": 1.3, "l
 CASES = {
     "adamw": Case(adamw, 1e-2, ADAM, tiny={"epsilon": 1e-300}),
     "adamw8bit": Case(adamw_in_blocks, 1e-2, ADAM, torch.float32, share=0.9, agrees=1e-3, tiny={"epsilon": 1e-37}),
+    "adamw8bit_fused": Case(adamw, 1e-2, {**ADAM, **FUSED}, torch.float32, share=0.95, agrees=0.1, tiny={"epsilon": 1e-37}),
     "lion": Case(lion, 1e-2, LION, torch.float32, share=0.99, agrees=1e-5),
     "lion8bit": Case(lion_in_blocks, 1e-2, LION, torch.float32, share=0.99, agrees=1e-5),
     "dadapt_adam": Case(dadapt_adam, settings={**DADAPT, **FUSED, "d_max": 3e-3, "rate_max": 5e-4}, tiny={"epsilon": 1e-300, "d0": 1e-4}),
@@ -372,7 +373,8 @@ def test_building_and_stepping_prints_nothing(name, capfd):
 
 
 BYTES = {
-    "adamw": 8, "adamw8bit": 2.03, "lion": 4, "lion8bit": 1.02, "dadapt_adam": 12, "dadapt_adam8bit": 2.08, "dadapt_adam_reference": 12,
+    "adamw": 8, "adamw8bit": 2.03, "adamw8bit_fused": 2.01, "lion": 4, "lion8bit": 1.02,
+    "dadapt_adam": 12, "dadapt_adam8bit": 2.08, "dadapt_adam_reference": 12,
     "dadapt_lion": 8, "dadapt_sgd": 12, "prodigy": 16, "prodigy, slice_p 11": 8.73,
 }  # fmt: skip
 
@@ -582,7 +584,7 @@ def test_every_weight_moves_by_the_rate(name):
 
 
 RATE_KEYS = [(name, key) for name in NAMES for key in ("lr", "d0", "layer_scale") if key in keys_of(optimizer_classes()[name])]
-CORRECTED = ("adamw", "adamw8bit", "lion", "lion8bit", "dadapt_lion")
+CORRECTED = ("adamw", "adamw8bit", "adamw8bit_fused", "lion", "lion8bit", "dadapt_lion")
 """Those whose first step is the rate for every weight; an Adam without bias correction goes (1 - beta1) / sqrt(1 - beta2) as far."""
 
 
@@ -606,7 +608,7 @@ def test_the_measured_rate_is_what_acts(name, key):
         assert length == pytest.approx(rate * each * math.sqrt(flat(params).numel()), rel=1e-2)
 
 
-CONVERGENCE = {"adamw": 2e-2, "adamw8bit": 2e-2, "lion": 2e-2, "lion8bit": 2e-2}
+CONVERGENCE = {"adamw": 2e-2, "adamw8bit": 2e-2, "adamw8bit_fused": 2e-2, "lion": 2e-2, "lion8bit": 2e-2}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -80,7 +80,7 @@ def test_decay_that_was_added_to_the_gradient_is_left_out(tmp_path):
 def test_what_train_json_has_to_change_for_the_file_is_told(tmp_path):
     options = DAdaptAdamOptions(lr=4.0, lr_scheduler="constant")
     told, _ = outcome(tmp_path, options, options, size=300_000_000, precision=PrecisionOptions(weights_dtype="bf16"))
-    assert told[0].endswith("; train.json then needs weights_dtype fp32 and allow_high_lr true")
+    assert told[0].endswith("; train.json then needs allow_high_lr true")
     gentle = replace(options, lr=1.0)
     assert "needs" not in outcome(tmp_path, gentle, gentle, size=300_000_000)[0][0]
 
@@ -96,3 +96,12 @@ def test_a_rate_that_a_cap_held_is_the_one_that_acted_and_is_said_to_be(tmp_path
     assert (written["base"]["lr"], written["text_encoder_overrides"]["lr"]) == (2e-6, 5e-6)
     held = "That of the unet is rate_max, which held it below what was found."
     assert told[0].endswith(held) and written["doc"].endswith(held)
+
+
+def test_the_file_takes_no_more_memory_than_its_run(tmp_path):
+    fused, plain = chosen("dadapt_adam8bit", fused_backward=True), chosen("dadapt_adam8bit")
+    _, written = outcome(tmp_path, fused, plain)
+    base, text = written["base"], written["text_encoder_overrides"]
+    assert (base["optimizer"], base["fused_backward"], text["optimizer"]) == ("adamw8bit_fused", True, "adamw8bit")
+    _, written = outcome(tmp_path, plain, plain, precision=PrecisionOptions(weights_dtype="bf16"))
+    assert (written["base"]["optimizer"], written["base"].get("fused_backward", False)) == ("adamw8bit_fused", False)

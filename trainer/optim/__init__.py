@@ -1,6 +1,6 @@
 """The optimizers: a closed union, one class of options each, which builds the optimizer."""
 
-from trainer.optim.adamw import AdamW8bitOptions, AdamWOptions
+from trainer.optim.adamw import AdamW8bitFusedOptions, AdamW8bitOptions, AdamWOptions
 from trainer.optim.dadapt import (
     DAdaptAdam8bitOptions,
     DAdaptAdamOptions,
@@ -14,6 +14,7 @@ from trainer.optim.prodigy import ProdigyOptions
 OptimizerOptions = (
     AdamWOptions
     | AdamW8bitOptions
+    | AdamW8bitFusedOptions
     | LionOptions
     | Lion8bitOptions
     | DAdaptAdamOptions
@@ -25,6 +26,7 @@ OptimizerOptions = (
 )
 
 __all__ = [
+    "AdamW8bitFusedOptions",
     "AdamW8bitOptions",
     "AdamWOptions",
     "DAdaptAdam8bitOptions",

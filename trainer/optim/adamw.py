@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Lt
 
@@ -64,3 +64,30 @@ class AdamW8bitOptions(MomentOptions):
         except Exception as error:  # a broken CUDA set-up raises anything at import
             raise does_not_load(self.optimizer, "bitsandbytes", error, "adamw or dadapt_adam") from error
         return AdamW8bit(params, lr=lr, betas=self.betas, eps=self.epsilon, weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW8bitFusedOptions(MomentOptions):
+    """AdamW by this program's kernel: 8-bit state, few launches on a GPU, bf16 weights with stochastic rounding, fused backward."""
+
+    optimizer: Literal["adamw8bit_fused"] = "adamw8bit_fused"
+    """The optimizer's name."""
+
+    fused_backward: bool = False
+    """Update each weight inside the backward pass and drop its gradient: the same steps without memory for gradients. Not with
+    grad_accum above 1, clip_grad_norm, fp16 or several processes, which need all gradients after backward."""
+
+    rounds_bf16: ClassVar[bool] = True
+
+    def build(self, params: Iterable[nn.Parameter], lr: float) -> Optimizer:
+        """Return the optimizer over `params` at rate `lr`."""
+        from trainer.optim.dadapt.optimizer import TiledAdamW
+
+        return TiledAdamW(
+            params, lr=lr, betas=self.betas, eps=self.epsilon, weight_decay=self.weight_decay, fused_backward=self.fused_backward
+        )
+
+    def measure(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return `rate`; with fused backward also `not finite`, how many gradients were left out since the run began or went on."""
+        found = super().measure(optimizer)
+        return {**found, "not finite": optimizer.not_finite} if self.fused_backward else found  # type: ignore[attr-defined]
