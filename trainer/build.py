@@ -257,8 +257,9 @@ def build_run(
     plan_ema(config.ema, total_steps)  # refuses what cannot be reached, before anything loads
 
     if config.objective.enable_zero_terminal_snr:  # gigabytes later it would be refused all the same
-        set_noise_schedule(config, prompts, describe_model(replace(config.model, resume_ckpt=start.model)))
-    models = load_models(replace(config.model, resume_ckpt=start.model))
+        set_noise_schedule(config, prompts, describe_model(replace(config.model, resume_ckpt=start.model, revision=start.revision)))
+    models = load_models(replace(config.model, resume_ckpt=start.model, revision=start.revision))
+    config = replace(config, model=replace(config.model, revision=models.revision or start.revision))  # recorded with the run
     set_noise_schedule(config, prompts, models)
     base = base_of(models, start.model, start.adapter) if config.parts.lora is not None else None  # before anything is put on it
     parts = apply_freezing(models, config.parts, config.optimizers.freezing)
@@ -325,7 +326,7 @@ def build_run(
     ema = make_ema(config, parts, total_steps, device, begins=start.checkpoint is None) if processes.main else None
     batch = batch_line(config, processes)
     plan = plan_rows(config, models.source, parts.counts, precision, loader.steps_in(0), total_steps, batch, latent_plan, split.lines())
-    card = make_card(config, origin_of(start.model), state, total_steps, list(optimizers.parameters), plan)
+    card = make_card(config, origin_of(start.model, config.model.revision), state, total_steps, list(optimizers.parameters), plan)
     stateful: dict[str, Stateful] = {"optimizers": optimizers, "meter": meter, "watch": watch, "loss watch": loss_watch}
     stateful |= {"curves": card.curves, "card": card}
     if ema is not None:
@@ -757,7 +758,7 @@ def make_ema(config: TrainConfig, parts: TrainedParts, total_steps: int, device:
         device=torch.device("cpu") if options.ema_device == "cpu" else device,
     )
     if options.ema_resume_model is not None and begins:
-        models = load_models(replace(config.model, resume_ckpt=options.ema_resume_model, vae=None))
+        models = load_models(replace(config.model, resume_ckpt=options.ema_resume_model, revision=None, vae=None))
         ema.begin_from(weights_of(models, parts.parameters, options.ema_resume_model))
     return ema
 

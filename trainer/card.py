@@ -40,20 +40,27 @@ class Origin:
     """Its id on the hub, or that of the model that it was made from."""
     license: str | None = None
     """The hub's name of its licence."""
+    revision: str | None = None
+    """Its commit, where it came from the hub."""
 
     def __post_init__(self) -> None:
         """Drop what is no id and no name of the hub: both come from the base's files, which anyone may have written."""
-        for field, pattern in (("hub", r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?"), ("license", r"[a-z0-9.+-]+")):
+        for field, pattern in (
+            ("hub", r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?"),
+            ("license", r"[a-z0-9.+-]+"),
+            ("revision", r"[\w./-]+"),
+        ):
             value = getattr(self, field)
             if not isinstance(value, str) or not re.fullmatch(pattern, value):
                 object.__setattr__(self, field, None)
 
 
-def origin_of(model: str) -> Origin:
+def origin_of(model: str, revision: str | None = None) -> Origin:
     """Return what is known of a model: a hub id, a folder with a card, or a .safetensors file whose header names its licence.
 
     Args:
         model: what `load_models` loads.
+        revision: its commit, where it came from the hub.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -69,7 +76,7 @@ def origin_of(model: str) -> Origin:
             said = ""
         # A text for people, of which the hub takes none but its own names.
         return Origin(path.stem, license=OPENRAIL if re.sub(r"[^a-z+]", "", said.lower()) == "creativemlopenrailm" else None)
-    return Origin(model, model, OPENRAIL if model in _UNDER_OPENRAIL else None)
+    return Origin(model, model, OPENRAIL if model in _UNDER_OPENRAIL else None, revision)
 
 
 class Card:
@@ -151,6 +158,7 @@ class Card:
         header = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **known).to_yaml().strip()
         what = "A LoRA for" if self._lora else "Fine-tuned from"
         began = f"[{origin.hub}](https://huggingface.co/{origin.hub})" if origin.hub == origin.name else _code(origin.name)
+        began += f" at revision {_code(origin.revision)}" if origin.revision else ""
         made_from = f", which was made from {origin.hub}" if origin.hub not in (None, origin.name) else ""
         rows = [f"| {_text(name)} | {_text(text)} |" for name, text in [*self._plan, *self._numbers()]]
         lines = [

@@ -145,7 +145,8 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     precision = imagined_precision(config.precision) if elsewhere else resolve_precision(config.precision, device)
     check_fused_backward(config, precision)
     total_steps = count_steps(config, index, processes)
-    models = describe_model(replace(config.model, resume_ckpt=start.model))
+    models = describe_model(replace(config.model, resume_ckpt=start.model, revision=start.revision))
+    config = replace(config, model=replace(config.model, revision=models.revision or start.revision))
     notes = [*notes, *processes.notes, *start.notes, *split.notes, *check_schedules(config, total_steps), *models.notes]
     set_noise_schedule(config, prompts, models)
     parts = apply_freezing(models, config.parts, config.optimizers.freezing)

@@ -40,6 +40,9 @@ class Start:
     checkpoint: Path | None = None
     """The checkpoint folder of the run that is continued."""
 
+    revision: str | None = None
+    """The model's commit, tag or branch on the hub."""
+
     run: Path | None = None
     """That run's folder; None for a new run and for a checkpoint that was copied out of its run."""
 
@@ -72,6 +75,8 @@ def find_start(config: TrainConfig, *, weights_only: bool) -> Start:
     elif (folder / "ckpts").is_dir():
         folder, damaged = newest_of(folder, weights_only=weights_only)
     elif not is_checkpoint(folder):
+        if config.model.revision is not None and folder.expanduser().exists():
+            raise UserError(f"revision: {named} is a file or folder, and only models on the hub have revisions; set it to null.")
         noted = [] if weights_only else _of_run(folder, Path(config.logging.logdir))
         weights_only = True
     elif not weights_only:
@@ -81,12 +86,13 @@ def find_start(config: TrainConfig, *, weights_only: bool) -> Start:
     whole = named if folder == Path(named) else str(folder)  # a hub id is no path
     model, adapter = (whole, None) if base is None else (base.model, folder)
     if weights_only:
-        return Start(model, adapter=adapter, notes=notes)
+        return Start(model, revision=config.model.revision if base is None else base.revision, adapter=adapter, notes=notes)
     state, about = read_resume(folder)
     run = run_of(folder)
     if run is None:
         notes.append(f"{folder} lies outside the folder of its run, so the resumed run gets a new one in {config.logging.logdir}")
-    return Start(model, folder, run, state, adapter, about, [*notes, *_migrate(about)])
+    revision = about["config"].get("revision") if base is None else base.revision
+    return Start(model, folder, revision, run, state, adapter, about, [*notes, *_migrate(about)])
 
 
 def restore_state(parts: Mapping[str, Stateful], checkpoint: Path) -> None:

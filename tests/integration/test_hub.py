@@ -11,6 +11,8 @@ from typing import ClassVar
 import pytest
 import torch
 
+import train
+from tests.runs import ADAMW, run_of, write
 from tests.tiny import tiny_models, write_tiny_folder
 from trainer.errors import UserError
 from trainer.models.load import ModelOptions, describe, load_models
@@ -38,7 +40,7 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         for name, folder in self.repositories.items():
             files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-            if path in (f"/api/models/{name}", f"/api/models/{name}/revision/main"):
+            if path in (f"/api/models/{name}", *(f"/api/models/{name}/revision/{known}" for known in ("main", COMMIT))):
                 return self.reply(
                     json.dumps({"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}).encode(), body
                 )
@@ -50,6 +52,8 @@ class Hub(BaseHTTPRequestHandler):
                 if body:
                     self.sent.append(path.removeprefix(start))
                 return self.reply((folder / path.removeprefix(start)).read_bytes(), body, etag(folder / path.removeprefix(start)))
+            if path.startswith(f"/api/models/{name}/revision/"):
+                return self.reply(b"{}", body, status=404, code="RevisionNotFound")
         if "gated" in path:
             return self.reply(b"{}", body, status=403, code="GatedRepo")
         return self.reply(b"{}", body, status=401, code="RepoNotFound")
@@ -128,6 +132,52 @@ def test_only_what_training_needs_is_downloaded_and_only_once(hub, tmp_path, mon
     described = describe(options)
     assert described.notes == () and described.unet.config["block_out_channels"] == [8, 16]
     assert len(hub.sent) == count
+
+
+def test_the_commit_of_a_model_is_recorded_and_loaded_again(hub, tmp_path, monkeypatch):
+    hub.repositories["someone/some-model"] = write_tiny_folder(tmp_path / "served")
+    models = load("someone/some-model")
+    assert models.revision == COMMIT
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refs = next((tmp_path / "cache").rglob("refs/main"))
+    refs.write_text("f" * 40)  # as after a download of a later commit
+    with pytest.raises(UserError, match="is not complete in the hub cache"):
+        load("someone/some-model")
+    options = ModelOptions(resume_ckpt="someone/some-model", revision=COMMIT)
+    again = load_models(options)
+    assert_same(again, tiny_models())
+    assert again.revision == describe(options).revision == COMMIT
+    assert load(str(write_tiny_folder(tmp_path / "local"))).revision is None
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_a_run_records_the_commit_and_is_resumed_with_it(hub, workplace, no_estimate, lora, capsys):
+    hub.repositories["someone/some-model"] = write_tiny_folder(workplace / "served")
+    settings = {"max_epochs": 1, "fixed_loss_images": 0, "first_samples": False, "save_format": "diffusers"}
+    write(workplace, ADAMW, model="someone/some-model", lora=lora, **settings)
+    assert train.main(["--stop_after_steps", "1"]) == 0
+    run = run_of(workplace)
+    assert json.loads((run / "train.json").read_text())["revision"] == COMMIT
+    (checkpoint,) = (run / "ckpts").iterdir()
+    page = (checkpoint / "README.md").read_text()
+    assert f"(https://huggingface.co/someone/some-model) at revision `{COMMIT}`" in page
+    if lora:
+        assert json.loads((checkpoint / "base.json").read_text())["revision"] == COMMIT
+    next((workplace / "cache").rglob("refs/main")).write_text("f" * 40)
+    for more in (["--check"], []):
+        capsys.readouterr()
+        assert train.main(["--resume_ckpt", "findlast", *more]) == 0
+        assert "Changed: revision" not in capsys.readouterr().out
+    assert json.loads((run / "train.json").read_text())["revision"] == COMMIT
+
+
+def test_a_revision_that_there_is_not_and_one_of_a_folder_are_refused(hub, workplace, capsys):
+    hub.repositories["someone/some-model"] = write_tiny_folder(workplace / "served")
+    write(workplace, ADAMW, model="someone/some-model", fixed_loss_images=0)
+    assert train.main(["--revision", "v9"]) == 2
+    assert "revision: someone/some-model on the hub has no such revision" in capsys.readouterr().err
+    assert train.main(["--revision", "v9", "--resume_ckpt", "served"]) == 2
+    assert "is a file or folder, and only models on the hub have revisions" in capsys.readouterr().err
 
 
 def test_a_repository_with_half_precision_only_loads(hub, tmp_path):

@@ -15,9 +15,9 @@ class HubUnreachable(UserError):
     """The hub did not answer."""
 
 
-def cached_model(name: str) -> Path | None:
-    """Return the folder of a model that the cache holds whole, None where it does not. Asks no network."""
-    folder = _cached(name, INDEX)
+def cached_model(name: str, revision: str | None = None) -> Path | None:
+    """Return the folder of a model's revision (its main branch by default) if the cache holds it whole. Asks no network."""
+    folder = _cached(name, INDEX, revision)
     if folder is None or any(_choice(folder / network, network) is None for network in WEIGHTS):
         return None
     return folder
@@ -32,17 +32,17 @@ def cached_vae(name: str) -> Path | None:
     return None
 
 
-def fetch_model(name: str, key: str, *, weights: bool) -> Path:
+def fetch_model(name: str, key: str, *, weights: bool, revision: str | None = None) -> Path:
     """Download a model that the cache does not hold and return its folder; without weights, only its configuration and tokenizer.
 
     Raises:
         HubUnreachable: the hub did not answer.
         UserError: the hub does not know the id, or the id is no Stable Diffusion model.
     """
-    files = _listed(name, key)
+    files = _listed(name, key, revision)
     if INDEX not in files:
         raise UserError(f"{key}: {name} on the hub is no diffusers model: it holds no {INDEX}; name another, or download its single file.")
-    settings = _downloaded(name, key, [*_SETTINGS])
+    settings = _downloaded(name, key, [*_SETTINGS], revision)
     check_index(settings, key, name)
     wanted = [*_SETTINGS]
     for network in WEIGHTS:
@@ -50,7 +50,7 @@ def fetch_model(name: str, key: str, *, weights: bool) -> Path:
         if choice is None:
             raise UserError(f"{key}: {name} on the hub holds no weights of the {network}; name another model.")
         wanted += [f"{network}/{file}" for file in choice.files]
-    return _downloaded(name, key, wanted) if weights else settings
+    return _downloaded(name, key, wanted, revision) if weights else settings
 
 
 def fetch_vae(name: str, key: str) -> Path:
@@ -71,10 +71,15 @@ def fetch_vae(name: str, key: str) -> Path:
     return folder / inside
 
 
-def _cached(name: str, file: str) -> Path | None:
+def commit_of(folder: Path) -> str | None:
+    """Return the commit of a folder in the hub cache."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def _cached(name: str, file: str, revision: str | None = None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, file)
+    found = try_to_load_from_cache(name, file, revision=revision)
     if not isinstance(found, str):
         return None
     return Path(found).parents[file.count("/")]
@@ -84,33 +89,41 @@ def _choice(folder: Path, network: str) -> object | None:
     return choose_weights([path.name for path in folder.iterdir() if path.is_file()], network) if folder.is_dir() else None
 
 
-def _listed(name: str, key: str) -> Collection[str]:
+def _listed(name: str, key: str, revision: str | None = None) -> Collection[str]:
     from huggingface_hub import HfApi
 
     try:
-        return {sibling.rfilename for sibling in HfApi().model_info(name, timeout=20).siblings or ()}
+        return {sibling.rfilename for sibling in HfApi().model_info(name, revision=revision, timeout=20).siblings or ()}
     except Exception as error:  # several HTTP libraries' errors come through, by version and kind of failure
         raise _unavailable(name, key, error) from error
 
 
-def _downloaded(name: str, key: str, wanted: list[str]) -> Path:
+def _downloaded(name: str, key: str, wanted: list[str], revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:  # several HTTP libraries' errors come through, by version and kind of failure
         raise _unavailable(name, key, error) from error
 
 
 def _unavailable(name: str, key: str, error: Exception) -> UserError:
     from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     local = f"or give {key} the path of a local diffusers folder or .safetensors file."
     if isinstance(error, GatedRepoError):
         return UserError(f"{key}: {name} on the hub asks for consent: accept its terms on its page and run `hf auth login`, {local}")
     if isinstance(error, RepositoryNotFoundError):
         return UserError(f"{key}: the hub knows no model {name} (or it is private: run `hf auth login`); correct the id, {local}")
+    if isinstance(error, RevisionNotFoundError):
+        return UserError(f"revision: {name} on the hub has no such revision; correct it, or set it to null for the main branch.")
     if isinstance(error, HFValidationError):
         return UserError(f"{key}: {name} is neither a folder, a file nor a possible hub id; correct it, {local}")
     reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else _first_line(error)

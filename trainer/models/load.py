@@ -24,6 +24,9 @@ class ModelOptions:
     .safetensors or .ckpt file in the original layout, a run folder or a checkpoint folder of this program, or findlast. base_model is
     another name of this key."""
 
+    revision: str | None = None
+    """The commit, tag or branch of a model on the hub; null takes its main branch. A run records the commit and is resumed with it."""
+
     vae: str | None = None
     """A VAE to use instead of the model's own: a diffusers folder, a hub id or a .safetensors file."""
 
@@ -42,6 +45,7 @@ class Models:
         notes: sentences for people about what was assumed.
         assumed: whether nothing was at hand to describe, so that everything is Stable Diffusion 1.5's.
         beside: library and class of the further parts of the base's pipeline, such as a safety checker, as its `model_index.json` has them.
+        revision: the commit of a model from the hub.
         beside_from: the folder that holds a folder of each. They are never loaded, and go into exported folders as they are.
     """
 
@@ -55,6 +59,7 @@ class Models:
     assumed: bool = False
     beside: dict[str, tuple[str, str]] = field(default_factory=dict)
     beside_from: Path | None = None
+    revision: str | None = None
 
 
 def load_models(options: ModelOptions) -> Models:
@@ -83,17 +88,17 @@ def _load(options: ModelOptions, *, weights: bool) -> Models:
     from trainer.models.quiet import quiet_libraries
 
     quiet_libraries()
-    models = _base(options.resume_ckpt, weights=weights)
+    models = _base(options.resume_ckpt, options.revision, weights=weights)
     _check(models)
     if options.vae is not None:
         _replace_vae(models, options.vae, weights=weights)
     return models
 
 
-def _base(name: str, *, weights: bool) -> Models:
+def _base(name: str, revision: str | None, *, weights: bool) -> Models:
     from trainer.models.checkpoint_file import read_file
     from trainer.models.folder import read_folder
-    from trainer.models.hub import HubUnreachable, cached_model, fetch_model
+    from trainer.models.hub import HubUnreachable, cached_model, commit_of, fetch_model
 
     key = "resume_ckpt"
     path = Path(name).expanduser()
@@ -103,11 +108,11 @@ def _base(name: str, *, weights: bool) -> Models:
         _check_kind(path, key)
         return read_file(path, key, weights=weights)
     _check_hub_id(name, key)
-    folder = cached_model(name)
+    folder = cached_model(name, revision)
     if folder is not None:
-        return read_folder(folder, key, weights=weights, source=name)
+        return replace(read_folder(folder, key, weights=weights, source=name), revision=commit_of(folder))
     try:
-        folder = fetch_model(name, key, weights=False)
+        folder = fetch_model(name, key, weights=False, revision=revision)
     except HubUnreachable:
         if weights:
             raise
@@ -115,7 +120,8 @@ def _base(name: str, *, weights: bool) -> Models:
     described = read_folder(folder, key, weights=False, source=name, weights_follow=True)
     if weights:
         _check(described)  # before gigabytes are downloaded
-        return read_folder(fetch_model(name, key, weights=True), key, weights=True, source=name)
+        folder = fetch_model(name, key, weights=True, revision=revision)
+        return replace(read_folder(folder, key, weights=True, source=name), revision=commit_of(folder))
     return replace(described, notes=(f"{key}: {name} is not in the hub cache and is downloaded when training starts.",))
 
 

@@ -69,6 +69,9 @@ class Base:
     fingerprint: str
     """Of its weights."""
 
+    revision: str | None = None
+    """Its commit on the hub."""
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -176,7 +179,7 @@ def base_of(models: Models, model: str, adapter: Path | None) -> Base:
         UserError: its weights are not those that this LoRA was trained on.
     """
     there = Path(model).expanduser()
-    base = Base(str(there.resolve()) if there.exists() else model, fingerprint(models))
+    base = Base(str(there.resolve()) if there.exists() else model, fingerprint(models), models.revision)
     before = read_base(adapter) if adapter is not None else None
     if before is not None and before.fingerprint != base.fingerprint:
         raise UserError(
