@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -231,10 +233,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory has run out, on whichever device."""
     import torch
 
-    # On the CPU torch raises a plain RuntimeError of its allocator.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    # On the CPU torch raises a plain RuntimeError of its allocator, or of oneDNN, which names no reason.
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None)
     )
+
+
+_NO_MEMORY = re.compile(
+    r"DefaultCPUAllocator|could not create a (primitive|memory|memory object)$|could not execute a primitive$|std::bad_alloc"
+)
 
 
 def memory_table(run: Run) -> list[str]:
