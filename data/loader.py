@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import groupby, islice
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, get_worker_info
 
 from data.batch import Batch, to_pixels
 from data.dataset import DataOptions, Images
@@ -68,6 +69,7 @@ class StepLoader:
             batch_size=None,
             num_workers=workers,
             worker_init_fn=_start_worker,
+            collate_fn=_shared,
             persistent_workers=workers > 0,
             pin_memory=pin,
             multiprocessing_context=start_method if workers else None,
@@ -165,6 +167,7 @@ def read_crops(index: Index, options: DataOptions, wanted: Sequence[Entry], cont
         batch_size=None,
         num_workers=workers,
         worker_init_fn=_start_worker,
+        collate_fn=_shared,
         generator=torch.Generator(),
     )
     for crop in loader:
@@ -217,6 +220,20 @@ class _Order(Sampler[tuple[int, MicroBatch]]):
 
     def __len__(self) -> int:
         return len(self.now)
+
+
+def _shared(item: Any) -> Any:
+    """Return what a worker hands over, its tensors in shared memory.
+
+    torch puts them there in a thread of its own, where an error is printed, the batch is lost and the trainer waits for it for ever.
+    """
+    if get_worker_info() is not None:
+        for part in item if isinstance(item, list) else [item]:
+            for field in fields(part):
+                value = getattr(part, field.name)
+                if isinstance(value, Tensor):
+                    value.share_memory_()
+    return item
 
 
 def _start_worker(_: int) -> None:

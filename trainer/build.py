@@ -133,13 +133,15 @@ def _train(
 
 def _is_of_killed_reader(error: Exception) -> bool:
     """Return whether an error says that a process that reads images was killed. torch raises it wherever the main process is just then."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")  # its words, and no class of its own
+    # Its words, and no class of its own; and those of a worker that finds no shared memory.
+    return isinstance(error, RuntimeError) and (str(error).startswith("DataLoader worker") or "shared memory" in str(error))
 
 
 def _reader_killed(error: Exception) -> str:
+    last = str(error).strip().splitlines()[-1]
     return (
-        "a process that reads images was killed, most likely because memory ran out, main memory or a container's shared memory: set "
-        f"num_workers lower, 0 reads without such processes ({said(error)})."
+        "a process that reads images was killed or could not hand an image over, most likely because memory ran out, main memory or a "
+        f"container's shared memory: set num_workers lower, 0 reads without such processes ({last})."
     )
 
 

@@ -111,6 +111,17 @@ def test_workers_live_from_epoch_to_epoch(folder):
     assert multiprocessing.active_children() == workers != []
 
 
+def test_a_worker_that_finds_no_shared_memory_says_so_instead_of_leaving_the_trainer_waiting(folder, monkeypatch):
+    def full(_):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    loader = loader_of(folder, num_workers=1, start_method="fork")
+    with pytest.raises(RuntimeError, match="unable to allocate shared memory"):
+        next(loader.steps(0))
+    loader.close()
+
+
 def test_an_epoch_that_is_left_in_the_middle_leaves_nothing_behind(folder):
     loader = loader_of(folder, num_workers=2)
     next(iter(loader.steps(0)))
