@@ -1,11 +1,8 @@
 """What only a CUDA device can show; on the CPU the same tests run as far as they go there."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import train
 from data.dataset import DataOptions
@@ -76,8 +73,6 @@ def test_a_step_does_not_wait_for_the_device(kind, name, precision, shape):
         finally:
             waiting("default")
     assert result.loss.isfinite()
-    if shape == COMPILED:
-        assert optimizers.members[0].optimizer.compiled
 
 
 @pytest.mark.parametrize(("kind", "name", "precision", "shape"), _cases(OPTIONS, ["no", "bf16", "fp16"]))
@@ -91,29 +86,6 @@ def test_training_lowers_the_loss_in_every_precision(kind, name, precision, shap
         chosen.pace(step)
         losses.append(float(train_step([inputs], networks, objective, optimizers, step=step, images=4, **options).loss))
     assert losses[-1] < 0.9 * losses[0] if kind == "cuda" else losses[-1] != losses[0]
-
-
-@pytest.mark.parametrize("kind", [pytest.param("cpu", marks=pytest.mark.slow), CUDA])
-@pytest.mark.parametrize("name", ["dadapt_adam", "dadapt_adam8bit"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_networks_are_stepped_by_a_compiled_kernel_which_gives_the_same(kind, name, dtype):
-    """Sixteen million parameters in one tensor, and two small ones."""
-    found = []
-    for compile in (None, False):
-        generator = torch.Generator().manual_seed(0)
-        weights = [nn.Parameter(torch.randn(shape, generator=generator).to(kind, dtype)) for shape in ((4096, 4097), (30,), (7, 11))]
-        optimizer = replace(OPTIONS[name], d0=1e-5).build(weights, 1.0)
-        optimizer.compile = compile
-        assert optimizer.compiled == (compile is None)
-        for _ in range(4):
-            for weight in weights:
-                weight.grad = (torch.randn(weight.shape, generator=generator) + 1).to(kind, dtype)
-            optimizer.step()
-        found.append((optimizer.d.item(), torch.cat([weight.detach().float().reshape(-1) for weight in weights])))
-    (d, compiled), (expected, plain) = found
-    assert d == pytest.approx(expected, rel=1e-4) and d > 1.5e-5
-    assert ((compiled - plain).abs() > 1e-6 + 1e-5 * plain.abs()).float().mean() < 1e-3, "last bits seldom decide a rounding"
-    torch.testing.assert_close(compiled, plain, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", DEVICES)
