@@ -39,10 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     options, changes = parser.parse_known_args(arguments)
     try:
-        with suppress(OSError):  # which locking it reports
-            options.out.mkdir(parents=True, exist_ok=True)
-        with locked(options.out):
-            compare(options, changes, shlex.join(["python", "scripts/compare_optimizers.py", *arguments]))
+        compare(options, changes, shlex.join(["python", "scripts/compare_optimizers.py", *arguments]))
     except UserError as error:
         say(*error.problems, stream=sys.stderr)
         return error.exit_code
@@ -73,27 +70,30 @@ def compare(options: argparse.Namespace, changes: list[str], command: str) -> No
         raise UserError("--prompts: train.json names no sample_prompts; name a .json or .txt file of prompts to compare pictures of.")
     prompts = read_prompts([str(shown)])
     unrelated = read_prompts([str(options.unrelated)]) if options.unrelated else prompts
-    ends = finish(runs, print)
+    with suppress(OSError):  # which locking it reports
+        options.out.mkdir(parents=True, exist_ok=True)
+    with locked(options.out):
+        ends = finish(runs, print)
 
-    learning = {run.optimizer: learning_parameters(run) for run in runs}
-    files = []
-    for label in dict.fromkeys(run.label for run in runs):
-        own = [end for end in ends if end.planned.label == label]
-        files.append(Compared(label, tuple(measure(end, learning[end.planned.optimizer]) for end in own)))
-    words = f"{len(unrelated.samples or ())} prompts of {(options.unrelated or Path(shown)).name}"
-    words += "" if options.unrelated else " (all sample prompts; name those that the training is not about with --unrelated)"
-    resolution = runs[0].config["resolution"]
-    files, drawn = draw_pictures(
-        files,
-        prompts,
-        unrelated,
-        words,
-        base=runs[0].config["resume_ckpt"],
-        resolution=resolution if isinstance(resolution, int) else max(resolution),
-        say=lambda words: print(f"drawing: {words}"),
-    )
-    page = write_report(files, drawn, options.out, settings=settings_of(runs[0]), command=command, device=device_words())
-    print(f"{page}: done. The curves:  tensorboard --logdir {shlex.quote(str(options.out / 'runs'))}")
+        learning = {run.optimizer: learning_parameters(run) for run in runs}
+        files = []
+        for label in dict.fromkeys(run.label for run in runs):
+            own = [end for end in ends if end.planned.label == label]
+            files.append(Compared(label, tuple(measure(end, learning[end.planned.optimizer]) for end in own)))
+        words = f"{len(unrelated.samples or ())} prompts of {(options.unrelated or Path(shown)).name}"
+        words += "" if options.unrelated else " (all sample prompts; name those that the training is not about with --unrelated)"
+        resolution = runs[0].config["resolution"]
+        files, drawn = draw_pictures(
+            files,
+            prompts,
+            unrelated,
+            words,
+            base=runs[0].config["resume_ckpt"],
+            resolution=resolution if isinstance(resolution, int) else max(resolution),
+            say=lambda words: print(f"drawing: {words}"),
+        )
+        page = write_report(files, drawn, options.out, settings=settings_of(runs[0]), command=command, device=device_words())
+        print(f"{page}: done. The curves:  tensorboard --logdir {shlex.quote(str(options.out / 'runs'))}")
 
 
 if __name__ == "__main__":
