@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 
 from data.buckets import Bucket, buckets, nearest
@@ -25,15 +27,15 @@ _WORDS = 80
 
 
 class Tokens(Protocol):
-    """What counts the tokens of captions."""
+    """What counts the tokens of captions. None of them spans white space."""
 
     @property
     def limit(self) -> int:
         """The tokens of a caption that are read."""
         ...
 
-    def count(self, caption: str) -> int:
-        """Return the tokens of a caption."""
+    def counts(self, texts: Sequence[str]) -> list[int]:
+        """Return the number of tokens of each text."""
         ...
 
 
@@ -167,7 +169,7 @@ class DatasetReport:
 
     def _lines(self) -> Iterator[str]:
         excluded = f" ({self.excluded} more left out by multiply 0)" if self.excluded else ""
-        epoch = f"; {self.an_epoch:g} are shown in an epoch" if self.an_epoch != self.images else ""
+        epoch = f"; {_number(self.an_epoch)} are shown in an epoch" if self.an_epoch != self.images else ""
         several = f"; {self.several} have several captions" if self.several else ""
         yield f"images: {self.images} in {', '.join(self.roots)}{excluded}{epoch}{several}"
         yield from _listed("files left out", [str(file) for file in self.bad])
@@ -181,7 +183,7 @@ class DatasetReport:
             described = [f"{caption.name}: {caption.tokens} tokens; not seen: {_clipped(caption.cut)}" for caption in self.long]
             yield from _listed(f"captions over {self.token_limit} tokens", described)
         if self.duplicates is not None:
-            yield from _listed("images that are there more than once", [" = ".join(group) for group in self.duplicates])
+            yield from _listed("images that are there more than once", [_names(group, " = ") for group in self.duplicates])
         described = [f"{image.name}: {_size(image.size)}, trained as {_size(image.bucket)}" for image in self.enlarged]
         yield from _listed("images smaller than trained, and so enlarged", described)
         several_resolutions = len({use.resolution for use in self.buckets}) > 1
@@ -190,7 +192,7 @@ class DatasetReport:
             short = f"   fewer than the {self.images_per_step} of a step" if self.small(use) else ""
             resolution = f"{use.resolution:>10}  " if several_resolutions else ""
             width, height = use.bucket
-            shape = f"{width:>5} x {height:<5} {use.images:>6}   {use.an_epoch:>8.4g}   {use.cropped:>6.1%}   {use.upscaled:>8}"
+            shape = f"{width:>5} x {height:<5} {use.images:>6}   {_number(use.an_epoch):>8}   {use.cropped:>6.1%}   {use.upscaled:>8}"
             yield resolution + shape + short
 
 
@@ -262,12 +264,19 @@ def _scale(record: Record, bucket: Bucket) -> float:
 
 
 def _long(records: Sequence[Record], tokens: Tokens) -> Iterator[LongCaption]:
-    for record in records:
-        for number, caption in enumerate(record.caption.versions, 1):
-            text = caption.text
-            if not _surely_fits(text, tokens) and (count := tokens.count(text)) > tokens.limit:
-                name = record.name if number == 1 else f"{record.name}, caption {number}"
-                yield LongCaption(name, count, _unseen(text, tokens))
+    captions = [
+        (record.name if number == 1 else f"{record.name}, caption {number}", text.split())
+        for record in records
+        for number, caption in enumerate(record.caption.versions, 1)
+        if not _surely_fits(text := caption.text, tokens)
+    ]
+    # Each word is counted once: of 100 000 captions the tokenizer would take half a minute.
+    words = list(dict.fromkeys(word for _, words in captions for word in words))
+    counted = dict(zip(words, tokens.counts(words), strict=True))
+    for name, words in captions:
+        ends = list(accumulate(map(counted.__getitem__, words)))
+        if ends and ends[-1] > tokens.limit:
+            yield LongCaption(name, ends[-1], " ".join(words[bisect_right(ends, tokens.limit) :]))
 
 
 def _surely_fits(text: str, tokens: Tokens) -> bool:
@@ -275,26 +284,18 @@ def _surely_fits(text: str, tokens: Tokens) -> bool:
     return len(text) <= tokens.limit and text.isascii()
 
 
-def _unseen(text: str, tokens: Tokens) -> str:
-    """Return the words after the longest beginning that fits."""
-    words = text.split(" ")
-    fits, over = 0, len(words)
-    while over - fits > 1:
-        middle = (fits + over) // 2
-        if tokens.count(" ".join(words[:middle])) <= tokens.limit:
-            fits = middle
-        else:
-            over = middle
-    return " ".join(words[fits:])
-
-
 def _count(things: Sequence[object], noun: str) -> str:
     return f"{len(things)} {noun}" + ("" if len(things) == 1 else "s")
 
 
-def _names(names: Sequence[str]) -> str:
+def _number(count: float) -> str:
+    """Return a count as a whole number from 1,000 up, and below with four digits, for images may be shown in some epochs only."""
+    return f"{count:.0f}" if count >= 1000 else f"{count:.4g}"
+
+
+def _names(names: Sequence[str], between: str = ", ") -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return between.join(names[:3]) + more
 
 
 def _clipped(words: str) -> str:

@@ -53,7 +53,7 @@ _IDLE = (
 """Options that act when images are shown, not when they are scanned. A new option counts until it is named here."""
 
 
-def remembered_index(options: DataOptions, folder: Path, *, save: bool = True) -> Index:
+def remembered_index(options: DataOptions, folder: Path) -> Index:
     """Return what `build_index` returns, from an earlier call if nothing has changed since.
 
     Only folders are remembered, not lists of images.
@@ -61,7 +61,6 @@ def remembered_index(options: DataOptions, folder: Path, *, save: bool = True) -
     Args:
         options: as for `build_index`.
         folder: where indices are kept; one that is damaged or cannot be written is as good as none.
-        save: whether to save a new one.
 
     Raises:
         DataError: as `build_index`.
@@ -71,15 +70,13 @@ def remembered_index(options: DataOptions, folder: Path, *, save: bool = True) -
         return build_index(options)
     named = "\n".join(str(root.resolve()) for root in roots)
     path = folder / f"index-{_hash(named.encode(errors='surrogateescape'))[:16]}.saved"
-    if not path.exists() and not save:
-        return build_index(options)
     signature, youngest = _signature(options, roots)
     index = _load(path, signature)
     if index is None:
         began = time.time_ns()
         index = build_index(options)
         transient = any("cannot be read" in file.reason for file in index.bad)
-        if save and len(index.records) >= FEWEST and not transient and began - youngest > _GRAIN:
+        if len(index.records) >= FEWEST and not transient and began - youngest > _GRAIN:
             _save(path, signature, index)
     return index
 
@@ -133,6 +130,7 @@ def _load(path: Path, signature: str) -> Index | None:
     gc.disable()  # a million new objects and no garbage: collections would take most of the time
     try:
         found = _Unpickler(io.BytesIO(content)).load()
+        gc.freeze()  # nor does any later collection have to look at them
     except pickle.UnpicklingError:  # a file that was made to run something
         return None
     finally:

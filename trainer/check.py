@@ -106,7 +106,7 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     quiet_libraries()  # before anything imports diffusers, which speaks as it loads
     import torch
 
-    from data.saved_index import remembered_index
+    from data.saved_index import FEWEST, remembered_index
     from trainer.build import (
         choose_samples,
         choose_seed,
@@ -138,7 +138,8 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     config = replace(config, loop=replace(config.loop, seed=choose_seed(config.loop.seed, start)))
     kept = cache_folder(config.cache, config.logging.logdir)
     validation_file = read_validation_file(config)
-    split = split_images(validation_file, config.data, remembered_index(config.data, kept, save=False), kept, save=False)
+    index = remembered_index(config.data, kept)
+    split = split_images(validation_file, config.data, index, kept, save=len(index.records) >= FEWEST)
     index = split.train
     device = processes.device
     elsewhere = vram is not None and device.type != "cuda"
@@ -156,15 +157,18 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
 
     tokenize = make_tokenize(config, models.tokenizer)
     counting = None if models.tokenizer is None else tokenize
-    data = _report(config, index, processes, counting)
+    data, read = _report(config, index, processes, counting), index
     sheets, damaged = _draw(data, index, config, contact_sheets) if contact_sheets else ([], ())
     if damaged:
         names = {file.name for file in damaged}
         sound = tuple(record for record in index.records if record.name not in names)
-        data = _report(config, replace(index, records=sound, bad=(*index.bad, *damaged)), processes, counting)
+        read = replace(index, records=sound, bad=(*index.bad, *damaged))
+        data = _report(config, read, processes, counting)
+        files = f"{len(damaged)} damaged image{'s' if len(damaged) > 1 else ''}"
+        notes = [*notes, f"{files} will be skipped but counted in the steps: a step that would show one has fewer images"]
     first = make_loader(config, index, tokenize, processes, pin=False).steps_in(0)
     latents = plan_latents(
-        config.cache, config.data, index, models.vae.config, epochs=config.loop.max_epochs, processes=processes.on_machine
+        config.cache, config.data, read, models.vae.config, epochs=config.loop.max_epochs, processes=processes.on_machine
     )
     changed: Sequence[str] = ()
     if start.about is not None:

@@ -265,7 +265,7 @@ class Sampler:
         tokenize = Tokenize(tokenizer, self._pieces)
         found = []
         for job in jobs:
-            tokens = tokenize.count(job.text)
+            (tokens,) = tokenize.counts([job.text])
             if tokens > tokenize.limit and job.text not in self._cut_prompts:
                 self._cut_prompts.add(job.text)
                 found.append(

@@ -36,12 +36,13 @@ class Caption:
     @property
     def text(self) -> str:
         """Return the whole caption in its written order, without the others."""
-        pieces = [piece for piece in (self.main, *(tag.text for tag in self.tags)) if piece]
+        pieces = list(filter(None, [self.main, *[tag.text for tag in self.tags]]))
         text = ", ".join(pieces)
-        room = None if self.longest is None else self.longest - (len(self.prefix) + 1 if self.prefix else 0)
-        while room is not None and len(text) > room and len(pieces) > 1:
-            text = text[: -len(", " + pieces.pop())]
-        return " ".join(filter(None, (self.prefix, text)))
+        if self.longest is not None:
+            room = self.longest - (len(self.prefix) + 1 if self.prefix else 0)
+            while len(text) > room and len(pieces) > 1:
+                text = text[: -len(", " + pieces.pop())]
+        return " ".join(filter(None, (self.prefix, text))) if self.prefix else text
 
     @property
     def empty(self) -> bool:

@@ -244,6 +244,19 @@ def test_the_check_is_a_report_for_programs(workplace, no_estimate, capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["usable"], found["data"]["images"]) == (False, 4)
     assert [file["file"] for file in found["data"]["bad"]] == ["3.png"]
+    assert found["plan"]["latents"].startswith("encoded once, before training: 4 of ")
+    assert any(note.startswith("1 damaged image will be skipped but counted in the steps") for note in found["notes"])
+
+
+def test_a_check_keeps_the_index_of_a_large_data_set(workplace, no_estimate, monkeypatch):
+    for constant in ("FEWEST", "_GRAIN"):
+        monkeypatch.setattr(f"data.saved_index.{constant}", 0)
+    assert train.main(["--check"]) == 0
+    (kept,) = (workplace / "logs" / "cache").iterdir()
+    assert kept.name.startswith("index-")
+    monkeypatch.setattr("data.saved_index.build_index", lambda options: pytest.fail("scanned again"))
+    assert train.main(["--check"]) == 0
+    assert train.main(["--check", "--cache_dir", str(kept.parent)]) == 0
 
 
 def test_contact_sheets_show_each_image_as_it_is_cropped(workplace, no_estimate, capsys):

@@ -7,6 +7,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from data.rng import stream
 from tests.tiny import tiny_models, tiny_tokenizer
@@ -240,7 +242,17 @@ def test_a_long_caption_goes_on_in_the_next_window():
     assert tokens[:77] == [start, *[cat] * 75, end]
     assert tokens[77:154] == [start, *[cat] * 5, *[dog] * 70, end]
     assert tokens[154:] == [start, *[dog] * 10, *[owl] * 65, end]
-    assert (tokenize.count(words), tokenize.limit) == (240, 225)
+    assert (tokenize.counts([words, "cat"]), tokenize.limit) == ([240, 1], 225)
+
+
+@settings(deadline=None)
+@given(st.text(max_size=60) | st.text(alphabet="aé'’s \u0301ς1!猫<|>", max_size=40))
+@example("<|endoftext|> don't ΟΔΟΣ Σ a\u0301 \u0301b 10,5 İI ﷺ")
+def test_no_token_spans_white_space(text):
+    """The check counts the tokens of each word once."""
+    tokenize = Tokenize(clip_tokenizer())
+    words = text.split()
+    assert sum(tokenize.counts(words)) == tokenize.counts([" ".join(words)])[0]
 
 
 def test_the_windows_of_a_short_caption_that_it_does_not_reach_are_the_empty_caption_s():

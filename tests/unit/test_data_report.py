@@ -21,8 +21,8 @@ class Words:
 
     limit = 75
 
-    def count(self, caption):
-        return len(caption.split())
+    def counts(self, texts):
+        return [len(text.split()) for text in texts]
 
 
 LONG = " ".join(f"w{number}" for number in range(80))
@@ -106,8 +106,8 @@ def test_each_caption_of_an_image_is_measured():
 
 def test_letters_that_are_several_tokens_are_counted():
     class Bytes(Words):
-        def count(self, caption):
-            return len(caption.encode())
+        def counts(self, texts):
+            return [len(text.encode()) for text in texts]
 
     index = Index((record("a.png", caption="猫" * 30), record("b.png", caption="x" * 75), record("c.png", caption="x" * 76)), (), (Path(),))
     assert [long.name for long in report_of(index, tokens=Bytes()).long] == ["a.png", "c.png"]
@@ -145,6 +145,25 @@ def test_long_lists_are_cut_and_counted():
     assert found.notes() == ("14 images with an empty caption: 0.png, 1.png, 2.png and 11 more",)
 
 
+@pytest.mark.parametrize(
+    ("multiply", "shown"),
+    [(12_345.5, "37036"), (10_000.0, "30000"), (333.0, "999"), (0.25, "0.75"), (333.5, "1000"), (1 / 9, "0.3333")],
+)
+def test_counts_are_not_rounded_to_powers_of_ten(multiply, shown):
+    index = Index(tuple(record(f"{number}.png", multiply=multiply) for number in range(3)), (), (Path(),))
+    lines = report_of(index).lines()
+    assert lines[0] == f"images: 3 in .; {shown} are shown in an epoch" and lines[-1].split()[4] == shown
+
+
+def test_a_large_group_of_duplicates_is_cut(tmp_path):
+    records = [record(f"{number}.png", folder=tmp_path) for number in range(50)]
+    for copy in records:
+        copy.path.write_bytes(b"the same")
+    found = report_of(Index(tuple(records), (), (Path(),)), duplicates=True)
+    assert "  0.png = 1.png = 2.png and 47 more" in found.lines()
+    assert found.as_json()["duplicates"] == [[copy.name for copy in records]]
+
+
 def test_a_picture_a_little_too_large_counts_as_cropped():
     index = Index((record("a.png", 640, 500), record("b.png", 640, 500)), (), (Path(),))
     (use,) = report_of(index, batch_size=1).buckets
@@ -154,9 +173,9 @@ def test_a_picture_a_little_too_large_counts_as_cropped():
 
 @pytest.fixture
 def copies(tmp_path):
-    """Files of equal sizes: two copies, one that differs at the start and one that differs beyond what is compared first."""
+    """Files of equal sizes: two copies, one that differs in the middle and one that differs beyond what is compared first."""
     long = bytes(200_000)
-    contents = {"a.png": long, "b.png": b"x" + long[1:], "c.png": long, "d.png": long[:-1] + b"x", "e.png": b"short"}
+    contents = {"a.png": long, "b.png": long[:100_001] + b"x" + long[100_002:], "c.png": long, "d.png": long[:-1] + b"x", "e.png": b"short"}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     return [record(name, folder=tmp_path) for name in contents]

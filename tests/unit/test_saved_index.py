@@ -149,14 +149,13 @@ def test_a_file_from_elsewhere_runs_nothing(data, scans, tmp_path, content):
     assert len(scans) == 2 and not (tmp_path / "harm").exists()
 
 
-def test_it_is_not_saved_where_that_is_not_asked_or_worth_it(data, scans, tmp_path, monkeypatch):
-    remembered_index(data, tmp_path / "cache", save=False)
+def test_it_is_not_saved_where_that_is_not_worth_it(data, scans, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FEWEST", 5)
     remembered_index(data, tmp_path / "cache")
     monkeypatch.setattr(module, "FEWEST", 1)
     monkeypatch.setattr(module, "_GRAIN", 10**12)  # a file written a moment ago may change and keep its times
     remembered_index(data, tmp_path / "cache")
-    assert not (tmp_path / "cache").exists() and len(scans) == 3
+    assert not (tmp_path / "cache").exists() and len(scans) == 2
 
 
 def test_what_could_not_be_read_this_time_is_tried_again(data, tmp_path, monkeypatch):

@@ -46,13 +46,16 @@ class Tokenize:
 
         return torch.tensor([self._windows(tokens) for tokens in self._tokens(captions)], dtype=torch.int64)
 
-    def count(self, caption: str) -> int:
-        """Return the number of tokens of a whole caption."""
-        return len(self._tokens([caption])[0])
+    def counts(self, texts: Sequence[str]) -> list[int]:
+        """Return the number of tokens of each whole text, beyond the limit too."""
+        return [len(tokens) for tokens in self._encode(texts)]
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids if texts else []
 
     def _tokens(self, captions: Sequence[str]) -> list[list[int]]:
         new = [caption for caption in dict.fromkeys(captions) if caption not in self.known]
-        fresh = dict(zip(new, self.tokenizer(new, add_special_tokens=False, verbose=False).input_ids, strict=True)) if new else {}
+        fresh = dict(zip(new, self._encode(new), strict=True))
         tokens = [fresh[caption] if caption in fresh else self.known[caption] for caption in captions]
         self.known.update(itertools.islice(fresh.items(), max(0, _REMEMBERED - len(self.known))))
         return tokens
