@@ -229,12 +229,9 @@ def test_frozen_layers_keep_their_weights_and_no_gradient(workplace, model):
     assert {name for name in before if ".layers.2." in name or "final_layer_norm" in name} <= changed
 
 
-def test_check_prints_the_plan_without_loading_weights(workplace, model, capsys):
-    hollow = workplace / "hollow"
-    subprocess.run(["cp", "-r", str(model), str(hollow)], check=True)
-    for file in hollow.rglob("*.safetensors"):
-        file.write_bytes(b"not weights")
-    assert train.main(["--check", "--resume_ckpt", str(hollow)]) == 0
+def test_check_prints_the_plan_without_loading_weights(workplace, model, capsys, monkeypatch):
+    monkeypatch.setattr("trainer.models.tensor_file.TensorFile.__getitem__", None)  # headers only
+    assert train.main(["--check", "--resume_ckpt", str(model)]) == 0
     out = capsys.readouterr().out
     for text in ("images: 5 in", "9 = 3 epochs of 3", "layers 3-4 of 4", "dadapt_adam, lr 0.1 x the d it finds", "fp32 on cpu", "logs"):
         assert text in out, text
