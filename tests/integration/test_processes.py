@@ -39,6 +39,8 @@ def watch(event, arguments):
     path = arguments[0] if arguments else None
     if not isinstance(path, (str, os.PathLike)) or {folder!r} not in os.path.abspath(path):
         return
+    if event in ("os.remove", "os.rmdir") and arguments[1] != -1:  # relative to a folder that shutil.rmtree has named
+        return
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
     if event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree") or (event == "open" and arguments[2] & writing):
         written.append(f"{{event}} {{path}}")

@@ -20,7 +20,10 @@ import train
 from trainer.memory import Estimate
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/keys.md", "configs/followfox/README.md", "models/mini-sd/README.md"]
+DOCUMENTS = [
+    *("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/keys.md", "docs/evidence.md", "docs/several-gpus.md"),
+    *("configs/followfox/README.md", "models/mini-sd/README.md"),
+]
 
 RUN = [
     "python train.py --help",
@@ -52,6 +55,8 @@ _TORTURE = (
 HELPED = {
     "python scripts/bench_memory.py --cards 8 12 16 24": "traces the five set-ups for minutes",
     "python scripts/bench_optimizer.py": "takes minutes on an idle machine",
+    "scripts/bench_optimizer.py --device cuda --network both --every 1 --rounds 5 --threads 1": "needs a GPU",
+    "python scripts/gpu_report.py --out gpu-report": "needs a GPU; test_gpu_report.py runs every step on the CPU",
     "scripts/bench_memory.py --networks unet": "takes 18 GiB and an hour; test_footprint.py runs one of its rows",
     "python scripts/bench_data.py pixels --rounds 7": "takes minutes; test_bench_data.py runs it with less",
     "scripts/bench_data.py scan --rounds 1": "writes 100 000 files; test_bench_data.py runs it with less",
@@ -83,6 +88,7 @@ ELSEWHERE = {
     "python -m pytest -m slow -s tests/integration/test_first_run.py": "is a test",
     "python -m pytest -m slow -s tests/integration/test_eight_bits.py": "is a test",
     "python -m pytest -m slow tests/integration/test_fuzz.py": "is a test",
+    "python -m pytest -m slow tests/integration/test_fuzz_models.py": "is a test",
     "ruff check": "is a step of .ci/run",
     "ruff format --check": "is a step of .ci/run",
     "pyright": "is a step of .ci/run",
@@ -94,6 +100,8 @@ ELSEWHERE = {
     "pip install -r requirements.txt": "installs; .ci/run does so",
     "pip install -r requirements-dev.txt": "installs; .ci/run does so",
     "pip install -q -r requirements.txt": "installs; .ci/run does so",
+    "pip install --require-hashes -r requirements.lock": "downloads torch for CUDA; test_lock.py compares the lock with the requirements",
+    "python scripts/lock_requirements.py": "needs uv and the package index",
     "pip install -r requirements.txt --extra-index-url https://download.pytorch.org/whl/cu130": "is for Windows",
     "pip install pillow-heif": "installs what is optional",
     "pip install wandb": "installs what is optional",
