@@ -28,6 +28,7 @@ from trainer.step import train_step
 SETTINGS = {  # where 25 steps at the method's own rate and no decay would show nothing
     "adamw": {"lr": 1e-3},
     "adamw8bit": {"lr": 1e-3},
+    "adamw8bit_fused": {"lr": 1e-3},
     "lion": {"lr": 2e-4},
     "lion8bit": {"lr": 2e-4},
     "prodigy": {"d0": 1e-4},
