@@ -327,7 +327,9 @@ def build_run(
     state = start.state or TrainState()
     ema = make_ema(config, parts, total_steps, device, begins=start.checkpoint is None) if processes.main else None
     batch = batch_line(config, processes)
-    plan = plan_rows(config, models.source, parts.counts, precision, loader.steps_in(0), total_steps, batch, latent_plan, split.lines())
+    steps_of_epoch, held_out_lines = loader.steps_in(0), split.lines()
+    about_run = (config, models.source, parts.counts, precision, steps_of_epoch, total_steps, batch, latent_plan, held_out_lines)
+    plan = plan_rows(*about_run, run=start.run)
     card = make_card(config, origin_of(start.model, config.model.revision), state, total_steps, list(optimizers.parameters), plan)
     stateful: dict[str, Stateful] = {"optimizers": optimizers, "meter": meter, "watch": watch, "loss watch": loss_watch}
     stateful |= {"curves": card.curves, "card": card}

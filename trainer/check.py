@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.config.paths import shown_path
 from trainer.ema import plan_ema
 from trainer.memory import estimate, size_of_device, work_of
 from trainer.output import say
@@ -178,7 +179,8 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     if start.adapter is not None:
         read_adapter(start.adapter, parts, config.parts.lora)
     batch = batch_line(config, processes)
-    plan = plan_rows(config, models.source, parts.counts, precision, first, total_steps, batch, latents, split.lines())
+    about_run = (config, models.source, parts.counts, precision, first, total_steps, batch, latents, split.lines())
+    plan = plan_rows(*about_run, run=start.run)
     lora = config.parts.lora is not None  # of which checkpoints hold the matrices alone, in fp32
     disk = plan_disk(
         config.saving,
@@ -213,6 +215,8 @@ def plan_rows(
     batch: str,
     latents: LatentPlan,
     held_out: Sequence[str] = (),
+    *,
+    run: Path | None = None,
 ) -> list[tuple[str, str]]:
     """Return the plan as names and texts.
 
@@ -226,10 +230,12 @@ def plan_rows(
         batch: as `batch_line` says it.
         latents: how the run comes by them.
         held_out: what is measured and not trained.
+        run: the folder of a resumed run.
     """
     averaged = plan_ema(config.ema, total_steps)
     loop, saving, samples = config.loop, config.saving, config.samples
     optimizers: dict[str, OptimizerOptions] = {"unet": config.optimizers.unet, "text encoder": config.optimizers.text_encoder}
+    name = "-".join(part for part in (config.logging.project_name, config.logging.run_name) if part)
     lines = [("model", model)]
     for network, part in parts.items():
         learning = f"{_optimizer(optimizers[network])}; " if part.trained else ""
@@ -250,7 +256,7 @@ def plan_rows(
         ("seed", str(loop.seed)),
         ("samples", f"every {samples.sample_steps} steps, from {samples.sample_prompts or 'four captions of the data'}"),
         ("checkpoints", f"{every}at the end: {form['diffusers' if saving.no_save_ckpt else saving.save_format]}"),
-        ("outputs", str(Path(config.logging.logdir) / f"{config.logging.project_name}-<time>")),
+        ("outputs", shown_path(run or Path(config.logging.logdir) / f"{name}-<time>")),
     ]
     return lines
 
