@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.disk import appearing
 from trainer.errors import UserError
-from trainer.state import as_kind
+from trainer.state_file import as_kind
 
 if TYPE_CHECKING:
     from trainer.checkpoint import TrainState
@@ -32,7 +32,7 @@ _UNDER_OPENRAIL = (
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run was begun from, as far as it is known."""
+    """What a run was begun from, as it is known."""
 
     name: str
     """What people call it: a hub id, or the last part of a path."""

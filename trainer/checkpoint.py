@@ -27,7 +27,7 @@ from trainer.contained import files_inside, inside
 from trainer.disk import appearing, drop, restore
 from trainer.errors import UserError, said
 from trainer.lock import is_free
-from trainer.state import as_kind
+from trainer.state_file import as_kind
 
 MANIFEST = "manifest.json"
 RESUME = "resume"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.state import as_kind
+from trainer.state_file import as_kind
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from trainer.state import as_kind
+from trainer.state_file import as_kind
 
 PATIENCE = 3
 """Evaluations in a row above the lowest value before that means anything."""

@@ -157,7 +157,7 @@ def estimate(config: TrainConfig, models: Models, precision: Precision, work: Wo
 
 
 def work_of(config: TrainConfig, index: Index, sampler: Sampler, *, latents_kept: bool, trains_text: bool, held_out: int) -> Work:
-    """Return what a run does, as far as its memory depends on it.
+    """Return what a run does, as its memory depends on it.
 
     Args:
         config: the run's.
@@ -249,7 +249,7 @@ _NO_MEMORY = re.compile(
 def memory_table(run: Run) -> list[str]:
     """Return what holds memory as aligned lines: weights and state as they are, gradients as they are during a step."""
     from trainer.disk import in_gib
-    from trainer.state import size_of_state
+    from trainer.state_file import size_of_state
 
     state = run.optimizers.state_dict()
     rows = []

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from trainer.state import as_kind
+from trainer.state_file import as_kind
 
 if TYPE_CHECKING:
     import torch

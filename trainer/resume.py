@@ -103,7 +103,7 @@ def restore_state(parts: Mapping[str, Stateful], checkpoint: Path) -> None:
     """
     from safetensors import SafetensorError
 
-    from trainer.state import read_state
+    from trainer.state_file import read_state
 
     path = checkpoint / RESUME / "training.json"
     problem = ""

@@ -169,7 +169,7 @@ class Saver:
     def _write(self, kind: Kind, written: list[Path]) -> None:
         import torch
 
-        from trainer.state import size_of_state, write_state
+        from trainer.state_file import size_of_state, write_state
 
         state = self._state
         epoch = state.epoch + (1 if state.step_in_epoch else 0)
@@ -378,7 +378,7 @@ def state_bytes(options: OptimizerOptions) -> float:
     """Return the bytes of state that an optimizer keeps for a parameter, measured on one of 65,536 after a step."""
     import torch
 
-    from trainer.state import size_of_state
+    from trainer.state_file import size_of_state
 
     parameter = torch.nn.Parameter(torch.ones(256, 256))
     optimizer = options.build([parameter], options.lr or 1.0)

@@ -8,7 +8,7 @@ import train
 from tests.runs import ADAMW, DADAPT, run_of, same_run, scalars, weights, write
 from trainer.checkpoint import checkpoints, single_files
 from trainer.models.load import ModelOptions, load_models
-from trainer.state import read_state
+from trainer.state_file import read_state
 
 
 def settings(**changes):

@@ -16,7 +16,7 @@ from trainer.models.load import ModelOptions, load_models
 from trainer.models.lora import LORA_FILE, LoraOptions, begin, named, read_adapter
 from trainer.models.tensor_file import TensorFile
 from trainer.models.trainable import FreezingOptions, TrainableOptions, apply_freezing
-from trainer.state import read_state
+from trainer.state_file import read_state
 
 ALL = {"rank": 3, "alpha": 1.5, "targets": "all"}
 SHORT = {"max_epochs": 2, "fixed_loss_images": 0, "save_every_n_epochs": None, "sample_steps": 100}

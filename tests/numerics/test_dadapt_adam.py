@@ -12,7 +12,7 @@ from dadaptation import DAdaptAdam as Published
 from trainer.optim.dadapt import tiled
 from trainer.optim.dadapt.optimizer import DAdaptAdam, TiledAdamW
 from trainer.optim.dadapt.quantized import BLOCK, encode
-from trainer.state import read_state, write_state
+from trainer.state_file import read_state, write_state
 
 SHAPES = [(3, 700), (5,), (41, 100), (2, 3, 4)]
 

@@ -21,7 +21,7 @@ from trainer.errors import UserError
 from trainer.optim.gradients import finish_gradients
 from trainer.optim.optimizer_set import OptimizerSet
 from trainer.optim.schedules import ScheduleOptions, SchedulerName, rate_factor
-from trainer.state import read_state, write_state
+from trainer.state_file import read_state, write_state
 
 NAMES = list(optimizer_classes())
 ADAPTIVE = [name for name in NAMES if optimizer_classes()[name].adapts]

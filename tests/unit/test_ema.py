@@ -5,7 +5,7 @@ import torch
 
 from trainer.ema import Ema, EmaOptions, decay_of, plan_ema
 from trainer.errors import UserError
-from trainer.state import read_state, write_state
+from trainer.state_file import read_state, write_state
 
 CPU = torch.device("cpu")
 

@@ -280,7 +280,7 @@ def test_the_plan_in_words(tmp_path, monkeypatch):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of the most memory")
 def test_no_second_copy_of_the_state_is_made(tmp_path):
     """Write 256 MiB of state in tensors of 16 MiB: the process may grow by little more than one of them."""
-    from trainer.state import write_state
+    from trainer.state_file import write_state
 
     def status(key):
         return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)).split()[1]) * 1024

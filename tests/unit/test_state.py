@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from trainer.config.schema import optimizer_classes
 from trainer.optim.optimizer_set import OptimizerSet
-from trainer.state import read_state, write_state
+from trainer.state_file import read_state, write_state
 
 
 def test_round_trip_of_every_kind_of_value(tmp_path):

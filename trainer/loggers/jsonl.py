@@ -70,7 +70,7 @@ class JsonlLogger:
             if not self._warned:
                 self._warned = True
                 reason = error.strerror or str(error)
-                self._warn(f"{self._path}: numbers are not recorded ({reason}); training goes on, recording too as soon as it can")
+                self._warn(f"{self._path}: numbers are not recorded ({reason}); training goes on, recording too as it can")
 
     def image(self, tag: str, picture: Image.Image, step: int) -> None:
         """Leave a picture to the other recorders; its file is in the run's folder."""

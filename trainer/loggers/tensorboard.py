@@ -141,9 +141,7 @@ class TensorBoardLogger:
     def _warn_once(self, reason: str) -> None:
         if not self._warned:
             self._warned = True
-            self._warn(
-                f"{self._folder}: TensorBoard's events are not recorded ({reason}); training goes on, recording too as soon as it can"
-            )
+            self._warn(f"{self._folder}: TensorBoard's events are not recorded ({reason}); training goes on, recording too as it can")
 
 
 def layout(*, networks: Sequence[str], adaptive: Collection[str]) -> Layout:
