@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
             if loaded.action == "check":
                 if rank() > 0:  # of several processes the first checks for all
                     return 0
-                from trainer.check import check
+                from trainer.planning.check import check
 
                 return check(
                     loaded.config,

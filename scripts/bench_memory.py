@@ -7,7 +7,7 @@
 
 Weights and images are random: only sizes matter. The steps are the trainer's own (`trainer.step`), with its data types, memory
 layout and order. What is reported is the most memory that the process held during the steps (on Linux its peak resident set, on
-CUDA what torch had allocated), what the optimizer's state and everything else of known size account for, and what trainer.memory would
+CUDA what torch had allocated), what the optimizer's state and everything else of known size account for, and what trainer.planning.memory would
 have said before: the tensors of its trace, on the CPU with what the process held before there were any.
 """
 
@@ -116,8 +116,8 @@ def print_cards(cards: Sequence[float]) -> None:
     """Print a table of the largest batch that each of some configurations fits into cards of so many GiB, at 512 px."""
     import torch
 
-    from trainer.footprint import Work
-    from trainer.memory import estimate
+    from trainer.planning.memory import estimate
+    from trainer.planning.memory_trace import Work
     from trainer.precision import Precision
 
     models = empty_models()

@@ -108,7 +108,7 @@ def optimizer_options(name: str, *, fused: bool) -> OptimizerOptions:
 
 def estimated(setting: Setting) -> int:
     """Return the bytes of tensors that the memory estimate holds at the peak of a step; needs no GPU."""
-    from trainer.footprint import Work, footprint
+    from trainer.planning.memory_trace import Work, footprint
     from trainer.precision import imagined_precision
 
     config = run_config(setting)

@@ -18,7 +18,7 @@ _IMPORTED = [
     "diffusers.schedulers",
     "tensorboard.summary.writer.record_writer",
     "torch.utils.tensorboard.summary",
-    "trainer.check",
+    "trainer.planning.check",
     "trainer.grid",
     "trainer.models.checkpoint_file",
     "trainer.models.folder",

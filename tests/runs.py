@@ -45,7 +45,7 @@ def workplace(tmp_path, model, monkeypatch):
 @pytest.fixture
 def no_estimate(monkeypatch):
     """Let --check leave out the memory that a run will need, which takes it two seconds: for tests of what else it tells."""
-    monkeypatch.setattr("trainer.check.estimate", lambda *_, **__: SimpleNamespace(lines=list, as_json=dict))
+    monkeypatch.setattr("trainer.planning.check.estimate", lambda *_, **__: SimpleNamespace(lines=list, as_json=dict))
 
 
 def write(folder, optimizer, **changes):

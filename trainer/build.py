@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError, said
 from trainer.lock import locked
-from trainer.memory import cheapest_key, estimate, is_out_of_memory, memory_table, size_of_device, work_of
+from trainer.planning.memory import cheapest_key, estimate, is_out_of_memory, memory_table, size_of_device, work_of
+from trainer.planning.resume import Start, changes, check_same_run, describe, find_start, restore_state, resume_command
 from trainer.processes import Processes, connect
-from trainer.resume import Start, changes, check_same_run, describe, find_start, restore_state, resume_command
 from trainer.run_folder import mark
 
 if TYPE_CHECKING:
@@ -203,7 +203,6 @@ def build_run(
     from trainer.cache import cache_folder, encode_captions, encode_images, plan_latents
     from trainer.cadence import Cadence
     from trainer.card import origin_of
-    from trainer.check import aligned, batch_line, plan_rows
     from trainer.checkpoint import TrainState
     from trainer.config import check_fused_backward, check_rates, check_schedules, without_folders
     from trainer.diffusion.objective import Networks
@@ -220,6 +219,7 @@ def build_run(
     from trainer.models.trainable import apply_freezing
     from trainer.optim.dadapt import EstimateOptions
     from trainer.optim.watch import AdaptationWatch
+    from trainer.planning.check import aligned, batch_line, plan_rows
     from trainer.precision import resolve_precision
     from trainer.saving import Saver, Stateful
     from trainer.validation import VALIDATION_LOSS, FixedLoss, Validation, split_images

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = (  # top to bottom: a module imports from its own layer and from those below it
     ("train", "scripts"),
-    ("trainer.build", "trainer.check", "trainer.memory", "trainer.footprint"),
-    ("trainer.resume", "trainer.found"),
+    ("trainer.build", "trainer.planning.check", "trainer.planning.memory", "trainer.planning.memory_trace"),
+    ("trainer.planning.resume", "trainer.found"),
     ("trainer.config",),
     ("trainer.loop",),
     ("trainer.step", "trainer.validation"),

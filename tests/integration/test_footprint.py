@@ -11,19 +11,19 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import train
-import trainer.footprint
+import trainer.planning.memory_trace
 from scripts import bench_memory
 from tests.tiny import tiny_models
 from trainer.build import make_objective, place
 from trainer.config.schema import OptimizerConfig, TrainConfig, optimizer_classes
 from trainer.diffusion.objective import Inputs, Networks
-from trainer.footprint import ACTIVATIONS, COPIES, EMA, GRADIENTS, STATE, WEIGHTS, Work, footprint
-from trainer.memory import Estimate, cheapest_key, estimate
 from trainer.models.load import ModelOptions
 from trainer.models.lora import LoraOptions
 from trainer.models.networks import SD15, empty_text_encoder, empty_unet, empty_vae
 from trainer.models.trainable import FreezingOptions, TrainableOptions, apply_freezing
 from trainer.optim.optimizer_set import OptimizerSet
+from trainer.planning.memory import Estimate, cheapest_key, estimate
+from trainer.planning.memory_trace import ACTIVATIONS, COPIES, EMA, GRADIENTS, STATE, WEIGHTS, Work, footprint
 from trainer.precision import Precision
 from trainer.step import train_step
 
@@ -70,7 +70,7 @@ def test_a_lora_holds_its_matrices_beside_frozen_weights(models):
     whole = step(options(parts=replace(lora, lora=None)), models, CUDA)
     phase = step(options(parts=lora), models, CUDA)
     halved = step(options(parts=lora), models, replace(CUDA, weights=torch.bfloat16))
-    matrices = apply_freezing(trainer.footprint._copies(models), lora, FreezingOptions())
+    matrices = apply_freezing(trainer.planning.memory_trace._copies(models), lora, FreezingOptions())
     size = rounded(parameter for named in matrices.parameters.values() for _, parameter in named)
     assert 0 < of(phase, GRADIENTS) <= size, "the peak is inside the backward pass"
     assert of(phase, STATE) == pytest.approx(3 * size, rel=0.15), "each is padded"
@@ -109,7 +109,7 @@ def test_a_step_holds_what_torch_counts(checkpointing, monkeypatch):
     with tracker:
         train_step([inputs], networks, objective, optimizers, step=1, images=8)
     counted = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    monkeypatch.setattr(trainer.footprint, "_GRAIN", 1)  # which it rounds to on CUDA alone
+    monkeypatch.setattr(trainer.planning.memory_trace, "_GRAIN", 1)  # which it rounds to on CUDA alone
     on_cuda = Precision(torch.device("cuda"), None, None, torch.float32)  # where a VAE that is not needed waits elsewhere
     assert step(config, expected, on_cuda, Work(size=(64, 64), images=8, latents_kept=True)).total == pytest.approx(counted, rel=0.03)
 
@@ -217,7 +217,7 @@ def test_a_real_step_on_cuda_needs_what_was_estimated(name):
 
 
 def test_lines_name_the_peak_and_what_would_fit():
-    from trainer.footprint import Phase
+    from trainer.planning.memory_trace import Phase
 
     gib = 2**30
     found = Estimate([Phase("training step", {(WEIGHTS, "unet"): 10 * gib})], "cuda", gib, 8 * gib, [("Set x to y.", 7 * gib)])

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import train
-from trainer.memory import Estimate
+from trainer.planning.memory import Estimate
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
@@ -182,7 +182,7 @@ def test_a_command_runs(command, copy, monkeypatch, capsys):
 @pytest.mark.parametrize("command", CHECKED)
 def test_a_training_command_passes_its_check(command, copy, monkeypatch, capsys):
     monkeypatch.chdir(copy)
-    monkeypatch.setattr("trainer.check.estimate", lambda *_, **__: Estimate([], "cpu", 0, None))
+    monkeypatch.setattr("trainer.planning.check.estimate", lambda *_, **__: Estimate([], "cpu", 0, None))
     monkeypatch.setattr(Estimate, "lines", lambda _: [])
     program, *arguments = here(command.removesuffix(" --check"), copy)
     assert program == "train.py" and train.main([*arguments, "--check", "--vram", "24"]) == 0

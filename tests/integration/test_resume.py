@@ -14,7 +14,7 @@ from trainer.checkpoint import checkpoints
 from trainer.config import load_config
 from trainer.config.schema import optimizer_classes
 from trainer.lock import LOCK
-from trainer.resume import resume_command
+from trainer.planning.resume import resume_command
 from trainer.run_folder import MARKER
 
 LAST = "last-tiny-ep02-gs00006"
@@ -122,7 +122,7 @@ def test_what_has_changed_is_told_and_the_configuration_counts(workplace, no_est
 def test_a_clip_skip_of_an_earlier_version_keeps_its_meaning(workplace, monkeypatch, no_estimate, capsys, now, changed):
     """Format 1 counted the penultimate layer as 1. Its checkpoints and resolved files are read as 2, others as they are."""
     with monkeypatch.context() as earlier:
-        for module in ("trainer.resume", "trainer.config.resolved"):
+        for module in ("trainer.planning.resume", "trainer.config.resolved"):
             earlier.setattr(f"{module}.FORMAT", 1)
         write(workplace, ADAMW, **SHORT, clip_skip=1)
         assert train.main(["--stop_after_steps", "2"]) == 0

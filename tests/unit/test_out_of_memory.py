@@ -5,7 +5,7 @@ import errno
 import pytest
 import torch
 
-from trainer.memory import is_out_of_memory
+from trainer.planning.memory import is_out_of_memory
 
 
 @pytest.mark.parametrize(

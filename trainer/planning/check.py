@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config.paths import shown_path
 from trainer.ema import plan_ema
-from trainer.memory import estimate, size_of_device, work_of
 from trainer.output import say
+from trainer.planning.memory import estimate, size_of_device, work_of
 
 if TYPE_CHECKING:
     from data.index import Index
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from trainer.cache import LatentPlan
     from trainer.config.schema import TrainConfig
     from trainer.diffusion.conditioning import Tokenize
-    from trainer.memory import Estimate
     from trainer.models.trainable import Part
     from trainer.optim import OptimizerOptions
+    from trainer.planning.memory import Estimate
     from trainer.precision import Precision
     from trainer.processes import Processes
 
@@ -126,9 +126,9 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     from trainer.models.load import describe as describe_model
     from trainer.models.lora import read_adapter
     from trainer.models.trainable import apply_freezing
+    from trainer.planning.resume import changes, check_same_run, describe, find_start
     from trainer.precision import imagined_precision, resolve_precision
     from trainer.processes import expected
-    from trainer.resume import changes, check_same_run, describe, find_start
     from trainer.saving import plan_disk
     from trainer.validation import split_images
 
@@ -283,7 +283,7 @@ def _report(config: TrainConfig, index: Index, processes: Processes, tokenize: T
 
 def _draw(dataset: DatasetReport, index: Index, config: TrainConfig, folder: Path) -> tuple[list[Path], tuple[BadFile, ...]]:
     """Write the contact sheets; return their paths and the images that could not be decoded."""
-    from trainer.contact_sheets import ContactSheets
+    from trainer.planning.contact_sheets import ContactSheets
 
     used = [record for record in index.records if record.multiply > 0]
     sheets = ContactSheets(used, config.data.resolutions, {long.name: long.cut for long in dataset.long})

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
     from data.index import Index
     from trainer.config.schema import TrainConfig
-    from trainer.footprint import Phase, Work
     from trainer.loop import Run
     from trainer.models.load import Models
     from trainer.optim import OptimizerOptions
+    from trainer.planning.memory_trace import Phase, Work
     from trainer.precision import Precision
     from trainer.sampling import Sampler
 
@@ -68,7 +68,7 @@ class Estimate:
 
     def lines(self) -> list[str]:
         """Return a table and what follows from it."""
-        from trainer.footprint import KINDS, NETWORKS
+        from trainer.planning.memory_trace import KINDS, NETWORKS
 
         phase = self.largest
         name, unit = ("GiB", 2**30) if self.peak >= 2**30 else ("MiB", 2**20)
@@ -135,7 +135,7 @@ def estimate(config: TrainConfig, models: Models, precision: Precision, work: Wo
     """
     import psutil
 
-    from trainer.footprint import footprint
+    from trainer.planning.memory_trace import footprint
 
     device = "cuda" if precision.device.type == "cuda" else "cpu"
     beside = CONTEXT if device == "cuda" else psutil.Process().memory_info().rss
@@ -168,7 +168,7 @@ def work_of(config: TrainConfig, index: Index, sampler: Sampler, *, latents_kept
         held_out: images and timesteps that are measured at a time, 0 if none are held out.
     """
     from data.dataset import shown_captions
-    from trainer.footprint import Work
+    from trainer.planning.memory_trace import Work
     from trainer.validation import TIMESTEPS
 
     shown: dict[tuple[int, int], float] = {}
