@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
                     contact_sheets=loaded.contact_sheets,
                     vram=loaded.vram,
                 )
-            from trainer.build import run_training
+            from trainer.run.build import run_training
 
             run_training(loaded.config, [*notes, *loaded.notes], weights_only=loaded.weights_only, arguments=arguments, signals=signals)
         except ToldElsewhere as error:

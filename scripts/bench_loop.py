@@ -129,10 +129,10 @@ class _OnlyReports(Cadence):
 
 def build(config: TrainConfig) -> Run:
     """Return a run that draws no samples before its first step and shows nothing."""
-    from trainer.build import build_run
     from trainer.loggers.console import Console
     from trainer.models.quiet import quiet_libraries
     from trainer.processes import connect
+    from trainer.run.build import build_run
     from trainer.signals import StopSignals
 
     quiet_libraries()

@@ -169,12 +169,12 @@ class Steps:
     """
 
     def __init__(self, setting: Setting, models: Models | None = None) -> None:
-        from trainer.build import place
         from trainer.diffusion.objective import Networks, Objective, ObjectiveOptions
         from trainer.diffusion.schedule import NoiseSchedule
         from trainer.models.load import ModelOptions, load_models
         from trainer.models.trainable import apply_freezing
         from trainer.optim.optimizer_set import OptimizerSet
+        from trainer.run.build import place
 
         self.setting = setting
         config, self.precision = run_config(setting), precision_of(setting)

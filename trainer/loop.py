@@ -72,7 +72,7 @@ class LoopOptions:
 
 @dataclass
 class Run:
-    """Everything a run is made of, put together by `trainer.build`."""
+    """Everything a run is made of, put together by `trainer.run.build`."""
 
     folder: Path
     state: TrainState

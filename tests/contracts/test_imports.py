@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = (  # top to bottom: a module imports from its own layer and from those below it
     ("train", "scripts"),
-    ("trainer.build", "trainer.planning.check", "trainer.planning.memory", "trainer.planning.memory_trace"),
-    ("trainer.planning.resume", "trainer.found"),
+    ("trainer.run.build", "trainer.planning.check", "trainer.planning.memory", "trainer.planning.memory_trace"),
+    ("trainer.planning.resume", "trainer.run.learned_rate"),
     ("trainer.config",),
     ("trainer.loop",),
     ("trainer.step", "trainer.validation"),
@@ -35,7 +35,7 @@ DIFFUSION = (
 LIBRARIES = {  # which modules may import a library; the scripts may import all, and others are free
     "diffusers": DIFFUSION,
     "transformers": DIFFUSION,
-    "accelerate": ("trainer.build", "trainer.loop", "trainer.step", "trainer.checkpoint", "trainer.processes"),
+    "accelerate": ("trainer.run.build", "trainer.loop", "trainer.step", "trainer.checkpoint", "trainer.processes"),
     "peft": ("trainer.models.lora",),
     "pydantic": ("trainer.config", "trainer.state_file"),
     "bitsandbytes": ("trainer.optim",),
@@ -137,7 +137,7 @@ def test_modules_are_named_for_what_they_hold():
     ("module", "source", "rule"),
     [
         ("data.plan", "from trainer.errors import UserError", "upward"),
-        ("trainer.metrics", "def f():\n    import trainer.build", "upward"),
+        ("trainer.metrics", "def f():\n    import trainer.run.build", "upward"),
         ("trainer.diffusion.loss", "if TYPE_CHECKING:\n    from trainer.diffusion.objective import Objective", "upward"),
         ("trainer.step", "from trainer import loop", "upward"),
         ("trainer.sampling", "from scripts.grid import draw", "upward"),
@@ -178,11 +178,11 @@ def test_each_rule_sees_what_it_forbids(module, source, rule):
         ("trainer.loop", "if TYPE_CHECKING:\n    import torch"),
         ("trainer.config.schema", "from trainer.loop import LoopOptions"),
         ("trainer.models.load", "from diffusers import DDPMScheduler"),
-        ("scripts.grid", "import diffusers, trainer.build"),
+        ("scripts.grid", "import diffusers, trainer.run.build"),
     ],
 )
 def test_no_rule_forbids_what_is_meant(module, source):
-    planted = {"trainer.loop": [], module: read_imports(source, {"trainer.loop", "trainer.build"})}
+    planted = {"trainer.loop": [], module: read_imports(source, {"trainer.loop", "trainer.run.build"})}
     assert [*upward(planted), *strayed(planted), *not_options(planted), *slow_starts(planted, {"trainer.loop"})] == []
 
 

@@ -18,11 +18,11 @@ from data.index import build_index
 from data.latents import MomentShape
 from tests.tiny import tiny_models, write_tiny_folder
 from trainer import cache as cache_module
-from trainer.build import place
 from trainer.cache import CacheOptions, LatentPlan, encode_captions, encode_images, identity, plan_latents
 from trainer.diffusion.conditioning import Tokenize
 from trainer.errors import UserError
 from trainer.precision import Precision
+from trainer.run.build import place
 from trainer.transfer import visiting
 
 CPU = Precision(torch.device("cpu"), None, None, torch.float32)

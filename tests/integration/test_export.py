@@ -15,10 +15,10 @@ import torch
 from safetensors import safe_open
 
 from tests.tiny import PNDMScheduler, StableDiffusionPipeline, tiny_models, write_parts_beside, write_tiny_folder
-from trainer.build import keep_beside
 from trainer.export import architecture, save_diffusers, save_single_file
 from trainer.models.load import ModelOptions, load_models
 from trainer.models.single_file import NETWORKS
+from trainer.run.build import keep_beside
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["a red circle on a blue background", ""]

@@ -14,7 +14,6 @@ import train
 import trainer.planning.memory_trace
 from scripts import bench_memory
 from tests.tiny import tiny_models
-from trainer.build import make_objective, place
 from trainer.config.schema import OptimizerConfig, TrainConfig, optimizer_classes
 from trainer.diffusion.objective import Inputs, Networks
 from trainer.models.load import ModelOptions
@@ -25,6 +24,7 @@ from trainer.optim.optimizer_set import OptimizerSet
 from trainer.planning.memory import Estimate, cheapest_key, estimate
 from trainer.planning.memory_trace import ACTIVATIONS, COPIES, EMA, GRADIENTS, STATE, WEIGHTS, Work, footprint
 from trainer.precision import Precision
+from trainer.run.build import make_objective, place
 from trainer.step import train_step
 
 ROOT = Path(__file__).resolve().parents[2]

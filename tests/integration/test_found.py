@@ -11,8 +11,8 @@ from tests.runs import DADAPT, run_of, scalars, write
 from trainer.checkpoint import checkpoints
 from trainer.config import load_config
 from trainer.config.export import optimizer_schema
-from trainer.found import FOUND
 from trainer.optim import AdamW8bitOptions
+from trainer.run.learned_rate import FOUND
 
 jsonschema = pytest.importorskip("jsonschema")
 

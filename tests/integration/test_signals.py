@@ -88,8 +88,8 @@ def test_the_first_signal_saves_and_the_run_goes_on_to_the_bit(workplace, monkey
     [
         "trainer.models.load._base",
         "trainer.cache._encode",
-        "trainer.build.make_optimizers",
-        "trainer.build.tell_data",
+        "trainer.run.build.make_optimizers",
+        "trainer.run.build.tell_data",
         "trainer.validation:FixedLoss.measure",
         "trainer.sampling:Sampler._pictures",
     ],

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from data.rng import stream
 from tests.tiny import tiny_models, tiny_tokenizer
-from trainer.build import skipped_layers
 from trainer.diffusion import conditioning
 from trainer.diffusion.conditioning import Tokenize, encode_text
 from trainer.diffusion.loss import image_losses
@@ -21,6 +20,7 @@ from trainer.diffusion.schedule import NoiseSchedule, with_zero_terminal_snr
 from trainer.diffusion.weighting import min_snr_weights
 from trainer.errors import UserError
 from trainer.models.tokenizer import clip_tokenizer
+from trainer.run.build import skipped_layers
 
 SD15 = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from trainer.config.schema import OptimizerConfig, TrainConfig, optimizer_classes
-from trainer.found import FOUND, hand_over
 from trainer.models.load import ModelOptions
 from trainer.optim import AdamWOptions, DAdaptAdamOptions
 from trainer.optim.watch import PATIENCE, AdaptationWatch
 from trainer.precision import PrecisionOptions
+from trainer.run.learned_rate import FOUND, hand_over
 
 SECTIONS = {"unet": "base", "text encoder": "text_encoder_overrides"}
 

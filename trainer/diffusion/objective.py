@@ -67,7 +67,7 @@ class ObjectiveOptions:
 
 @dataclass(frozen=True)
 class Networks:
-    """The modules that a step runs, prepared by `trainer.build`: on their device, perhaps wrapped for several processes."""
+    """The modules that a step runs, prepared by `trainer.run.build`: on their device, perhaps wrapped for several processes."""
 
     unet: Any
     text_encoder: Any

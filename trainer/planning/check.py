@@ -108,17 +108,6 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     import torch
 
     from data.saved_index import FEWEST, remembered_index
-    from trainer.build import (
-        choose_samples,
-        choose_seed,
-        count_steps,
-        log_folder_problem,
-        make_loader,
-        make_tokenize,
-        read_prompts,
-        read_validation_file,
-        set_noise_schedule,
-    )
     from trainer.cache import cache_folder, plan_latents
     from trainer.config import check_fused_backward, check_rates, check_schedules
     from trainer.errors import UserError
@@ -129,6 +118,17 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     from trainer.planning.resume import changes, check_same_run, describe, find_start
     from trainer.precision import imagined_precision, resolve_precision
     from trainer.processes import expected
+    from trainer.run.build import (
+        choose_samples,
+        choose_seed,
+        count_steps,
+        log_folder_problem,
+        make_loader,
+        make_tokenize,
+        read_prompts,
+        read_validation_file,
+        set_noise_schedule,
+    )
     from trainer.saving import plan_disk
     from trainer.validation import split_images
 
@@ -276,7 +276,7 @@ def aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
 
 def _report(config: TrainConfig, index: Index, processes: Processes, tokenize: Tokenize | None) -> DatasetReport:
     from data.report import report
-    from trainer.build import images_per_step
+    from trainer.run.build import images_per_step
 
     return report(index, config.data, images_per_step=images_per_step(config, processes), tokens=tokenize, duplicates=True)
 

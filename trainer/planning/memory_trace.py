@@ -118,8 +118,8 @@ def footprint(config: TrainConfig, models: Models, precision: Precision, work: W
 
 class _Trace:
     def __init__(self, config: TrainConfig, models: Models, precision: Precision, work: Work) -> None:
-        from trainer.build import place
         from trainer.models.trainable import apply_freezing
+        from trainer.run.build import place
 
         self._config, self._precision, self._work = config, precision, work
         self._on_cuda = precision.device.type == "cuda"
@@ -236,7 +236,7 @@ class _Trace:
             vae.decode(torch.empty(1, 4, height, width, device=_META), return_dict=False)
 
     def _objective(self) -> Any:
-        from trainer.build import make_objective
+        from trainer.run.build import make_objective
 
         return make_objective(self._config, self._models, self._parts)
 

@@ -88,9 +88,9 @@ def _train(
     signals: StopSignals,
 ) -> None:
     from trainer.environment import check_cuda
-    from trainer.found import hand_over
     from trainer.loggers.console import Console
     from trainer.loop import out_of_time, train
+    from trainer.run.learned_rate import hand_over
 
     console = Console(enabled=processes.main)
     for note in [*notes, *check_cuda(), *processes.notes]:
