@@ -19,8 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from trainer.checkpoints.lock import locked
 from trainer.errors import UserError
-from trainer.lock import locked
 from trainer.output import say
 
 

@@ -57,8 +57,8 @@ def convert(source: str, target: Path, *, vae: str | None = None, full_precision
     for note in models.notes:
         say(f"Note: {note}", stream=sys.stderr)
 
-    from trainer.disk import appearing
-    from trainer.export import save_diffusers, save_single_file
+    from trainer.checkpoints.atomic import appearing
+    from trainer.checkpoints.export import save_diffusers, save_single_file
 
     dtype = torch.float32 if full_precision else torch.float16
     with appearing(target) as draft:

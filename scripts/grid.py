@@ -48,7 +48,7 @@ def draw_grid(options: argparse.Namespace) -> int:
     from scripts.grids.columns import find_columns
     from scripts.grids.draw import draw, page_body, picture_of, read_prompts
     from scripts.web_page import document
-    from trainer.disk import appearing
+    from trainer.checkpoints.atomic import appearing
 
     if options.weights or options.add_difference is not None:
         raise UserError("--weights and --add_difference say how files are merged; name those with --blend.")

@@ -48,7 +48,7 @@ def make(out: Path, seed: int, dtype: str) -> dict[str, int]:
     """
     import torch
 
-    from trainer.export import save_diffusers
+    from trainer.checkpoints.export import save_diffusers
     from trainer.models import sd15
     from trainer.models.load import Models
     from trainer.models.networks import SD15, empty_text_encoder, empty_unet, empty_vae

@@ -24,7 +24,7 @@ _IMPORTED = [
     "trainer.models.folder",
     "trainer.optim.dadapt.optimizer",
     "trainer.sampling",
-    "trainer.saving",
+    "trainer.checkpoints.saver",
     "trainer.step",
 ]
 """What children find imported already, where the platform can: a start then takes a second instead of ten."""

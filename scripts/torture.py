@@ -146,7 +146,7 @@ def inspect(logdir: Path) -> int:
     Raises:
         Broken: a checkpoint is not whole, or a single file is cut short.
     """
-    from trainer.checkpoint import RESUME, checkpoints, model_problem, read_resume, resume_problem
+    from trainer.checkpoints.format import RESUME, checkpoints, model_problem, read_resume, resume_problem
     from trainer.errors import UserError
     from trainer.models.tensor_file import TensorFile
 
@@ -172,7 +172,7 @@ def compare(alone: Path, killed: Path) -> None:
     Raises:
         Broken: they differ.
     """
-    from trainer.checkpoint import checkpoints
+    from trainer.checkpoints.format import checkpoints
 
     ours, theirs = (checkpoints(run)[0] for run in (alone, killed))
     for part in ("unet", "text_encoder", "vae", "resume"):

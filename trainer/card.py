@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.disk import appearing
+from trainer.checkpoints.atomic import appearing
 from trainer.errors import UserError
 from trainer.state_file import as_kind
 
 if TYPE_CHECKING:
-    from trainer.checkpoint import TrainState
+    from trainer.checkpoints.format import TrainState
     from trainer.curves import Curves
 
 PAGE, CURVES, SAMPLES = "README.md", "curves.png", "samples.png"

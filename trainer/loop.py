@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from data.loader import StepLoader
     from trainer.cadence import Cadence
-    from trainer.checkpoint import TrainState
+    from trainer.checkpoints.format import TrainState
+    from trainer.checkpoints.saver import Saver
     from trainer.diffusion.objective import Networks, Objective
     from trainer.ema import Ema
     from trainer.loggers import Loggers
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from trainer.optim.watch import AdaptationWatch
     from trainer.precision import Precision
     from trainer.processes import Processes
-    from trainer.saving import Saver
     from trainer.signals import StopSignals
     from trainer.validation import FixedLoss, Measured, Validation
 
@@ -131,7 +131,7 @@ def train(run: Run) -> None:
             or checkpoints cannot be saved.
     """
     from data.errors import DataError
-    from trainer.saving import SavingError
+    from trainer.checkpoints.saver import SavingError
     from trainer.signals import Interrupted
 
     if run.state.step == 0:  # nothing can be lost yet, so a signal ends the run wherever it is

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from scripts.compare.measures import FIXED, RATE, VALIDATION, Compared, D, Measured, networks_of
 from scripts.compare.plots import colour, draw_plots
-from trainer.disk import appearing
+from trainer.checkpoints.atomic import appearing
 
 if TYPE_CHECKING:
     from scripts.compare.drift import Tone

@@ -29,13 +29,13 @@ DIFFUSION = (
     "trainer.optim.schedules",
     "trainer.ema",
     "trainer.sampling",
-    "trainer.export",
+    "trainer.checkpoints.export",
     "trainer.loggers.console",  # to quieten them
 )
 LIBRARIES = {  # which modules may import a library; the scripts may import all, and others are free
     "diffusers": DIFFUSION,
     "transformers": DIFFUSION,
-    "accelerate": ("trainer.run.build", "trainer.loop", "trainer.step", "trainer.checkpoint", "trainer.processes"),
+    "accelerate": ("trainer.run.build", "trainer.loop", "trainer.step", "trainer.checkpoints.format", "trainer.processes"),
     "peft": ("trainer.models.lora",),
     "pydantic": ("trainer.config", "trainer.state_file"),
     "bitsandbytes": ("trainer.optim",),

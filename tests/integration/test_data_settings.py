@@ -16,7 +16,7 @@ from data.dataset import DataOptions
 from data.index import build_index
 from data.loader import StepLoader
 from tests.tiny import tiny_models, write_tiny_folder
-from trainer.checkpoint import checkpoints
+from trainer.checkpoints.format import checkpoints
 from trainer.diffusion.conditioning import Tokenize
 from trainer.diffusion.objective import Networks, Objective, ObjectiveOptions
 from trainer.diffusion.schedule import NoiseSchedule

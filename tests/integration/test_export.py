@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from tests.tiny import PNDMScheduler, StableDiffusionPipeline, tiny_models, write_parts_beside, write_tiny_folder
-from trainer.export import architecture, save_diffusers, save_single_file
+from trainer.checkpoints.export import architecture, save_diffusers, save_single_file
 from trainer.models.load import ModelOptions, load_models
 from trainer.models.single_file import NETWORKS
 from trainer.run.build import keep_beside
@@ -149,7 +149,7 @@ def test_further_parts_that_cannot_be_copied_are_told_and_left_out(tmp_path, mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("trainer.export.copyfile", fail)
+        patch.setattr("trainer.checkpoints.export.copyfile", fail)
         (note,) = keep_beside(models, tmp_path / "run")
     assert note.startswith("the base's safety_checker and feature_extractor could not be copied (No space left on device)")
     save_diffusers(models, tmp_path / "out")
@@ -211,7 +211,7 @@ from pathlib import Path
 import torch
 from trainer.models.load import ModelOptions, load_models
 models = load_models(ModelOptions(resume_ckpt={str(write_tiny_folder(tmp_path / "in", dtype=torch.float16))!r}))
-from trainer.export import save_diffusers
+from trainer.checkpoints.export import save_diffusers
 save_diffusers(models, Path({str(tmp_path / "out")!r}), torch.float32)
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging

@@ -15,7 +15,7 @@ import torch
 
 import train
 from tests.runs import ADAMW, DADAPT, FUSED, run_of, same_run, scalars, uncut, write
-from trainer.checkpoint import checkpoints, resume_problem
+from trainer.checkpoints.format import checkpoints, resume_problem
 
 SETTINGS = {
     "max_epochs": 2,

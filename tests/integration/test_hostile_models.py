@@ -9,8 +9,8 @@ import pytest
 import train
 from tests.runs import ADAMW, run_of, write
 from tests.tiny import write_parts_beside, write_tiny_folder
+from trainer.checkpoints.export import copy_beside
 from trainer.errors import UserError
-from trainer.export import copy_beside
 from trainer.models.load import ModelOptions, load_models
 
 SHORT = {"max_epochs": 1, "fixed_loss_images": 0, "first_samples": False, "save_format": "diffusers"}

@@ -10,7 +10,7 @@ import pytest
 
 import train
 from tests.runs import DADAPT, run_of, write
-from trainer.checkpoint import checkpoints, resume_problem
+from trainer.checkpoints.format import checkpoints, resume_problem
 from trainer.output import clean
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ from PIL import Image
 
 import train
 from tests.runs import DADAPT, same_run, scalars, weights, write
-from trainer.checkpoint import checkpoints, read_resume, resume_problem
+from trainer.checkpoints.format import checkpoints, read_resume, resume_problem
 from trainer.loop import GAP
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows cannot send itself these signals")
@@ -27,7 +27,7 @@ sys.path.insert(0, {root!r})
 from accelerate import PartialState
 PartialState(cpu=True)  # connected once for all the runs below
 import data.dataset
-import trainer.saving
+import trainer.checkpoints.saver
 import trainer.step
 import train
 from data.errors import DataError, FileError
@@ -46,10 +46,10 @@ def watch(event, arguments):
         written.append(f"{{event}} {{path}}")
 
 sys.addaudithook(watch)
-real_step, real_save, real_steps = trainer.step.train_step, trainer.saving.save_checkpoint, StepLoader.steps
+real_step, real_save, real_steps = trainer.step.train_step, trainer.checkpoints.saver.save_checkpoint, StepLoader.steps
 real_pixels = data.dataset.read_pixels
 if rank == 1:
-    trainer.saving.Saver.due = lambda saver: True  # a clock that nobody is to look at
+    trainer.checkpoints.saver.Saver.due = lambda saver: True  # a clock that nobody is to look at
 for number, (arguments, fault) in enumerate(json.loads({runs!r})):
     made = []
 
@@ -81,7 +81,7 @@ for number, (arguments, fault) in enumerate(json.loads({runs!r})):
         return real_pixels(path, *inputs, **keywords)
 
     data.dataset.read_pixels = read_pixels
-    trainer.step.train_step, trainer.saving.save_checkpoint, StepLoader.steps = train_step, save_checkpoint, steps
+    trainer.step.train_step, trainer.checkpoints.saver.save_checkpoint, StepLoader.steps = train_step, save_checkpoint, steps
     codes.append(train.main(arguments))
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(name, signal.SIG_DFL)

@@ -10,12 +10,12 @@ import train
 from data.replacing import WINDOWS
 from tests.runs import ADAMW, DADAPT, run_of, same_run, scalars, uncut, write
 from tests.unit.test_lock import held
-from trainer.checkpoint import checkpoints
+from trainer.checkpoints.format import checkpoints
+from trainer.checkpoints.lock import LOCK
+from trainer.checkpoints.run_folder import MARKER
 from trainer.config import load_config
 from trainer.config.schema import optimizer_classes
-from trainer.lock import LOCK
 from trainer.planning.resume import resume_command
-from trainer.run_folder import MARKER
 
 LAST = "last-tiny-ep02-gs00006"
 SHORT = {"max_epochs": 2, "fixed_loss_images": 1, "first_samples": False, "save_every_n_epochs": None, "save_format": "diffusers"}

@@ -10,7 +10,7 @@ import pytest
 import train
 from scripts.torture import started, torture
 from tests.runs import DADAPT, run_of, same_run, scalars, uncut, write
-from trainer.checkpoint import checkpoints, resume_problem
+from trainer.checkpoints.format import checkpoints, resume_problem
 from trainer.loggers.console import Console
 from trainer.signals import TOGETHER, Interrupted, StopSignals
 
@@ -58,7 +58,7 @@ def at_call(monkeypatch, place, number, count):
         (signal.SIGTERM, 143, "trainer.step.train_step", 4, "interrupted-tiny-ep02-gs00004"),
         (signal.SIGINT, 130, "trainer.validation:FixedLoss.measure", 3, "interrupted-tiny-ep02-gs00006"),
         (signal.SIGTERM, 143, "trainer.sampling:Sampler._pictures", 2, "interrupted-tiny-ep02-gs00004"),
-        (signal.SIGINT, 130, "trainer.export.save_diffusers", 1, "tiny-ep01-gs00003"),
+        (signal.SIGINT, 130, "trainer.checkpoints.export.save_diffusers", 1, "tiny-ep01-gs00003"),
         (signal.SIGHUP, 129, "data.loader:StepLoader.steps", 2, "interrupted-tiny-ep02-gs00004"),
     ],
     ids=["step", "fixed loss", "samples", "saving", "reading"],

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 import train
 from tests.runs import ADAMW, ADAMW8BIT, DADAPT, FUSED, run_of, same_run, scalars, write
 from tests.tiny import tiny_models, write_parts_beside, write_tiny_folder
-from trainer.checkpoint import checkpoints, resume_problem
+from trainer.checkpoints.export import save_single_file
+from trainer.checkpoints.format import checkpoints, resume_problem
 from trainer.diffusion.schedule import NoiseSchedule
-from trainer.export import save_single_file
 from trainer.models.load import ModelOptions, load_models
 from trainer.models.single_file import NETWORKS
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 import train
 from tests.runs import ADAMW, run_of, same_run, scalars, write
-from trainer.checkpoint import checkpoints, single_files
+from trainer.checkpoints.format import checkpoints, single_files
 from trainer.loss_watch import LossWatch
 
 LOOK = LossWatch.look

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import metadata_load
 
 from trainer.card import OPENRAIL, PAGE, Card, Origin, origin_of
-from trainer.checkpoint import TrainState
+from trainer.checkpoints.format import TrainState
 from trainer.curves import MOST, Curves
 from trainer.models.tensor_file import write_tensors
 

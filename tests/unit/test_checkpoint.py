@@ -7,7 +7,8 @@ import shutil
 import pytest
 import torch
 
-from trainer.checkpoint import (
+from trainer.checkpoints.atomic import REPLACED
+from trainer.checkpoints.format import (
     RUN,
     STEP,
     SaveOptions,
@@ -23,7 +24,6 @@ from trainer.checkpoint import (
     save_checkpoint,
     single_files,
 )
-from trainer.disk import REPLACED
 from trainer.errors import UserError
 from trainer.models.tensor_file import write_tensors
 

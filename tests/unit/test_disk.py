@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data import replacing
-from trainer import disk
+from trainer.checkpoints import atomic as disk
 
 
 def names(folder):

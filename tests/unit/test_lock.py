@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from data.replacing import WINDOWS
+from trainer.checkpoints.lock import LOCK, is_free, locked
 from trainer.errors import UserError
-from trainer.lock import LOCK, is_free, locked
 
 HOLDER = """
 import os, sys
 from pathlib import Path
-from trainer.lock import locked
+from trainer.checkpoints.lock import locked
 with locked(Path(sys.argv[1])):
     if sys.argv[2:] and os.fork() == 0:
         import time

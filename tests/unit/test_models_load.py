@@ -11,8 +11,8 @@ import torch
 
 from scripts.convert_checkpoint import convert
 from tests.tiny import tiny_models, tiny_tokenizer, write_tiny_folder
+from trainer.checkpoints.export import save_diffusers, save_single_file
 from trainer.errors import UserError
-from trainer.export import save_diffusers, save_single_file
 from trainer.models import checkpoint_file, tensor_file
 from trainer.models.checkpoint_file import CONFIGS, TOKENIZER
 from trainer.models.folder import choose_weights

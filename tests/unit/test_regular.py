@@ -12,7 +12,7 @@ from data.errors import FileError
 from data.index import Record
 from data.latents import content_of, contents_of
 from data.regular import load_json, read_regular
-from trainer.checkpoint import model_problem, read_resume
+from trainer.checkpoints.format import model_problem, read_resume
 from trainer.config import load_config
 from trainer.errors import UserError
 from trainer.loggers.jsonl import METRICS, JsonlLogger

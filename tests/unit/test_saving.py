@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from tests.tiny import tiny_models
-from trainer import saving
-from trainer.checkpoint import SaveOptions, TrainState, checkpoints, resume_problem
+from trainer.checkpoints import saver as saving
+from trainer.checkpoints.atomic import size_of
+from trainer.checkpoints.format import SaveOptions, TrainState, checkpoints, resume_problem
+from trainer.checkpoints.saver import DiskPlan, Saver, SavingError, plan_disk, state_bytes
 from trainer.config.schema import optimizer_classes
-from trainer.disk import size_of
 from trainer.optim.optimizer_set import OptimizerSet
-from trainer.saving import DiskPlan, Saver, SavingError, plan_disk, state_bytes
 
 
 class Clock:
@@ -123,7 +123,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_note(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "used by another process", "demo-ep00-gs00001")
 
-    monkeypatch.setattr("trainer.checkpoint.drop", refuse)
+    monkeypatch.setattr("trainer.checkpoints.format.drop", refuse)
     assert bench.save(2)
     assert "could not be deleted (used by another process: demo-ep00-gs00001)" in bench.said[-1]
 
@@ -176,7 +176,7 @@ def test_a_single_file_that_cannot_be_written_leaves_the_folder(tmp_path, monkey
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("trainer.export.save_single_file", fail)
+    monkeypatch.setattr("trainer.checkpoints.export.save_single_file", fail)
     (folder,) = bench.save(1)
     assert resume_problem(folder) is None and bench.names == [folder.name]
     assert f"{folder} is saved, its single file could not be written (Input/output error)" in bench.said[-1]

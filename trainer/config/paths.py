@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from data.regular import irregular
-from trainer.checkpoint import by_timestamp
+from trainer.checkpoints.format import by_timestamp
 from trainer.config.report import Place, Report, Written, closest
 from trainer.models.lora import BASE_FILE
 

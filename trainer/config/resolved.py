@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trainer.checkpoints.atomic import appearing
 from trainer.config.optimizers import BASE, FREEZING, OVERRIDES
 from trainer.config.schema import TrainConfig, plain, sections
-from trainer.disk import appearing
 
 FORMAT = 2
 """Of resolved configurations. Format 1, which has no number, counted the penultimate layer as clip_skip 1."""

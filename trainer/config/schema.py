@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 
 from data.dataset import DataOptions
 from trainer.cache import CacheOptions
-from trainer.checkpoint import SaveOptions
+from trainer.checkpoints.format import SaveOptions
 from trainer.diffusion.objective import ObjectiveOptions
 from trainer.ema import EmaOptions
 from trainer.loggers.options import LogOptions

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.regular import open_regular
-from trainer.disk import appearing
+from trainer.checkpoints.atomic import appearing
 from trainer.errors import UserError
 
 if TYPE_CHECKING:

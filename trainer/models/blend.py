@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.disk import appearing
+from trainer.checkpoints.atomic import appearing
 from trainer.errors import UserError
 from trainer.models.checkpoint_file import CONFIGS, PREDICTION_TYPE, TOKENIZER, prediction, what_else
 from trainer.models.single_file import OPEN_CLIP_PREFIX, POSITION_IDS, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX

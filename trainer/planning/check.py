@@ -109,9 +109,10 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
 
     from data.saved_index import FEWEST, remembered_index
     from trainer.cache import cache_folder, plan_latents
+    from trainer.checkpoints.export import size_beside
+    from trainer.checkpoints.saver import plan_disk
     from trainer.config import check_fused_backward, check_rates, check_schedules
     from trainer.errors import UserError
-    from trainer.export import size_beside
     from trainer.models.load import describe as describe_model
     from trainer.models.lora import read_adapter
     from trainer.models.trainable import apply_freezing
@@ -129,7 +130,6 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
         read_validation_file,
         set_noise_schedule,
     )
-    from trainer.saving import plan_disk
     from trainer.validation import split_images
 
     processes = expected(config.loop.gpuid)

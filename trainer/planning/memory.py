@@ -248,7 +248,7 @@ _NO_MEMORY = re.compile(
 
 def memory_table(run: Run) -> list[str]:
     """Return what holds memory as aligned lines: weights and state as they are, gradients as they are during a step."""
-    from trainer.disk import in_gib
+    from trainer.checkpoints.atomic import in_gib
     from trainer.state_file import size_of_state
 
     state = run.optimizers.state_dict()
@@ -400,7 +400,7 @@ def _bytes(tensors: list[nn.Parameter]) -> int:
 
 
 def _of_device(device: torch.device) -> str:
-    from trainer.disk import in_gib
+    from trainer.checkpoints.atomic import in_gib
 
     if device.type == "cuda":
         import torch

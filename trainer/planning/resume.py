@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.replacing import WINDOWS
-from trainer.checkpoint import RESUME, RUN, TrainState, find_last, is_checkpoint, newest_of, read_resume, require_resumable
+from trainer.checkpoints.format import RESUME, RUN, TrainState, find_last, is_checkpoint, newest_of, read_resume, require_resumable
+from trainer.checkpoints.run_folder import run_of
 from trainer.config import FORMAT, clip_skip_of_format_1, flattened
 from trainer.errors import UserError, said
 from trainer.models.lora import read_base
-from trainer.run_folder import run_of
 
 if TYPE_CHECKING:
     from data.index import Index
+    from trainer.checkpoints.saver import Stateful
     from trainer.config import TrainConfig
     from trainer.models.trainable import TrainedParts
-    from trainer.saving import Stateful
 
 _NEW_RUN = "or start a new run from its weights with --resume_weights_only"
 

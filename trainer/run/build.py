@@ -13,12 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.checkpoints.lock import locked
+from trainer.checkpoints.run_folder import mark
 from trainer.errors import UserError, said
-from trainer.lock import locked
 from trainer.planning.memory import cheapest_key, estimate, is_out_of_memory, memory_table, size_of_device, work_of
 from trainer.planning.resume import Start, changes, check_same_run, describe, find_start, restore_state, resume_command
 from trainer.processes import Processes, connect
-from trainer.run_folder import mark
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from data.latents import Latents
     from data.loader import StepLoader
     from trainer.card import Card, Origin
-    from trainer.checkpoint import TrainState
+    from trainer.checkpoints.format import TrainState
     from trainer.config.schema import TrainConfig
     from trainer.diffusion.conditioning import Contexts, Tokenize
     from trainer.diffusion.objective import Objective
@@ -152,7 +152,7 @@ def closing(run: Run, command: str) -> list[str]:
         run: the run, at its end or wherever it stopped.
         command: the command line that goes on with it.
     """
-    from trainer.checkpoint import RESUME, checkpoints
+    from trainer.checkpoints.format import RESUME, checkpoints
 
     state, total = run.state, run.cadence.total_steps
     if state.step == 0:
@@ -203,10 +203,11 @@ def build_run(
     from trainer.cache import cache_folder, encode_captions, encode_images, plan_latents
     from trainer.cadence import Cadence
     from trainer.card import origin_of
-    from trainer.checkpoint import TrainState
+    from trainer.checkpoints.atomic import tidy
+    from trainer.checkpoints.format import TrainState
+    from trainer.checkpoints.saver import Saver, Stateful
     from trainer.config import check_fused_backward, check_rates, check_schedules, without_folders
     from trainer.diffusion.objective import Networks
-    from trainer.disk import tidy
     from trainer.ema import plan_ema
     from trainer.loggers import Loggers, open_loggers
     from trainer.loop import EPOCH_LOSS, LOSS, Run
@@ -221,7 +222,6 @@ def build_run(
     from trainer.optim.watch import AdaptationWatch
     from trainer.planning.check import aligned, batch_line, plan_rows
     from trainer.precision import resolve_precision
-    from trainer.saving import Saver, Stateful
     from trainer.validation import VALIDATION_LOSS, FixedLoss, Validation, split_images
 
     def find() -> Start:
@@ -820,7 +820,7 @@ def make_folder(config: TrainConfig) -> Path:
 
 def drop_unbegun(folder: Path, state: TrainState) -> None:
     """Delete the folder of a run that ended before its first step."""
-    from trainer.disk import remove
+    from trainer.checkpoints.atomic import remove
 
     if state.step == 0:
         with suppress(OSError):
@@ -833,8 +833,8 @@ def keep_beside(models: Models, folder: Path) -> list[str]:
     The base may be a checkpoint that this run deletes, and a second name for a file is sure to work in one folder. Returns a sentence
     where that cannot be done; checkpoints are without them then.
     """
-    from trainer.disk import appearing
-    from trainer.export import copy_beside
+    from trainer.checkpoints.atomic import appearing
+    from trainer.checkpoints.export import copy_beside
 
     place = folder / "base"
     if not models.beside:

@@ -23,10 +23,10 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt
 
 from data.regular import LARGEST_STATE, load_json, open_regular
+from trainer.checkpoints.atomic import appearing, drop, restore
+from trainer.checkpoints.lock import is_free
 from trainer.contained import files_inside, inside
-from trainer.disk import appearing, drop, restore
 from trainer.errors import UserError, said
-from trainer.lock import is_free
 from trainer.state_file import as_kind
 
 MANIFEST = "manifest.json"

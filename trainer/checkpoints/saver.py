@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from trainer.checkpoint import EMA, KIND, RUN, STEP, SaveOptions, TrainState, checkpoints, rotate, save_checkpoint
-from trainer.disk import appearing, free_bytes, in_gib, writing_speed
+from trainer.checkpoints.atomic import appearing, free_bytes, in_gib, writing_speed
+from trainer.checkpoints.format import EMA, KIND, RUN, STEP, SaveOptions, TrainState, checkpoints, rotate, save_checkpoint
 from trainer.ema import SUFFIX
 from trainer.errors import UserError
 
@@ -212,7 +212,7 @@ class Saver:
                 written.append(file)
 
     def _write_folder(self, folder: Path) -> None:
-        from trainer.export import save_diffusers, save_lora
+        from trainer.checkpoints.export import save_diffusers, save_lora
 
         if self._lora is None:
             save_diffusers(self._models, folder, link=True)
@@ -220,7 +220,7 @@ class Saver:
             save_lora(self._lora, folder)
 
     def _write_single(self, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
-        from trainer.export import save_lora_file, save_single_file
+        from trainer.checkpoints.export import save_lora_file, save_single_file
 
         if self._lora is None:
             save_single_file(self._models, path, dtype, metadata)

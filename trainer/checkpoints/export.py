@@ -1,6 +1,6 @@
 """Writing a model so that other programs read it: a diffusers folder, or one .safetensors file in the original layout; and a LoRA.
 
-All write straight to the path that they are given; the caller writes beside and renames (`trainer.checkpoint`).
+All write straight to the path that they are given; the caller writes beside and renames (`trainer.checkpoints.format`).
 """
 
 from __future__ import annotations
