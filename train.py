@@ -8,8 +8,8 @@ from data.errors import DataError
 from trainer.environment import check_environment
 from trainer.errors import UserError
 from trainer.output import open_streams, say
-from trainer.processes import ToldElsewhere, rank, rank_on_machine
-from trainer.signals import Interrupted, StopSignals
+from trainer.training.ranks import ToldElsewhere, rank, rank_on_machine
+from trainer.training.signals import Interrupted, StopSignals
 
 
 def main(arguments: list[str]) -> int:

@@ -254,15 +254,15 @@ def training_steps(kept: str, folder: Path, extra: Sequence[str]) -> Callable[[]
     """Return a function that trains the embedded model by one step, from reading the batch to the update."""
     from data.dataset import shown_captions
     from data.index import build_index
-    from trainer.cache import encode_captions, encode_images, plan_latents
     from trainer.config import load_config
     from trainer.diffusion.objective import Networks
     from trainer.models.load import load_models
     from trainer.models.trainable import apply_freezing
-    from trainer.precision import resolve_precision
-    from trainer.processes import Processes
     from trainer.run import build
-    from trainer.step import train_step
+    from trainer.training.latent_cache import encode_captions, encode_images, plan_latents
+    from trainer.training.precision import resolve_precision
+    from trainer.training.ranks import Processes
+    from trainer.training.step import train_step
 
     brief = ["--config", str(ROOT / "train.json"), "--max_epochs", "1000", "--batch_size", "8", "--cache_latents", kept]
     config = load_config([*brief, "--optimizer_config", str(ROOT / "optimizer.json"), *extra]).config

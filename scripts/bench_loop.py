@@ -30,11 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from trainer.cadence import Cadence, Due
+from trainer.training.due import Cadence, Due
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
-    from trainer.loop import Run
+    from trainer.training.loop import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS_ALONE = "the networks alone, adamw8bit"
@@ -131,9 +131,9 @@ def build(config: TrainConfig) -> Run:
     """Return a run that draws no samples before its first step and shows nothing."""
     from trainer.loggers.console import Console
     from trainer.models.quiet import quiet_libraries
-    from trainer.processes import connect
     from trainer.run.build import build_run
-    from trainer.signals import StopSignals
+    from trainer.training.ranks import connect
+    from trainer.training.signals import StopSignals
 
     quiet_libraries()
     signals = StopSignals()
@@ -147,7 +147,7 @@ def build(config: TrainConfig) -> Run:
 
 def epochs_of(run: Run) -> Callable[[], Callable[[], int]]:
     """Return what prepares an epoch of the program's own loop and returns a function that trains it and returns its images."""
-    from trainer.loop import make_steps
+    from trainer.training.loop import make_steps
 
     def prepare() -> Callable[[], int]:
         run.cadence = _OnlyReports(**{**vars(run.cadence), "stop_after_steps": run.state.step + run.steps_in(run.state.epoch)})

@@ -5,7 +5,7 @@
     python scripts/bench_memory.py --mixed_precision bf16
     python scripts/bench_memory.py --cards 8 12 16 24                  measures nothing: the batch sizes that are estimated to fit cards
 
-Weights and images are random: only sizes matter. The steps are the trainer's own (`trainer.step`), with its data types, memory
+Weights and images are random: only sizes matter. The steps are the trainer's own (`trainer.training.step`), with its data types, memory
 layout and order. What is reported is the most memory that the process held during the steps (on Linux its peak resident set, on
 CUDA what torch had allocated), what the optimizer's state and everything else of known size account for, and what trainer.planning.memory would
 have said before: the tensors of its trace, on the CPU with what the process held before there were any.
@@ -118,7 +118,7 @@ def print_cards(cards: Sequence[float]) -> None:
 
     from trainer.planning.memory import estimate
     from trainer.planning.memory_trace import Work
-    from trainer.precision import Precision
+    from trainer.training.precision import Precision
 
     models = empty_models()
     print(f"estimated, torch {torch.__version__}: 512 px, 16-bit autocast, gradient checkpointing, latents cached")

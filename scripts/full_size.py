@@ -1,6 +1,6 @@
 """Training steps of a full-size Stable Diffusion 1.5 with random weights, which are made on the device and never written to a file.
 
-Weights, latents and captions are random: only sizes matter. The steps are the trainer's own (`trainer.step`), with its data types,
+Weights, latents and captions are random: only sizes matter. The steps are the trainer's own (`trainer.training.step`), with its data types,
 memory layout and order.
 """
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from trainer.diffusion.objective import Inputs
     from trainer.models.load import Models
     from trainer.optim import OptimizerOptions
-    from trainer.precision import Precision
-    from trainer.step import StepResult
+    from trainer.training.precision import Precision
+    from trainer.training.step import StepResult
 
 BUNDLED = Path(__file__).resolve().parent.parent / "models" / "mini-sd"
 VARIANTS = ("", "+fused", "+fused+bf16")
@@ -75,7 +75,7 @@ def run_config(setting: Setting) -> TrainConfig:
     from trainer.config.schema import OptimizerConfig, TrainConfig
     from trainer.models.load import ModelOptions
     from trainer.models.trainable import FreezingOptions, TrainableOptions
-    from trainer.precision import PrecisionOptions
+    from trainer.training.precision import PrecisionOptions
 
     optimizer, *variants = setting.optimizer.split("+")
     chosen = optimizer_options(optimizer, fused="fused" in variants)
@@ -92,7 +92,7 @@ def run_config(setting: Setting) -> TrainConfig:
 
 def precision_of(setting: Setting) -> Precision:
     """Return the precision of these steps on their device."""
-    from trainer.precision import resolve_precision
+    from trainer.training.precision import resolve_precision
 
     return resolve_precision(run_config(setting).precision, torch.device(setting.device))
 
@@ -109,7 +109,7 @@ def optimizer_options(name: str, *, fused: bool) -> OptimizerOptions:
 def estimated(setting: Setting) -> int:
     """Return the bytes of tensors that the memory estimate holds at the peak of a step; needs no GPU."""
     from trainer.planning.memory_trace import Work, footprint
-    from trainer.precision import imagined_precision
+    from trainer.training.precision import imagined_precision
 
     config = run_config(setting)
     precision = imagined_precision(config.precision) if setting.device == "cuda" else precision_of(setting)
@@ -230,7 +230,7 @@ class Steps:
 
     def step(self, inputs: Inputs) -> StepResult:
         """Train one step."""
-        from trainer.step import train_step
+        from trainer.training.step import train_step
 
         self._done += 1
         options = {"step": self._done - 1, "images": len(inputs.t_B), "autocast": self.autocast}

@@ -117,9 +117,9 @@ def draw(
 
     from scripts.grids.columns import load
     from trainer.models.quiet import quiet_libraries
-    from trainer.precision import PrecisionOptions, resolve_precision
-    from trainer.processes import expected
     from trainer.sampling import Sampler
+    from trainer.training.precision import PrecisionOptions, resolve_precision
+    from trainer.training.ranks import expected
 
     if x == y:
         raise UserError(f"--x and --y: both are {x}; name two of {', '.join(AXES)}.")

@@ -16,8 +16,8 @@ LAYERS = (  # top to bottom: a module imports from its own layer and from those 
     ("trainer.run.build", "trainer.planning.check", "trainer.planning.memory", "trainer.planning.memory_trace"),
     ("trainer.planning.resume", "trainer.run.learned_rate"),
     ("trainer.config",),
-    ("trainer.loop",),
-    ("trainer.step", "trainer.validation"),
+    ("trainer.training.loop",),
+    ("trainer.training.step", "trainer.validation"),
     ("trainer.diffusion.objective",),
     ("trainer",),  # all others
     ("data",),
@@ -35,7 +35,13 @@ DIFFUSION = (
 LIBRARIES = {  # which modules may import a library; the scripts may import all, and others are free
     "diffusers": DIFFUSION,
     "transformers": DIFFUSION,
-    "accelerate": ("trainer.run.build", "trainer.loop", "trainer.step", "trainer.checkpoints.format", "trainer.processes"),
+    "accelerate": (
+        "trainer.run.build",
+        "trainer.training.loop",
+        "trainer.training.step",
+        "trainer.checkpoints.format",
+        "trainer.training.ranks",
+    ),
     "peft": ("trainer.models.lora",),
     "pydantic": ("trainer.config", "trainer.state_file"),
     "bitsandbytes": ("trainer.optim",),
@@ -139,34 +145,34 @@ def test_modules_are_named_for_what_they_hold():
         ("data.plan", "from trainer.errors import UserError", "upward"),
         ("trainer.metrics", "def f():\n    import trainer.run.build", "upward"),
         ("trainer.diffusion.loss", "if TYPE_CHECKING:\n    from trainer.diffusion.objective import Objective", "upward"),
-        ("trainer.step", "from trainer import loop", "upward"),
+        ("trainer.training.step", "from trainer import loop", "upward"),
         ("trainer.sampling", "from scripts.grid import draw", "upward"),
-        ("trainer.loop", "import diffusers.models", "strayed"),
+        ("trainer.training.loop", "import diffusers.models", "strayed"),
         ("trainer.metrics", "from accelerate import Accelerator", "strayed"),
-        ("trainer.precision", "from pydantic import BaseModel", "strayed"),
+        ("trainer.training.precision", "from pydantic import BaseModel", "strayed"),
         ("data.image", "from tqdm import tqdm", "strayed"),
         ("data.image", "import requests", "strayed"),
         ("trainer.optim.adamw", "from trainer.metrics import Meter", "strayed"),
-        ("trainer.config.schema", "from trainer.loop import run", "not_options"),
-        ("trainer.config.schema", "import trainer.loop", "not_options"),
-        ("trainer.loop", "import torch", "slow_starts"),
-        ("trainer.loop", "from data.middle import thing", "slow_starts"),
-        ("trainer.loop", "try:\n    import torch.nn\nexcept ImportError:\n    pass", "slow_starts"),
+        ("trainer.config.schema", "from trainer.training.loop import run", "not_options"),
+        ("trainer.config.schema", "import trainer.training.loop", "not_options"),
+        ("trainer.training.loop", "import torch", "slow_starts"),
+        ("trainer.training.loop", "from data.middle import thing", "slow_starts"),
+        ("trainer.training.loop", "try:\n    import torch.nn\nexcept ImportError:\n    pass", "slow_starts"),
     ],
 )
 def test_each_rule_sees_what_it_forbids(module, source, rule):
     planted = {
-        "trainer.loop": [],
+        "trainer.training.loop": [],
         "data": [],
         "data.middle": read_imports("from data import deep", {"data.deep"}),
         "data.deep": read_imports("import torch", set()),
     }
-    planted[module] = read_imports(source, {"data.deep", "data.middle", "trainer.loop"})
+    planted[module] = read_imports(source, {"data.deep", "data.middle", "trainer.training.loop"})
     found = {
         "upward": upward(planted),
         "strayed": strayed(planted),
         "not_options": not_options(planted),
-        "slow_starts": slow_starts(planted, {"trainer.loop"}),
+        "slow_starts": slow_starts(planted, {"trainer.training.loop"}),
     }
     assert len(found[rule]) == 1
 
@@ -174,22 +180,22 @@ def test_each_rule_sees_what_it_forbids(module, source, rule):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("trainer.loop", "def f():\n    import torch"),
-        ("trainer.loop", "if TYPE_CHECKING:\n    import torch"),
-        ("trainer.config.schema", "from trainer.loop import LoopOptions"),
+        ("trainer.training.loop", "def f():\n    import torch"),
+        ("trainer.training.loop", "if TYPE_CHECKING:\n    import torch"),
+        ("trainer.config.schema", "from trainer.training.loop import LoopOptions"),
         ("trainer.models.load", "from diffusers import DDPMScheduler"),
         ("scripts.grid", "import diffusers, trainer.run.build"),
     ],
 )
 def test_no_rule_forbids_what_is_meant(module, source):
-    planted = {"trainer.loop": [], module: read_imports(source, {"trainer.loop", "trainer.run.build"})}
-    assert [*upward(planted), *strayed(planted), *not_options(planted), *slow_starts(planted, {"trainer.loop"})] == []
+    planted = {"trainer.training.loop": [], module: read_imports(source, {"trainer.training.loop", "trainer.run.build"})}
+    assert [*upward(planted), *strayed(planted), *not_options(planted), *slow_starts(planted, {"trainer.training.loop"})] == []
 
 
 @pytest.fixture(scope="module")
 def tree() -> Tree:
     texts = sources()
-    assert {"trainer.errors", "data.rng", "trainer.loop"} <= set(texts)
+    assert {"trainer.errors", "data.rng", "trainer.training.loop"} <= set(texts)
     return {name: read_imports(text, set(texts)) for name, text in texts.items()}
 
 
@@ -253,7 +259,7 @@ def option_modules() -> set[str]:
             and any(isinstance(node, ast.ClassDef) and node.name.endswith("Options") for node in ast.parse(text).body)
         )
     }
-    assert {"trainer.loop", "data.dataset", "trainer.optim.dadapt.options"} <= holding
+    assert {"trainer.training.loop", "data.dataset", "trainer.optim.dadapt.options"} <= holding
     return {step for name in holding for step in ancestry(name) if step in texts}
 
 

@@ -17,12 +17,12 @@ from data.dataset import DataOptions
 from data.index import build_index
 from data.latents import MomentShape
 from tests.tiny import tiny_models, write_tiny_folder
-from trainer import cache as cache_module
-from trainer.cache import CacheOptions, LatentPlan, encode_captions, encode_images, identity, plan_latents
 from trainer.diffusion.conditioning import Tokenize
 from trainer.errors import UserError
-from trainer.precision import Precision
 from trainer.run.build import place
+from trainer.training import latent_cache as cache_module
+from trainer.training.latent_cache import CacheOptions, LatentPlan, encode_captions, encode_images, identity, plan_latents
+from trainer.training.precision import Precision
 from trainer.transfer import visiting
 
 CPU = Precision(torch.device("cpu"), None, None, torch.float32)

@@ -15,7 +15,7 @@ from tests.integration.test_step import _batch, _setup
 from tests.runs import DADAPT, run_of, same_run, scalars, write
 from trainer.errors import UserError
 from trainer.models import compiled
-from trainer.step import train_step
+from trainer.training.step import train_step
 
 SHORT = {"max_epochs": 1, "fixed_loss_images": 1, "save_every_n_epochs": None, "save_format": "diffusers", "gradient_checkpointing": True}
 

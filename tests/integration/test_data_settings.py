@@ -22,7 +22,7 @@ from trainer.diffusion.objective import Networks, Objective, ObjectiveOptions
 from trainer.diffusion.schedule import NoiseSchedule
 from trainer.optim import AdamWOptions
 from trainer.optim.optimizer_set import OptimizerSet
-from trainer.step import train_step
+from trainer.training.step import train_step
 
 ROOT = Path(train.__file__).parent
 

@@ -32,24 +32,24 @@ def at_step(monkeypatch, step, act):
     """Do something when optimizer step `step`, counted from 1, begins; it may take the optimizers."""
     import inspect
 
-    import trainer.step
+    import trainer.training.step
 
-    real = trainer.step.train_step
+    real = trainer.training.step.train_step
 
     def train_step(*arguments, **keywords):
         if keywords["step"] + 1 == step:
             act(*arguments[3:4] if inspect.signature(act).parameters else ())
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(trainer.step, "train_step", train_step)
+    monkeypatch.setattr(trainer.training.step, "train_step", train_step)
 
 
 def poison(monkeypatch, steps, value, where="loss"):
     """Make loss or gradients of some steps, counted from 1, NaN or infinite."""
-    import trainer.step
+    import trainer.training.step
     from trainer.diffusion.objective import Objective
 
-    real, step, now = Objective.losses, trainer.step.train_step, []
+    real, step, now = Objective.losses, trainer.training.step.train_step, []
 
     def losses(self, *arguments, **keywords):
         loss_B = real(self, *arguments, **keywords)
@@ -66,7 +66,7 @@ def poison(monkeypatch, steps, value, where="loss"):
         return result
 
     monkeypatch.setattr(Objective, "losses", losses)
-    monkeypatch.setattr(trainer.step, "train_step", train_step)
+    monkeypatch.setattr(trainer.training.step, "train_step", train_step)
 
 
 def resumes_to_the_bit(workplace):
@@ -156,7 +156,7 @@ def test_a_loss_that_is_nan_once_skips_that_step_and_is_counted(workplace, monke
 def test_infinite_gradients_without_end_stop_the_run_with_images_and_timesteps(workplace, monkeypatch, capsys):
     write(workplace, ADAMW, **SETTINGS | {"max_epochs": 5})
     with monkeypatch.context() as fault:
-        fault.setattr("trainer.loop.MOST_SKIPPED", 4)
+        fault.setattr("trainer.training.loop.MOST_SKIPPED", 4)
         poison(fault, set(range(5, 100)), float("inf"), where="gradients")
         assert train.main([]) == 1
     error = capsys.readouterr().err
@@ -220,17 +220,17 @@ def test_a_full_disk_is_survived(workplace, monkeypatch, capsys):
     write(workplace, DADAPT, **SETTINGS | {"max_epochs": 3, "save_every_n_epochs": 1})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     at_step(monkeypatch, 5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1])))
-    import trainer.loop
+    import trainer.training.loop
 
-    real = trainer.loop.settle
+    real = trainer.training.loop.settle
 
     def settle(run):
-        saves = trainer.loop.SAVE in run.state.owed
+        saves = trainer.training.loop.SAVE in run.state.owed
         real(run)
         if saves:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(trainer.loop, "settle", settle)
+    monkeypatch.setattr(trainer.training.loop, "settle", settle)
     try:
         assert train.main([]) == 0
     finally:
@@ -291,7 +291,7 @@ def test_a_clock_that_is_put_back_changes_nothing(workplace, monkeypatch):
 
 def test_images_that_vanish_end_the_run_where_it_was_and_it_goes_on_when_they_are_back(workplace, monkeypatch, capsys):
     write(workplace, DADAPT, **SETTINGS | {"max_epochs": 2}, cache_latents="no")
-    monkeypatch.setattr("trainer.loop.MOST_UNREAD", 2)
+    monkeypatch.setattr("trainer.training.loop.MOST_UNREAD", 2)
     with monkeypatch.context() as patch:
         at_step(patch, 2, lambda: (workplace / "pictures").rename(workplace / "elsewhere"))
         assert train.main([]) == 1

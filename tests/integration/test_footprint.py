@@ -23,9 +23,9 @@ from trainer.models.trainable import FreezingOptions, TrainableOptions, apply_fr
 from trainer.optim.optimizer_set import OptimizerSet
 from trainer.planning.memory import Estimate, cheapest_key, estimate
 from trainer.planning.memory_trace import ACTIVATIONS, COPIES, EMA, GRADIENTS, STATE, WEIGHTS, Work, footprint
-from trainer.precision import Precision
 from trainer.run.build import make_objective, place
-from trainer.step import train_step
+from trainer.training.precision import Precision
+from trainer.training.step import train_step
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = Precision(torch.device("cpu"), None, None, torch.float32)

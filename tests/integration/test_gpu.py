@@ -10,11 +10,11 @@ from data.index import build_index
 from tests.integration.test_step import OPTIONS, _batch, _objective
 from tests.runs import DADAPT, run_of, write
 from tests.tiny import tiny_models
-from trainer.cache import CacheOptions, encode_images, plan_latents
 from trainer.diffusion.objective import Networks
 from trainer.optim.optimizer_set import OptimizerSet
-from trainer.precision import PrecisionOptions, resolve_precision
-from trainer.step import train_step
+from trainer.training.latent_cache import CacheOptions, encode_images, plan_latents
+from trainer.training.precision import PrecisionOptions, resolve_precision
+from trainer.training.step import train_step
 from trainer.transfer import visiting
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)

@@ -12,7 +12,7 @@ from scripts.torture import started, torture
 from tests.runs import DADAPT, run_of, same_run, scalars, uncut, write
 from trainer.checkpoints.format import checkpoints, resume_problem
 from trainer.loggers.console import Console
-from trainer.signals import TOGETHER, Interrupted, StopSignals
+from trainer.training.signals import TOGETHER, Interrupted, StopSignals
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows cannot send itself these signals")
 
@@ -55,7 +55,7 @@ def at_call(monkeypatch, place, number, count):
 @pytest.mark.parametrize(
     ("number", "code", "place", "count", "checkpoint"),
     [
-        (signal.SIGTERM, 143, "trainer.step.train_step", 4, "interrupted-tiny-ep02-gs00004"),
+        (signal.SIGTERM, 143, "trainer.training.step.train_step", 4, "interrupted-tiny-ep02-gs00004"),
         (signal.SIGINT, 130, "trainer.validation:FixedLoss.measure", 3, "interrupted-tiny-ep02-gs00006"),
         (signal.SIGTERM, 143, "trainer.sampling:Sampler._pictures", 2, "interrupted-tiny-ep02-gs00004"),
         (signal.SIGINT, 130, "trainer.checkpoints.export.save_diffusers", 1, "tiny-ep01-gs00003"),
@@ -87,7 +87,7 @@ def test_the_first_signal_saves_and_the_run_goes_on_to_the_bit(workplace, monkey
     "place",
     [
         "trainer.models.load._base",
-        "trainer.cache._encode",
+        "trainer.training.latent_cache._encode",
         "trainer.run.build.make_optimizers",
         "trainer.run.build.tell_data",
         "trainer.validation:FixedLoss.measure",
@@ -110,7 +110,7 @@ def test_an_error_before_the_first_step_leaves_nothing(workplace, monkeypatch, c
     def train_step(*arguments, **keywords):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("trainer.step.train_step", train_step)
+    monkeypatch.setattr("trainer.training.step.train_step", train_step)
     with pytest.raises(RuntimeError, match="a bug"):
         train.main([])
     assert not list((workplace / "logs").glob("tiny*")) and "Checkpoints:" not in capsys.readouterr().out
@@ -120,7 +120,7 @@ def test_a_signal_before_the_first_step_of_a_continued_run_changes_nothing(workp
     write(workplace, DADAPT, **SETTINGS)
     assert train.main(["--stop_after_steps", "2"]) == 0
     before = sorted(run_of(workplace).glob("ckpts/*"))
-    at_call(monkeypatch, "trainer.loop.make_steps", signal.SIGINT, 1)
+    at_call(monkeypatch, "trainer.training.loop.make_steps", signal.SIGINT, 1)
     assert train.main(["--resume_ckpt", "findlast"]) == 130
     assert sorted(run_of(workplace).glob("ckpts/*")) == before
     assert "Traceback" not in capsys.readouterr().err

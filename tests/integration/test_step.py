@@ -21,9 +21,9 @@ from trainer.models.trainable import FreezingOptions, TrainableOptions, apply_fr
 from trainer.optim import AdamW8bitOptions, AdamWOptions, OptimizerOptions
 from trainer.optim.optimizer_set import OptimizerSet
 from trainer.planning.memory_trace import _AsOnDevice, _Ledger
-from trainer.precision import Precision
 from trainer.state_file import read_state, write_state
-from trainer.step import train_step
+from trainer.training.precision import Precision
+from trainer.training.step import train_step
 
 SETTINGS = {  # where 25 steps at the method's own rate and no decay would show nothing
     "adamw": {"lr": 1e-3},

@@ -1,6 +1,6 @@
 """What is due when."""
 
-from trainer.cadence import Cadence
+from trainer.training.due import Cadence
 
 
 def _cadence(**changes):

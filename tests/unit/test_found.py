@@ -13,8 +13,8 @@ from trainer.config.schema import OptimizerConfig, TrainConfig, optimizer_classe
 from trainer.models.load import ModelOptions
 from trainer.optim import AdamWOptions, DAdaptAdamOptions
 from trainer.optim.watch import PATIENCE, AdaptationWatch
-from trainer.precision import PrecisionOptions
 from trainer.run.learned_rate import FOUND, hand_over
+from trainer.training.precision import PrecisionOptions
 
 SECTIONS = {"unet": "base", "text encoder": "text_encoder_overrides"}
 

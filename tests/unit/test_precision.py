@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trainer.errors import UserError
-from trainer.precision import Precision, PrecisionOptions, resolve_precision
+from trainer.training.precision import Precision, PrecisionOptions, resolve_precision
 
 CUDA = torch.device("cuda")
 

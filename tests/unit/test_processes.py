@@ -8,8 +8,8 @@ import torch
 from accelerate import PartialState
 
 from trainer.errors import UserError
-from trainer.processes import Processes, connect, expected, launched, rank, rank_on_machine
-from trainer.signals import Interrupted, StopSignals
+from trainer.training.ranks import Processes, connect, expected, launched, rank, rank_on_machine
+from trainer.training.signals import Interrupted, StopSignals
 
 
 @pytest.fixture

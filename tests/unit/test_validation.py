@@ -20,7 +20,7 @@ from trainer.diffusion.moments import encode_pixels
 from trainer.diffusion.objective import Networks, Objective, ObjectiveOptions
 from trainer.diffusion.schedule import NoiseSchedule
 from trainer.errors import UserError
-from trainer.precision import Precision
+from trainer.training.precision import Precision
 from trainer.validation import FixedLoss, Validation, ValidationFile, held_out_batches, split_images
 
 SHIPPED = {

@@ -15,7 +15,7 @@ from trainer.optim import OptimizerOptions
 from trainer.output import clean
 
 if TYPE_CHECKING:
-    from trainer.precision import Precision
+    from trainer.training.precision import Precision
 
 HIGH_LR = 1e-5
 """The largest AdamW rate that a full fine-tune of Stable Diffusion is known to bear."""

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from data.index import Index
     from data.record import BadFile
     from data.report import DatasetReport
-    from trainer.cache import LatentPlan
     from trainer.config.schema import TrainConfig
     from trainer.diffusion.conditioning import Tokenize
     from trainer.models.trainable import Part
     from trainer.optim import OptimizerOptions
     from trainer.planning.memory import Estimate
-    from trainer.precision import Precision
-    from trainer.processes import Processes
+    from trainer.training.latent_cache import LatentPlan
+    from trainer.training.precision import Precision
+    from trainer.training.ranks import Processes
 
 
 def check(
@@ -108,7 +108,6 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     import torch
 
     from data.saved_index import FEWEST, remembered_index
-    from trainer.cache import cache_folder, plan_latents
     from trainer.checkpoints.export import size_beside
     from trainer.checkpoints.saver import plan_disk
     from trainer.config import check_fused_backward, check_rates, check_schedules
@@ -117,8 +116,6 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     from trainer.models.lora import read_adapter
     from trainer.models.trainable import apply_freezing
     from trainer.planning.resume import changes, check_same_run, describe, find_start
-    from trainer.precision import imagined_precision, resolve_precision
-    from trainer.processes import expected
     from trainer.run.build import (
         choose_samples,
         choose_seed,
@@ -130,6 +127,9 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
         read_validation_file,
         set_noise_schedule,
     )
+    from trainer.training.latent_cache import cache_folder, plan_latents
+    from trainer.training.precision import imagined_precision, resolve_precision
+    from trainer.training.ranks import expected
     from trainer.validation import split_images
 
     processes = expected(config.loop.gpuid)

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
     from data.index import Index
     from trainer.config.schema import TrainConfig
-    from trainer.loop import Run
     from trainer.models.load import Models
     from trainer.optim import OptimizerOptions
     from trainer.planning.memory_trace import Phase, Work
-    from trainer.precision import Precision
     from trainer.sampling import Sampler
+    from trainer.training.loop import Run
+    from trainer.training.precision import Precision
 
 CONTEXT = 3 << 28
 """Bytes that the CUDA context and libraries are assumed to take beyond torch's allocator.

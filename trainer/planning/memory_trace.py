@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from trainer.config.schema import TrainConfig
     from trainer.models.load import Models
     from trainer.optim import OptimizerOptions
-    from trainer.precision import Precision
+    from trainer.training.precision import Precision
 
 VAE = "vae"
 NETWORKS = (UNET, TEXT_ENCODER, VAE)
@@ -204,7 +204,7 @@ class _Trace:
 
     def _step(self, optimizers: Any) -> None:
         from trainer.diffusion.objective import Networks
-        from trainer.step import train_step
+        from trainer.training.step import train_step
 
         train_step(
             [self._inputs(self._work.images) for _ in range(min(2, self._config.loop.grad_accum))],  # the third is as the second

@@ -18,7 +18,7 @@ from trainer.checkpoints.run_folder import mark
 from trainer.errors import UserError, said
 from trainer.planning.memory import cheapest_key, estimate, is_out_of_memory, memory_table, size_of_device, work_of
 from trainer.planning.resume import Start, changes, check_same_run, describe, find_start, restore_state, resume_command
-from trainer.processes import Processes, connect
+from trainer.training.ranks import Processes, connect
 
 if TYPE_CHECKING:
     import torch
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     from trainer.ema import Ema, EmaOptions
     from trainer.loggers import Loggers
     from trainer.loggers.console import Console
-    from trainer.loop import Run
     from trainer.models.load import Models
     from trainer.models.trainable import TrainedParts
     from trainer.optim.optimizer_set import OptimizerSet
-    from trainer.precision import Precision
     from trainer.sampling import SamplePrompts, Sampler
-    from trainer.signals import StopSignals
+    from trainer.training.loop import Run
+    from trainer.training.precision import Precision
+    from trainer.training.signals import StopSignals
     from trainer.validation import HeldOut, Split, ValidationFile
 
 UNET, TEXT_ENCODER = "unet", "text encoder"
@@ -89,8 +89,8 @@ def _train(
 ) -> None:
     from trainer.environment import check_cuda
     from trainer.loggers.console import Console
-    from trainer.loop import out_of_time, train
     from trainer.run.learned_rate import hand_over
+    from trainer.training.loop import out_of_time, train
 
     console = Console(enabled=processes.main)
     for note in [*notes, *check_cuda(), *processes.notes]:
@@ -200,8 +200,6 @@ def build_run(
     from data.index import refuse_bad
     from data.record import BadFile
     from data.saved_index import remembered_index
-    from trainer.cache import cache_folder, encode_captions, encode_images, plan_latents
-    from trainer.cadence import Cadence
     from trainer.card import origin_of
     from trainer.checkpoints.atomic import tidy
     from trainer.checkpoints.format import TrainState
@@ -210,7 +208,6 @@ def build_run(
     from trainer.diffusion.objective import Networks
     from trainer.ema import plan_ema
     from trainer.loggers import Loggers, open_loggers
-    from trainer.loop import EPOCH_LOSS, LOSS, Run
     from trainer.loss_watch import LossWatch
     from trainer.metrics import Meter
     from trainer.models.compiled import compile_networks, require_compiler, uncompiled
@@ -221,7 +218,10 @@ def build_run(
     from trainer.optim.dadapt import EstimateOptions
     from trainer.optim.watch import AdaptationWatch
     from trainer.planning.check import aligned, batch_line, plan_rows
-    from trainer.precision import resolve_precision
+    from trainer.training.due import Cadence
+    from trainer.training.latent_cache import cache_folder, encode_captions, encode_images, plan_latents
+    from trainer.training.loop import EPOCH_LOSS, LOSS, Run
+    from trainer.training.precision import resolve_precision
     from trainer.validation import VALIDATION_LOSS, FixedLoss, Validation, split_images
 
     def find() -> Start:
@@ -471,7 +471,7 @@ def make_card(
     from trainer.card import Card
     from trainer.config import without_folders
     from trainer.curves import Curves
-    from trainer.loop import FIXED_LOSS, LOSS
+    from trainer.training.loop import FIXED_LOSS, LOSS
     from trainer.validation import VALIDATION_LOSS
 
     losses = {FIXED_LOSS: "fixed-noise loss", VALIDATION_LOSS: "validation loss"}

@@ -16,9 +16,9 @@ from trainer.optim.dadapt import AdaptedMomentOptions
 
 if TYPE_CHECKING:
     from trainer.config.schema import TrainConfig
-    from trainer.loop import Run
     from trainer.optim import OptimizerOptions
     from trainer.optim.watch import AdaptationWatch
+    from trainer.training.loop import Run
 
 FOUND = "optimizer.found.json"
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from data.index import Index
     from data.latents import Entry, Latents, MomentShape
     from trainer.diffusion.conditioning import Contexts
-    from trainer.precision import Precision
+    from trainer.training.precision import Precision
 
 SHARE = 4
 """At most one part in so many of the free memory is taken without being asked for."""

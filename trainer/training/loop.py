@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from data.loader import StepLoader
-    from trainer.cadence import Cadence
     from trainer.checkpoints.format import TrainState
     from trainer.checkpoints.saver import Saver
     from trainer.diffusion.objective import Networks, Objective
@@ -29,9 +28,10 @@ if TYPE_CHECKING:
     from trainer.metrics import Meter
     from trainer.optim.optimizer_set import OptimizerSet
     from trainer.optim.watch import AdaptationWatch
-    from trainer.precision import Precision
-    from trainer.processes import Processes
-    from trainer.signals import StopSignals
+    from trainer.training.due import Cadence
+    from trainer.training.precision import Precision
+    from trainer.training.ranks import Processes
+    from trainer.training.signals import StopSignals
     from trainer.validation import FixedLoss, Measured, Validation
 
 LOSS = "loss/log_step"
@@ -132,7 +132,7 @@ def train(run: Run) -> None:
     """
     from data.errors import DataError
     from trainer.checkpoints.saver import SavingError
-    from trainer.signals import Interrupted
+    from trainer.training.signals import Interrupted
 
     if run.state.step == 0:  # nothing can be lost yet, so a signal ends the run wherever it is
         run.state.owed = [VALIDATION, *([SAMPLES] if run.sample_first else [])]
@@ -157,7 +157,7 @@ def train(run: Run) -> None:
 
 def make_steps(run: Run) -> None:
     """Make all steps that are left and do what is due after each."""
-    from trainer.step import train_step
+    from trainer.training.step import train_step
 
     state, device = run.state, run.precision.device
     settle(run)

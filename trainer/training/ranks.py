@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from data.errors import DataError
 from trainer.errors import UserError
 from trainer.output import say
-from trainer.signals import Interrupted, StopSignals
+from trainer.training.signals import Interrupted, StopSignals
 
 if TYPE_CHECKING:
     import torch
