@@ -19,11 +19,11 @@ _IMPORTED = [
     "tensorboard.summary.writer.record_writer",
     "torch.utils.tensorboard.summary",
     "trainer.planning.check",
-    "trainer.grid",
+    "trainer.evaluation.image_grid",
     "trainer.models.checkpoint_file",
     "trainer.models.folder",
     "trainer.optim.dadapt.optimizer",
-    "trainer.sampling",
+    "trainer.evaluation.sampling",
     "trainer.checkpoints.saver",
     "trainer.training.step",
 ]

@@ -65,8 +65,8 @@ def load(column: Column) -> Models:
     if column.base is None:
         return load_models(ModelOptions(resume_ckpt=column.name))
     models = load_models(ModelOptions(resume_ckpt=column.base))
+    from trainer.evaluation.sampling import pipeline_of
     from trainer.models.lora import LORA_FILE
-    from trainer.sampling import pipeline_of
 
     path = Path(column.name)
     folder, file = (path, LORA_FILE) if path.is_dir() else (path.parent, path.name)

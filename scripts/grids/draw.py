@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from scripts.grids.columns import Column
-    from trainer.sampling import SamplePrompts
+    from trainer.evaluation.sampling import SamplePrompts
 
 AXES = ("checkpoints", "prompts", "seeds", "cfgs", "steps")
 
@@ -73,7 +73,7 @@ def read_prompts(named: Sequence[str]) -> SamplePrompts:
         UserError: the file has mistakes, is not there or names no prompts of its own.
     """
     from trainer.config.sample_file import load_sample_prompts
-    from trainer.sampling import SamplePrompt, SamplePrompts
+    from trainer.evaluation.sampling import SamplePrompt, SamplePrompts
 
     if len(named) == 1 and named[0].lower().endswith((".json", ".txt")):
         prompts = load_sample_prompts(Path(named[0]))
@@ -116,8 +116,8 @@ def draw(
     import torch
 
     from scripts.grids.columns import load
+    from trainer.evaluation.sampling import Sampler
     from trainer.models.quiet import quiet_libraries
-    from trainer.sampling import Sampler
     from trainer.training.precision import PrecisionOptions, resolve_precision
     from trainer.training.ranks import expected
 
@@ -170,7 +170,7 @@ def draw(
 
 def picture_of(grid: Grid, title: str) -> Image.Image:
     """Return the whole grid as one picture, every cell as it was drawn or, where it is small, enlarged by a whole factor."""
-    from trainer.grid import labelled_row, tiled
+    from trainer.evaluation.image_grid import labelled_row, tiled
 
     panels = []
     for words, rows in grid.panels():

@@ -17,7 +17,7 @@ LAYERS = (  # top to bottom: a module imports from its own layer and from those 
     ("trainer.planning.resume", "trainer.run.learned_rate"),
     ("trainer.config",),
     ("trainer.training.loop",),
-    ("trainer.training.step", "trainer.validation"),
+    ("trainer.training.step", "trainer.evaluation.validation"),
     ("trainer.diffusion.objective",),
     ("trainer",),  # all others
     ("data",),
@@ -28,7 +28,7 @@ DIFFUSION = (
     "trainer.diffusion.schedule",
     "trainer.optim.schedules",
     "trainer.ema",
-    "trainer.sampling",
+    "trainer.evaluation.sampling",
     "trainer.checkpoints.export",
     "trainer.loggers.console",  # to quieten them
 )
@@ -146,7 +146,7 @@ def test_modules_are_named_for_what_they_hold():
         ("trainer.metrics", "def f():\n    import trainer.run.build", "upward"),
         ("trainer.diffusion.loss", "if TYPE_CHECKING:\n    from trainer.diffusion.objective import Objective", "upward"),
         ("trainer.training.step", "from trainer import loop", "upward"),
-        ("trainer.sampling", "from scripts.grid import draw", "upward"),
+        ("trainer.evaluation.sampling", "from scripts.grid import draw", "upward"),
         ("trainer.training.loop", "import diffusers.models", "strayed"),
         ("trainer.metrics", "from accelerate import Accelerator", "strayed"),
         ("trainer.training.precision", "from pydantic import BaseModel", "strayed"),

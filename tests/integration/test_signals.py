@@ -56,8 +56,8 @@ def at_call(monkeypatch, place, number, count):
     ("number", "code", "place", "count", "checkpoint"),
     [
         (signal.SIGTERM, 143, "trainer.training.step.train_step", 4, "interrupted-tiny-ep02-gs00004"),
-        (signal.SIGINT, 130, "trainer.validation:FixedLoss.measure", 3, "interrupted-tiny-ep02-gs00006"),
-        (signal.SIGTERM, 143, "trainer.sampling:Sampler._pictures", 2, "interrupted-tiny-ep02-gs00004"),
+        (signal.SIGINT, 130, "trainer.evaluation.validation:FixedLoss.measure", 3, "interrupted-tiny-ep02-gs00006"),
+        (signal.SIGTERM, 143, "trainer.evaluation.sampling:Sampler._pictures", 2, "interrupted-tiny-ep02-gs00004"),
         (signal.SIGINT, 130, "trainer.checkpoints.export.save_diffusers", 1, "tiny-ep01-gs00003"),
         (signal.SIGHUP, 129, "data.loader:StepLoader.steps", 2, "interrupted-tiny-ep02-gs00004"),
     ],
@@ -90,8 +90,8 @@ def test_the_first_signal_saves_and_the_run_goes_on_to_the_bit(workplace, monkey
         "trainer.training.latent_cache._encode",
         "trainer.run.build.make_optimizers",
         "trainer.run.build.tell_data",
-        "trainer.validation:FixedLoss.measure",
-        "trainer.sampling:Sampler._pictures",
+        "trainer.evaluation.validation:FixedLoss.measure",
+        "trainer.evaluation.sampling:Sampler._pictures",
     ],
 )
 def test_a_signal_before_the_first_step_leaves_nothing(workplace, monkeypatch, capfd, place):

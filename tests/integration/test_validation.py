@@ -8,7 +8,7 @@ from PIL import Image
 import train
 from tests.runs import ADAMW, run_of, same_run, scalars, write
 from trainer.checkpoints.format import checkpoints, single_files
-from trainer.loss_watch import LossWatch
+from trainer.evaluation.loss_watch import LossWatch
 
 LOOK = LossWatch.look
 GAP = "loss/val minus stabilize-train"

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from trainer.loss_watch import LossWatch
+from trainer.evaluation.loss_watch import LossWatch
 
 
 def follow(rows, watch=None, first=0):

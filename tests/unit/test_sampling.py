@@ -22,8 +22,8 @@ from trainer.config.report import Report
 from trainer.config.sample_file import load_sample_prompts, read_sample_prompts
 from trainer.diffusion.schedule import with_zero_terminal_snr
 from trainer.errors import UserError
-from trainer.grid import labelled_row, tiled
-from trainer.sampling import SamplePrompt, SamplePrompts, Sampler, Samples, Scheduler, check_scheduler
+from trainer.evaluation.image_grid import labelled_row, tiled
+from trainer.evaluation.sampling import SamplePrompt, SamplePrompts, Sampler, Samples, Scheduler, check_scheduler
 
 QUICK = SamplePrompts(
     num_inference_steps=2, cfgs=(3.0,), samples=(SamplePrompt(prompt="a red circle"), SamplePrompt(prompt="a blue square"))

@@ -20,8 +20,8 @@ from trainer.diffusion.moments import encode_pixels
 from trainer.diffusion.objective import Networks, Objective, ObjectiveOptions
 from trainer.diffusion.schedule import NoiseSchedule
 from trainer.errors import UserError
+from trainer.evaluation.validation import FixedLoss, Validation, ValidationFile, held_out_batches, split_images
 from trainer.training.precision import Precision
-from trainer.validation import FixedLoss, Validation, ValidationFile, held_out_batches, split_images
 
 SHIPPED = {
     "documentation": {"batch_size": "text"},

@@ -12,7 +12,7 @@ from trainer.config.positions import Document, read_json
 from trainer.config.report import Place, Report, checked, did_you_mean, shown
 from trainer.config.schema import keys_of
 from trainer.errors import UserError
-from trainer.sampling import SamplePrompt, SamplePrompts
+from trainer.evaluation.sampling import SamplePrompt, SamplePrompts
 
 _SAMPLES = "samples"
 _UNUSED = {"cfgs": "EveryDream2 ignores it too; the cfgs beside samples draw every prompt"}

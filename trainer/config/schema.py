@@ -25,17 +25,17 @@ from data.dataset import DataOptions
 from trainer.checkpoints.format import SaveOptions
 from trainer.diffusion.objective import ObjectiveOptions
 from trainer.ema import EmaOptions
+from trainer.evaluation.sampling import SampleOptions
+from trainer.evaluation.validation import FixedLossOptions, ValidationOptions
 from trainer.loggers.options import LogOptions
 from trainer.models.load import ModelOptions
 from trainer.models.trainable import FreezingOptions, TrainableOptions
 from trainer.optim import OptimizerOptions
 from trainer.optim.gradients import GradientOptions
 from trainer.optim.schedules import RateOptions
-from trainer.sampling import SampleOptions
 from trainer.training.latent_cache import CacheOptions
 from trainer.training.loop import LoopOptions
 from trainer.training.precision import PrecisionOptions
-from trainer.validation import FixedLossOptions, ValidationOptions
 
 DEFAULT_OPTIMIZER = "adamw8bit"
 

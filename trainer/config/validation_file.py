@@ -12,7 +12,7 @@ from trainer.config.positions import read_json
 from trainer.config.report import Place, Report, Written, checked, did_you_mean
 from trainer.config.schema import keys_of
 from trainer.errors import UserError
-from trainer.validation import ValidationFile
+from trainer.evaluation.validation import ValidationFile
 
 _OLD = {"val_data_root": "manual_data_root", "val_split_proportion": "auto_split_proportion"}
 """EveryDream2's earlier names of keys."""

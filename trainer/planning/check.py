@@ -112,6 +112,7 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     from trainer.checkpoints.saver import plan_disk
     from trainer.config import check_fused_backward, check_rates, check_schedules
     from trainer.errors import UserError
+    from trainer.evaluation.validation import split_images
     from trainer.models.load import describe as describe_model
     from trainer.models.lora import read_adapter
     from trainer.models.trainable import apply_freezing
@@ -130,7 +131,6 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     from trainer.training.latent_cache import cache_folder, plan_latents
     from trainer.training.precision import imagined_precision, resolve_precision
     from trainer.training.ranks import expected
-    from trainer.validation import split_images
 
     processes = expected(config.loop.gpuid)
     check_fused_backward(config, processes=processes.count)

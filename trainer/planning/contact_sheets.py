@@ -80,7 +80,7 @@ class ContactSheets:
         return {bucket: found[bucket] for bucket in choices if bucket in found}
 
     def _sheet(self, records: list[Record], bucket: Bucket, title: str) -> Image.Image:
-        from trainer.grid import labelled_row, tiled
+        from trainer.evaluation.image_grid import labelled_row, tiled
 
         scale = math.sqrt(_AREA / (bucket[0] * bucket[1]))
         scale = scale if scale < 1 else round(scale)  # small ones by a whole factor

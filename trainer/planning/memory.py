@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
     from data.index import Index
     from trainer.config.schema import TrainConfig
+    from trainer.evaluation.sampling import Sampler
     from trainer.models.load import Models
     from trainer.optim import OptimizerOptions
     from trainer.planning.memory_trace import Phase, Work
-    from trainer.sampling import Sampler
     from trainer.training.loop import Run
     from trainer.training.precision import Precision
 
@@ -168,8 +168,8 @@ def work_of(config: TrainConfig, index: Index, sampler: Sampler, *, latents_kept
         held_out: images and timesteps that are measured at a time, 0 if none are held out.
     """
     from data.dataset import shown_captions
+    from trainer.evaluation.validation import TIMESTEPS
     from trainer.planning.memory_trace import Work
-    from trainer.validation import TIMESTEPS
 
     shown: dict[tuple[int, int], float] = {}
     for record in index.records:

@@ -34,16 +34,16 @@ if TYPE_CHECKING:
     from trainer.diffusion.conditioning import Contexts, Tokenize
     from trainer.diffusion.objective import Objective
     from trainer.ema import Ema, EmaOptions
+    from trainer.evaluation.sampling import SamplePrompts, Sampler
+    from trainer.evaluation.validation import HeldOut, Split, ValidationFile
     from trainer.loggers import Loggers
     from trainer.loggers.console import Console
     from trainer.models.load import Models
     from trainer.models.trainable import TrainedParts
     from trainer.optim.optimizer_set import OptimizerSet
-    from trainer.sampling import SamplePrompts, Sampler
     from trainer.training.loop import Run
     from trainer.training.precision import Precision
     from trainer.training.signals import StopSignals
-    from trainer.validation import HeldOut, Split, ValidationFile
 
 UNET, TEXT_ENCODER = "unet", "text encoder"
 
@@ -207,8 +207,9 @@ def build_run(
     from trainer.config import check_fused_backward, check_rates, check_schedules, without_folders
     from trainer.diffusion.objective import Networks
     from trainer.ema import plan_ema
+    from trainer.evaluation.loss_watch import LossWatch
+    from trainer.evaluation.validation import VALIDATION_LOSS, FixedLoss, Validation, split_images
     from trainer.loggers import Loggers, open_loggers
-    from trainer.loss_watch import LossWatch
     from trainer.metrics import Meter
     from trainer.models.compiled import compile_networks, require_compiler, uncompiled
     from trainer.models.load import describe as describe_model
@@ -222,7 +223,6 @@ def build_run(
     from trainer.training.latent_cache import cache_folder, encode_captions, encode_images, plan_latents
     from trainer.training.loop import EPOCH_LOSS, LOSS, Run
     from trainer.training.precision import resolve_precision
-    from trainer.validation import VALIDATION_LOSS, FixedLoss, Validation, split_images
 
     def find() -> Start:
         start = find_start(config, weights_only=weights_only)
@@ -471,8 +471,8 @@ def make_card(
     from trainer.card import Card
     from trainer.config import without_folders
     from trainer.curves import Curves
+    from trainer.evaluation.validation import VALIDATION_LOSS
     from trainer.training.loop import FIXED_LOSS, LOSS
-    from trainer.validation import VALIDATION_LOSS
 
     losses = {FIXED_LOSS: "fixed-noise loss", VALIDATION_LOSS: "validation loss"}
     rates = {network: f"hyperparameter/lr {network}" for network in networks}
@@ -504,7 +504,7 @@ def tell_data(config: TrainConfig, index: Index, tokenize: Tokenize, console: Co
 
 def fixed_images(config: TrainConfig, index: Index, validation: ValidationFile) -> list[int]:
     """Return the places in the index of the training images whose loss is measured at fixed noise."""
-    from trainer.validation import choose_images
+    from trainer.evaluation.validation import choose_images
 
     shown = [identity for identity, record in enumerate(index.records) if record.multiply > 0]
     count = config.fixed_loss.fixed_loss_images
@@ -543,7 +543,7 @@ def read_prompts(config: TrainConfig) -> tuple[TrainConfig, SamplePrompts]:
 
 def choose_samples(config: TrainConfig, prompts: SamplePrompts, index: Index) -> Sampler:
     """Return what draws the run's samples."""
-    from trainer.sampling import Sampler
+    from trainer.evaluation.sampling import Sampler
 
     return Sampler(
         prompts,
@@ -571,7 +571,7 @@ def set_noise_schedule(config: TrainConfig, prompts: SamplePrompts, models: Mode
             know it.
     """
     from trainer.diffusion.schedule import with_zero_terminal_snr
-    from trainer.sampling import check_scheduler
+    from trainer.evaluation.sampling import check_scheduler
 
     if config.objective.enable_zero_terminal_snr and not models.assumed:
         models.scheduler_config = with_zero_terminal_snr(models.scheduler_config, models.source)
@@ -667,8 +667,8 @@ def read_held_out(
     """
     from data.dataset import Images
     from trainer.diffusion.moments import encode_pixels
+    from trainer.evaluation.validation import TIMESTEPS, held_out_batches
     from trainer.transfer import to_device
-    from trainer.validation import TIMESTEPS, held_out_batches
 
     def encode(batch: Batch) -> Batch:
         assert batch.pixels_BCHW is not None, "images of a reader without latents"

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from trainer.checkpoints.saver import Saver
     from trainer.diffusion.objective import Networks, Objective
     from trainer.ema import Ema
+    from trainer.evaluation.loss_watch import LossWatch
+    from trainer.evaluation.validation import FixedLoss, Measured, Validation
     from trainer.loggers import Loggers
     from trainer.loggers.console import Console
-    from trainer.loss_watch import LossWatch
     from trainer.metrics import Meter
     from trainer.optim.optimizer_set import OptimizerSet
     from trainer.optim.watch import AdaptationWatch
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from trainer.training.precision import Precision
     from trainer.training.ranks import Processes
     from trainer.training.signals import StopSignals
-    from trainer.validation import FixedLoss, Measured, Validation
 
 LOSS = "loss/log_step"
 EPOCH_LOSS = "loss/epoch"
@@ -418,7 +418,7 @@ def begin_step(run: Run, images: int) -> int:
 
 def evaluate(run: Run, *, validation: bool) -> None:
     """Measure and record the losses that can be compared over time, those of held-out images only for `validation`."""
-    from trainer.validation import VALIDATION_LOSS
+    from trainer.evaluation.validation import VALIDATION_LOSS
 
     losses = {FIXED_LOSS: run.fixed_loss} if run.fixed_loss is not None else {}
     losses |= run.validation.losses if validation else {}

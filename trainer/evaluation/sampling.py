@@ -189,7 +189,7 @@ class Sampler:
             autocast: the context in which the networks compute.
             check: called between the steps of a picture; raises, no Exception, to break off.
         """
-        from trainer.grid import labelled_row, tiled
+        from trainer.evaluation.image_grid import labelled_row, tiled
 
         jobs, drawn, problems = self._draw(unet, text_encoder, vae, tokenizer, scheduler_config, step, device, autocast, check)
         several = len(self._options.cfgs) > 1

@@ -1,0 +1,1 @@
+"""Is it getting better? Samples and losses at fixed noise."""
