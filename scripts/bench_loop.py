@@ -129,8 +129,8 @@ class _OnlyReports(Cadence):
 
 def build(config: TrainConfig) -> Run:
     """Return a run that draws no samples before its first step and shows nothing."""
-    from trainer.loggers.console import Console
     from trainer.models.quiet import quiet_libraries
+    from trainer.reporting.console import Console
     from trainer.run.build import build_run
     from trainer.training.ranks import connect
     from trainer.training.signals import StopSignals

@@ -30,7 +30,7 @@ DIFFUSION = (
     "trainer.ema",
     "trainer.evaluation.sampling",
     "trainer.checkpoints.export",
-    "trainer.loggers.console",  # to quieten them
+    "trainer.reporting.console",  # to quieten them
 )
 LIBRARIES = {  # which modules may import a library; the scripts may import all, and others are free
     "diffusers": DIFFUSION,
@@ -48,9 +48,9 @@ LIBRARIES = {  # which modules may import a library; the scripts may import all,
     "dadaptation": ("trainer.optim",),
     "prodigyopt": ("trainer.optim",),
     "triton": ("trainer.optim.dadapt.triton_kernel", "trainer.optim.dadapt.device"),
-    "tensorboard": ("trainer.loggers",),
-    "tqdm": ("trainer.loggers",),
-    "wandb": ("trainer.loggers",),
+    "tensorboard": ("trainer.reporting.loggers",),
+    "tqdm": ("trainer.reporting.loggers",),
+    "wandb": ("trainer.reporting.loggers",),
 }
 
 ALL_IMPORTS = {  # everything that a package may import besides the standard library and itself
@@ -143,16 +143,16 @@ def test_modules_are_named_for_what_they_hold():
     ("module", "source", "rule"),
     [
         ("data.plan", "from trainer.errors import UserError", "upward"),
-        ("trainer.metrics", "def f():\n    import trainer.run.build", "upward"),
+        ("trainer.reporting.metrics", "def f():\n    import trainer.run.build", "upward"),
         ("trainer.diffusion.loss", "if TYPE_CHECKING:\n    from trainer.diffusion.objective import Objective", "upward"),
         ("trainer.training.step", "from trainer import loop", "upward"),
         ("trainer.evaluation.sampling", "from scripts.grid import draw", "upward"),
         ("trainer.training.loop", "import diffusers.models", "strayed"),
-        ("trainer.metrics", "from accelerate import Accelerator", "strayed"),
+        ("trainer.reporting.metrics", "from accelerate import Accelerator", "strayed"),
         ("trainer.training.precision", "from pydantic import BaseModel", "strayed"),
         ("data.image", "from tqdm import tqdm", "strayed"),
         ("data.image", "import requests", "strayed"),
-        ("trainer.optim.adamw", "from trainer.metrics import Meter", "strayed"),
+        ("trainer.optim.adamw", "from trainer.reporting.metrics import Meter", "strayed"),
         ("trainer.config.schema", "from trainer.training.loop import run", "not_options"),
         ("trainer.config.schema", "import trainer.training.loop", "not_options"),
         ("trainer.training.loop", "import torch", "slow_starts"),

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.runs import model, no_estimate, workplace
-from trainer.curves import Curves
+from trainer.reporting.curves import Curves
 
 __all__ = ["model", "no_estimate", "workplace"]
 

@@ -8,8 +8,8 @@ from PIL import Image
 
 import train
 from tests.runs import DADAPT, run_of, scalars, write
-from trainer.card import PAGE, Card
 from trainer.checkpoints.format import checkpoints, resume_problem
+from trainer.reporting.model_card import PAGE, Card
 
 SETTINGS = {"max_epochs": 2, "log_step": 1, "fixed_loss_images": 1, "save_every_n_epochs": None, "save_format": "diffusers"}
 

@@ -379,7 +379,7 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(workplace, monkeypatch,
 
 
 def test_an_event_file_that_is_locked_costs_its_numbers_only(workplace, monkeypatch, capsys):
-    from trainer.loggers import tensorboard
+    from trainer.reporting import tensorboard
 
     real, calls = tensorboard._append, []
 

@@ -114,7 +114,7 @@ def test_without_the_package_or_a_login_a_sentence_says_what_to_do(offline, monk
 
 
 def test_trouble_on_the_way_is_said_once_and_training_goes_on(tmp_path: Path, monkeypatch):
-    from trainer.loggers.wandb import WandbLogger
+    from trainer.reporting.wandb import WandbLogger
 
     wandb.teardown()  # it remembers the environment of whoever used it first
     monkeypatch.setenv("WANDB_MODE", "offline")

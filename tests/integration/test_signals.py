@@ -11,7 +11,7 @@ import train
 from scripts.torture import started, torture
 from tests.runs import DADAPT, run_of, same_run, scalars, uncut, write
 from trainer.checkpoints.format import checkpoints, resume_problem
-from trainer.loggers.console import Console
+from trainer.reporting.console import Console
 from trainer.training.signals import TOGETHER, Interrupted, StopSignals
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows cannot send itself these signals")

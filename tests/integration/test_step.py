@@ -15,12 +15,12 @@ from trainer.diffusion.conditioning import encode_text
 from trainer.diffusion.objective import Inputs, Networks, Objective, ObjectiveOptions
 from trainer.diffusion.schedule import NoiseSchedule, with_zero_terminal_snr
 from trainer.ema import Ema
-from trainer.metrics import Meter
 from trainer.models.lora import LoraOptions, attach
 from trainer.models.trainable import FreezingOptions, TrainableOptions, apply_freezing
 from trainer.optim import AdamW8bitOptions, AdamWOptions, OptimizerOptions
 from trainer.optim.optimizer_set import OptimizerSet
 from trainer.planning.memory_trace import _AsOnDevice, _Ledger
+from trainer.reporting.metrics import Meter
 from trainer.state_file import read_state, write_state
 from trainer.training.precision import Precision
 from trainer.training.step import train_step

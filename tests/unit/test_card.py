@@ -8,10 +8,10 @@ import pytest
 import torch
 from huggingface_hub import metadata_load
 
-from trainer.card import OPENRAIL, PAGE, Card, Origin, origin_of
 from trainer.checkpoints.format import TrainState
-from trainer.curves import MOST, Curves
 from trainer.models.tensor_file import write_tensors
+from trainer.reporting.curves import MOST, Curves
+from trainer.reporting.model_card import OPENRAIL, PAGE, Card, Origin, origin_of
 
 
 def test_the_licence_of_a_base_is_told_only_where_it_is_known(tmp_path):

@@ -20,10 +20,10 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util import tensor_util
 
 from trainer.errors import UserError
-from trainer.loggers import Loggers, open_loggers
-from trainer.loggers.console import Console, Report
-from trainer.loggers.jsonl import JsonlLogger
-from trainer.loggers.tensorboard import TensorBoardLogger
+from trainer.reporting.console import Console, Report
+from trainer.reporting.jsonl import JsonlLogger
+from trainer.reporting.loggers import Loggers, open_loggers
+from trainer.reporting.tensorboard import TensorBoardLogger
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -261,7 +261,7 @@ def test_recording_is_quiet_and_leaves_tensorflow_alone(tmp_path: Path):
     program = (
         "from pathlib import Path\n"
         "from PIL import Image\n"
-        "from trainer.loggers import open_loggers\n"
+        "from trainer.reporting.loggers import open_loggers\n"
         "log = open_loggers(Path('run'), warn=print, networks=['unet'], adaptive=['unet'])\n"
         "log.scalars({'a': 1.0}, 1); log.text('b', 'c', 1); log.image('d', Image.new('RGB', (8, 8)), 1); log.close()\n"
     )
@@ -275,7 +275,7 @@ def test_recording_is_quiet_and_leaves_tensorflow_alone(tmp_path: Path):
 
 def test_options_cost_no_heavy_import():
     slow = ("torch", "tensorboard", "wandb")
-    program = f"import trainer.loggers, trainer.loggers.console, sys; print([m for m in {slow} if m in sys.modules])"
+    program = f"import trainer.reporting.loggers, trainer.reporting.console, sys; print([m for m in {slow} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -9,7 +9,7 @@ import mmap
 import pytest
 import torch
 
-from trainer.metrics import DATA_WAIT, IMAGES_PER_SECOND, MINUTES_PER_EPOCH, Meter, memory_in_use
+from trainer.reporting.metrics import DATA_WAIT, IMAGES_PER_SECOND, MINUTES_PER_EPOCH, Meter, memory_in_use
 
 LOSS, EPOCH = "loss/log_step", "loss/epoch"
 

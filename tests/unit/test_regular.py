@@ -15,9 +15,9 @@ from data.regular import load_json, read_regular
 from trainer.checkpoints.format import model_problem, read_resume
 from trainer.config import load_config
 from trainer.errors import UserError
-from trainer.loggers.jsonl import METRICS, JsonlLogger
 from trainer.models.folder import read_json
 from trainer.models.tensor_file import TensorFile, read_metadata
+from trainer.reporting.jsonl import METRICS, JsonlLogger
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither in the file system")
 

@@ -27,12 +27,12 @@ from trainer.diffusion.objective import ObjectiveOptions
 from trainer.ema import EmaOptions
 from trainer.evaluation.sampling import SampleOptions
 from trainer.evaluation.validation import FixedLossOptions, ValidationOptions
-from trainer.loggers.options import LogOptions
 from trainer.models.load import ModelOptions
 from trainer.models.trainable import FreezingOptions, TrainableOptions
 from trainer.optim import OptimizerOptions
 from trainer.optim.gradients import GradientOptions
 from trainer.optim.schedules import RateOptions
+from trainer.reporting.options import LogOptions
 from trainer.training.latent_cache import CacheOptions
 from trainer.training.loop import LoopOptions
 from trainer.training.precision import PrecisionOptions

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from data.index import BadFile, Index
     from data.latents import Latents
     from data.loader import StepLoader
-    from trainer.card import Card, Origin
     from trainer.checkpoints.format import TrainState
     from trainer.config.schema import TrainConfig
     from trainer.diffusion.conditioning import Contexts, Tokenize
@@ -36,11 +35,12 @@ if TYPE_CHECKING:
     from trainer.ema import Ema, EmaOptions
     from trainer.evaluation.sampling import SamplePrompts, Sampler
     from trainer.evaluation.validation import HeldOut, Split, ValidationFile
-    from trainer.loggers import Loggers
-    from trainer.loggers.console import Console
     from trainer.models.load import Models
     from trainer.models.trainable import TrainedParts
     from trainer.optim.optimizer_set import OptimizerSet
+    from trainer.reporting.console import Console
+    from trainer.reporting.loggers import Loggers
+    from trainer.reporting.model_card import Card, Origin
     from trainer.training.loop import Run
     from trainer.training.precision import Precision
     from trainer.training.signals import StopSignals
@@ -88,7 +88,7 @@ def _train(
     signals: StopSignals,
 ) -> None:
     from trainer.environment import check_cuda
-    from trainer.loggers.console import Console
+    from trainer.reporting.console import Console
     from trainer.run.learned_rate import hand_over
     from trainer.training.loop import out_of_time, train
 
@@ -200,7 +200,6 @@ def build_run(
     from data.index import refuse_bad
     from data.record import BadFile
     from data.saved_index import remembered_index
-    from trainer.card import origin_of
     from trainer.checkpoints.atomic import tidy
     from trainer.checkpoints.format import TrainState
     from trainer.checkpoints.saver import Saver, Stateful
@@ -209,8 +208,6 @@ def build_run(
     from trainer.ema import plan_ema
     from trainer.evaluation.loss_watch import LossWatch
     from trainer.evaluation.validation import VALIDATION_LOSS, FixedLoss, Validation, split_images
-    from trainer.loggers import Loggers, open_loggers
-    from trainer.metrics import Meter
     from trainer.models.compiled import compile_networks, require_compiler, uncompiled
     from trainer.models.load import describe as describe_model
     from trainer.models.load import load_models
@@ -219,6 +216,9 @@ def build_run(
     from trainer.optim.dadapt import EstimateOptions
     from trainer.optim.watch import AdaptationWatch
     from trainer.planning.check import aligned, batch_line, plan_rows
+    from trainer.reporting.loggers import Loggers, open_loggers
+    from trainer.reporting.metrics import Meter
+    from trainer.reporting.model_card import origin_of
     from trainer.training.due import Cadence
     from trainer.training.latent_cache import cache_folder, encode_captions, encode_images, plan_latents
     from trainer.training.loop import EPOCH_LOSS, LOSS, Run
@@ -468,10 +468,10 @@ def make_card(
         networks: those that learn.
         plan: names and texts of the plan, of which the card tells some.
     """
-    from trainer.card import Card
     from trainer.config import without_folders
-    from trainer.curves import Curves
     from trainer.evaluation.validation import VALIDATION_LOSS
+    from trainer.reporting.curves import Curves
+    from trainer.reporting.model_card import Card
     from trainer.training.loop import FIXED_LOSS, LOSS
 
     losses = {FIXED_LOSS: "fixed-noise loss", VALIDATION_LOSS: "validation loss"}

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from trainer.ema import Ema
     from trainer.evaluation.loss_watch import LossWatch
     from trainer.evaluation.validation import FixedLoss, Measured, Validation
-    from trainer.loggers import Loggers
-    from trainer.loggers.console import Console
-    from trainer.metrics import Meter
     from trainer.optim.optimizer_set import OptimizerSet
     from trainer.optim.watch import AdaptationWatch
+    from trainer.reporting.console import Console
+    from trainer.reporting.loggers import Loggers
+    from trainer.reporting.metrics import Meter
     from trainer.training.due import Cadence
     from trainer.training.precision import Precision
     from trainer.training.ranks import Processes
@@ -297,8 +297,8 @@ def report(run: Run) -> None:
     Raises:
         UserError: no step has been finite for `MOST_SKIPPED` steps, or a fused backward met a gradient that was not.
     """
-    from trainer.loggers.console import Report
-    from trainer.metrics import IMAGES_PER_SECOND, memory_in_use
+    from trainer.reporting.console import Report
+    from trainer.reporting.metrics import IMAGES_PER_SECOND, memory_in_use
 
     latest: dict[str, Any] = {}
     for network, measures in run.optimizers.measures().items():

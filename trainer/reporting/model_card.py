@@ -16,7 +16,7 @@ from trainer.state_file import as_kind
 
 if TYPE_CHECKING:
     from trainer.checkpoints.format import TrainState
-    from trainer.curves import Curves
+    from trainer.reporting.curves import Curves
 
 PAGE, CURVES, SAMPLES = "README.md", "curves.png", "samples.png"
 

@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from trainer.loggers.jsonl import JsonlLogger
-from trainer.loggers.tensorboard import TensorBoardLogger
-from trainer.loggers.wandb import WandbLogger
+from trainer.reporting.jsonl import JsonlLogger
+from trainer.reporting.tensorboard import TensorBoardLogger
+from trainer.reporting.wandb import WandbLogger
 
 if TYPE_CHECKING:
     from PIL import Image
