@@ -27,7 +27,7 @@ DIFFUSION = (
     "trainer.models",
     "trainer.diffusion.schedule",
     "trainer.optim.schedules",
-    "trainer.ema",
+    "trainer.models.ema",
     "trainer.evaluation.sampling",
     "trainer.checkpoints.export",
     "trainer.reporting.console",  # to quieten them

@@ -14,7 +14,7 @@ from trainer.config.schema import optimizer_classes
 from trainer.diffusion.conditioning import encode_text
 from trainer.diffusion.objective import Inputs, Networks, Objective, ObjectiveOptions
 from trainer.diffusion.schedule import NoiseSchedule, with_zero_terminal_snr
-from trainer.ema import Ema
+from trainer.models.ema import Ema
 from trainer.models.lora import LoraOptions, attach
 from trainer.models.trainable import FreezingOptions, TrainableOptions, apply_freezing
 from trainer.optim import AdamW8bitOptions, AdamWOptions, OptimizerOptions

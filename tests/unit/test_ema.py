@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from trainer.ema import Ema, EmaOptions, decay_of, plan_ema
 from trainer.errors import UserError
+from trainer.models.ema import Ema, EmaOptions, decay_of, plan_ema
 from trainer.state_file import read_state, write_state
 
 CPU = torch.device("cpu")

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from trainer.checkpoints.atomic import appearing, free_bytes, in_gib, writing_speed
 from trainer.checkpoints.format import EMA, KIND, RUN, STEP, SaveOptions, TrainState, checkpoints, rotate, save_checkpoint
-from trainer.ema import SUFFIX
 from trainer.errors import UserError
+from trainer.models.ema import SUFFIX
 
 if TYPE_CHECKING:
     import torch
 
-    from trainer.ema import Ema
+    from trainer.models.ema import Ema
     from trainer.models.load import Models
     from trainer.models.lora import Lora
     from trainer.optim import OptimizerOptions

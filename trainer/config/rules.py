@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config.report import COMMAND_LINE, Place, Report, Written
 from trainer.config.schema import OptimizerConfig, TrainConfig, keys_of, optimizer_classes
-from trainer.ema import EmaOptions
 from trainer.errors import UserError
+from trainer.models.ema import EmaOptions
 from trainer.optim import OptimizerOptions
 from trainer.output import clean
 

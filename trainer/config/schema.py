@@ -24,9 +24,9 @@ from pydantic import TypeAdapter
 from data.dataset import DataOptions
 from trainer.checkpoints.format import SaveOptions
 from trainer.diffusion.objective import ObjectiveOptions
-from trainer.ema import EmaOptions
 from trainer.evaluation.sampling import SampleOptions
 from trainer.evaluation.validation import FixedLossOptions, ValidationOptions
+from trainer.models.ema import EmaOptions
 from trainer.models.load import ModelOptions
 from trainer.models.trainable import FreezingOptions, TrainableOptions
 from trainer.optim import OptimizerOptions

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.paths import shown_path
-from trainer.ema import plan_ema
+from trainer.models.ema import plan_ema
 from trainer.output import say
 from trainer.planning.memory import estimate, size_of_device, work_of
 

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from trainer.config.schema import TrainConfig
     from trainer.diffusion.conditioning import Contexts, Tokenize
     from trainer.diffusion.objective import Objective
-    from trainer.ema import Ema, EmaOptions
     from trainer.evaluation.sampling import SamplePrompts, Sampler
     from trainer.evaluation.validation import HeldOut, Split, ValidationFile
+    from trainer.models.ema import Ema, EmaOptions
     from trainer.models.load import Models
     from trainer.models.trainable import TrainedParts
     from trainer.optim.optimizer_set import OptimizerSet
@@ -205,10 +205,10 @@ def build_run(
     from trainer.checkpoints.saver import Saver, Stateful
     from trainer.config import check_fused_backward, check_rates, check_schedules, without_folders
     from trainer.diffusion.objective import Networks
-    from trainer.ema import plan_ema
     from trainer.evaluation.loss_watch import LossWatch
     from trainer.evaluation.validation import VALIDATION_LOSS, FixedLoss, Validation, split_images
     from trainer.models.compiled import compile_networks, require_compiler, uncompiled
+    from trainer.models.ema import plan_ema
     from trainer.models.load import describe as describe_model
     from trainer.models.load import load_models
     from trainer.models.lora import Lora, base_of, begin, read_adapter
@@ -749,7 +749,7 @@ def make_ema(config: TrainConfig, parts: TrainedParts, total_steps: int, device:
     """
     import torch
 
-    from trainer.ema import Ema, decay_of, weights_of
+    from trainer.models.ema import Ema, decay_of, weights_of
     from trainer.models.load import load_models
 
     options = config.ema
@@ -872,7 +872,7 @@ def make_sampler(
         options: whether the trained or the averaged weights draw.
         waiting: networks that are on the CPU in between.
     """
-    from trainer.ema import SUFFIX
+    from trainer.models.ema import SUFFIX
     from trainer.transfer import visiting
 
     def draw(step: int, suffix: str) -> None:

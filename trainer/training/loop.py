@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from trainer.checkpoints.format import TrainState
     from trainer.checkpoints.saver import Saver
     from trainer.diffusion.objective import Networks, Objective
-    from trainer.ema import Ema
     from trainer.evaluation.loss_watch import LossWatch
     from trainer.evaluation.validation import FixedLoss, Measured, Validation
+    from trainer.models.ema import Ema
     from trainer.optim.optimizer_set import OptimizerSet
     from trainer.optim.watch import AdaptationWatch
     from trainer.reporting.console import Console
