@@ -7,8 +7,8 @@
 
 Weights and images are random: only sizes matter. The steps are the trainer's own (`trainer.training.step`), with its data types, memory
 layout and order. What is reported is the most memory that the process held during the steps (on Linux its peak resident set, on
-CUDA what torch had allocated), what the optimizer's state and everything else of known size account for, and what trainer.planning.memory would
-have said before: the tensors of its trace, on the CPU with what the process held before there were any.
+CUDA what torch had allocated), what the optimizer's state and everything else of known size account for, and what
+trainer.planning.memory would have said before: the tensors of its trace, on the CPU with what the process held before there were any.
 """
 
 from __future__ import annotations

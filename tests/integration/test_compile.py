@@ -11,8 +11,8 @@ from safetensors import safe_open
 from torch._dynamo.backends.debugging import aot_eager
 
 import train
-from tests.integration.test_step import _batch, _setup
 from tests.runs import DADAPT, run_of, same_run, scalars, write
+from tests.unit.trainer.training.test_step import _batch, _setup
 from trainer.errors import UserError
 from trainer.models import compiled
 from trainer.training.step import train_step

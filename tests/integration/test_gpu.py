@@ -7,9 +7,9 @@ from PIL import Image
 import train
 from data.dataset import DataOptions
 from data.index import build_index
-from tests.integration.test_step import OPTIONS, _batch, _objective
 from tests.runs import DADAPT, run_of, write
 from tests.tiny import tiny_models
+from tests.unit.trainer.training.test_step import OPTIONS, _batch, _objective
 from trainer.diffusion.objective import Networks
 from trainer.optim.optimizer_set import OptimizerSet
 from trainer.training.latent_cache import CacheOptions, encode_images, plan_latents

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from scripts import grid
+from scripts.grids.blend import BLEND
 from scripts.grids.columns import Column, find_columns, load
 from scripts.grids.draw import draw, read_prompts
 from tests.runs import ADAMW, model, run_of, workplace, write  # noqa: F401
@@ -18,7 +19,6 @@ from tests.tiny import tiny_models, write_tiny_folder
 from trainer.checkpoints.export import save_single_file
 from trainer.checkpoints.format import checkpoints, single_files
 from trainer.errors import UserError
-from trainer.models.blend import BLEND
 from trainer.models.lora import LORA_FILE
 from trainer.models.single_file import to_original
 from trainer.models.tensor_file import TensorFile

@@ -370,5 +370,5 @@ def test_the_captions_that_training_can_show(folder):
 
 def test_the_store_needs_no_trainer():
     code = "import sys, data.latents; print(sorted({'trainer', 'torch', 'safetensors'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[3])
     assert done.stdout.strip() == "[]", done.stderr

@@ -826,7 +826,7 @@ def test_folders_that_count_are_said_to_be_none_of_kohyas(tmp_path):
 
 
 def test_the_readme_has_every_key_file_and_source():
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
     begins = text.index("\n## Your pictures\n") + 1
     section = text[begins : text.index("\n## ", begins)]
     files = [name for name in FOLDER_FILES if not name.endswith("yml")]

@@ -117,7 +117,7 @@ KEYS = (
 
 @pytest.mark.parametrize(("name", "key"), KEYS)
 def test_files_that_a_configuration_names(odd, name, key, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.chdir(Path(__file__).parents[3])
     path = odd(name)
     with pytest.raises(UserError) as caught:
         load_config(["--resume_ckpt", "models/mini-sd", f"--{key}", str(path)])

@@ -29,7 +29,7 @@ with locked(Path(sys.argv[1])):
 @contextmanager
 def held(folder, *arguments):
     """Have another process lock a folder until its input ends."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[4])}
     command = [sys.executable, "-c", HOLDER, str(folder), *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "held\n"

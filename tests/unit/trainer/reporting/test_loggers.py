@@ -265,7 +265,7 @@ def test_recording_is_quiet_and_leaves_tensorflow_alone(tmp_path: Path):
         "log = open_loggers(Path('run'), warn=print, networks=['unet'], adaptive=['unet'])\n"
         "log.scalars({'a': 1.0}, 1); log.text('b', 'c', 1); log.image('d', Image.new('RGB', (8, 8)), 1); log.close()\n"
     )
-    paths = os.pathsep.join([str(tmp_path / "path"), str(Path(__file__).parents[2])])
+    paths = os.pathsep.join([str(tmp_path / "path"), str(Path(__file__).parents[4])])
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False
     )
@@ -276,7 +276,7 @@ def test_recording_is_quiet_and_leaves_tensorflow_alone(tmp_path: Path):
 def test_options_cost_no_heavy_import():
     slow = ("torch", "tensorboard", "wandb")
     program = f"import trainer.reporting.loggers, trainer.reporting.console, sys; print([m for m in {slow} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[4], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 

@@ -25,7 +25,7 @@ from scripts.mini_sd.scenes import (
     scene_of,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 MODEL = ROOT / "models" / "mini-sd"
 MEGABYTE = 1_000_000
 
