@@ -15,8 +15,8 @@ from trainer.training.signals import Interrupted, StopSignals
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit code.
 
-    0 is done, 1 a run that failed or a check that found files which a run would refuse, 2 something that must be put right before it
-    can begin, 128 and more a signal that ended it: 130 for Ctrl-C, 143 for SIGTERM.
+    0 is done, 1 a run that failed or a check that found files which a run would refuse, 2 something that must
+    be put right before it can begin, 128 and more a signal that ended it: 130 for Ctrl-C, 143 for SIGTERM.
     """
     with StopSignals() as signals:
         try:
@@ -39,14 +39,22 @@ def main(arguments: list[str]) -> int:
                 )
             from trainer.run.build import run_training
 
-            run_training(loaded.config, [*notes, *loaded.notes], weights_only=loaded.weights_only, arguments=arguments, signals=signals)
+            run_training(
+                loaded.config,
+                [*notes, *loaded.notes],
+                weights_only=loaded.weights_only,
+                arguments=arguments,
+                signals=signals,
+            )
         except ToldElsewhere as error:
             return error.exit_code
         except Interrupted as error:
             say(f"Stopped by {error}.", stream=sys.stderr)
             return error.exit_code
         except (UserError, DataError) as error:
-            if rank_on_machine() == 0:  # of several processes the others have found the same, or the first tells it
+            if (
+                rank_on_machine() == 0
+            ):  # of several processes the others have found the same, or the first tells it
                 say(*error.problems, stream=sys.stderr)
             return getattr(error, "exit_code", 2)
     return 0

@@ -1,7 +1,7 @@
 """Aspect buckets: the sizes that images are trained at, computed from the resolution.
 
-The networks want sides that are multiples of 64, a batch wants one size, and memory wants a bounded area. A bucket is
-(width, height).
+The networks want sides that are multiples of 64, a batch wants one size, and memory wants a bounded area. A
+bucket is (width, height).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ LONGEST = 4
 def buckets(resolution: int) -> tuple[Bucket, ...]:
     """Return the buckets of a resolution, from the tallest to the widest.
 
-    Each width has the largest height that keeps the area within resolution squared and the ratio within 4:1, and every bucket
-    has its mirror. At 64 there is nothing but the square.
+    Each width has the largest height that keeps the area within resolution squared and the ratio within 4:1,
+    and every bucket has its mirror. At 64 there is nothing but the square.
 
     Args:
         resolution: a multiple of 64.
@@ -35,7 +35,12 @@ def buckets(resolution: int) -> tuple[Bucket, ...]:
         height = resolution * resolution // width // SIDE * SIDE
         if height and width <= LONGEST * height:
             wide.add((width, height))
-    return tuple(sorted(wide | {(height, width) for width, height in wide}, key=lambda bucket: (bucket[0] / bucket[1], bucket)))
+    return tuple(
+        sorted(
+            wide | {(height, width) for width, height in wide},
+            key=lambda bucket: (bucket[0] / bucket[1], bucket),
+        )
+    )
 
 
 def nearest(width: int, height: int, candidates: tuple[Bucket, ...]) -> Bucket:

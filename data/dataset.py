@@ -35,8 +35,9 @@ class DataOptions:
     """The folder of captioned images, sub-folders included, or a .json, .jsonl, .csv or .parquet list of images; or several of these."""
 
     resolution: Resolution | Annotated[tuple[Resolution, ...], MinLen(1)] = 512
-    """The training resolution in pixels, a multiple of 64: images are resized into aspect buckets of about its square in area. Of a
-    list, each image takes the next resolution every time that it is shown, so an epoch stays as it is."""
+    """The training resolution in pixels, a multiple of 64: images are resized into aspect buckets of about
+    its square in area. Of a list, each image takes the next resolution every time that it is shown, so an
+    epoch stays as it is."""
 
     batch_size: Annotated[int, Ge(1)] = 2
     """Images in one forward and backward pass on one device; a step has batch_size x grad_accum x processes."""
@@ -63,12 +64,13 @@ class DataOptions:
     """Take each line of a .txt or .caption file as a caption of its own, of which one is drawn every time that the image is shown."""
 
     max_tokens: Literal[75, 150, 225] = 75
-    """Tokens of a caption that are read. CLIP reads 75 at a time; more are encoded in pieces that the UNet attends to together, in
-    training and in samples alike."""
+    """Tokens of a caption that are read. CLIP reads 75 at a time; more are encoded in pieces that the UNet
+    attends to together, in training and in samples alike."""
 
     on_bad_image: Literal["skip", "error"] = "skip"
-    """What to do about images and captions that cannot be used: leave them out and name them, or refuse the run. Damage inside an image
-    shows when it is read: before training where latents are kept, else in the run, which leaves the image out either way."""
+    """What to do about images and captions that cannot be used: leave them out and name them, or refuse the
+    run. Damage inside an image shows when it is read: before training where latents are kept, else in the
+    run, which leaves the image out either way."""
 
     num_workers: Annotated[int, Ge(0), Le(256)] | None = None
     """Processes that read images; null chooses by the size of the images and the number of cores, 0 reads in the training process."""
@@ -94,8 +96,8 @@ def shown_captions(index: Index, options: DataOptions) -> list[str] | None:
 class Images:
     """Read planned micro-batches, (epoch, MicroBatch) -> Batch: a map-style dataset that worker processes can hold.
 
-    An image's draws are keyed by its position in the epoch, so that neither the number of workers nor the cut into
-    micro-batches changes what comes out.
+    An image's draws are keyed by its position in the epoch, so that neither the number of workers nor the cut
+    into micro-batches changes what comes out.
 
     Args:
         index: the scanned images.
@@ -140,7 +142,10 @@ class Images:
         records = tuple(micro.records[place] for place in places)
         return self._batch(
             list(images.values()),
-            [self._words(self._records[identity], epoch, position) for identity, position in zip(records, positions, strict=True)],
+            [
+                self._words(self._records[identity], epoch, position)
+                for identity, position in zip(records, positions, strict=True)
+            ],
             bucket=micro.bucket,
             epoch=epoch,
             positions=positions,
@@ -152,8 +157,8 @@ class Images:
     def plain(self, records: Sequence[int]) -> list[Batch]:
         """Return images as they are, one batch each: not flipped, with their whole first caption, at the largest resolution.
 
-        Meant for measurements that must not vary. Position and epoch are 0. A file that cannot be read gives no batch and
-        is named in `bad`.
+        Meant for measurements that must not vary. Position and epoch are 0. A file that cannot be read gives
+        no batch and is named in `bad`.
 
         Args:
             records: record ids.
@@ -167,7 +172,16 @@ class Images:
             except FileError as error:
                 self.bad.setdefault(record.name, BadFile(record.name, error.reason))
                 continue
-            batches.append(self._batch([image], [record.caption.text], bucket=bucket, epoch=0, positions=(0,), records=(identity,)))
+            batches.append(
+                self._batch(
+                    [image],
+                    [record.caption.text],
+                    bucket=bucket,
+                    epoch=0,
+                    positions=(0,),
+                    records=(identity,),
+                )
+            )
         return batches
 
     def _read(self, entry: Entry, crop: Place) -> np.ndarray:

@@ -65,8 +65,8 @@ class Folder:
 def walk(root: Path) -> Iterator[Folder]:
     """Yield every folder below a root, the root included, in the order of names.
 
-    Symbolic links are followed; a folder that was reached before, by whichever link, is not entered again, so that a loop of
-    links ends and no picture counts twice. Folders whose name begins with a dot are skipped.
+    Symbolic links are followed; a folder that was reached before, by whichever link, is not entered again, so
+    that a loop of links ends and no picture counts twice. Folders whose name begins with a dot are skipped.
     """
     seen: set[tuple[int, int]] = set()
     waiting = [root]
@@ -91,7 +91,9 @@ def list_folder(path: Path) -> Folder:
             kinds = sorted((entry.name, _kind(entry)) for entry in entries if not entry.name.startswith("."))
     except OSError as error:
         return _unreadable(path, error)
-    folders, files, others = (tuple(name for name, kind in kinds if kind == wanted) for wanted in ("folder", "file", "other"))
+    folders, files, others = (
+        tuple(name for name, kind in kinds if kind == wanted) for wanted in ("folder", "file", "other")
+    )
     return Folder(path, files, folders, others)
 
 

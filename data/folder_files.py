@@ -9,7 +9,14 @@ from data.captions import Entry, Remark, first_setting, read_setting, read_text,
 from data.errors import FileError
 from data.folder import Folder
 
-_SETTING_FILES = ("multiply.txt", "cond_dropout.txt", "flip_p.txt", "loss_scale.txt", "batch_id.txt", "shuffle_tags.txt")
+_SETTING_FILES = (
+    "multiply.txt",
+    "cond_dropout.txt",
+    "flip_p.txt",
+    "loss_scale.txt",
+    "batch_id.txt",
+    "shuffle_tags.txt",
+)
 _LONGEST = 1 << 10
 """Bytes of a file that holds one value."""
 
@@ -20,7 +27,11 @@ def read_local(folder: Folder) -> tuple[Entry, ...]:
     Raises:
         FileError: a file cannot be used; the reason begins with its name.
     """
-    written = [read_yaml(folder.path / name, "local.yaml") for kind in ("local.yaml", "local.yml") if (name := folder.own(kind))]
+    written = [
+        read_yaml(folder.path / name, "local.yaml")
+        for kind in ("local.yaml", "local.yml")
+        if (name := folder.own(kind))
+    ]
     settings: dict[str, Any] = {}
     remarks: list[Remark] = []
     for file in _SETTING_FILES:
@@ -41,7 +52,11 @@ def read_global(folder: Folder) -> tuple[Entry, ...]:
     Raises:
         FileError: a file cannot be used; the reason begins with its name.
     """
-    return tuple(read_yaml(folder.path / name, "global.yaml") for kind in ("global.yaml", "global.yml") if (name := folder.own(kind)))
+    return tuple(
+        read_yaml(folder.path / name, "global.yaml")
+        for kind in ("global.yaml", "global.yml")
+        if (name := folder.own(kind))
+    )
 
 
 def _value(path: Path, key: str) -> Any:

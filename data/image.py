@@ -30,17 +30,23 @@ CENTRE = (0.5, 0.5)
 
 _STDERR = 2
 
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # or logging prints its warnings about odd files itself
+logging.getLogger("PIL").addHandler(
+    logging.NullHandler()
+)  # or logging prints its warnings about odd files itself
 
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "AVIF", "TIFF")
 _HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 _SIXTEEN_BIT = frozenset({"I;16", "I;16L", "I;16B"})
-_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}) | _SIXTEEN_BIT
+_MODES = (
+    frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
+    | _SIXTEEN_BIT
+)
 
 _DRAFT_GAP = 2
 """A JPEG is decoded at a reduced scale that leaves at least this many times the final size for the proper resampling.
 
-512 px from 12 megapixels take 78 ms instead of 214 on one core and differ from the full decode by 41.5 dB PSNR.
+512 px from 12 megapixels take 78 ms instead of 214 on one core and differ from the full decode by 41.5 dB
+PSNR.
 """
 
 _UPRIGHT = {
@@ -72,8 +78,8 @@ def displayed_size(path: Path) -> tuple[int, int]:
 def read_pixels(path: Path, size: tuple[int, int], *, flip: bool = False, crop: Place = CENTRE) -> np.ndarray:
     """Return the image upright, scaled to cover `size` and cropped to it, as uint8 sRGB (height, width, 3).
 
-    Transparent parts become white; a colour profile in the file is honoured; of an animation the first frame is taken.
-    Scaling is Lanczos, antialiased where it makes smaller.
+    Transparent parts become white; a colour profile in the file is honoured; of an animation the first frame
+    is taken. Scaling is Lanczos, antialiased where it makes smaller.
 
     Args:
         path: the image file.
@@ -126,7 +132,9 @@ def _formats(file: BinaryIO) -> tuple[str, ...]:
     if start[4:8] != b"ftyp" or start[8:] not in _HEIF_BRANDS:
         return _FORMATS
     if not _heif_decoder():
-        raise FileError("it is a HEIC image, which the package pillow-heif reads: pip install pillow-heif, or save it as JPEG")
+        raise FileError(
+            "it is a HEIC image, which the package pillow-heif reads: pip install pillow-heif, or save it as JPEG"
+        )
     return ("HEIF",)
 
 
@@ -145,8 +153,8 @@ def _heif_decoder() -> bool:
 def _decoding(path: Path) -> Iterator[None]:
     """Turn what a decoder raises into a FileError, and keep its warnings about odd but readable files off the console.
 
-    On damaged bytes Pillow raises nearly anything (SyntaxError, struct.error, IndexError, ...), hence the wide net; it holds
-    calls of the decoder only, so that no error of our own is taken for a bad file.
+    On damaged bytes Pillow raises nearly anything (SyntaxError, struct.error, IndexError, ...), hence the
+    wide net; it holds calls of the decoder only, so that no error of our own is taken for a bad file.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -204,7 +212,9 @@ def _orientation(image: Image.Image, path: Path) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _box(extent: tuple[float, float], size: tuple[int, int], crop: Place) -> tuple[float, float, float, float]:
+def _box(
+    extent: tuple[float, float], size: tuple[int, int], crop: Place
+) -> tuple[float, float, float, float]:
     """Return the largest box of the shape of `size` at its place in `extent`: (left, top, right, bottom)."""
     scale = max(size[0] / extent[0], size[1] / extent[1])
     width, height = min(size[0] / scale, extent[0]), min(size[1] / scale, extent[1])

@@ -35,8 +35,9 @@ class Index:
     def fingerprint(self) -> str:
         """Return a short hash of the images' names, sizes, captions and settings.
 
-        It is the same for the same data on another machine, and changes with whatever changes the plan or the words. Fields at their
-        defaults do not enter it, so that a later version's further fields leave it as it is.
+        It is the same for the same data on another machine, and changes with whatever changes the plan or the
+        words. Fields at their defaults do not enter it, so that a later version's further fields leave it as
+        it is.
         """
         digest = hashlib.blake2b(digest_size=16)
         for record in self.records:
@@ -48,12 +49,13 @@ class Index:
 def build_index(options: DataOptions) -> Index:
     """Scan the data roots: list the images, read their headers, captions and settings.
 
-    Files with an image's extension that cannot be used are listed in `bad`, and so are files of words and settings that cannot be
-    used, whose images are left out. Pixels are not decoded, so that damage further inside a file shows only when it is trained on.
+    Files with an image's extension that cannot be used are listed in `bad`, and so are files of words and
+    settings that cannot be used, whose images are left out. Pixels are not decoded, so that damage further
+    inside a file shows only when it is trained on.
 
     Raises:
-        DataError: a root is missing, is neither a folder nor a list, or lies inside another; or one of them holds no image that can be
-            used, or none is to be shown.
+        DataError: a root is missing, is neither a folder nor a list, or lies inside another; or one of them
+            holds no image that can be used, or none is to be shown.
     """
     roots = _roots(options.data_root)
     scan = Scan(sidecar_chain(lines=options.caption_lines), caption_prefix=options.caption_prefix)
@@ -64,7 +66,9 @@ def build_index(options: DataOptions) -> Index:
         if len(scan.records) == images:
             problems += _nothing(root, scan.bad[bad:])
     if scan.records and not any(record.multiply > 0 for record in scan.records):
-        problems.append(f"data_root: all {len(scan.records)} images are left out by multiply 0; raise it for some")
+        problems.append(
+            f"data_root: all {len(scan.records)} images are left out by multiply 0; raise it for some"
+        )
     if problems:
         raise DataError(problems)
     records = sorted(scan.records, key=lambda record: (_natural(record.name), record.name))
@@ -86,7 +90,11 @@ def refuse_bad(index: Index) -> None:
 
 
 def _set_fields(thing: Any, *without: str) -> list[tuple[str, Any]]:
-    values = {field.name: (getattr(thing, field.name), field.default) for field in fields(thing) if field.name not in without}
+    values = {
+        field.name: (getattr(thing, field.name), field.default)
+        for field in fields(thing)
+        if field.name not in without
+    }
     return [(name, value) for name, (value, default) in values.items() if value != default]
 
 
@@ -94,7 +102,9 @@ def _natural(name: str) -> tuple[str | tuple[int, str], ...]:
     """Sort key in which image 2 comes before image 10."""
     parts = enumerate(re.split("([0-9]+)", name))
     # By the number of digits first: Python reads no number of thousands of them.
-    return tuple((len(part.lstrip("0")), part.lstrip("0")) if place % 2 else part.casefold() for place, part in parts)
+    return tuple(
+        (len(part.lstrip("0")), part.lstrip("0")) if place % 2 else part.casefold() for place, part in parts
+    )
 
 
 def _roots(data_root: str | Sequence[str]) -> tuple[Path, ...]:
@@ -108,7 +118,9 @@ def _roots(data_root: str | Sequence[str]) -> tuple[Path, ...]:
             f"data_root: {inner} is {outer} or lies inside it, so that its images would be found twice; list only one of them"
             for place, inner in enumerate(roots)
             for other, outer in enumerate(roots)
-            if place != other and resolved[place].is_relative_to(resolved[other]) and (resolved[place] != resolved[other] or place > other)
+            if place != other
+            and resolved[place].is_relative_to(resolved[other])
+            and (resolved[place] != resolved[other] or place > other)
         ]
     if problems:
         raise DataError(problems)
@@ -126,7 +138,11 @@ def _problem(root: Path) -> str | None:
         return f"data_root: {root} is neither a folder of captioned images nor a list of them ({', '.join(LISTS)})"
     siblings = [path.name for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
     close = difflib.get_close_matches(root.name, siblings, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "; create it and put captioned images there, or name another folder"
+    hint = (
+        f"; did you mean {close[0]!r}?"
+        if close
+        else "; create it and put captioned images there, or name another folder"
+    )
     return f"data_root: folder not found: {root}{hint}"
 
 
@@ -145,7 +161,13 @@ def _prefixes(roots: Sequence[Path]) -> list[str]:
 def _nothing(root: Path, bad: Sequence[BadFile]) -> list[str]:
     if bad:
         problems = [f"data_root: {root}: none of its images can be used"]
-        return problems + [str(file) for file in bad[:10]] + ([f"... and {len(bad) - 10} more"] if len(bad) > 10 else [])
+        return (
+            problems
+            + [str(file) for file in bad[:10]]
+            + ([f"... and {len(bad) - 10} more"] if len(bad) > 10 else [])
+        )
     if root.is_file():
         return [f"data_root: {root} lists no images"]
-    return [f"data_root: no images in {root} or its sub-folders; accepted are files ending in {', '.join(SUFFIXES)}"]
+    return [
+        f"data_root: no images in {root} or its sub-folders; accepted are files ending in {', '.join(SUFFIXES)}"
+    ]

@@ -1,7 +1,8 @@
 """Latents that were computed before: what a VAE made of each image, in memory or in files that later runs share.
 
-What is kept of an image are its *moments*: the mean and the standard deviation of the VAE's distribution, one after the other
-in the channels, fp32 (2C, h, w). A latent is drawn from them anew each time the image is shown.
+What is kept of an image are its *moments*: the mean and the standard deviation of the VAE's distribution, one
+after the other in the channels, fp32 (2C, h, w). A latent is drawn from them anew each time the image is
+shown.
 """
 
 from __future__ import annotations
@@ -115,15 +116,16 @@ class MemoryLatents:
 class DiskLatents:
     """Moments in a folder of safetensors files, which later runs and other data sets share.
 
-    A moment's key is the content of the image file, the bucket, the flip and whatever else decides its pixels; the folder belongs
-    to one VAE. A changed image has another key, so nothing stale is ever found. Files are written whole or not at all and never
-    changed; any of them may be deleted between runs. A file's name is the hash of its content: one whose bits have changed is deleted
-    before it is used.
+    A moment's key is the content of the image file, the bucket, the flip and whatever else decides its
+    pixels; the folder belongs to one VAE. A changed image has another key, so nothing stale is ever found.
+    Files are written whole or not at all and never changed; any of them may be deleted between runs. A file's
+    name is the hash of its content: one whose bits have changed is deleted before it is used.
 
     Args:
         folder: made when the first file is written.
         shape: of the VAE's moments.
-        contents: by record id, a hash of the image file's content; records whose file could not be read are missing.
+        contents: by record id, a hash of the image file's content; records whose file could not be read are
+        missing.
     """
 
     def __init__(self, folder: Path, shape: MomentShape, contents: Mapping[int, str]) -> None:
@@ -201,9 +203,13 @@ class DiskLatents:
                 self._opened[shard] = safe_open(self._folder / shard, framework="pt")
             moments = self._opened[shard].get_tensor(key)
         except (OSError, SafetensorError) as error:
-            raise FileError(f"its cached latents in {self._folder / shard} cannot be read any more ({error})") from error
+            raise FileError(
+                f"its cached latents in {self._folder / shard} cannot be read any more ({error})"
+            ) from error
         if moments.shape != self.shape.of(entry.bucket):
-            raise FileError(f"its cached latents in {self._folder / shard} have the shape {tuple(moments.shape)}; delete the file")
+            raise FileError(
+                f"its cached latents in {self._folder / shard} have the shape {tuple(moments.shape)}; delete the file"
+            )
         return moments
 
     def _verify(self, shards: set[str]) -> None:
@@ -217,7 +223,9 @@ class DiskLatents:
 
         unknown = sorted(shards - self._sound)
         with ThreadPoolExecutor(READERS) as pool:
-            sound = {shard for shard, right in zip(unknown, pool.map(is_sound, unknown), strict=True) if right}
+            sound = {
+                shard for shard, right in zip(unknown, pool.map(is_sound, unknown), strict=True) if right
+            }
         self._sound |= sound
         lost = set(unknown) - sound
         for shard in lost:
@@ -267,7 +275,8 @@ def content_of(path: Path) -> str:
 def contents_of(records: Sequence[Record], memory: Path, *, save: bool = True) -> dict[int, str]:
     """Return by record id a hash of each image file's content; files that cannot be read are left out.
 
-    What was hashed is remembered in a file, so that a later run reads only images whose size or times have changed.
+    What was hashed is remembered in a file, so that a later run reads only images whose size or times have
+    changed.
 
     Args:
         records: the images.
@@ -289,7 +298,11 @@ def contents_of(records: Sequence[Record], memory: Path, *, save: bool = True) -
     with ThreadPoolExecutor(READERS) as pool:
         found = list(pool.map(look, records))
     # Within the grain of the file system's clock a file could change once more and keep its times.
-    facts = {str(record.path): fact for record, fact in zip(records, found, strict=True) if fact and now - max(fact[1:3]) > _GRAIN}
+    facts = {
+        str(record.path): fact
+        for record, fact in zip(records, found, strict=True)
+        if fact and now - max(fact[1:3]) > _GRAIN
+    }
     if save and facts != known:
         with suppress(OSError), replacing(memory) as draft:
             draft.write_text(json.dumps(facts), encoding="utf-8")
@@ -303,7 +316,11 @@ def _remembered(memory: Path) -> dict[str, list[Any]]:
         return {}
     if not isinstance(known, dict):
         return {}
-    return {path: fact for path, fact in known.items() if isinstance(fact, list) and len(fact) == 4 and isinstance(fact[-1], str)}
+    return {
+        path: fact
+        for path, fact in known.items()
+        if isinstance(fact, list) and len(fact) == 4 and isinstance(fact[-1], str)
+    }
 
 
 _ABSENT = "its latents were not computed"

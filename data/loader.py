@@ -33,7 +33,8 @@ class StepLoader:
     Args:
         index: the scanned images.
         options: batch size, resolution, workers and what is done to images and captions.
-        tokenize: turns B captions into int64 tokens (B, T). It runs in the workers, and must pickle where these are spawned.
+        tokenize: turns B captions into int64 tokens (B, T). It runs in the workers, and must pickle where
+        these are spawned.
         seed: the run's.
         images_per_step: of a whole global batch: batch size x accumulated micro-batches x processes.
         rank: this process's number among `world`.
@@ -84,10 +85,13 @@ class StepLoader:
     def close(self) -> None:
         """End the workers, if there are any.
 
-        At the exit of the interpreter two SIGTERMs would, one right after the other; where a worker is not scheduled in between they
-        arrive as one, which it takes for a person's (`_start_worker`), and the exit would wait for it for ever.
+        At the exit of the interpreter two SIGTERMs would, one right after the other; where a worker is not
+        scheduled in between they arrive as one, which it takes for a person's (`_start_worker`), and the exit
+        would wait for it for ever.
         """
-        iterator = getattr(self._loader, "_iterator", None)  # there only where workers are kept between epochs
+        iterator = getattr(
+            self._loader, "_iterator", None
+        )  # there only where workers are kept between epochs
         if iterator is not None:
             iterator._shutdown_workers()
 
@@ -112,8 +116,8 @@ class StepLoader:
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """Yield, for each optimizer step of an epoch from `first_step` on, this process's micro-batches.
 
-        A file that cannot be read is missing from its batch and named in `bad`. A list is never empty: where nothing of the
-        step is left for this process, it holds one filler batch of weight 0.
+        A file that cannot be read is missing from its batch and named in `bad`. A list is never empty: where
+        nothing of the step is left for this process, it holds one filler batch of weight 0.
 
         Raises:
             DataError: by the end of the epoch there is no image left that can be read.
@@ -130,15 +134,19 @@ class StepLoader:
             real = [batch for batch in step if not batch.filler]
             read += sum(len(batch) for batch in real)
             yield real or step[:1]
-        if not read and all(record.name in self.images.bad for record in self._index.records if record.multiply > 0):
-            raise DataError(["none of the images can be read any more", *(str(file) for file in self.bad[:10])])
+        if not read and all(
+            record.name in self.images.bad for record in self._index.records if record.multiply > 0
+        ):
+            raise DataError(
+                ["none of the images can be read any more", *(str(file) for file in self.bad[:10])]
+            )
 
 
 def worker_count(index: Index, options: DataOptions, latents: Latents | None = None) -> int:
     """Return the number of worker processes.
 
-    That is none for latents in memory, which are at hand. Else it is as asked; and where nothing is asked, none for small images
-    or latents, and one less than the cores, up to 4, for others.
+    That is none for latents in memory, which are at hand. Else it is as asked; and where nothing is asked,
+    none for small images or latents, and one less than the cores, up to 4, for others.
     """
     if isinstance(latents, MemoryLatents):
         return 0
@@ -151,14 +159,18 @@ def worker_count(index: Index, options: DataOptions, latents: Latents | None = N
     return min(MOST_WORKERS, cores - 1)
 
 
-def read_crops(index: Index, options: DataOptions, wanted: Sequence[Entry], contents: Mapping[int, str] | None = None) -> Iterator[Crop]:
+def read_crops(
+    index: Index, options: DataOptions, wanted: Sequence[Entry], contents: Mapping[int, str] | None = None
+) -> Iterator[Crop]:
     """Yield the pixels of entries in their order, read by as many workers as training would have.
 
     Args:
         index: the scanned images.
         options: the number of workers.
-        wanted: what to read; of an image that is wanted as it is and mirrored, one after the other, the file is read once for both.
-        contents: by record id, the content that each file must have; a file that is not in it or has another is bad.
+        wanted: what to read; of an image that is wanted as it is and mirrored, one after the other, the file
+        is read once for both.
+        contents: by record id, the content that each file must have; a file that is not in it or has another
+        is bad.
     """
     crops = _Crops(index, wanted, contents)
     workers = min(worker_count(index, options), len(crops))
@@ -189,7 +201,9 @@ class _Crops:
     def __init__(self, index: Index, wanted: Sequence[Entry], contents: Mapping[int, str] | None) -> None:
         self._records = index.records
         self._contents = contents
-        self._files = [list(same) for _, same in groupby(wanted, key=lambda entry: (entry.record, entry.bucket))]
+        self._files = [
+            list(same) for _, same in groupby(wanted, key=lambda entry: (entry.record, entry.bucket))
+        ]
 
     def __len__(self) -> int:
         return len(self._files)
@@ -199,7 +213,8 @@ class _Crops:
         path = self._records[entries[0].record].path
         try:
             pixels = read_pixels(path, entries[0].bucket)
-            # After the pixels: what they were read from is known to be the content that they will be filed under.
+            # After the pixels: what they were read from is known to be the content that they will be filed
+            # under.
             if self._contents is not None and content_of(path) != self._contents.get(entries[0].record):
                 raise FileError("it changed while it was read")
         except FileError as error:
@@ -225,7 +240,8 @@ class _Order(Sampler[tuple[int, MicroBatch]]):
 def _shared(item: Any) -> Any:
     """Return what a worker hands over, its tensors in shared memory.
 
-    torch puts them there in a thread of its own, where an error is printed, the batch is lost and the trainer waits for it for ever.
+    torch puts them there in a thread of its own, where an error is printed, the batch is lost and the trainer
+    waits for it for ever.
     """
     if get_worker_info() is not None:
         for part in item if isinstance(item, list) else [item]:
@@ -237,8 +253,9 @@ def _shared(item: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    # What asks a run to end reaches the whole process group (Ctrl-C, a closed terminal, a scheduler's SIGTERM). The trainer decides what
-    # it means, and workers end with their parent; a second SIGTERM, which is the parent's own, ends them too.
+    # What asks a run to end reaches the whole process group (Ctrl-C, a closed terminal, a scheduler's
+    # SIGTERM). The trainer decides what it means, and workers end with their parent; a second SIGTERM, which
+    # is the parent's own, ends them too.
     for name in ("SIGINT", "SIGHUP", "SIGBREAK"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -1,8 +1,9 @@
 """The plan of an epoch: which images each optimizer step sees, in which order and at which size.
 
-A pure function of (index, seed, epoch): nothing is read and nothing remembered, so that resuming at step k means skipping k
-entries. An entry is the *global* batch of one optimizer step, in one bucket; the micro-batches and processes that share the
-work take slices of it (`slice_step`), whatever their number. An image's position is its place in the epoch's flattened plan.
+A pure function of (index, seed, epoch): nothing is read and nothing remembered, so that resuming at step k
+means skipping k entries. An entry is the *global* batch of one optimizer step, in one bucket; the
+micro-batches and processes that share the work take slices of it (`slice_step`), whatever their number. An
+image's position is its place in the epoch's flattened plan.
 """
 
 from __future__ import annotations
@@ -41,14 +42,16 @@ class MicroBatch:
     """True where a process has no image left in a short step: it runs this one at weight 0, so that no other waits for it forever."""
 
 
-def plan_epoch(index: Index, *, resolution: int | Sequence[int], seed: int, epoch: int, images_per_step: int) -> tuple[StepPlan, ...]:
+def plan_epoch(
+    index: Index, *, resolution: int | Sequence[int], seed: int, epoch: int, images_per_step: int
+) -> tuple[StepPlan, ...]:
     """Return the optimizer steps of one epoch.
 
-    Every image comes as its `multiply` says. Where that is not a whole number it comes floor or ceil times, so chosen
-    that over many epochs each image gets its exact share, and each bucket about as many images every epoch. Of several
-    resolutions each showing of an image takes the next, so that n showings see n resolutions once each, and every epoch has all of
-    them about equally often. Copies of an image are spread over the batches. A bucket's last batch is as it comes out:
-    nothing is repeated to fill it.
+    Every image comes as its `multiply` says. Where that is not a whole number it comes floor or ceil times,
+    so chosen that over many epochs each image gets its exact share, and each bucket about as many images
+    every epoch. Of several resolutions each showing of an image takes the next, so that n showings see n
+    resolutions once each, and every epoch has all of them about equally often. Copies of an image are spread
+    over the batches. A bucket's last batch is as it comes out: nothing is repeated to fill it.
 
     Args:
         index: the scanned images.
@@ -61,11 +64,15 @@ def plan_epoch(index: Index, *, resolution: int | Sequence[int], seed: int, epoc
     batches: list[tuple[Bucket, np.ndarray]] = []
     for (bucket, _), (ids, times) in _Groups(index, resolution, seed).of_epoch(epoch).items():
         images = np.repeat(ids, times)
-        # Copy j of k lands somewhere in the j-th k-th of the group: the order is random, and copies rarely meet in a batch.
+        # Copy j of k lands somewhere in the j-th k-th of the group: the order is random, and copies rarely
+        # meet in a batch.
         copy = np.arange(len(images)) - np.repeat(np.cumsum(times) - times, times)
         place = (copy + draws.random(len(images))) / np.repeat(times, times)
         images = images[np.argsort(place, kind="stable")]
-        batches += [(bucket, images[start : start + images_per_step]) for start in range(0, len(images), images_per_step)]
+        batches += [
+            (bucket, images[start : start + images_per_step])
+            for start in range(0, len(images), images_per_step)
+        ]
     steps: list[StepPlan] = []
     first = 0
     for place in draws.permutation(len(batches)):
@@ -75,7 +82,9 @@ def plan_epoch(index: Index, *, resolution: int | Sequence[int], seed: int, epoc
     return tuple(steps)
 
 
-def steps_per_epoch(index: Index, *, resolution: int | Sequence[int], seed: int, epoch: int, images_per_step: int) -> int:
+def steps_per_epoch(
+    index: Index, *, resolution: int | Sequence[int], seed: int, epoch: int, images_per_step: int
+) -> int:
     """Return the number of entries that `plan_epoch` has for the same arguments.
 
     It varies where a `multiply` is a fraction, and with several resolutions.
@@ -83,7 +92,9 @@ def steps_per_epoch(index: Index, *, resolution: int | Sequence[int], seed: int,
     return _Groups(index, resolution, seed).steps(epoch, images_per_step)
 
 
-def steps_before(index: Index, *, resolution: int | Sequence[int], seed: int, epoch: int, images_per_step: int) -> int:
+def steps_before(
+    index: Index, *, resolution: int | Sequence[int], seed: int, epoch: int, images_per_step: int
+) -> int:
     """Return the optimizer steps of all epochs before this one: with the number of epochs, those of the whole run."""
     groups = _Groups(index, resolution, seed)
     period = groups.period or epoch
@@ -94,15 +105,18 @@ def steps_before(index: Index, *, resolution: int | Sequence[int], seed: int, ep
 def slice_step(step: StepPlan, batch_size: int, rank: int = 0, world: int = 1) -> list[MicroBatch]:
     """Return one process's part of a step, as micro-batches of at most `batch_size` images.
 
-    The parts of ranks 0, 1, ... and their micro-batches, one after the other, are the step's images in order. Parts differ by
-    at most one image; a process without any gets the first image as a filler.
+    The parts of ranks 0, 1, ... and their micro-batches, one after the other, are the step's images in order.
+    Parts differ by at most one image; a process without any gets the first image as a filler.
     """
     total = len(step.images)
     start, end = total * rank // world, total * (rank + 1) // world
     if start == end:
         return [MicroBatch(step.bucket, (step.first,), step.images[:1], filler=True)]
     cuts = [(low, min(low + batch_size, end)) for low in range(start, end, batch_size)]
-    return [MicroBatch(step.bucket, tuple(range(step.first + low, step.first + high)), step.images[low:high]) for low, high in cuts]
+    return [
+        MicroBatch(step.bucket, tuple(range(step.first + low, step.first + high)), step.images[low:high])
+        for low, high in cuts
+    ]
 
 
 Group = tuple[Bucket, str]
@@ -117,7 +131,9 @@ class _Groups:
         tables = [buckets(each) for each in resolutions]
         members: dict[tuple[tuple[Bucket, ...], str], list[int]] = defaultdict(list)
         for identity, record in enumerate(index.records):
-            members[tuple(nearest(record.width, record.height, table) for table in tables), record.batch_id].append(identity)
+            members[
+                tuple(nearest(record.width, record.height, table) for table in tables), record.batch_id
+            ].append(identity)
         shares, turns = stream(seed, "multiply"), stream(seed, "resolution")
         self._kinds: list[_Kind] = []
         for sizes, batch_id in sorted(members):
@@ -126,7 +142,9 @@ class _Groups:
             multiply = np.round([index.records[identity].multiply for identity in ids], 9)
             # Evenly spaced, so that the size of a group hardly varies.
             phase = (shares.permutation(len(ids)) + shares.random()) / len(ids)
-            turn = turns.permutation(len(ids)) % len(sizes) if len(sizes) > 1 else np.zeros(len(ids), np.int64)
+            turn = (
+                turns.permutation(len(ids)) % len(sizes) if len(sizes) > 1 else np.zeros(len(ids), np.int64)
+            )
             self._kinds.append(_Kind(tuple((size, batch_id) for size in sizes), ids, multiply, phase, turn))
 
     @property
@@ -142,8 +160,11 @@ class _Groups:
             before, after = kind.showings(epoch), kind.showings(epoch + 1)
             count = len(kind.groups)
             for place, group in enumerate(kind.groups):
-                # The showings s, counted over the run, with s + turn = place modulo the number of resolutions.
-                times = (after + kind.turn - place + count - 1) // count - (before + kind.turn - place + count - 1) // count
+                # The showings s, counted over the run, with s + turn = place modulo the number of
+                # resolutions.
+                times = (after + kind.turn - place + count - 1) // count - (
+                    before + kind.turn - place + count - 1
+                ) // count
                 found[group].append((kind.ids, times))
         return {group: _together(found[group]) for group in sorted(found)}
 
@@ -168,7 +189,8 @@ class _Kind:
     def showings(self, epoch: int) -> np.ndarray:
         """Return how often each image has come before an epoch.
 
-        Systematic sampling: an image with fraction f comes once more in the epochs in which epoch x f + phase passes a whole number.
+        Systematic sampling: an image with fraction f comes once more in the epochs in which epoch x f + phase
+        passes a whole number.
         """
         whole = np.floor(self.multiply)
         return (epoch * whole + np.floor(epoch * (self.multiply - whole) + self.phase)).astype(np.int64)

@@ -16,7 +16,12 @@ LARGEST_CONFIG = 4 << 20
 LARGEST_STATE = 256 << 20
 """Bytes of a file of this program's own that grows with the model or the data: a manifest, a state, a list of hashes."""
 
-_KINDS = ((stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"), (stat.S_ISCHR, "device"), (stat.S_ISBLK, "device"))
+_KINDS = (
+    (stat.S_ISFIFO, "pipe"),
+    (stat.S_ISSOCK, "socket"),
+    (stat.S_ISCHR, "device"),
+    (stat.S_ISBLK, "device"),
+)
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -48,7 +53,11 @@ def read_regular(path: Path, largest: int = LARGEST_CONFIG) -> bytes:
     """
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > largest:
-            raise OSError(errno.EFBIG, f"it is larger than {largest >> 20} MiB, which is too much for what it is", str(path))
+            raise OSError(
+                errno.EFBIG,
+                f"it is larger than {largest >> 20} MiB, which is too much for what it is",
+                str(path),
+            )
         return file.read()
 
 

@@ -13,11 +13,14 @@ _NAMED = re.compile(r"([1-9][0-9]{0,2})_(.*\S.*)", re.DOTALL)
 """Three digits at most: 2023_holidays is a year."""
 
 
-def read_repeats(names: Collection[str], *, images_beside: bool) -> tuple[Mapping[str, Entry], tuple[Remark, ...]]:
+def read_repeats(
+    names: Collection[str], *, images_beside: bool
+) -> tuple[Mapping[str, Entry], tuple[Remark, ...]]:
     """Return what the names of the folders right below a root say, and remarks about those that were or might have been read so.
 
-    A number in front of a name usually means something else, so it is only taken for repeats where the whole root is laid out as kohya's
-    are: every folder with images is named so, and none lie beside the folders. Numbers that count the folders, 1, 2, 3, are no repeats.
+    A number in front of a name usually means something else, so it is only taken for repeats where the whole
+    root is laid out as kohya's are: every folder with images is named so, and none lie beside the folders.
+    Numbers that count the folders, 1, 2, 3, are no repeats.
 
     Args:
         names: of the folders below the root that hold images, themselves or further down.
@@ -28,10 +31,15 @@ def read_repeats(names: Collection[str], *, images_beside: bool) -> tuple[Mappin
     counting = len(numbers) > 1 and numbers == list(range(1, len(numbers) + 1))
     if images_beside or len(matches) < len(names) or counting:
         why = "the numbers count the folders" if counting else "not everything beside it is named so"
-        text = f"not read as kohya's repeats, since {why}; write the number into a multiply.txt if that is meant"
+        text = (
+            f"not read as kohya's repeats, since {why}; write the number into a multiply.txt if that is meant"
+        )
         return {}, tuple(Remark(f"{name}/", text) for name in matches)
     entries = {
-        name: Entry(captions=(parse_caption(match[2], SOURCE),), multiply=float(match[1]), source=SOURCE) for name, match in matches.items()
+        name: Entry(captions=(parse_caption(match[2], SOURCE),), multiply=float(match[1]), source=SOURCE)
+        for name, match in matches.items()
     }
-    text = "read as kohya names its folders: {} times an epoch, unless a multiply.txt or the like says otherwise"
+    text = (
+        "read as kohya names its folders: {} times an epoch, unless a multiply.txt or the like says otherwise"
+    )
     return entries, tuple(Remark(f"{name}/", text.format(match[1])) for name, match in matches.items())

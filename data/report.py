@@ -113,12 +113,16 @@ class DatasetReport:
         """Return a sentence for each thing that a run should warn about, besides the files left out; none for clean data."""
         notes = [*map(str, self.notices)]
         if self.missing:
-            notes.append(f"{_count(self.missing, 'image')} without a caption, trained on the file name: {_names(self.missing)}")
+            notes.append(
+                f"{_count(self.missing, 'image')} without a caption, trained on the file name: {_names(self.missing)}"
+            )
         if self.empty:
             notes.append(f"{_count(self.empty, 'image')} with an empty caption: {_names(self.empty)}")
         if self.long:
             names = _names([caption.name for caption in self.long])
-            notes.append(f"{_count(self.long, 'caption')} over {self.token_limit} tokens, of which the end is not seen: {names}")
+            notes.append(
+                f"{_count(self.long, 'caption')} over {self.token_limit} tokens, of which the end is not seen: {names}"
+            )
         if self.enlarged:
             names = _names([image.name for image in self.enlarged])
             notes.append(f"{_count(self.enlarged, 'image')} smaller than trained, and so enlarged: {names}")
@@ -141,17 +145,25 @@ class DatasetReport:
             "images_an_epoch": self.an_epoch,
             "left_out_by_multiply": self.excluded,
             "bad": [{"file": file.name, "reason": file.reason} for file in self.bad],
-            "notices": [{"places": list(notice.places), "count": notice.count, "text": notice.text} for notice in self.notices],
+            "notices": [
+                {"places": list(notice.places), "count": notice.count, "text": notice.text}
+                for notice in self.notices
+            ],
             "captions": {
                 "several": self.several,
                 "missing": list(self.missing),
                 "from_folder_name": list(self.folder_named),
                 "empty": list(self.empty),
                 "token_limit": self.token_limit,
-                "long": [{"image": long.name, "tokens": long.tokens, "not_seen": long.cut} for long in self.long],
+                "long": [
+                    {"image": long.name, "tokens": long.tokens, "not_seen": long.cut} for long in self.long
+                ],
             },
             "duplicates": None if self.duplicates is None else [list(group) for group in self.duplicates],
-            "enlarged": [{"image": image.name, "size": list(image.size), "bucket": list(image.bucket)} for image in self.enlarged],
+            "enlarged": [
+                {"image": image.name, "size": list(image.size), "bucket": list(image.bucket)}
+                for image in self.enlarged
+            ],
             "buckets": [
                 {
                     "resolution": use.resolution,
@@ -180,11 +192,18 @@ class DatasetReport:
             yield from _listed("images without a caption, whose folder's name is used", self.folder_named)
         yield from _listed("images with an empty caption", self.empty)
         if self.token_limit is not None:
-            described = [f"{caption.name}: {caption.tokens} tokens; not seen: {_clipped(caption.cut)}" for caption in self.long]
+            described = [
+                f"{caption.name}: {caption.tokens} tokens; not seen: {_clipped(caption.cut)}"
+                for caption in self.long
+            ]
             yield from _listed(f"captions over {self.token_limit} tokens", described)
         if self.duplicates is not None:
-            yield from _listed("images that are there more than once", [_names(group, " = ") for group in self.duplicates])
-        described = [f"{image.name}: {_size(image.size)}, trained as {_size(image.bucket)}" for image in self.enlarged]
+            yield from _listed(
+                "images that are there more than once", [_names(group, " = ") for group in self.duplicates]
+            )
+        described = [
+            f"{image.name}: {_size(image.size)}, trained as {_size(image.bucket)}" for image in self.enlarged
+        ]
         yield from _listed("images smaller than trained, and so enlarged", described)
         several_resolutions = len({use.resolution for use in self.buckets}) > 1
         yield f"{'resolution  ' if several_resolutions else ''}bucket        images   an epoch   cropped   upscaled"
@@ -197,7 +216,12 @@ class DatasetReport:
 
 
 def report(
-    index: Index, options: DataOptions, *, images_per_step: int, tokens: Tokens | None = None, duplicates: bool = False
+    index: Index,
+    options: DataOptions,
+    *,
+    images_per_step: int,
+    tokens: Tokens | None = None,
+    duplicates: bool = False,
 ) -> DatasetReport:
     """Return what an index holds.
 
@@ -219,12 +243,18 @@ def report(
         several=sum(bool(record.caption.others) for record in used),
         missing=tuple(record.name for record in used if record.caption.source == FILE_NAME),
         folder_named=tuple(record.name for record in used if record.caption.source == FOLDER_NAME),
-        empty=tuple(record.name for record in used if any(caption.empty for caption in record.caption.versions)),
+        empty=tuple(
+            record.name for record in used if any(caption.empty for caption in record.caption.versions)
+        ),
         token_limit=tokens.limit if tokens else None,
         long=tuple(_long(used, tokens)) if tokens else (),
         enlarged=tuple(_enlarged(used, max(options.resolutions))),
         duplicates=find_duplicates(used) if duplicates else None,
-        buckets=tuple(use for resolution in dict.fromkeys(options.resolutions) for use in _bucket_uses(used, resolution, options)),
+        buckets=tuple(
+            use
+            for resolution in dict.fromkeys(options.resolutions)
+            for use in _bucket_uses(used, resolution, options)
+        ),
         bad=index.bad,
         notices=index.notices,
     )
@@ -299,7 +329,9 @@ def _names(names: Sequence[str], between: str = ", ") -> str:
 
 
 def _clipped(words: str) -> str:
-    return repr(words) if len(words) <= _WORDS else f"{words[:_WORDS]!r} and {len(words) - _WORDS} letters more"
+    return (
+        repr(words) if len(words) <= _WORDS else f"{words[:_WORDS]!r} and {len(words) - _WORDS} letters more"
+    )
 
 
 def _size(size: tuple[int, int]) -> str:

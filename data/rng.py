@@ -1,8 +1,9 @@
 """Every random draw of a run, by name and place.
 
-A draw is keyed by *where in the run it belongs* (epoch and position of the image, or an evaluation's image and time), never by
-what was drawn before it, nor by rank, worker or micro-batch. Resuming therefore needs no saved generator state, and one
-process of 8 images, two of 4 and eight accumulated singles draw the same numbers.
+A draw is keyed by *where in the run it belongs* (epoch and position of the image, or an evaluation's image
+and time), never by what was drawn before it, nor by rank, worker or micro-batch. Resuming therefore needs no
+saved generator state, and one process of 8 images, two of 4 and eight accumulated singles draw the same
+numbers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The index of a large data set, saved: scanning 100 000 images again takes a minute, looking whether anything changed a few seconds.
 
-The whole index is kept, and holds only as nothing has changed: not one file below the roots (by size and times), none
-of the options that enter it, and none of this package's code. So no convention has to be known here.
+The whole index is kept, and holds only as nothing has changed: not one file below the roots (by size and
+times), none of the options that enter it, and none of this package's code. So no convention has to be known
+here.
 """
 
 from __future__ import annotations
@@ -65,7 +66,10 @@ def remembered_index(options: DataOptions, folder: Path) -> Index:
     Raises:
         DataError: as `build_index`.
     """
-    roots = [Path(root) for root in ([options.data_root] if isinstance(options.data_root, str) else options.data_root)]
+    roots = [
+        Path(root)
+        for root in ([options.data_root] if isinstance(options.data_root, str) else options.data_root)
+    ]
     if not roots or not all(root.is_dir() for root in roots):
         return build_index(options)
     named = "\n".join(str(root.resolve()) for root in roots)
@@ -84,7 +88,9 @@ def remembered_index(options: DataOptions, folder: Path) -> Index:
 def _signature(options: DataOptions, roots: list[Path]) -> tuple[str, int]:
     """Return a hash of all that the index depends on, and the time, in nanoseconds, of the last change of a file."""
     digest = hashlib.blake2b(digest_size=16)
-    settings = [(field.name, getattr(options, field.name)) for field in fields(options) if field.name not in _IDLE]
+    settings = [
+        (field.name, getattr(options, field.name)) for field in fields(options) if field.name not in _IDLE
+    ]
     digest.update(repr((settings, _code())).encode())
     youngest = 0
     for root in roots:
@@ -107,7 +113,11 @@ def _code() -> tuple[str, str, list[bool]]:
     digest = hashlib.blake2b(digest_size=16)
     for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())
-    return digest.hexdigest(), PIL.__version__, [importlib.util.find_spec(name) is not None for name in ("pillow_heif", "pyarrow")]
+    return (
+        digest.hexdigest(),
+        PIL.__version__,
+        [importlib.util.find_spec(name) is not None for name in ("pillow_heif", "pyarrow")],
+    )
 
 
 def _save(path: Path, signature: str, index: Index) -> None:

@@ -61,7 +61,9 @@ class Scan:
         self.records: list[Record] = []
         self.bad: list[BadFile] = []
         self._chain = chain
-        self._kohyas = [replace(source, first=True) if isinstance(source, TextFile) else source for source in chain]
+        self._kohyas = [
+            replace(source, first=True) if isinstance(source, TextFile) else source for source in chain
+        ]
         self._caption_prefix = caption_prefix
         self._names: Counter[str] = Counter()
         self._remarks: dict[str, list[str]] = {}
@@ -90,12 +92,17 @@ class Scan:
             around[folder.path] = here
             self._images(folder, name, here, left_out)
         for file, images in left_out.items():
-            consequence = f"; {images} image{'s are' if images > 1 else ' is'} left out for it" if images else ""
+            consequence = (
+                f"; {images} image{'s are' if images > 1 else ' is'} left out for it" if images else ""
+            )
             self.bad.append(replace(file, reason=file.reason + consequence))
         for folder, below in listed:
             for table in around[folder.path].lists:
                 if table.folder == folder.path:
-                    self._remark([Remark(row.place, "its image is not there") for row in table.left_over()], start + below)
+                    self._remark(
+                        [Remark(row.place, "its image is not there") for row in table.left_over()],
+                        start + below,
+                    )
 
     def table(self, path: Path, start: str) -> None:
         """Add the images of a list.
@@ -126,12 +133,16 @@ class Scan:
 
     def notices(self) -> tuple[Notice, ...]:
         """Return what has been remarked."""
-        notices = [Notice(text, tuple(places[:_PLACES]), len(places)) for text, places in self._remarks.items()]
+        notices = [
+            Notice(text, tuple(places[:_PLACES]), len(places)) for text, places in self._remarks.items()
+        ]
         if self._unknown:
             keys = [f"{key!r} ({len(places)})" for key, places in self._unknown.items()]
             more = f" and {len(keys) - _KEYS} more" if len(keys) > _KEYS else ""
             first = next(iter(self._unknown.values()))[0]
-            notices.append(Notice(f"keys that mean nothing here: {', '.join(keys[:_KEYS])}{more}", (first,), 1))
+            notices.append(
+                Notice(f"keys that mean nothing here: {', '.join(keys[:_KEYS])}{more}", (first,), 1)
+            )
         return tuple(notices)
 
     def _enter(self, folder: Folder, start: str, above: _Around) -> _Around:
@@ -140,14 +151,19 @@ class Scan:
             return above
         try:
             below = read_global(folder)
-            lists = tuple(read_metadata(folder.path / name) for kind in METADATA if (name := folder.own(kind)))
+            lists = tuple(
+                read_metadata(folder.path / name) for kind in METADATA if (name := folder.own(kind))
+            )
         except FileError as error:
             return replace(above, trouble=_named(error, start))
         for table in lists:
             self.bad += [BadFile(printable(start + row.place), row.reason) for row in table.nameless]
             again = "a later row names the same image and is used"
             self._remark([Remark(row.place, again) for row in table.repeated], start)
-        said = (*below, *(row.entry for table in lists for row in table.rows.values() if isinstance(row, Row)))
+        said = (
+            *below,
+            *(row.entry for table in lists for row in table.rows.values() if isinstance(row, Row)),
+        )
         self._remark([remark for entry in said for remark in entry.remarks], start)
         return replace(above, below=below + above.below, lists=lists + above.lists)
 
@@ -158,7 +174,9 @@ class Scan:
         images = [name for name in folder.files if _is_image(name)]
         trouble, local = around.trouble, ()
         if not images:
-            idle = [name for kind in FOLDER_FILES if not kind.startswith("global.") and (name := folder.own(kind))]
+            idle = [
+                name for kind in FOLDER_FILES if not kind.startswith("global.") and (name := folder.own(kind))
+            ]
             text = "it has no effect: no image lies beside it, and of these files only global.yaml reaches the folders below"
             self._remark([Remark(name, text) for name in idle], start)
         elif not trouble:
@@ -177,7 +195,15 @@ class Scan:
                 wrong = [row.reason for row in rows[:1] if isinstance(row, BadRow)]
                 after = tuple(row.entry for row in rows[:1] if isinstance(row, Row))
                 kohyas = bool(around.repeats)
-                self._image(folder, file, printable(start + file), after=after, around=said, problems=wrong, kohyas=kohyas)
+                self._image(
+                    folder,
+                    file,
+                    printable(start + file),
+                    after=after,
+                    around=said,
+                    problems=wrong,
+                    kohyas=kohyas,
+                )
 
     def _image(
         self,
@@ -212,10 +238,26 @@ class Scan:
         if self._names[name] > 1:  # a list may show an image with several captions
             name = f"{name} ({self._names[name]})"
         own = (*before, *beside, *after)
-        settings = {key: value for key in SETTINGS if key in _FIELDS and (value := first_setting((*own, *around), key)) is not None}
+        settings = {
+            key: value
+            for key in SETTINGS
+            if key in _FIELDS and (value := first_setting((*own, *around), key)) is not None
+        }
         caption = choose_caption(own, around, stem, prefix=self._caption_prefix)
-        caption = without_main(caption) if kohyas else caption  # kohya's keep_tokens counts from the first piece
-        self.records.append(Record(folder=folder.path, file=file, name=name, width=width, height=height, caption=caption, **settings))
+        caption = (
+            without_main(caption) if kohyas else caption
+        )  # kohya's keep_tokens counts from the first piece
+        self.records.append(
+            Record(
+                folder=folder.path,
+                file=file,
+                name=name,
+                width=width,
+                height=height,
+                caption=caption,
+                **settings,
+            )
+        )
 
     def _remark(self, remarks: Iterable[Remark], start: str) -> None:
         for remark in remarks:
@@ -225,7 +267,11 @@ class Scan:
 
 def printable(name: str) -> str:
     """Return a name that can be shown on one line anywhere: what cannot be printed becomes the replacement character."""
-    return name if name.isprintable() else "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
+    return (
+        name
+        if name.isprintable()
+        else "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
+    )
 
 
 def _named(error: FileError, start: str) -> BadFile:

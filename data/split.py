@@ -10,11 +10,14 @@ from data.errors import DataError
 from data.index import Index
 
 
-def hold_out(index: Index, contents: Mapping[int, str], *, proportion: float, seed: int) -> tuple[Index, Index]:
+def hold_out(
+    index: Index, contents: Mapping[int, str], *, proportion: float, seed: int
+) -> tuple[Index, Index]:
     """Return the images to train and those to hold out, about `proportion` of them.
 
-    An image's side follows from its content, the seed and the proportion alone: adding, removing or renaming others does not move it,
-    and files of equal content are on one side. Of images that are never shown (`multiply` 0) or cannot be read none is held out.
+    An image's side follows from its content, the seed and the proportion alone: adding, removing or renaming
+    others does not move it, and files of equal content are on one side. Of images that are never shown
+    (`multiply` 0) or cannot be read none is held out.
 
     Args:
         index: the scanned images.
@@ -25,7 +28,9 @@ def hold_out(index: Index, contents: Mapping[int, str], *, proportion: float, se
     Raises:
         DataError: there are fewer than two images of different content, so that one side would be empty.
     """
-    shown = {identity: content for identity, content in contents.items() if index.records[identity].multiply > 0}
+    shown = {
+        identity: content for identity, content in contents.items() if index.records[identity].multiply > 0
+    }
     drawn = {content: _fraction(content, seed) for content in shown.values()}
     if len(drawn) < 2:
         raise DataError(

@@ -121,7 +121,9 @@ def read_table(path: Path) -> Iterator[Row | BadRow]:
 
 def _row(values: Any, place: str) -> Row | BadRow:
     if not isinstance(values, dict):
-        return BadRow("", place, f'must hold keys and values, such as {{"{FILE_KEYS[1]}": "cat.jpg", "text": "a cat"}}')
+        return BadRow(
+            "", place, f'must hold keys and values, such as {{"{FILE_KEYS[1]}": "cat.jpg", "text": "a cat"}}'
+        )
     key = next((key for key in FILE_KEYS if values.get(key)), None)
     if key is None or not isinstance(values[key], str):
         return BadRow("", place, f"names no image; a row needs a {FILE_KEYS[1]}")
@@ -150,10 +152,15 @@ def _json_lines(text: str, name: str) -> Iterator[tuple[str, Any]]:
 def _json_items(text: str, name: str) -> Iterator[tuple[str, Any]]:
     items = read_json(text, name)
     if isinstance(items, dict):  # kohya's: the image's path, and what there is about it
-        pairs = [{"image": file, **(about if isinstance(about, dict) else {"caption": about})} for file, about in items.items()]
+        pairs = [
+            {"image": file, **(about if isinstance(about, dict) else {"caption": about})}
+            for file, about in items.items()
+        ]
         items = pairs if all(isinstance(about, dict | str) for about in items.values()) else None
     if not isinstance(items, list):
-        raise FileError(f'{name}: must be a list of images, such as [{{"image": "cat.jpg", "caption": "a cat"}}]')
+        raise FileError(
+            f'{name}: must be a list of images, such as [{{"image": "cat.jpg", "caption": "a cat"}}]'
+        )
     for number, values in enumerate(items, 1):
         yield f"{name}: image {number}", values
 
@@ -169,7 +176,14 @@ def _csv_rows(text: str, name: str) -> Iterator[tuple[str, Any]]:
             return
         place = f"{name}:{rows.line_num}"
         if None in values:
-            yield place, BadRow("", place, "has more columns than the first line; put a text that holds commas into quotes")
+            yield (
+                place,
+                BadRow(
+                    "",
+                    place,
+                    "has more columns than the first line; put a text that holds commas into quotes",
+                ),
+            )
         else:
             yield place, {key.strip(): value or None for key, value in values.items() if key.strip()}
 

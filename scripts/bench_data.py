@@ -5,7 +5,8 @@ pixels   decode, crop and resize to 512 px, from JPEGs of 12 megapixels and PNGs
 scan     the index of 1 000 to 100 000 captioned images, anew and saved: seconds, and bytes of memory an image
 latents  training of the embedded model with and without kept latents, images per second
 
-What is compared runs in turns, and medians are given: a machine that is busy with something else slows all of them alike.
+What is compared runs in turns, and medians are given: a machine that is busy with something else slows all of
+them alike.
 """
 
 from __future__ import annotations
@@ -39,9 +40,13 @@ SIDE = 512
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark that is named."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["pixels", "scan", "latents"])
-    parser.add_argument("--images", type=int, help="pixels: files of each kind (6); scan: the largest data set (100000)")
+    parser.add_argument(
+        "--images", type=int, help="pixels: files of each kind (6); scan: the largest data set (100000)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="how often each thing is measured")
     parser.add_argument("--scan-once", nargs=2, metavar=("FOLDER", "CACHE"), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
@@ -64,7 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def pixels(folder: Path, images: int, rounds: int) -> None:
     """Print images per second of one core, and each reader's share of the fastest that Pillow can."""
     torch.set_num_threads(1)
-    kinds = {"JPEG 4000 x 3000": ("jpg", (4000, 3000), (576, 448)), "PNG 1024 x 1024": ("png", (1024, 1024), (SIDE, SIDE))}
+    kinds = {
+        "JPEG 4000 x 3000": ("jpg", (4000, 3000), (576, 448)),
+        "PNG 1024 x 1024": ("png", (1024, 1024), (SIDE, SIDE)),
+    }
     for place, (title, (suffix, size, bucket)) in enumerate(kinds.items()):
         files = folder / suffix
         files.mkdir()
@@ -96,7 +104,9 @@ def pixels(folder: Path, images: int, rounds: int) -> None:
 def photograph(size: tuple[int, int], seed: int) -> Image.Image:
     """Return a picture with the smooth areas, edges and grain of a photograph."""
     draws = np.random.default_rng(seed)
-    coarse = Image.fromarray(draws.normal(128, 50, (size[1] // 64 + 2, size[0] // 64 + 2, 3)).clip(0, 255).astype(np.uint8))
+    coarse = Image.fromarray(
+        draws.normal(128, 50, (size[1] // 64 + 2, size[0] // 64 + 2, 3)).clip(0, 255).astype(np.uint8)
+    )
     smooth = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC)).astype(np.int16)
     grain = draws.normal(0, 6, smooth.shape).astype(np.int16)
     return Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8))
@@ -108,7 +118,9 @@ def plain(paths: Sequence[Path], bucket: tuple[int, int], *, draft: bool) -> int
         with Image.open(path) as image:
             if draft:
                 image.draft("RGB", (2 * bucket[0], 2 * bucket[1]))
-            np.asarray(image.convert("RGB").resize(bucket, Image.Resampling.LANCZOS, box=middle(image.size, bucket)))
+            np.asarray(
+                image.convert("RGB").resize(bucket, Image.Resampling.LANCZOS, box=middle(image.size, bucket))
+            )
     return len(paths)
 
 
@@ -127,7 +139,9 @@ def ours(folder: Path, bucket: tuple[int, int]) -> Callable[[], int]:
 
     options = DataOptions(data_root=str(folder), resolution=SIDE, num_workers=0)
     index = build_index(options)
-    images = Images(index, options, tokenize=lambda captions: torch.zeros(len(captions), 77, dtype=torch.int64), seed=0)
+    images = Images(
+        index, options, tokenize=lambda captions: torch.zeros(len(captions), 77, dtype=torch.int64), seed=0
+    )
 
     def read() -> int:
         for record in range(len(index.records)):
@@ -153,7 +167,9 @@ def hugging_face(folder: Path, bucket: tuple[int, int], cache: Path) -> Callable
 
     def transform(examples: dict[str, list[Image.Image]]) -> dict[str, list[torch.Tensor]]:
         resized = [
-            np.asarray(image.convert("RGB").resize(bucket, Image.Resampling.LANCZOS, box=middle(image.size, bucket)))
+            np.asarray(
+                image.convert("RGB").resize(bucket, Image.Resampling.LANCZOS, box=middle(image.size, bucket))
+            )
             for image in examples["image"]
         ]
         return {"pixels": [to_pixels([image]) for image in resized]}
@@ -183,9 +199,12 @@ def scan(folder: Path, largest: int, rounds: int) -> None:
             saved.append(in_process(folder / str(size), cache))
             assert anew[-1]["fingerprint"] == saved[-1]["fingerprint"]
         held = in_process(folder / str(size), "memory")["bytes"]
-        seconds = [statistics.median(run[key] for run in runs) for runs in (anew, saved) for key in ("wall", "cpu")]
+        seconds = [
+            statistics.median(run[key] for run in runs) for runs in (anew, saved) for key in ("wall", "cpu")
+        ]
         print(
-            f"{size:>7,}   {seconds[0]:>7.2f}   {seconds[1]:>6.2f}   {seconds[2]:>8.2f}   {seconds[3]:>6.2f}   {held:>14,.0f}", flush=True
+            f"{size:>7,}   {seconds[0]:>7.2f}   {seconds[1]:>6.2f}   {seconds[2]:>8.2f}   {seconds[3]:>6.2f}   {held:>14,.0f}",
+            flush=True,
         )
 
 
@@ -197,7 +216,9 @@ def captioned(folder: Path, size: int) -> None:
         place.mkdir(parents=True, exist_ok=True)
         path = place / f"img_{number:06d}.jpg"
         if number < 100:
-            draws = np.random.default_rng(number).integers(0, 255, (32 + number % 7, 32 + number % 5, 3), dtype=np.uint8)
+            draws = np.random.default_rng(number).integers(
+                0, 255, (32 + number % 7, 32 + number % 5, 3), dtype=np.uint8
+            )
             Image.fromarray(draws).save(path)
             different.append(path)
         else:
@@ -219,7 +240,9 @@ def scan_once(folder: Path, cache: Path) -> dict[str, Any]:
 
     options = DataOptions(data_root=str(folder))
     if str(cache) == "memory":
-        build_index(DataOptions(data_root=str(folder / "000")))  # what is imported and tabulated once does not count
+        build_index(
+            DataOptions(data_root=str(folder / "000"))
+        )  # what is imported and tabulated once does not count
         gc.collect()
         tracemalloc.start()
         index = build_index(options)
@@ -227,14 +250,23 @@ def scan_once(folder: Path, cache: Path) -> dict[str, Any]:
         return {"bytes": tracemalloc.get_traced_memory()[0] / len(index.records)}
     wall, cpu = time.perf_counter(), time.process_time()
     index = remembered_index(options, cache)
-    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "fingerprint": index.fingerprint()}
+    return {
+        "wall": time.perf_counter() - wall,
+        "cpu": time.process_time() - cpu,
+        "fingerprint": index.fingerprint(),
+    }
 
 
 def latents(folder: Path, rounds: int) -> None:
     """Print images per second of training the embedded model with and without kept latents, a step of each in turn."""
-    print(f"\nembedded model, batch 8, 64 px, fp32 on the CPU, one thread, {rounds} steps each in turns, CPU time")
+    print(
+        f"\nembedded model, batch 8, 64 px, fp32 on the CPU, one thread, {rounds} steps each in turns, CPU time"
+    )
     torch.set_num_threads(1)
-    for title, extra in {"both networks train": [], "text encoder frozen": ["--disable_textenc_training", "true"]}.items():
+    for title, extra in {
+        "both networks train": [],
+        "text encoder frozen": ["--disable_textenc_training", "true"],
+    }.items():
         steps = {kept: training_steps(kept, folder, extra) for kept in ("no", "memory")}
         seconds: dict[str, list[float]] = {kept: [] for kept in steps}
         for turn in range(rounds + 3):
@@ -243,7 +275,9 @@ def latents(folder: Path, rounds: int) -> None:
                 step()
                 if turn >= 3:  # the first allocate and tune
                     seconds[kept].append(time.process_time() - began)
-        ratio = statistics.median(plain / own for plain, own in zip(seconds["no"], seconds["memory"], strict=True))
+        ratio = statistics.median(
+            plain / own for plain, own in zip(seconds["no"], seconds["memory"], strict=True)
+        )
         speeds = {kept: 8 / statistics.median(measured) for kept, measured in seconds.items()}
         print(
             f"  {title:<22} encoded in every step {speeds['no']:6.1f} images/s   kept {speeds['memory']:6.1f} images/s   {ratio:5.2f} times"
@@ -264,19 +298,34 @@ def training_steps(kept: str, folder: Path, extra: Sequence[str]) -> Callable[[]
     from trainer.training.ranks import Processes
     from trainer.training.step import train_step
 
-    brief = ["--config", str(ROOT / "train.json"), "--max_epochs", "1000", "--batch_size", "8", "--cache_latents", kept]
+    brief = [
+        "--config",
+        str(ROOT / "train.json"),
+        "--max_epochs",
+        "1000",
+        "--batch_size",
+        "8",
+        "--cache_latents",
+        kept,
+    ]
     config = load_config([*brief, "--optimizer_config", str(ROOT / "optimizer.json"), *extra]).config
     precision = resolve_precision(config.precision, torch.device("cpu"))
     models = load_models(config.model)
     parts = apply_freezing(models, config.parts, config.optimizers.freezing)
-    build.place(models, precision.device, channels_last=config.precision.channels_last, weights=precision.weights)
+    build.place(
+        models, precision.device, channels_last=config.precision.channels_last, weights=precision.weights
+    )
     index = build_index(config.data)
     tokenize = build.make_tokenize(config, models.tokenizer)
     plan = plan_latents(config.cache, config.data, index, models.vae.config, epochs=config.loop.max_epochs)
-    encoded = encode_images(plan, index, config.data, models.vae, precision, folder=folder, tell=lambda _: None)
+    encoded = encode_images(
+        plan, index, config.data, models.vae, precision, folder=folder, tell=lambda _: None
+    )
     contexts = None
     if encoded is not None and build.TEXT_ENCODER not in parts.parameters:
-        contexts = encode_captions(shown_captions(index, config.data), tokenize, models.text_encoder, precision, clip_skip=0)
+        contexts = encode_captions(
+            shown_captions(index, config.data), tokenize, models.text_encoder, precision, clip_skip=0
+        )
     loader = build.make_loader(config, index, tokenize, Processes(), pin=False, latents=encoded)
     optimizers = build.make_optimizers(config, parts, 1000)
     objective = build.make_objective(config, models, parts, contexts)

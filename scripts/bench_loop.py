@@ -3,10 +3,11 @@
     python scripts/bench_loop.py                                  the embedded model and its example, one thread
     python scripts/bench_loop.py --config mine.json --rounds 5    another run
 
-Every round trains one epoch of each contender, one after the other in one process, each with networks of its own. What happens between
-epochs (samples, checkpoints, fixed-noise losses) is left out; reading, drawing noise, reports and TensorBoard are in. Ratios are taken
-within a round, and the median over the rounds is printed, with the lowest and highest. On the CPU the process's CPU time is counted, so
-other work on the machine disturbs less; on CUDA the time until the device has finished.
+Every round trains one epoch of each contender, one after the other in one process, each with networks of its
+own. What happens between epochs (samples, checkpoints, fixed-noise losses) is left out; reading, drawing
+noise, reports and TensorBoard are in. Ratios are taken within a round, and the median over the rounds is
+printed, with the lowest and highest. On the CPU the process's CPU time is counted, so other work on the
+machine disturbs less; on CUDA the time until the device has finished.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 images[name] = prepared()
                 if turn:  # the first allocates
                     seconds[name].append(_now() - began)
-    print(f"{date.today()}  torch {torch.__version__}  {options.threads} threads, {options.rounds} rounds of one epoch each")
+    print(
+        f"{date.today()}  torch {torch.__version__}  {options.threads} threads, {options.rounds} rounds of one epoch each"
+    )
     print(f"\n{'':<46}{'s/epoch':>8}{'images/s':>10}")
     for name, each in seconds.items():
         median = statistics.median(each)
@@ -69,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("loop / networks alone", BASE, NETWORKS_ALONE),
         ("loop / plain loop, both encoding", NOT_KEPT, PLAIN),
         ("loop with kept latents / plain loop", BASE, PLAIN),
-        *((f"epoch of {name} / of adamw8bit", f"this program, {name}", BASE) for name in (*ADAPTING, "adamw")),
+        *(
+            (f"epoch of {name} / of adamw8bit", f"this program, {name}", BASE)
+            for name in (*ADAPTING, "adamw")
+        ),
     ):
         ratios = [mine / its for mine, its in zip(seconds[one], seconds[other], strict=True)]
         print(f"{title:<46}{statistics.median(ratios):>8.3f}   ({min(ratios):.3f} to {max(ratios):.3f})")
@@ -77,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, default=ROOT / "train.json")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
@@ -105,9 +113,15 @@ def _config(path: Path, optimizer: str, folder: Path, extra: dict[str, str]) -> 
     from trainer.config import load_config
 
     chosen = folder / f"{optimizer}.json"
-    rate = {"lr": 0.1, "weight_decay": 0.8, "decouple": True} if optimizer in ADAPTING else {"lr": 1e-5, "weight_decay": 0.01}
+    rate = (
+        {"lr": 0.1, "weight_decay": 0.8, "decouple": True}
+        if optimizer in ADAPTING
+        else {"lr": 1e-5, "weight_decay": 0.01}
+    )
     freezing = {"freeze_embeddings": True}
-    chosen.write_text(json.dumps({"base": {"optimizer": optimizer, **rate}, "text_encoder_freezing": freezing}))
+    chosen.write_text(
+        json.dumps({"base": {"optimizer": optimizer, **rate}, "text_encoder_freezing": freezing})
+    )
     settings = {
         "optimizer_config": str(chosen),
         "logdir": str(folder / "logs"),
@@ -118,7 +132,9 @@ def _config(path: Path, optimizer: str, folder: Path, extra: dict[str, str]) -> 
         "max_epochs": "10000",
         **extra,
     }
-    return load_config(["--config", str(path), *(word for key, value in settings.items() for word in (f"--{key}", value))]).config
+    return load_config(
+        ["--config", str(path), *(word for key, value in settings.items() for word in (f"--{key}", value))]
+    ).config
 
 
 class _OnlyReports(Cadence):
@@ -140,7 +156,9 @@ def build(config: TrainConfig) -> Run:
     ending = ExitStack()
     atexit.register(ending.close)  # runs are used until the end of the process
     processes = connect(config.loop.gpuid, signals)
-    run = build_run(config, Console(stream=StringIO()), processes, ending, weights_only=False, signals=signals)
+    run = build_run(
+        config, Console(stream=StringIO()), processes, ending, weights_only=False, signals=signals
+    )
     run.sample_first = False
     return run
 
@@ -150,7 +168,9 @@ def epochs_of(run: Run) -> Callable[[], Callable[[], int]]:
     from trainer.training.loop import make_steps
 
     def prepare() -> Callable[[], int]:
-        run.cadence = _OnlyReports(**{**vars(run.cadence), "stop_after_steps": run.state.step + run.steps_in(run.state.epoch)})
+        run.cadence = _OnlyReports(
+            **{**vars(run.cadence), "stop_after_steps": run.state.step + run.steps_in(run.state.epoch)}
+        )
 
         def train() -> int:
             before = run.state.images
@@ -176,7 +196,14 @@ def _alone(run: Run) -> Callable[[], Callable[[], int]]:
                 mean_BCHW, std_BCHW = inputs.moments_BCHW.chunk(2, dim=1)
                 latents_BCHW = (mean_BCHW + std_BCHW * inputs.posterior_BCHW) * objective.scaling_factor
                 noisy_BCHW = objective.schedule.noisy(latents_BCHW, inputs.noise_BCHW, inputs.t_B)
-                steps.append((noisy_BCHW.to(memory_format=torch.channels_last), inputs.noise_BCHW, inputs.t_B, inputs.tokens_BT))
+                steps.append(
+                    (
+                        noisy_BCHW.to(memory_format=torch.channels_last),
+                        inputs.noise_BCHW,
+                        inputs.t_B,
+                        inputs.tokens_BT,
+                    )
+                )
 
         def train() -> int:
             for noisy_BCHW, noise_BCHW, t_B, tokens_BT in steps:
@@ -215,7 +242,9 @@ class _Pictures(torch.utils.data.Dataset[Any]):
         pixels_CHW = torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
         caption = path.with_suffix(".txt").read_text()
         length = self.tokenizer.model_max_length
-        tokens_T = self.tokenizer(caption, max_length=length, padding="max_length", truncation=True, return_tensors="pt").input_ids[0]
+        tokens_T = self.tokenizer(
+            caption, max_length=length, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids[0]
         return {"pixels": pixels_CHW, "tokens": tokens_T}
 
 
@@ -234,12 +263,19 @@ def _plain(config: TrainConfig) -> Callable[[], Callable[[], int]]:
     unet: Any = models.unet
     text_encoder: Any = models.text_encoder
     vae: Any = models.vae
-    learning = [parameter for network in (unet, text_encoder) for parameter in network.parameters() if parameter.requires_grad]
+    learning = [
+        parameter
+        for network in (unet, text_encoder)
+        for parameter in network.parameters()
+        if parameter.requires_grad
+    ]
     side = max(config.data.resolutions)
     pictures = _Pictures(Path(str(config.data.data_root)), side, models.tokenizer)
     reader = torch.utils.data.DataLoader(pictures, batch_size=config.data.batch_size, shuffle=True)
     accelerator = Accelerator(mixed_precision="no")
-    unet, text_encoder, optimizer, reader = accelerator.prepare(unet, text_encoder, AdamW8bit(learning, lr=1e-5), reader)
+    unet, text_encoder, optimizer, reader = accelerator.prepare(
+        unet, text_encoder, AdamW8bit(learning, lr=1e-5), reader
+    )
     vae.to(accelerator.device)
     scheduler: Any = DDPMScheduler.from_config(models.scheduler_config)
 
@@ -249,7 +285,9 @@ def _plain(config: TrainConfig) -> Callable[[], Callable[[], int]]:
             with torch.no_grad():
                 latents_BCHW = vae.encode(batch["pixels"]).latent_dist.sample() * vae.config.scaling_factor
             noise_BCHW = torch.randn_like(latents_BCHW)
-            t_B = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents_BCHW),), device=latents_BCHW.device)
+            t_B = torch.randint(
+                0, scheduler.config.num_train_timesteps, (len(latents_BCHW),), device=latents_BCHW.device
+            )
             noisy_BCHW = scheduler.add_noise(latents_BCHW, noise_BCHW, t_B)
             context_BTD = text_encoder(batch["tokens"])[0]
             prediction_BCHW = unet(noisy_BCHW, t_B, context_BTD).sample

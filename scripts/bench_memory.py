@@ -5,10 +5,11 @@
     python scripts/bench_memory.py --mixed_precision bf16
     python scripts/bench_memory.py --cards 8 12 16 24                  measures nothing: the batch sizes that are estimated to fit cards
 
-Weights and images are random: only sizes matter. The steps are the trainer's own (`trainer.training.step`), with its data types, memory
-layout and order. What is reported is the most memory that the process held during the steps (on Linux its peak resident set, on
-CUDA what torch had allocated), what the optimizer's state and everything else of known size account for, and what
-trainer.planning.memory would have said before: the tensors of its trace, on the CPU with what the process held before there were any.
+Weights and images are random: only sizes matter. The steps are the trainer's own (`trainer.training.step`),
+with its data types, memory layout and order. What is reported is the most memory that the process held during
+the steps (on Linux its peak resident set, on CUDA what torch had allocated), what the optimizer's state and
+everything else of known size account for, and what trainer.planning.memory would have said before: the
+tensors of its trace, on the CPU with what the process held before there were any.
 """
 
 from __future__ import annotations
@@ -30,7 +31,16 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.full_size import NAMES, Setting, Steps, empty_models, optimizer_options, precision_of, run_config, state_bytes
+from scripts.full_size import (
+    NAMES,
+    Setting,
+    Steps,
+    empty_models,
+    optimizer_options,
+    precision_of,
+    run_config,
+    state_bytes,
+)
 from scripts.full_size import estimated as estimated_step
 
 if TYPE_CHECKING:
@@ -55,14 +65,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: dict[str, list[dict[str, Any]]] = {}
     for _ in range(options.rounds):
         for name in options.only:
-            forwarded = [f"--{key}={value}" for key, value in vars(options).items() if key not in ("only", "one", "rounds", "cards")]
+            forwarded = [
+                f"--{key}={value}"
+                for key, value in vars(options).items()
+                if key not in ("only", "one", "rounds", "cards")
+            ]
             command = [sys.executable, __file__, "--one", name, *forwarded]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if done.returncode:
-                print(f"{name}: ended with status {done.returncode}; -9 is what the system does when memory runs out", flush=True)
+                print(
+                    f"{name}: ended with status {done.returncode}; -9 is what the system does when memory runs out",
+                    flush=True,
+                )
                 continue
             results.setdefault(name, []).append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"{name}: {results[name][-1]['peak'] / GIB:.2f} GiB", file=sys.stderr, flush=True)  # minutes each: an end may come before
+            print(
+                f"{name}: {results[name][-1]['peak'] / GIB:.2f} GiB", file=sys.stderr, flush=True
+            )  # minutes each: an end may come before
     _print(options, results)
     return 0
 
@@ -82,12 +101,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         result = steps.step(inputs)
         done.append((result.loss.item(), result.skipped.item()))
         seconds.append(time.perf_counter() - began)
-    assert all(math.isfinite(loss) and not skipped for loss, skipped in done), "a step was skipped, so it did not do its work"
+    assert all(math.isfinite(loss) and not skipped for loss, skipped in done), (
+        "a step was skipped, so it did not do its work"
+    )
     return {
         "peak": _peak(device),
         "baseline": baseline,
         "state": state_bytes(steps.optimizers),
-        "weights": sum(p.numel() * p.element_size() for part in vars(steps.networks).values() for p in part.parameters()),
+        "weights": sum(
+            p.numel() * p.element_size() for part in vars(steps.networks).values() for p in part.parameters()
+        ),
         "trained": steps.trained,
         "seconds": statistics.median(seconds[1:] or seconds),
         "machine": _machine(device),
@@ -121,21 +144,36 @@ def print_cards(cards: Sequence[float]) -> None:
     from trainer.training.precision import Precision
 
     models = empty_models()
-    print(f"estimated, torch {torch.__version__}: 512 px, 16-bit autocast, gradient checkpointing, latents cached")
+    print(
+        f"estimated, torch {torch.__version__}: 512 px, 16-bit autocast, gradient checkpointing, latents cached"
+    )
     print(f"{'':<58}{'peak GiB of 1':>14}{''.join(f'{card:>7g}' for card in cards)}  GiB")
     for title, config, weights in _card_rows():
         precision = Precision(torch.device("cuda"), torch.bfloat16, None, weights)
         frozen = config.parts.disable_textenc_training
 
         @cache
-        def peak(images: int, config: TrainConfig = config, precision: Precision = precision, frozen: bool = frozen) -> int:
+        def peak(
+            images: int, config: TrainConfig = config, precision: Precision = precision, frozen: bool = frozen
+        ) -> int:
             size = (512, 512)
             rows = 2 * max(1, images // 2)
-            work = Work(size=size, images=images, latents_kept=True, contexts_kept=frozen, evaluated=4, sample=size, sampled=rows)
+            work = Work(
+                size=size,
+                images=images,
+                latents_kept=True,
+                contexts_kept=frozen,
+                evaluated=4,
+                sample=size,
+                sampled=rows,
+            )
             return estimate(config, models, precision, work, holds=None).peak
 
         fitting = [_largest(peak, int(card * GIB)) for card in cards]
-        print(f"{title:<58}{peak(1) / GIB:>14.1f}{''.join(f'{images or chr(8211):>7}' for images in fitting)}", flush=True)
+        print(
+            f"{title:<58}{peak(1) / GIB:>14.1f}{''.join(f'{images or chr(8211):>7}' for images in fitting)}",
+            flush=True,
+        )
 
 
 def _card_rows() -> list[tuple[str, TrainConfig, torch.dtype]]:
@@ -146,7 +184,9 @@ def _card_rows() -> list[tuple[str, TrainConfig, torch.dtype]]:
     def loaded(*arguments: str) -> TrainConfig:
         root = Path(__file__).resolve().parent.parent
         images = str(root / "examples" / "faces")
-        return load_config(["--config", str(root / "configs" / "sd15.json"), "--data_root", images, *arguments]).config
+        return load_config(
+            ["--config", str(root / "configs" / "sd15.json"), "--data_root", images, *arguments]
+        ).config
 
     both, by_hand = loaded(), loaded("--optimizer_config", "optimizer.json")
     unet = loaded("--optimizer_config", "optimizer.json", "--disable_textenc_training")
@@ -209,7 +249,9 @@ def _peak(device: torch.device) -> int:
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -228,7 +270,9 @@ def _print(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]
     if not results:
         return
     any_result = next(iter(results.values()))[0]
-    print(f"{date.today()}  {any_result['machine']}  torch {torch.__version__}  Python {platform.python_version()}")
+    print(
+        f"{date.today()}  {any_result['machine']}  torch {torch.__version__}  Python {platform.python_version()}"
+    )
     print(
         f"{options.networks}: {any_result['trained'] / 1e6:.0f}M parameters trained, {options.resolution} px, batch {options.batch_size}, "
         f"gradient checkpointing, mixed_precision {options.mixed_precision}; {options.steps} steps, {options.rounds} rounds\n"
@@ -252,16 +296,26 @@ def _print(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return what a command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--networks", choices=("both", "unet"), default="both", help="what is trained")
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=[BASE, *NAMES[3:]], help="optimizers to measure, in this order")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=NAMES,
+        default=[BASE, *NAMES[3:]],
+        help="optimizers to measure, in this order",
+    )
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2, help="the first makes the state, the second meets it")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--mixed_precision", choices=("no", "bf16", "auto"), default="no")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--cards", nargs="+", type=float, help="GiB of cards: print what fits them, and measure nothing")
+    parser.add_argument(
+        "--cards", nargs="+", type=float, help="GiB of cards: print what fits them, and measure nothing"
+    )
     parser.add_argument("--one", choices=NAMES, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 

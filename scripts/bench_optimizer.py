@@ -4,8 +4,9 @@
     python scripts/bench_optimizer.py --every 1 --only ours-8bit  the whole UNet, one optimizer
     python scripts/bench_optimizer.py --device cuda               on a GPU
 
-Weights and gradients are random; only their shapes are Stable Diffusion's. A probe that streams memory runs in every round, so a
-machine that is busy with something else shows. The ratio is the median over the rounds of the time against torch's fused AdamW.
+Weights and gradients are random; only their shapes are Stable Diffusion's. A probe that streams memory runs
+in every round, so a machine that is busy with something else shows. The ratio is the median over the rounds
+of the time against torch's fused AdamW.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     shapes = _shapes(options.network)[:: options.every]
     numel = sum(shape.numel() for shape in shapes)
     print(f"{date.today()}  {_machine(options.device)}  torch {torch.__version__}")
-    print(f"{options.network}: {len(shapes)} tensors, {numel / 1e6:.1f}M parameters (every {options.every}.), {options.rounds} rounds")
+    print(
+        f"{options.network}: {len(shapes)} tensors, {numel / 1e6:.1f}M parameters (every {options.every}.), {options.rounds} rounds"
+    )
     with TemporaryDirectory() as empty:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty  # compiling shall take the time that it takes
         for threads in options.threads:
@@ -57,15 +60,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--network", choices=("unet", "text_encoder", "both"), default="unet")
     parser.add_argument("--every", type=int, default=21, help="take every k-th tensor")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--only", nargs="+", choices=list(OPTIMIZERS), help="these, and the base they are compared with")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(OPTIMIZERS), help="these, and the base they are compared with"
+    )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--weights", choices=("fp32", "bf16"), default="fp32", help="dtype of weights and gradients")
-    parser.add_argument("--contiguous", action="store_true", help="convolutions contiguous, not channels last as in training")
+    parser.add_argument(
+        "--weights", choices=("fp32", "bf16"), default="fp32", help="dtype of weights and gradients"
+    )
+    parser.add_argument(
+        "--contiguous", action="store_true", help="convolutions contiguous, not channels last as in training"
+    )
     return parser.parse_args(argv)
 
 
@@ -188,9 +199,14 @@ def _bench(shapes: Sequence[torch.Size], numel: int, threads: int, options: argp
         f"\n{threads} thread{'s' * (threads > 1)}; streaming {statistics.median(bandwidth):.1f} GB/s (median), {max(bandwidth):.1f} (best)"
     )
     counted = "launches" if options.device != "cpu" else "compiled calls"
-    print(f"{'':20} {'ms':>8} {'ratio':>6} {'host ms':>8} {'ratio':>6} {'state B/param':>13} {'peak MB':>8} {counted:>14}")
+    print(
+        f"{'':20} {'ms':>8} {'ratio':>6} {'host ms':>8} {'ratio':>6} {'state B/param':>13} {'peak MB':>8} {counted:>14}"
+    )
     for name, step in built.items():
-        ratios = [statistics.median(a / b for a, b in zip(times[name], times[BASE], strict=True)) for times in (wall, host)]
+        ratios = [
+            statistics.median(a / b for a, b in zip(times[name], times[BASE], strict=True))
+            for times in (wall, host)
+        ]
         peak, calls = _peak(step, options.device), _calls(step, options.device)
         print(
             f"{name:20} {statistics.median(wall[name]):8.1f} {ratios[0]:6.2f} {statistics.median(host[name]):8.1f} {ratios[1]:6.2f}"
@@ -198,7 +214,10 @@ def _bench(shapes: Sequence[torch.Size], numel: int, threads: int, options: argp
             flush=True,
         )
     if threads == options.threads[0]:
-        print("first step, with allocation and compiling: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in first.items()))
+        print(
+            "first step, with allocation and compiling: "
+            + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in first.items())
+        )
 
 
 def _step(optimizer: Optimizer, params: list[nn.Parameter], gradients: list[torch.Tensor]) -> None:
@@ -268,7 +287,11 @@ def _calls(step: Callable[[], Any], device: str) -> int:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device != "cpu" else [])
     with profile(activities=activities) as profiler:
         step()
-    names = ("cudaLaunch", "cuLaunch", "cudaMemcpy", "cudaMemset") if device != "cpu" else ("Torch-Compiled Region",)
+    names = (
+        ("cudaLaunch", "cuLaunch", "cudaMemcpy", "cudaMemset")
+        if device != "cpu"
+        else ("Torch-Compiled Region",)
+    )
     return sum(event.count for event in profiler.key_averages() if event.key.startswith(names))
 
 
@@ -277,7 +300,11 @@ def _machine(device: str) -> str:
         import torch
 
         return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    lines = (
+        Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
 
 

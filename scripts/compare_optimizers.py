@@ -1,11 +1,13 @@
 """Train the same with several optimizer files, and write a report of how they compare.
 
-    python scripts/compare_optimizers.py --config train.json optimizer.json optimizer_dadapt.json --out compare --seeds 1 2 --max_epochs 10
+    python scripts/compare_optimizers.py --config train.json optimizer.json optimizer_dadapt.json --out
+    compare --seeds 1 2 --max_epochs 10
 
-The first file after --config is the train.json, the others are optimizer files; the first of them is what the others are measured by.
-All that this script does not know goes to train.py, for every run alike. Data, order, noise, timesteps and images held out are the same for
-every file; the seed is train.json's, or each of --seeds in turn. What is finished is not trained again, so a comparison may be stopped
-(Ctrl-C) and started again with the same command, or with one more file or seed. The result is report/report.html in the folder --out, one
+The first file after --config is the train.json, the others are optimizer files; the first of them is what the
+others are measured by. All that this script does not know goes to train.py, for every run alike. Data, order,
+noise, timesteps and images held out are the same for every file; the seed is train.json's, or each of --seeds
+in turn. What is finished is not trained again, so a comparison may be stopped (Ctrl-C) and started again with
+the same command, or with one more file or seed. The result is report/report.html in the folder --out, one
 page that needs nothing beside it, and the same as report.md.
 """
 
@@ -26,15 +28,35 @@ from trainer.output import say
 
 def main(argv: list[str] | None = None) -> int:
     """Compare what the arguments name."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument(
-        "--config", type=Path, nargs="+", required=True, metavar="FILE", help="train.json, then two or more optimizer files"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--out", type=Path, default=Path("compare"), help="folder for the runs and the report (compare)")
-    parser.add_argument("--seeds", type=int, nargs="+", help="train every file with each of these seeds (default: train.json's)")
-    parser.add_argument("--prompts", type=Path, help="prompts of the pictures that are shown (default: sample_prompts of train.json)")
     parser.add_argument(
-        "--unrelated", type=Path, help="prompts that the training is not about, whose drift is measured (default: --prompts)"
+        "--config",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="train.json, then two or more optimizer files",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("compare"), help="folder for the runs and the report (compare)"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        help="train every file with each of these seeds (default: train.json's)",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        help="prompts of the pictures that are shown (default: sample_prompts of train.json)",
+    )
+    parser.add_argument(
+        "--unrelated",
+        type=Path,
+        help="prompts that the training is not about, whose drift is measured (default: --prompts)",
     )
     arguments = sys.argv[1:] if argv is None else argv
     options, changes = parser.parse_known_args(arguments)
@@ -67,7 +89,9 @@ def compare(options: argparse.Namespace, changes: list[str], command: str) -> No
     runs = plan_runs(train, optimizers, options.out, options.seeds, changes)
     shown = options.prompts or runs[0].config.get("sample_prompts")
     if shown is None:
-        raise UserError("--prompts: train.json names no sample_prompts; name a .json or .txt file of prompts to compare pictures of.")
+        raise UserError(
+            "--prompts: train.json names no sample_prompts; name a .json or .txt file of prompts to compare pictures of."
+        )
     prompts = read_prompts([str(shown)])
     unrelated = read_prompts([str(options.unrelated)]) if options.unrelated else prompts
     with suppress(OSError):  # which locking it reports
@@ -81,7 +105,11 @@ def compare(options: argparse.Namespace, changes: list[str], command: str) -> No
             own = [end for end in ends if end.planned.label == label]
             files.append(Compared(label, tuple(measure(end, learning[end.planned.optimizer]) for end in own)))
         words = f"{len(unrelated.samples or ())} prompts of {(options.unrelated or Path(shown)).name}"
-        words += "" if options.unrelated else " (all sample prompts; name those that the training is not about with --unrelated)"
+        words += (
+            ""
+            if options.unrelated
+            else " (all sample prompts; name those that the training is not about with --unrelated)"
+        )
         resolution = runs[0].config["resolution"]
         files, drawn = draw_pictures(
             files,
@@ -92,7 +120,9 @@ def compare(options: argparse.Namespace, changes: list[str], command: str) -> No
             resolution=resolution if isinstance(resolution, int) else max(resolution),
             say=lambda words: print(f"drawing: {words}"),
         )
-        page = write_report(files, drawn, options.out, settings=settings_of(runs[0]), command=command, device=device_words())
+        page = write_report(
+            files, drawn, options.out, settings=settings_of(runs[0]), command=command, device=device_words()
+        )
         print(f"{page}: done. The curves:  tensorboard --logdir {shlex.quote(str(options.out / 'runs'))}")
 
 

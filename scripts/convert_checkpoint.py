@@ -3,7 +3,8 @@
     python scripts/convert_checkpoint.py logs/run/ckpts/last-smile-ep10-gs00080 smile.safetensors
     python scripts/convert_checkpoint.py v1-5-pruned-emaonly.safetensors sd15/
 
-The source is anything that train.py starts from: a folder, a checkpoint, a hub id, a .safetensors or .ckpt file. Offline but for hub ids.
+The source is anything that train.py starts from: a folder, a checkpoint, a hub id, a .safetensors or .ckpt
+file. Offline but for hub ids.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def convert(source: str, target: Path, *, vae: str | None = None, full_precision
     if target.exists():
         raise UserError(f"{target} exists already; name a new file or folder.")
     if target.suffix.lower() in (".ckpt", ".pt", ".bin"):
-        raise UserError(f"{target}: {target.suffix} files are not written; name a .safetensors file or a folder.")
+        raise UserError(
+            f"{target}: {target.suffix} files are not written; name a .safetensors file or a folder."
+        )
 
     import torch
 
@@ -69,8 +72,12 @@ def convert(source: str, target: Path, *, vae: str | None = None, full_precision
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="diffusers folder, checkpoint folder, hub id, .safetensors or .ckpt file")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "source", help="diffusers folder, checkpoint folder, hub id, .safetensors or .ckpt file"
+    )
     parser.add_argument("target", type=Path, help="a .safetensors file or a folder to write; must not exist")
     parser.add_argument("--vae", help="a VAE to use instead of the model's own: folder, hub id or file")
     parser.add_argument("--fp32", action="store_true", help="write fp32 instead of fp16")

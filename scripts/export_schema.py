@@ -1,6 +1,7 @@
 """Write the JSON Schemas of train.json and of optimizer files, which editors complete and check against, and the page of every key.
 
-`python scripts/export_schema.py` rewrites configs/schema/ and docs/keys.md; with --check it only says whether they are up to date.
+`python scripts/export_schema.py` rewrites configs/schema/ and docs/keys.md; with --check it only says whether
+they are up to date.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ REFERENCE = ROOT / "docs" / "keys.md"
 def main(arguments: list[str]) -> int:
     """Write the files, or check them: 1 if one differs from what the code says."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a file is out of date")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit with 1 if a file is out of date"
+    )
     check = parser.parse_args(arguments).check
     stale = []
     for path, text in texts().items():
@@ -38,7 +41,10 @@ def texts() -> dict[Path, str]:
     """Return what each file should hold."""
     from trainer.config.export import key_reference
 
-    found = {FOLDER / name: json.dumps(schema, indent=2, ensure_ascii=False) + "\n" for name, schema in schemas().items()}
+    found = {
+        FOLDER / name: json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+        for name, schema in schemas().items()
+    }
     return {**found, REFERENCE: key_reference()}
 
 

@@ -1,7 +1,7 @@
 """Training steps of a full-size Stable Diffusion 1.5 with random weights, which are made on the device and never written to a file.
 
-Weights, latents and captions are random: only sizes matter. The steps are the trainer's own (`trainer.training.step`), with its data types,
-memory layout and order.
+Weights, latents and captions are random: only sizes matter. The steps are the trainer's own
+(`trainer.training.step`), with its data types, memory layout and order.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def run_config(setting: Setting) -> TrainConfig:
         model=ModelOptions(resume_ckpt="random"),
         parts=TrainableOptions(disable_textenc_training=frozen, gradient_checkpointing=setting.checkpointing),
         precision=PrecisionOptions(mixed_precision=mixed, weights_dtype=weights),
-        optimizers=OptimizerConfig(unet=chosen, text_encoder=chosen, freezing=FreezingOptions(freeze_embeddings=True)),
+        optimizers=OptimizerConfig(
+            unet=chosen, text_encoder=chosen, freezing=FreezingOptions(freeze_embeddings=True)
+        ),
     )
 
 
@@ -181,7 +183,9 @@ class Steps:
         self.device, self.autocast = self.precision.device, self.precision.autocast
         if models is None:
             bundled = setting.bundled
-            models = load_models(ModelOptions(resume_ckpt=str(BUNDLED))) if bundled else random_models(self.device)
+            models = (
+                load_models(ModelOptions(resume_ckpt=str(BUNDLED))) if bundled else random_models(self.device)
+            )
         parts = apply_freezing(models, config.parts, config.optimizers.freezing)
         place(models, self.device, channels_last=True, weights=self.precision.weights)
         if setting.latents_cached:

@@ -5,8 +5,9 @@
     python scripts/gpu_report.py --out gpu-report --only profile    one step; results of other steps in the folder are kept
     python scripts/gpu_report.py --out /tmp/try --device cpu --tiny tries the report out on the CPU with the bundled model
 
-The folder gets report.md, report.json and comparison.png, written anew after every result, and an output.log for each step. A step
-runs in a process of its own with a time limit. The weights of the full-size model are random and made on the GPU: nothing is downloaded.
+The folder gets report.md, report.json and comparison.png, written anew after every result, and an output.log
+for each step. A step runs in a process of its own with a time limit. The weights of the full-size model are
+random and made on the GPU: nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ from scripts.gpu.job import Job
 from scripts.gpu.worker import Workers
 
 PICTURE = "comparison.png"
-OPTIMIZERS = ("adamw8bit", "dadapt_adam8bit+fused", "dadapt_adam_reference", "dadapt_adam8bit+fused+bf16", "dadapt_adam8bit")
+OPTIMIZERS = (
+    "adamw8bit",
+    "dadapt_adam8bit+fused",
+    "dadapt_adam_reference",
+    "dadapt_adam8bit+fused+bf16",
+    "dadapt_adam8bit",
+)
 """The most telling first."""
 
 
@@ -123,9 +130,13 @@ class _Taking:
                 write(self._report, options.out, picture=False)
 
         folder = options.out / "steps" / step.name.replace(" ", "-")
-        device, argument = ("cpu", f"{options.device} {step.argument}") if step.aside else (options.device, step.argument)
+        device, argument = (
+            ("cpu", f"{options.device} {step.argument}") if step.aside else (options.device, step.argument)
+        )
         job = Job(step.name, device, options.tiny, folder.resolve(), argument)
-        found["status"], found["reason"] = workers.run(step.function, job, min(left, step.limit), tell, last=last)
+        found["status"], found["reason"] = workers.run(
+            step.function, job, min(left, step.limit), tell, last=last
+        )
         found["seconds"] = round(time.monotonic() - started, 1)
         print(f"[{step.name}] {found['status']} after {found['seconds']:.0f} s {found['reason']}", flush=True)
 
@@ -153,17 +164,25 @@ def _begin(options: argparse.Namespace) -> dict[str, Any]:
 def _short(result: dict[str, Any]) -> str:
     """Return a result's numbers in one line."""
     plain = {key: value for key, value in result.items() if not isinstance(value, list)}
-    return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in plain.items())
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in plain.items()
+    )
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the report")
     parser.add_argument("--minutes", type=float, default=10, help="time for all steps together")
     names = list(dict.fromkeys(word for step in STEPS for word in (step.name.split()[0], step.name)))
-    parser.add_argument("--only", nargs="+", choices=names, metavar="STEP", help=f"take these steps: {', '.join(names)}")
+    parser.add_argument(
+        "--only", nargs="+", choices=names, metavar="STEP", help=f"take these steps: {', '.join(names)}"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="use the bundled model and few steps: tries the report out")
+    parser.add_argument(
+        "--tiny", action="store_true", help="use the bundled model and few steps: tries the report out"
+    )
     return parser.parse_args(argv)
 
 

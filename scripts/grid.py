@@ -1,15 +1,18 @@
 """Draw the same prompts with several models beside each other, or merge checkpoints into one.
 
-    python scripts/grid.py logs/mini_faces-... --prompts examples/sample_prompts.json --out faces.png
-    python scripts/grid.py a.safetensors b.safetensors --base models/mini-sd --prompts "a red heart" "a blue face" --seeds 1 2 --cfgs 3 7
-    python scripts/grid.py --blend a.safetensors b.safetensors --weights 0.7 0.3 --out c.safetensors
+    python scripts/grid.py logs/mini_faces-... --prompts examples/sample_prompts.json --out faces.png python
+    scripts/grid.py a.safetensors b.safetensors --base models/mini-sd --prompts "a red heart" "a blue face"
+    --seeds 1 2 --cfgs 3 7 python scripts/grid.py --blend a.safetensors b.safetensors --weights 0.7 0.3 --out
+    c.safetensors
 
-A run stands for all its checkpoints. The base, which a run knows and --base names, is the first column; --against adds any other model
-after the last. Of checkpoints, prompts, seeds, cfgs and steps one is along the rows (--x), one down the columns (--y), and every
-combination of the other three is a panel below. The grid is written as a PNG and as a page beside it.
+A run stands for all its checkpoints. The base, which a run knows and --base names, is the first column;
+--against adds any other model after the last. Of checkpoints, prompts, seeds, cfgs and steps one is along the
+rows (--x), one down the columns (--y), and every combination of the other three is a panel below. The grid is
+written as a PNG and as a page beside it.
 
---blend merges .safetensors or .ckpt files, reading one tensor of each at a time: with --weights into the sum of each times its number;
-with --add_difference W, of three files A, B and C, into A + W (B - C). What it was made of is in the new file's header.
+--blend merges .safetensors or .ckpt files, reading one tensor of each at a time: with --weights into the sum
+of each times its number; with --add_difference W, of three files A, B and C, into A + W (B - C). What it was
+made of is in the new file's header.
 """
 
 from __future__ import annotations
@@ -54,7 +57,9 @@ def draw_grid(options: argparse.Namespace) -> int:
         raise UserError("--weights and --add_difference say how files are merged; name those with --blend.")
     target = options.out or Path("grid.png")
     if target.suffix.lower() != ".png":
-        raise UserError(f"--out: {target} is not named .png, which is what is written; the page beside it gets the same name in .html.")
+        raise UserError(
+            f"--out: {target} is not named .png, which is what is written; the page beside it gets the same name in .html."
+        )
     columns = find_columns(options.checkpoints, base=options.base, against=options.against)
     grid = draw(
         columns,
@@ -92,35 +97,66 @@ def merge(options: argparse.Namespace) -> int:
     if options.checkpoints or options.against:
         raise UserError("--blend only merges; draw its result with another command.")
     if (options.weights is None) == (options.add_difference is None):
-        raise UserError("--blend: give --weights with a number for each file, or --add_difference with one for three files A + w (B - C).")
+        raise UserError(
+            "--blend: give --weights with a number for each file, or --add_difference with one for three files A + w (B - C)."
+        )
     if options.weights is not None:
         weighted_sum(options.blend, options.weights, options.out)
     else:
         add_difference(options.blend, options.add_difference, options.out)
-    print(f"{options.out}: written. To look at it:  python scripts/grid.py {options.out} --base {options.blend[0]} --prompts PROMPTS")
+    print(
+        f"{options.out}: written. To look at it:  python scripts/grid.py {options.out} --base {options.blend[0]} --prompts PROMPTS"
+    )
     return 0
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("checkpoints", nargs="*", help="runs, checkpoints, diffusers folders, hub ids, single files, LoRA files")
-    parser.add_argument("--base", help="the first column: a model, or none (default: what the first run began from)")
-    parser.add_argument("--against", nargs="+", default=[], metavar="MODEL", help="further models, shown last")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "checkpoints",
+        nargs="*",
+        help="runs, checkpoints, diffusers folders, hub ids, single files, LoRA files",
+    )
+    parser.add_argument(
+        "--base", help="the first column: a model, or none (default: what the first run began from)"
+    )
+    parser.add_argument(
+        "--against", nargs="+", default=[], metavar="MODEL", help="further models, shown last"
+    )
     parser.add_argument(
         "--prompts",
         nargs="+",
         default=[str(ROOT / "examples" / "sample_prompts.json")],
         help="a .json or .txt file as for sample_prompts, or the prompts themselves (default: examples/sample_prompts.json)",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", help="draw every prompt with each of these seeds (default: the file's)")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        help="draw every prompt with each of these seeds (default: the file's)",
+    )
     parser.add_argument("--cfgs", type=float, nargs="+", help="guidance scales (default: the file's, or 7)")
-    parser.add_argument("--steps", type=int, nargs="+", help="the sampler's steps (default: the file's, or 30)")
-    parser.add_argument("--resolution", type=int, help="the side of a square picture (default: the file's, or the model's own)")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", help="the sampler's steps (default: the file's, or 30)"
+    )
+    parser.add_argument(
+        "--resolution",
+        type=int,
+        help="the side of a square picture (default: the file's, or the model's own)",
+    )
     parser.add_argument("--x", choices=AXES, default="checkpoints", help="along the rows (checkpoints)")
     parser.add_argument("--y", choices=AXES, default="prompts", help="down the columns (prompts)")
-    parser.add_argument("--out", type=Path, help="the PNG to write (grid.png), or the merged .safetensors file")
-    parser.add_argument("--blend", type=Path, nargs="+", metavar="FILE", help="merge these files instead of drawing")
-    parser.add_argument("--weights", type=float, nargs="+", help="with --blend: a number for each file; they add up to 1")
+    parser.add_argument(
+        "--out", type=Path, help="the PNG to write (grid.png), or the merged .safetensors file"
+    )
+    parser.add_argument(
+        "--blend", type=Path, nargs="+", metavar="FILE", help="merge these files instead of drawing"
+    )
+    parser.add_argument(
+        "--weights", type=float, nargs="+", help="with --blend: a number for each file; they add up to 1"
+    )
     parser.add_argument("--add_difference", type=float, metavar="W", help="with --blend A B C: A + W (B - C)")
     return parser.parse_args(argv)
 

@@ -2,9 +2,10 @@
 
     python scripts/lock_requirements.py
 
-Run it after a change of requirements.txt. It needs a network and uv (`pip install uv`), which resolves for Python 3.11 and later on all
-platforms at once. torch's files are those of PyPI: with CUDA on Linux, without on Windows and macOS. The CPU builds of
-download.pytorch.org are other files under the same version and are not in the lock; install those from requirements.txt.
+Run it after a change of requirements.txt. It needs a network and uv (`pip install uv`), which resolves for
+Python 3.11 and later on all platforms at once. torch's files are those of PyPI: with CUDA on Linux, without
+on Windows and macOS. The CPU builds of download.pytorch.org are other files under the same version and are
+not in the lock; install those from requirements.txt.
 """
 
 from __future__ import annotations
@@ -30,9 +31,22 @@ def main() -> int:
     if uv is None:
         print("lock_requirements: uv is missing; install it with `pip install uv`.", file=sys.stderr)
         return 2
-    options = ["--universal", "--generate-hashes", "--python-version", "3.11", "--no-header", "--no-annotate", "--quiet"]
+    options = [
+        "--universal",
+        "--generate-hashes",
+        "--python-version",
+        "3.11",
+        "--no-header",
+        "--no-annotate",
+        "--quiet",
+    ]
     index = ["--no-config", "--default-index", "https://pypi.org/simple"]
-    made = subprocess.run([uv, "pip", "compile", "requirements.txt", *options, *index], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    made = subprocess.run(
+        [uv, "pip", "compile", "requirements.txt", *options, *index],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     if made.returncode:
         return made.returncode
     LOCK.write_text(_HEADER + made.stdout, encoding="utf-8")

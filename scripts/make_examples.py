@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main(argv: list[str] | None = None) -> int:
     """Write the pictures and their captions."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "examples")
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--size", type=int, default=128, help="side in pixels; the model's own is 64")

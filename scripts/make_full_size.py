@@ -2,7 +2,8 @@
 
     python scripts/make_full_size.py --out /tmp/full-size
 
-The folder is a complete diffusers model with CLIP's own tokenizer: 1.07 billion parameters, 2.1 GB in fp16. It draws noise.
+The folder is a complete diffusers model with CLIP's own tokenizer: 1.07 billion parameters, 2.1 GB in fp16.
+It draws noise.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
     parameters = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    print(f"{options.out}: {parameters} parameters; {size / 1e9:.2f} GB written in {time.perf_counter() - began:.0f} s")
+    print(
+        f"{options.out}: {parameters} parameters; {size / 1e9:.2f} GB written in {time.perf_counter() - began:.0f} s"
+    )
     return 0
 
 
@@ -78,8 +81,9 @@ def make(out: Path, seed: int, dtype: str) -> dict[str, int]:
 def fill_randomly(network, generator) -> None:
     """Give a network on the meta device weights that keep activations of order one.
 
-    Matrices and convolutions are normal with variance 1 / (3 fan-in), the variance of torch's own start; norms are the identity,
-    biases zero, embeddings normal with deviation 0.02. They are made on the generator's device.
+    Matrices and convolutions are normal with variance 1 / (3 fan-in), the variance of torch's own start;
+    norms are the identity, biases zero, embeddings normal with deviation 0.02. They are made on the
+    generator's device.
     """
     import torch
 
@@ -99,7 +103,9 @@ def fill_randomly(network, generator) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not hold anything yet")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     parser.add_argument("--dtype", choices=("fp16", "fp32"), default="fp16", help="precision on disk")

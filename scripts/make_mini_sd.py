@@ -4,8 +4,8 @@
     python scripts/make_mini_sd.py export                write the current weights as models/mini-sd
     python scripts/make_mini_sd.py judge --model FOLDER  print the figures of any Stable Diffusion folder
 
-A stage that was killed goes on from its last saved state (at most two minutes old); a complete stage is skipped.
-`vae` and `text` do not need each other and may run as two processes at once.
+A stage that was killed goes on from its last saved state (at most two minutes old); a complete stage is
+skipped. `vae` and `text` do not need each other and may run as two processes at once.
 """
 
 from __future__ import annotations
@@ -44,12 +44,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stage", nargs="?", default="all", choices=("all", *STAGES))
-    parser.add_argument("--work", type=Path, default=Path("build/mini-sd"), help="where intermediate state lies")
-    parser.add_argument("--model", type=Path, default=ROOT / "models" / "mini-sd", help="folder to write or to judge")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/mini-sd"), help="where intermediate state lies"
+    )
+    parser.add_argument(
+        "--model", type=Path, default=ROOT / "models" / "mini-sd", help="folder to write or to judge"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
-    parser.add_argument("--seed", type=int, default=0, help="shifts the seed of every stage, or of the judged pictures")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="shifts the seed of every stage, or of the judged pictures"
+    )
     parser.add_argument("--grid", type=Path, help="judge: also write the pictures as one sheet")
     return parser.parse_args(argv)
 

@@ -2,9 +2,10 @@
 
     python scripts/mini_sd_sweep.py --out /tmp/sweep --seeds 1 2 3
 
-AdamW with state in 32 and in 8 bits at five rates, the text encoder at half of each, and D-Adaptation in both at four values of lr. Every
-run is 24 epochs of train.json's data with a part held out. The judge looks at its last checkpoint. The table is written anew after
-every run (results.md, results.json), and what is done is not done again, so the sweep may be stopped at any time.
+AdamW with state in 32 and in 8 bits at five rates, the text encoder at half of each, and D-Adaptation in both
+at four values of lr. Every run is 24 epochs of train.json's data with a part held out. The judge looks at its
+last checkpoint. The table is written anew after every run (results.md, results.json), and what is done is not
+done again, so the sweep may be stopped at any time.
 """
 
 from __future__ import annotations
@@ -43,12 +44,22 @@ UNRELATED = 18
 
 def main(argv: list[str] | None = None) -> int:
     """Make the sweep, or what is left of it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs and the table")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds of each setting (1 2 3)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds of each setting (1 2 3)"
+    )
     options, changes = parser.parse_known_args(argv)
     try:
-        runs = plan_runs(ROOT / "train.json", write_optimizers(options.out), options.out, options.seeds, [*settings(options.out), *changes])
+        runs = plan_runs(
+            ROOT / "train.json",
+            write_optimizers(options.out),
+            options.out,
+            options.seeds,
+            [*settings(options.out), *changes],
+        )
         runs.sort(key=lambda run: lateness(run, options.seeds[0]))
         rows = [base_row(options.out)]
         for number, run in enumerate(runs, start=1):
@@ -72,12 +83,14 @@ def main(argv: list[str] | None = None) -> int:
 def lateness(run: Planned, first: int) -> int:
     """Return how late a run may come.
 
-    Of the first seed come all but D-Adaptation with state in 8 bits, which is known to do as that in 32; then what says the most, the
-    middle rates in 32 bits.
+    Of the first seed come all but D-Adaptation with state in 8 bits, which is known to do as that in 32; then
+    what says the most, the middle rates in 32 bits.
     """
     if run.seed == first and not run.label.startswith("dadapt_adam8bit"):
         return 0
-    return 1 + any(run.label.endswith(rate) for rate in (" 1e-5", " 3e-5", " 1e-3")) + 2 * ("8bit" in run.label)
+    return (
+        1 + any(run.label.endswith(rate) for rate in (" 1e-5", " 3e-5", " 1e-3")) + 2 * ("8bit" in run.label)
+    )
 
 
 def write_optimizers(out: Path) -> list[Path]:
@@ -87,7 +100,10 @@ def write_optimizers(out: Path) -> list[Path]:
     documents: dict[str, Any] = {}
     for name in ("adamw", "adamw8bit"):
         for rate in RATES:
-            documents[f"{name} {rate}"] = {**fixed, "base": {**fixed["base"], "optimizer": name, "lr": float(rate)}}
+            documents[f"{name} {rate}"] = {
+                **fixed,
+                "base": {**fixed["base"], "optimizer": name, "lr": float(rate)},
+            }
             # The same layers learn as with D-Adaptation, so that only the optimizer differs.
             documents[f"{name} {rate}"]["text_encoder_freezing"] = found["text_encoder_freezing"]
     for name in ("dadapt_adam", "dadapt_adam8bit"):
@@ -108,7 +124,10 @@ def settings(out: Path) -> list[str]:
     validation, prompts = out / "validation.json", out / "prompts.json"
     validation.write_text(json.dumps({"auto_split_proportion": 0.15, "every_n_epochs": 6}), encoding="utf-8")
     one = {"cfgs": [3], "num_inference_steps": 20, "seed": 1, "generate_pretrain_samples": False}
-    prompts.write_text(json.dumps({**one, "samples": [{"prompt": "a yellow smiling face on a blue background"}]}), encoding="utf-8")
+    prompts.write_text(
+        json.dumps({**one, "samples": [{"prompt": "a yellow smiling face on a blue background"}]}),
+        encoding="utf-8",
+    )
     return [*SETTINGS, "--validation_config", str(validation), "--sample_prompts", str(prompts)]
 
 
@@ -116,7 +135,10 @@ def base_row(out: Path) -> dict[str, Any]:
     """Return what is known of the model before any training."""
     kept = out / "base.json"
     if not kept.exists():
-        kept.write_text(json.dumps({"label": "base", **judged(ROOT / "models/mini-sd", out / "base.png")}, indent=1), encoding="utf-8")
+        kept.write_text(
+            json.dumps({"label": "base", **judged(ROOT / "models/mini-sd", out / "base.png")}, indent=1),
+            encoding="utf-8",
+        )
     return json.loads(kept.read_text(encoding="utf-8"))
 
 
@@ -130,7 +152,9 @@ def row_of(end: Finished) -> dict[str, Any]:
     if end.folder is not None:
         row |= curves(end)
     if end.code == 0 and end.folder is not None:
-        row |= judged(next((end.folder / "ckpts").glob("last-*/model_index.json")).parent, run.logdir / "pictures.png")
+        row |= judged(
+            next((end.folder / "ckpts").glob("last-*/model_index.json")).parent, run.logdir / "pictures.png"
+        )
     kept.write_text(json.dumps(row, indent=1), encoding="utf-8")
     return row
 
@@ -140,7 +164,9 @@ def curves(end: Finished) -> dict[str, Any]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(end.folder), size_guidance={"scalars": 0}).Reload()
-    found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    found = {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
     return {"curves": found, "peak": end.peak, "parts": end.parts}
 
 
@@ -151,7 +177,13 @@ def judged(checkpoint: Path, sheet: Path) -> dict[str, float]:
     from scripts.mini_sd.scenes import article, held_out
 
     generate = Generator(checkpoint)
-    faces = generate([f"{article(face)} {face} smiling face on {article(ground)} {ground} background" for face, ground in FACES], 1)
+    faces = generate(
+        [
+            f"{article(face)} {face} smiling face on {article(ground)} {ground} background"
+            for face, ground in FACES
+        ],
+        1,
+    )
     unrelated = list(held_out())[:UNRELATED]
     pictures = generate([each.prompt for each in unrelated], 2)
     grid([*faces, *pictures], columns=13).save(sheet)
@@ -161,7 +193,15 @@ def judged(checkpoint: Path, sheet: Path) -> dict[str, float]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the table in Markdown: a line for each setting, mean (lowest to highest) over the seeds that there are."""
     fixed, validation = "loss/stabilize-train", "loss/val"
-    heads = ("", "seeds", "fixed-noise loss", "validation loss", "rate at the end, UNet", "faces", "kept: background / shape / colour")
+    heads = (
+        "",
+        "seeds",
+        "fixed-noise loss",
+        "validation loss",
+        "rate at the end, UNet",
+        "faces",
+        "kept: background / shape / colour",
+    )
     heads = (*heads, "became a face", "saturation, contrast to the base")
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     base = rows[0]
@@ -173,7 +213,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         rates = [each["hyperparameter/lr unet"][-1][1] for each in curves]
         kept = " / ".join(_share(whole, f"kept_{what}") for what in ("background", "shape", "colour"))
         tones = ", ".join(
-            f"{100 * (_mean([row[key] for row in whole]) / base[key] - 1):+.0f}%" for key in ("saturation", "contrast") if whole
+            f"{100 * (_mean([row[key] for row in whole]) / base[key] - 1):+.0f}%"
+            for key in ("saturation", "contrast")
+            if whole
         )
         cells = [
             label, f"{len(whole) if label != 'base' else ''}{failed}",

@@ -30,7 +30,9 @@ _IMPORTED = [
 """What children find imported already, where the platform can: a start then takes a second instead of ten."""
 
 
-def started(arguments: Sequence[str], output: Path, target: Callable[[list[str], str], None] | None = None) -> BaseProcess:
+def started(
+    arguments: Sequence[str], output: Path, target: Callable[[list[str], str], None] | None = None
+) -> BaseProcess:
     """Start train.py in a process of its own, its output added to a file.
 
     Args:
@@ -63,7 +65,9 @@ def train_into(arguments: list[str], output: str) -> int:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
         sys.stdout = sys.stderr = file
-        multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # the platform's own, for its workers
+        multiprocessing.set_start_method(
+            multiprocessing.get_all_start_methods()[0], force=True
+        )  # the platform's own, for its workers
         import train
 
         code = train.main(arguments)

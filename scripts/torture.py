@@ -1,11 +1,14 @@
 """Kill a training run at random moments, again and again, and see that nothing is ever lost and the result is the same to the bit.
 
-    python scripts/torture.py --out /tmp/torture --kills 200 --config train.json --max_epochs 12 --save_every_n_epochs 1
+    python scripts/torture.py --out /tmp/torture --kills 200 --config train.json --max_epochs 12
+    --save_every_n_epochs 1
 
-Everything after the script's own options goes to train.py. One run is left alone; another is killed with SIGKILL (on Windows: ended by
-the system), half of the times at any moment and half while a checkpoint is being written, and continued with `--resume_ckpt findlast`
-until it is done. After each kill every checkpoint has to be whole, and the last step that could be gone on from before still has to be
-there; the finished run must have the other's weights, optimizer state and curves. Then the next one begins, until enough kills are made.
+Everything after the script's own options goes to train.py. One run is left alone; another is killed with
+SIGKILL (on Windows: ended by the system), half of the times at any moment and half while a checkpoint is
+being written, and continued with `--resume_ckpt findlast` until it is done. After each kill every checkpoint
+has to be whole, and the last step that could be gone on from before still has to be there; the finished run
+must have the other's weights, optimizer state and curves. Then the next one begins, until enough kills are
+made.
 
 SIGKILL says nothing about a power failure, which also loses what the system had not written yet.
 """
@@ -57,8 +60,12 @@ class Tally:
 
 def main(argv: list[str] | None = None) -> int:
     """Torture the run that the arguments describe."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the runs; must not hold anything yet")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the runs; must not hold anything yet"
+    )
     parser.add_argument("--kills", type=int, default=200, help="how many times to kill (200)")
     parser.add_argument("--moments", type=int, default=0, help="seed of the random moments (0)")
     options, arguments = parser.parse_known_args(argv)
@@ -75,7 +82,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def torture(arguments: Sequence[str], out: Path, *, kills: int, seed: int, say: Any = lambda _: None) -> Tally:
+def torture(
+    arguments: Sequence[str], out: Path, *, kills: int, seed: int, say: Any = lambda _: None
+) -> Tally:
     """Kill runs of train.py until it has been done `kills` times and the last of them is finished.
 
     Args:
@@ -90,7 +99,9 @@ def torture(arguments: Sequence[str], out: Path, *, kills: int, seed: int, say: 
     """
     out.mkdir(parents=True, exist_ok=True)
     draws = random.Random(seed)
-    started(["--help"], out / "help.txt").join(_LONGEST)  # waits for the imports, which the next one, being timed, then need not
+    started(["--help"], out / "help.txt").join(
+        _LONGEST
+    )  # waits for the imports, which the next one, being timed, then need not
     began = time.monotonic()
     child = started([*arguments, "--logdir", str(out / "alone")], out / "alone.txt")
     child.join(_LONGEST)
@@ -109,7 +120,13 @@ def torture(arguments: Sequence[str], out: Path, *, kills: int, seed: int, say: 
 
 
 def killed_run(
-    arguments: Sequence[str], logdir: Path, draws: random.Random, length: float, kills: int, tally: Tally, say: Any = lambda _: None
+    arguments: Sequence[str],
+    logdir: Path,
+    draws: random.Random,
+    length: float,
+    kills: int,
+    tally: Tally,
+    say: Any = lambda _: None,
 ) -> None:
     """Make one whole run out of many pieces."""
     reached = 0
@@ -153,12 +170,16 @@ def inspect(logdir: Path) -> int:
     highest = 0
     for run in sorted(logdir.glob("*-*")):
         for folder in checkpoints(run):
-            problem = model_problem(folder) or (resume_problem(folder) if (folder / RESUME).exists() else None)
+            problem = model_problem(folder) or (
+                resume_problem(folder) if (folder / RESUME).exists() else None
+            )
             if problem:
                 raise Broken(problem)
             if (folder / RESUME).exists():
                 highest = max(highest, read_resume(folder)[0].step)
-        for file in (run / "ckpts").glob("[!.]*.safetensors"):  # a draft that a kill left behind has a hidden name
+        for file in (run / "ckpts").glob(
+            "[!.]*.safetensors"
+        ):  # a draft that a kill left behind has a hidden name
             try:
                 TensorFile(file)
             except UserError as error:

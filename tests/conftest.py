@@ -4,7 +4,9 @@ import os
 
 import hypothesis
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: a second thread only waits, and would change sums
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the models are tiny: a second thread only waits, and would change sums
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"

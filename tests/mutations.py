@@ -47,7 +47,11 @@ def pictures(seed: int) -> dict[str, bytes]:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     exif[ExifTags.Base.ImageDescription] = "words" * 20
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes().replace(b"s\0R\0G\0B", b"x\0R\0G\0B")
+    profile = (
+        ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+        .tobytes()
+        .replace(b"s\0R\0G\0B", b"x\0R\0G\0B")
+    )
     frames = [colour.resize((60, 40)).rotate(angle) for angle in (0, 90, 180)]
     animated = {"save_all": True, "append_images": frames[1:], "duration": 50}
     kinds = {
@@ -61,7 +65,10 @@ def pictures(seed: int) -> dict[str, bytes]:
         "palette.png": (colour.quantize(30), {"transparency": 3}),
         "deep.png": (Image.fromarray(draws.integers(0, 65535, (40, 40), dtype=np.uint16)), {}),
         "moving.png": (frames[0], animated),
-        "moving.gif": (frames[0].quantize(20), {**animated, "append_images": [frame.quantize(20) for frame in frames[1:]]}),
+        "moving.gif": (
+            frames[0].quantize(20),
+            {**animated, "append_images": [frame.quantize(20) for frame in frames[1:]]},
+        ),
         "plain.webp": (colour, {"exif": exif}),
         "clear.webp": (noise, {"lossless": True}),
         "moving.webp": (frames[0], animated),
@@ -96,7 +103,9 @@ def mutated(content: bytes, other: bytes, draws: np.random.Generator) -> bytes:
             damaged[at] ^= 1 << int(draws.integers(8))
         elif kind == 1:
             form = str(draws.choice(["<I", ">I", "<H", ">H"]))
-            number = struct.pack(form, int(draws.choice(NUMBERS)) & (0xFFFFFFFF if form[1] == "I" else 0xFFFF))
+            number = struct.pack(
+                form, int(draws.choice(NUMBERS)) & (0xFFFFFFFF if form[1] == "I" else 0xFFFF)
+            )
             damaged[at : at + len(number)] = number
         elif kind == 2:
             del damaged[max(at, 1) :]
@@ -198,7 +207,11 @@ def write_odd_names(folder: Path, seed: int) -> int:
                 image = place / os.fsdecode(name + b".png")
                 image.write_bytes(content)
                 images += 1
-                words = mutated(SIDECARS[suffix].encode(), name * 3, draws) if draws.random() < 0.3 else SIDECARS[suffix].encode()
+                words = (
+                    mutated(SIDECARS[suffix].encode(), name * 3, draws)
+                    if draws.random() < 0.3
+                    else SIDECARS[suffix].encode()
+                )
                 image.with_suffix(f".{suffix}").write_bytes(words)
         except (OSError, ValueError):
             continue

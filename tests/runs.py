@@ -15,13 +15,24 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from tests.tiny import write_tiny_folder
 
-ADAMW8BIT = {"base": {"optimizer": "adamw8bit", "lr": None, "weight_decay": 0.01}, "text_encoder_lr_scale": 0.5}
+ADAMW8BIT = {
+    "base": {"optimizer": "adamw8bit", "lr": None, "weight_decay": 0.01},
+    "text_encoder_lr_scale": 0.5,
+}
 ADAMW = {"base": {"optimizer": "adamw", "lr_scheduler": "cosine", "lr_warmup_steps": 2}}
 DADAPT = {
     "base": {"optimizer": "dadapt_adam", "lr": 0.1, "weight_decay": 0.8, "d0": 1e-6, "decouple": True},
     "text_encoder_freezing": {"freeze_front_n_layers": 2},
 }
-FUSED = {"base": {"optimizer": "dadapt_adam8bit", "lr": 1.0, "d0": 1e-5, "weight_decay": 0.1, "fused_backward": True}}
+FUSED = {
+    "base": {
+        "optimizer": "dadapt_adam8bit",
+        "lr": 1.0,
+        "d0": 1e-5,
+        "weight_decay": 0.1,
+        "fused_backward": True,
+    }
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +56,9 @@ def workplace(tmp_path, model, monkeypatch):
 @pytest.fixture
 def no_estimate(monkeypatch):
     """Let --check leave out the memory that a run will need, which takes it two seconds: for tests of what else it tells."""
-    monkeypatch.setattr("trainer.planning.check.estimate", lambda *_, **__: SimpleNamespace(lines=list, as_json=dict))
+    monkeypatch.setattr(
+        "trainer.planning.check.estimate", lambda *_, **__: SimpleNamespace(lines=list, as_json=dict)
+    )
 
 
 def write(folder, optimizer, **changes):
@@ -90,7 +103,10 @@ def uncut(folder):
     """
     settings = json.loads((folder / "train.json").read_text())
     model = Path(settings.pop("resume_ckpt"))
-    texts = [json.dumps(settings), *((folder / name).read_text() for name in ("optimizer.json", "prompts.json"))]
+    texts = [
+        json.dumps(settings),
+        *((folder / name).read_text() for name in ("optimizer.json", "prompts.json")),
+    ]
     inputs = [path.read_bytes() for path in sorted((folder / "pictures").iterdir())]
     weights = [path.read_bytes() for path in sorted(model.rglob("*.safetensors"))]
     key = hashlib.sha256(b"".join([*(text.encode() for text in texts), *inputs, *weights])).digest()
@@ -109,7 +125,9 @@ def run_of(folder, number=-1):
 def scalars(run):
     """Return every scalar of a run as {tag: {step: value}}, times left out."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    return {
+        tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]
+    }
 
 
 def weights(checkpoint):
@@ -123,7 +141,9 @@ def same_run(left, right):
     others = weights(right)
     for name, tensor in weights(left).items():
         assert torch.equal(tensor, others[name]), name
-    assert (left / "resume" / "training.safetensors").read_bytes() == (right / "resume" / "training.safetensors").read_bytes()
+    assert (left / "resume" / "training.safetensors").read_bytes() == (
+        right / "resume" / "training.safetensors"
+    ).read_bytes()
     numbers = []
     for checkpoint in (left, right):
         state = json.loads((checkpoint / "resume" / "training.json").read_text())

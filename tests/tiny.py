@@ -1,7 +1,8 @@
 """Stable Diffusion models of a few ten thousand parameters, built in code from SD 1.5's own classes.
 
-`tiny_models()` returns them in memory; `write_tiny_folder(path)` writes them as a diffusers folder with diffusers' own writer,
-so that loading is tested against something this project did not write. Both depend on the seed alone.
+`tiny_models()` returns them in memory; `write_tiny_folder(path)` writes them as a diffusers folder with
+diffusers' own writer, so that loading is tested against something this project did not write. Both depend on
+the seed alone.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler  # noqa: E402
 
 Shape = Literal["small", "mini", "sd15", "sd2"]
-"""small: two levels of one layer, the lower without attention; mini: two levels of one layer, both with attention (the embedded
-model's arrangement); sd15: four levels of two layers, the lowest without attention (SD 1.5's arrangement);
-sd2: the same with what is SD 2.x's: linear projections, a number of heads for each level, a GELU in the text encoder, v-prediction and
-text 1024 wide, by which a file of it is known: hence 9 million parameters."""
+"""small: two levels of one layer, the lower without attention; mini: two levels of one layer, both with
+attention (the embedded model's arrangement); sd15: four levels of two layers, the lowest without attention
+(SD 1.5's arrangement); sd2: the same with what is SD 2.x's: linear projections, a number of heads for each
+level, a GELU in the text encoder, v-prediction and text 1024 wide, by which a file of it is known: hence 9
+million parameters."""
 
 CONTEXT_WIDTH = 16
 TEXT_LAYERS = 4
@@ -59,7 +61,11 @@ def tiny_models(seed: int = 0, shape: Shape = "small") -> Models:
 
 
 def write_tiny_folder(
-    path: Path, seed: int = 0, shape: Shape = "small", dtype: torch.dtype = torch.float32, variant: str | None = None
+    path: Path,
+    seed: int = 0,
+    shape: Shape = "small",
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
 ) -> Path:
     """Write `tiny_models(seed, shape)` as a diffusers folder in `dtype` and return the folder."""
     models = tiny_models(seed, shape)
@@ -82,11 +88,21 @@ def write_parts_beside(folder: Path) -> torch.nn.Module:
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig, CLIPImageProcessor
 
-    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "projection_dim": 8}
-    config = CLIPConfig(vision_config={**size, "image_size": 32, "patch_size": 32}, text_config=size, projection_dim=8)
+    size = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "projection_dim": 8,
+    }
+    config = CLIPConfig(
+        vision_config={**size, "image_size": 32, "patch_size": 32}, text_config=size, projection_dim=8
+    )
     checker = StableDiffusionSafetyChecker(config)
     checker.save_pretrained(folder / "safety_checker")
-    torch.save(checker.state_dict(), folder / "safety_checker" / "pytorch_model.bin")  # the same again, in the older form
+    torch.save(
+        checker.state_dict(), folder / "safety_checker" / "pytorch_model.bin"
+    )  # the same again, in the older form
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder / "feature_extractor")
     (folder / "watermark").mkdir()
     (folder / "watermark" / "mark.txt").write_text("someone's")
@@ -153,7 +169,11 @@ def _unet(shape: Shape) -> UNet2DConditionModel:
         },
     }["sd15" if shape == "sd2" else shape]
     if shape == "sd2":
-        arrangement |= {"cross_attention_dim": SD2_WIDTH, "attention_head_dim": (1, 2, 4, 4), "use_linear_projection": True}
+        arrangement |= {
+            "cross_attention_dim": SD2_WIDTH,
+            "attention_head_dim": (1, 2, 4, 4),
+            "use_linear_projection": True,
+        }
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -178,7 +198,12 @@ def _text_encoder(tokenizer: CLIPTokenizer, shape: Shape) -> CLIPTextModel:
         "pad_token_id": tokenizer.pad_token_id,
     }
     if shape == "sd2":
-        config |= {"hidden_size": SD2_WIDTH, "intermediate_size": 8, "num_hidden_layers": 2, "hidden_act": "gelu"}
+        config |= {
+            "hidden_size": SD2_WIDTH,
+            "intermediate_size": 8,
+            "num_hidden_layers": 2,
+            "hidden_act": "gelu",
+        }
     return CLIPTextModel(CLIPTextConfig(**config))
 
 

@@ -11,13 +11,16 @@ def inside(folder: Path, name: str | Path) -> Path:
     """Return the path of `name` in `folder`.
 
     Raises:
-        UserError: the name or a link leads outside the folder. Links of the hub cache into its own blobs are accepted.
+        UserError: the name or a link leads outside the folder. Links of the hub cache into its own blobs are
+        accepted.
     """
     path, root = folder / name, folder.resolve()
     try:
         place = path.resolve()
     except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a null character
-        raise UserError(f"{folder}: the path {str(name)!r} in it is not valid ({error}); choose another model.") from error
+        raise UserError(
+            f"{folder}: the path {str(name)!r} in it is not valid ({error}); choose another model."
+        ) from error
     if place.is_relative_to(root) or place.parent in _blobs(root):
         return path
     raise UserError(

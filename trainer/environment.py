@@ -1,7 +1,8 @@
 """What a run needs of the machine: Python, the packages, and a torch that fits the GPU and its neighbours.
 
-`check_environment` imports no third-party package, since what it looks for may be missing or broken: versions come from the
-installed metadata, and what torch was built for from its version.py, which says so in constants.
+`check_environment` imports no third-party package, since what it looks for may be missing or broken: versions
+come from the installed metadata, and what torch was built for from its version.py, which says so in
+constants.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def check_environment() -> list[str]:
     """Return a sentence about each thing that will slow or surprise the run, before anything heavy is imported.
 
     Raises:
-        UserError: Python is too old, packages are missing, or one is installed that breaks the import of diffusers.
+        UserError: Python is too old, packages are missing, or one is installed that breaks the import of
+        diffusers.
     """
     if sys.version_info < (3, 11):  # noqa: UP036 (whoever starts an older Python is to read a sentence, so this file keeps to its syntax)
         raise UserError(f"Python {sys.version.split()[0]} is too old: Python 3.11 or newer is needed.")
@@ -72,10 +74,16 @@ def visible_gpus() -> list[str]:
     if program is None:
         return []
     try:
-        answer = subprocess.run([program, "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20)
+        answer = subprocess.run(
+            [program, "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired):
         return []  # a driver that does not answer has no GPU to offer
-    return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
+    return (
+        [line.strip() for line in answer.stdout.splitlines() if line.strip()]
+        if answer.returncode == 0
+        else []
+    )
 
 
 def _pins() -> dict[str, str]:
@@ -101,7 +109,9 @@ def _missing(installed: dict[str, str | None]) -> list[str]:
     if not names:
         return []
     are = "package is" if len(names) == 1 else "packages are"
-    return [f"{len(names)} {are} not installed: {', '.join(names)}; install with `pip install -r requirements.txt`."]
+    return [
+        f"{len(names)} {are} not installed: {', '.join(names)}; install with `pip install -r requirements.txt`."
+    ]
 
 
 def _other_versions(pins: dict[str, str], installed: dict[str, str | None]) -> list[str]:
@@ -113,7 +123,9 @@ def _other_versions(pins: dict[str, str], installed: dict[str, str | None]) -> l
     ]
     if not others:
         return []
-    return [f"Other package versions than the tested ones: {', '.join(others)}; `pip install -r requirements.txt` installs those."]
+    return [
+        f"Other package versions than the tested ones: {', '.join(others)}; `pip install -r requirements.txt` installs those."
+    ]
 
 
 def _torch_without_cuda(pin: str) -> list[str]:
@@ -132,8 +144,8 @@ def _torch_without_cuda(pin: str) -> list[str]:
 def _broken_companions() -> list[str]:
     """Name the companions that were built for another torch and do not import beside this one.
 
-    Metadata alone cannot tell whether a package loads, and importing each takes seconds; so only those whose metadata or build
-    does not fit are imported, in a process of their own.
+    Metadata alone cannot tell whether a package loads, and importing each takes seconds; so only those whose
+    metadata or build does not fit are imported, in a process of their own.
     """
     torch = _constants("torch")
     if torch is None:
@@ -166,7 +178,8 @@ def _fits(name: str, version: str, torch: dict[str, object]) -> bool:
 
 def _import_error(name: str) -> str | None:
     """Return the last line that importing `name` in a fresh interpreter fails with, None where it succeeds."""
-    # -P keeps the working directory off the path; -I would also hide packages installed with --user or by PYTHONPATH.
+    # -P keeps the working directory off the path; -I would also hide packages installed with --user or by
+    # PYTHONPATH.
     command = [sys.executable, "-P", "-c", f"import {name}"]
     answer = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
     if answer.returncode == 0:

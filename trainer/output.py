@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-# Control characters, what ends a line or turns the direction of text, and halves of surrogate pairs. Joiners stay: emoji need them.
+# Control characters, what ends a line or turns the direction of text, and halves of surrogate pairs. Joiners
+# stay: emoji need them.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -22,7 +23,12 @@ def clean(text: str, encoding: str = "utf-8") -> str:
 def say(*lines: str, stream: TextIO) -> None:
     """Write lines to a stream, each cleaned."""
     with surviving(stream):
-        print(*(clean(line, getattr(stream, "encoding", None) or "utf-8") for line in lines), sep="\n", file=stream, flush=True)
+        print(
+            *(clean(line, getattr(stream, "encoding", None) or "utf-8") for line in lines),
+            sep="\n",
+            file=stream,
+            flush=True,
+        )
 
 
 @contextmanager

@@ -23,8 +23,8 @@ _FLOAT = "$float"
 def write_state(state: Any, path: Path) -> None:
     """Write `state` as `path` with the endings .safetensors (tensors, bit for bit) and .json (everything else).
 
-    Tensors are streamed to the file one after the other, so no second copy of the state exists in memory. Tensors that share
-    their memory (the quantisation maps of 8-bit optimizers) are written once.
+    Tensors are streamed to the file one after the other, so no second copy of the state exists in memory.
+    Tensors that share their memory (the quantisation maps of 8-bit optimizers) are written once.
     """
     tensors: dict[str, Tensor] = {}
     seen: dict[tuple[Any, ...], str] = {}
@@ -65,7 +65,9 @@ def size_of_state(state: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def write_safetensors(tensors: dict[str, Tensor], file: BinaryIO, metadata: dict[str, str] | None = None) -> None:
+def write_safetensors(
+    tensors: dict[str, Tensor], file: BinaryIO, metadata: dict[str, str] | None = None
+) -> None:
     """Write tensors in the safetensors format, copying one tensor at a time to the host."""
     import torch
 
@@ -77,7 +79,11 @@ def write_safetensors(tensors: dict[str, Tensor], file: BinaryIO, metadata: dict
     offset = 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -99,9 +105,13 @@ def _to_tree(value: Any, name: str, tensors: dict[str, Tensor], seen: dict[tuple
     if isinstance(value, dict):
         if all(isinstance(key, str) and not key.startswith("$") for key in value):
             return {key: _to_tree(item, f"{name}.{key}", tensors, seen) for key, item in value.items()}
-        return {_ITEMS: [[key, _to_tree(item, f"{name}.{key}", tensors, seen)] for key, item in value.items()]}
+        return {
+            _ITEMS: [[key, _to_tree(item, f"{name}.{key}", tensors, seen)] for key, item in value.items()]
+        }
     if isinstance(value, tuple):
-        return {_TUPLE: [_to_tree(item, f"{name}.{number}", tensors, seen) for number, item in enumerate(value)]}
+        return {
+            _TUPLE: [_to_tree(item, f"{name}.{number}", tensors, seen) for number, item in enumerate(value)]
+        }
     if isinstance(value, list):
         return [_to_tree(item, f"{name}.{number}", tensors, seen) for number, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):

@@ -25,14 +25,20 @@ def sidecar_chain(*, lines: bool = False) -> tuple[CaptionSource, ...]:
     Args:
         lines: whether each line of a text file is a caption of its own.
     """
-    return (YamlFile(".yaml"), YamlFile(".yml"), TextFile(".caption", lines), TextFile(".txt", lines), JsonFile())
+    return (
+        YamlFile(".yaml"),
+        YamlFile(".yml"),
+        TextFile(".caption", lines),
+        TextFile(".txt", lines),
+        JsonFile(),
+    )
 
 
 def read_sidecars(stem: str, folder: Folder, chain: Sequence[CaptionSource]) -> tuple[Entry, ...]:
     """Return what the files beside an image say, in the order of precedence.
 
-    A text file whose words would not be used is not read. The tags of a JSON file are words too: a downloader's, which nobody meant to
-    add to a caption that stands in another file.
+    A text file whose words would not be used is not read. The tags of a JSON file are words too: a
+    downloader's, which nobody meant to add to a caption that stands in another file.
 
     Args:
         stem: the image's file name without its extension.
@@ -47,11 +53,22 @@ def read_sidecars(stem: str, folder: Folder, chain: Sequence[CaptionSource]) -> 
     for source in chain:
         if spoken and isinstance(source, TextFile):
             if name := folder.beside(stem, source.suffix):
-                entries.append(Entry(remarks=(Remark(name, f"it is not used: the {spoken} file of the same image has the caption"),)))
+                entries.append(
+                    Entry(
+                        remarks=(
+                            Remark(
+                                name, f"it is not used: the {spoken} file of the same image has the caption"
+                            ),
+                        )
+                    )
+                )
             continue
         if entry := source.read(stem, folder):
             if spoken and isinstance(source, JsonFile) and (entry.captions or entry.tags):
-                unused = Remark(f"{stem}.json", f"its words are not used: the {spoken} file of the same image has the caption")
+                unused = Remark(
+                    f"{stem}.json",
+                    f"its words are not used: the {spoken} file of the same image has the caption",
+                )
                 entry = replace(entry, captions=(), tags=(), remarks=(*entry.remarks, unused))
             entries.append(entry)
             spoken = spoken or (entry.source if entry.has_words else "")
@@ -61,8 +78,9 @@ def read_sidecars(stem: str, folder: Folder, chain: Sequence[CaptionSource]) -> 
 def choose_caption(own: Sequence[Entry], around: Sequence[Entry], stem: str, *, prefix: str = "") -> Caption:
     """Return the caption of an image.
 
-    The words are those of the first entry that has any; the tags of all entries are added to them, heavier ones first. Where there
-    are none, an empty caption counts, then tags of the image's own stand alone, and else its file name is the caption.
+    The words are those of the first entry that has any; the tags of all entries are added to them, heavier
+    ones first. Where there are none, an empty caption counts, then tags of the image's own stand alone, and
+    else its file name is the caption.
 
     Args:
         own: what files say about this image, in the order of precedence.
@@ -71,7 +89,9 @@ def choose_caption(own: Sequence[Entry], around: Sequence[Entry], stem: str, *, 
         prefix: comes before every caption.
     """
     entries = (*own, *around)
-    spoken = next((entry for entry in entries if entry.has_words), None) or next((entry for entry in entries if entry.captions), NOTHING)
+    spoken = next((entry for entry in entries if entry.has_words), None) or next(
+        (entry for entry in entries if entry.captions), NOTHING
+    )
     captions = spoken.captions
     if not captions:
         alone = next((entry.source for entry in own if entry.tags), None)
@@ -79,7 +99,10 @@ def choose_caption(own: Sequence[Entry], around: Sequence[Entry], stem: str, *, 
     added = [tag for entry in entries for tag in entry.tags]
     longest = first_setting(entries, "max_caption_length")
     if added or prefix or longest is not None:
-        captions = tuple(replace(caption, tags=_joined(caption.tags, added), prefix=prefix, longest=longest) for caption in captions)
+        captions = tuple(
+            replace(caption, tags=_joined(caption.tags, added), prefix=prefix, longest=longest)
+            for caption in captions
+        )
     first, *others = captions
     return replace(first, others=tuple(others)) if others else first
 

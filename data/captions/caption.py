@@ -58,8 +58,8 @@ class Caption:
 def squeeze(text: str) -> str:
     """Return a text with every run of white space, line ends included, as a single space, and none at its ends.
 
-    Halves of surrogate pairs, which JSON may spell and names in Latin-1 are read as, become the replacement character: no tokenizer
-    takes them.
+    Halves of surrogate pairs, which JSON may spell and names in Latin-1 are read as, become the replacement
+    character: no tokenizer takes them.
     """
     return " ".join((text if text.isascii() else _HALVES.sub("\ufffd", text)).split())
 
@@ -82,7 +82,9 @@ def _tag(text: str) -> Tag:
     return Tag(text)
 
 
-def render(caption: Caption, draws: np.random.Generator, *, cond_dropout: float, shuffle_tags: bool, keep_tags: int) -> str:
+def render(
+    caption: Caption, draws: np.random.Generator, *, cond_dropout: float, shuffle_tags: bool, keep_tags: int
+) -> str:
     """Return the caption's text for one showing of its image.
 
     Args:
@@ -98,7 +100,11 @@ def render(caption: Caption, draws: np.random.Generator, *, cond_dropout: float,
     if not shuffle_tags:
         return caption.text
     kept, loose = caption.tags[:keep_tags], caption.tags[keep_tags:]
-    # An exponential race: each tag in turn wins with a chance proportional to its weight; weight 0 never beats another tag.
-    finish = [time / tag.weight if tag.weight > 0 else np.inf for tag, time in zip(loose, draws.exponential(size=len(loose)), strict=True)]
+    # An exponential race: each tag in turn wins with a chance proportional to its weight; weight 0 never
+    # beats another tag.
+    finish = [
+        time / tag.weight if tag.weight > 0 else np.inf
+        for tag, time in zip(loose, draws.exponential(size=len(loose)), strict=True)
+    ]
     shuffled = tuple(loose[place] for place in np.argsort(finish, kind="stable"))
     return replace(caption, tags=kept + shuffled).text

@@ -65,7 +65,9 @@ class Entry:
 NOTHING = Entry()
 
 
-def read_entry(values: Mapping[str, Any], *, file: str, source: str, lines: Mapping[str, int] | None = None) -> Entry:
+def read_entry(
+    values: Mapping[str, Any], *, file: str, source: str, lines: Mapping[str, int] | None = None
+) -> Entry:
     """Return what the keys and values of a file say.
 
     A value may be as JSON types it or, from files that have text only, a string; None says nothing.
@@ -100,12 +102,21 @@ def read_entry(values: Mapping[str, Any], *, file: str, source: str, lines: Mapp
     if len(spoken) > 1:
         remarks.append(Remark(file, f"it has {' and '.join(spoken)}; {spoken[0]} is used"))
     if "rating" in found:
-        remarks.append(Remark(file, "rating has no effect: rated datasets are not supported; multiply makes images count more or less"))
+        remarks.append(
+            Remark(
+                file,
+                "rating has no effect: rated datasets are not supported; multiply makes images count more or less",
+            )
+        )
     whole = spoken[:1] == ["main_prompt"]
     texts = found[spoken[0]] if spoken else ()
-    captions = tuple(Caption(squeeze(text), (), source) if whole else parse_caption(text, source) for text in texts)
+    captions = tuple(
+        Caption(squeeze(text), (), source) if whole else parse_caption(text, source) for text in texts
+    )
     settings = {key: found[key] for key in SETTINGS if key in found}
-    return Entry(captions=captions, tags=found.get("tags", ()), source=source, remarks=tuple(remarks), **settings)
+    return Entry(
+        captions=captions, tags=found.get("tags", ()), source=source, remarks=tuple(remarks), **settings
+    )
 
 
 def read_setting(key: str, text: str) -> Any:
@@ -123,11 +134,19 @@ def first_setting(entries: Iterable[Entry], key: str) -> Any:
 
 
 def _number(low: float, high: float = math.inf) -> Callable[[Any], float]:
-    words = f"must be a number, at least {low:g}" if high == math.inf else f"must be a number from {low:g} to {high:g}"
+    words = (
+        f"must be a number, at least {low:g}"
+        if high == math.inf
+        else f"must be a number from {low:g} to {high:g}"
+    )
 
     def read(value: Any) -> float:
         try:
-            number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
+            number = (
+                float(value)
+                if isinstance(value, str | int | float) and not isinstance(value, bool)
+                else math.nan
+            )
         except (ValueError, OverflowError):
             number = math.nan
         if not (low <= number <= high and math.isfinite(number)):
@@ -172,7 +191,9 @@ def _captions(value: Any) -> tuple[str, ...]:
     texts = value if isinstance(value, list) else [value]
     odd = [text for text in texts if not isinstance(text, str)]
     if odd or not texts:
-        raise ValueError(f"must be text, or a list of texts of which one is drawn each time; got {_shown(odd[0] if odd else value)}")
+        raise ValueError(
+            f"must be text, or a list of texts of which one is drawn each time; got {_shown(odd[0] if odd else value)}"
+        )
     return tuple(texts)
 
 
@@ -185,7 +206,11 @@ def _tags(value: Any) -> tuple[Tag, ...]:
 
 
 def _tag(item: Any) -> Tag:
-    words, weight = (item.get("tag"), item.get("weight")) if isinstance(item, dict) and item.keys() <= {"tag", "weight"} else (item, None)
+    words, weight = (
+        (item.get("tag"), item.get("weight"))
+        if isinstance(item, dict) and item.keys() <= {"tag", "weight"}
+        else (item, None)
+    )
     if words is None or isinstance(words, str):
         try:
             return Tag(squeeze(words or ""), 1.0 if weight is None else _number(0)(weight))
@@ -216,7 +241,11 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
 
 def _unknown(place: str, key: str) -> Remark:
     close, shown = _closest(key), key if len(key) <= _LONGEST_KEY else key[:_LONGEST_KEY] + "..."
-    return Remark(place, f"unknown key {shown!r}; did you mean {close!r}?") if close else UnknownKey(place, shown)
+    return (
+        Remark(place, f"unknown key {shown!r}; did you mean {close!r}?")
+        if close
+        else UnknownKey(place, shown)
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -229,4 +258,10 @@ def _shown(value: Any) -> str:
         return repr(value if len(value) <= 60 else value[:57] + "...")
     if value is None or isinstance(value, bool):
         return {None: "nothing", True: "true", False: "false"}[value]
-    return str(value)[:60] if isinstance(value, int | float) else "an object" if isinstance(value, dict) else "a list"
+    return (
+        str(value)[:60]
+        if isinstance(value, int | float)
+        else "an object"
+        if isinstance(value, dict)
+        else "a list"
+    )

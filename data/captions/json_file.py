@@ -49,4 +49,6 @@ def read_json(text: str, file: str, line: int = 1) -> Any:
     except json.JSONDecodeError as error:
         raise FileError(f"{file}:{line + error.lineno - 1}: is not JSON ({error.msg})") from error
     except (RecursionError, ValueError) as error:  # nested beyond reason, or a number of thousands of digits
-        raise FileError(f"{file}:{line}: holds JSON that is nested too deep or has a number that is too long") from error
+        raise FileError(
+            f"{file}:{line}: holds JSON that is nested too deep or has a number that is too long"
+        ) from error

@@ -15,7 +15,11 @@ from data.regular import open_regular
 LARGEST_TEXT = 1 << 20
 """Bytes; a longer file is not a caption."""
 
-_BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,18 +46,29 @@ class TextFile:
         if len(lines) < 2:
             return Entry(captions=(parse_caption(text, self.suffix),), source=self.suffix)
         if self.lines:
-            return Entry(captions=tuple(parse_caption(line, self.suffix) for line in lines), source=self.suffix)
+            return Entry(
+                captions=tuple(parse_caption(line, self.suffix) for line in lines), source=self.suffix
+            )
         if self.first:
-            unread = Remark(name, "its first line is the caption, as in kohya's scripts; with caption_lines a line is drawn each time")
-            return Entry(captions=(parse_caption(lines[0], self.suffix),), source=self.suffix, remarks=(unread,))
-        joined = Remark(name, "its lines are joined into one caption; with caption_lines one of them would be drawn each time")
+            unread = Remark(
+                name,
+                "its first line is the caption, as in kohya's scripts; with caption_lines a line is drawn each time",
+            )
+            return Entry(
+                captions=(parse_caption(lines[0], self.suffix),), source=self.suffix, remarks=(unread,)
+            )
+        joined = Remark(
+            name,
+            "its lines are joined into one caption; with caption_lines one of them would be drawn each time",
+        )
         return Entry(captions=(parse_caption(text, self.suffix),), source=self.suffix, remarks=(joined,))
 
 
 def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
     """Return a text file's content, whichever of the usual encodings it is in.
 
-    A byte-order mark decides; without one it is UTF-8 where that fits and Windows-1252, which extends Latin-1, where it does not.
+    A byte-order mark decides; without one it is UTF-8 where that fits and Windows-1252, which extends
+    Latin-1, where it does not.
 
     Raises:
         FileError: the file cannot be read, or is larger than `largest` bytes.

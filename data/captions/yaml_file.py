@@ -1,8 +1,8 @@
 """A YAML file beside the image, or for a folder, with words and settings under EveryDream2's keys.
 
-The parser's events are read here and nothing is ever constructed from them but dicts, lists and strings. No tag can run code, and
-aliases bring no more text than a file may hold. Depth is bounded before libyaml, which recurses when it composes a document, could
-overflow the stack.
+The parser's events are read here and nothing is ever constructed from them but dicts, lists and strings. No
+tag can run code, and aliases bring no more text than a file may hold. Depth is bounded before libyaml, which
+recurses when it composes a document, could overflow the stack.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ LARGEST_YAML = 1 << 17
 
 _DEEPEST = 8
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_TAGS = ("!", *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "timestamp", "seq", "map")))
+_TAGS = (
+    "!",
+    *(
+        f"tag:yaml.org,2002:{kind}"
+        for kind in ("str", "int", "float", "bool", "null", "timestamp", "seq", "map")
+    ),
+)
 _NULLS = ("", "~", "null", "Null", "NULL")
 
 
@@ -43,7 +49,9 @@ class _Anchors:
         value = self.values[event.anchor]
         self.left -= _size(value)
         if self.left < 0:
-            raise FileError(f"{file}:{_line(event)}: aliases repeat more than {LARGEST_YAML >> 10} KiB; write fewer of them")
+            raise FileError(
+                f"{file}:{_line(event)}: aliases repeat more than {LARGEST_YAML >> 10} KiB; write fewer of them"
+            )
         return value
 
 
@@ -69,7 +77,8 @@ def read_yaml(path: Path, source: str) -> Entry:
     Scalars are taken as they are written, so that a caption may be `no` or `2024`.
 
     Raises:
-        FileError: the file cannot be read, is not YAML or holds a value that cannot be used; the reason names file and line.
+        FileError: the file cannot be read, is not YAML or holds a value that cannot be used; the reason names
+        file and line.
     """
     text = read_text(path, LARGEST_YAML)
     try:
@@ -100,7 +109,14 @@ def _document(events: Iterator[Any], file: str) -> tuple[dict[str, Any], dict[st
     return values, lines
 
 
-def _value(event: Any, events: Iterator[Any], anchors: _Anchors, file: str, depth: int, lines: dict[str, int] | None = None) -> Any:
+def _value(
+    event: Any,
+    events: Iterator[Any],
+    anchors: _Anchors,
+    file: str,
+    depth: int,
+    lines: dict[str, int] | None = None,
+) -> Any:
     """Return the dict, list, string or None that begins with `event`; the line of each key of a dict goes into `lines`."""
     if isinstance(event, yaml.AliasEvent):
         return anchors.value(event, file)
@@ -150,7 +166,13 @@ def _line(event: Any) -> int:
 def _said(error: yaml.YAMLError, file: str, text: str) -> str:
     """Return the parser's complaint in one sentence, with the line."""
     mark, position = getattr(error, "problem_mark", None), getattr(error, "position", None)
-    line = mark.line + 1 if mark is not None else text.count("\n", 0, position) + 1 if isinstance(position, int) else None
+    line = (
+        mark.line + 1
+        if mark is not None
+        else text.count("\n", 0, position) + 1
+        if isinstance(position, int)
+        else None
+    )
     said = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be parsed"
     hint = "; put a text that holds a colon into quotes" if "mapping values" in said else ""
     return f"{file}{'' if line is None else f':{line}'}: is not YAML ({said}){hint}"

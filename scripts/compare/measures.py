@@ -53,7 +53,9 @@ class Measured:
 
     def best(self, tag: str) -> float | None:
         """Return the lowest value of a curve after the first step."""
-        values = [value for step, value in self.curves.get(tag, {}).items() if step > 0 and math.isfinite(value)]
+        values = [
+            value for step, value in self.curves.get(tag, {}).items() if step > 0 and math.isfinite(value)
+        ]
         return min(values) if values else None
 
 
@@ -86,7 +88,13 @@ class Compared:
 
 def networks_of(files: Sequence[Compared], prefix: str) -> list[str]:
     """Return the networks that any run has a curve of, as tags name them."""
-    tags = [tag.removeprefix(prefix) for file in files for run in file.runs for tag in run.curves if tag.startswith(prefix)]
+    tags = [
+        tag.removeprefix(prefix)
+        for file in files
+        for run in file.runs
+        for tag in run.curves
+        if tag.startswith(prefix)
+    ]
     return list(dict.fromkeys(tags))
 
 
@@ -136,7 +144,9 @@ def read_curves(run: Path) -> dict[str, Curve]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    return {
+        tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]
+    }
 
 
 def last_checkpoint(run: Path) -> Path | None:
@@ -150,9 +160,15 @@ def _size(run: Path, checkpoint: Path) -> int:
     """Return the bytes of a checkpoint, its single file included, and without the state for resuming."""
     from trainer.checkpoints.format import single_files
 
-    files = [path for path in checkpoint.rglob("*") if path.is_file() and "resume" not in path.relative_to(checkpoint).parts]
+    files = [
+        path
+        for path in checkpoint.rglob("*")
+        if path.is_file() and "resume" not in path.relative_to(checkpoint).parts
+    ]
     single = single_files(run / "ckpts", run.name)[:1]
-    return sum(path.stat().st_size for path in {*files, *single, *([checkpoint] if checkpoint.is_file() else [])})
+    return sum(
+        path.stat().st_size for path in {*files, *single, *([checkpoint] if checkpoint.is_file() else [])}
+    )
 
 
 def _state_bytes(checkpoint: Path, learning: Mapping[str, int]) -> float | None:
@@ -163,13 +179,25 @@ def _state_bytes(checkpoint: Path, learning: Mapping[str, int]) -> float | None:
     if not path.is_file() or not sum(learning.values()):
         return None
     header = TensorFile(path)
-    sizes = [tensor.numel() * tensor.element_size() for name, tensor in header.items() if name.startswith("state.optimizers.")]
+    sizes = [
+        tensor.numel() * tensor.element_size()
+        for name, tensor in header.items()
+        if name.startswith("state.optimizers.")
+    ]
     return sum(sizes) / sum(learning.values())
 
 
 def settings_of(run: Planned) -> str:
     """Return what a report says of a run's data and length, as JSON would have it."""
-    keys = ("resume_ckpt", "data_root", "max_epochs", "batch_size", "grad_accum", "resolution", "mixed_precision")
+    keys = (
+        "resume_ckpt",
+        "data_root",
+        "max_epochs",
+        "batch_size",
+        "grad_accum",
+        "resolution",
+        "mixed_precision",
+    )
     shown = {key: run.config.get(key) for key in keys}
     return ", ".join(f"{key} {json.dumps(_named(value))}" for key, value in shown.items())
 

@@ -31,7 +31,8 @@ def draw_pictures(
 
     Args:
         files: what is compared.
-        shown: the prompts of the grid, which has a column for the first run of each file that came to its end.
+        shown: the prompts of the grid, which has a column for the first run of each file that came to its
+        end.
         unrelated: the prompts whose drift is measured, with every run.
         words: which prompts those are.
         base: the model that all runs began from.
@@ -41,20 +42,35 @@ def draw_pictures(
     from scripts.grids.columns import Column, checkpoint_column
     from scripts.grids.draw import draw
 
-    runs = [(place, run) for place, file in enumerate(files) for run in file.runs if run.checkpoint is not None and not run.end.code]
+    runs = [
+        (place, run)
+        for place, file in enumerate(files)
+        for run in file.runs
+        if run.checkpoint is not None and not run.end.code
+    ]
     if not runs:
         return list(files), None
     columns = [Column("base", base)]
-    columns += [checkpoint_column(run.checkpoint, base, files[place].label) for place, run in runs if run.checkpoint is not None]
+    columns += [
+        checkpoint_column(run.checkpoint, base, files[place].label)
+        for place, run in runs
+        if run.checkpoint is not None
+    ]
     owners = [-1, *(place for place, _ in runs)]
     firsts = [owners.index(owner) for owner in dict.fromkeys(owners)]
 
     def drawn(these: Sequence[Column], prompts: SamplePrompts) -> Grid:
         # One guidance scale: the first of the file, which is how people use the model.
-        return draw(these, prompts, cfgs=prompts.cfgs[:1], resolution=prompts.resolution or resolution, say=say)
+        return draw(
+            these, prompts, cfgs=prompts.cfgs[:1], resolution=prompts.resolution or resolution, say=say
+        )
 
     everything = drawn(columns, unrelated)
-    grid = everything.only(firsts) if unrelated == shown else drawn([columns[number] for number in firsts], shown)
+    grid = (
+        everything.only(firsts)
+        if unrelated == shown
+        else drawn([columns[number] for number in firsts], shown)
+    )
     tones: dict[int, list[Tone]] = {}
     for number, owner in enumerate(owners):
         if pictures := _of_column(everything.cells, number):

@@ -12,7 +12,18 @@ from scripts.compare.measures import FIXED, LOSS, RATE, VALIDATION, Compared, D,
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b5179e", "#7a5195", "#8c6d00", "#3a3a3a", "#e63946", "#0b8a9c", "#5b8c00")
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#b5179e",
+    "#7a5195",
+    "#8c6d00",
+    "#3a3a3a",
+    "#e63946",
+    "#0b8a9c",
+    "#5b8c00",
+)
 """Of the files in their order, from the eleventh on again: each has a contrast of at least 3 on white."""
 
 _DASHES = ("-", (0, (4, 2)), (0, (6, 1.5, 1.5, 1.5)))
@@ -37,7 +48,15 @@ def draw_plots(files: Sequence[Compared], folder: Path) -> list[Plot]:
     band = " Line: mean over seeds; band: lowest to highest." if seeds > 1 else ""
     made = []
 
-    def add(name: str, title: str, words: str, panels: Sequence[tuple[str, str]], *, log: bool, smooth: bool = False) -> None:
+    def add(
+        name: str,
+        title: str,
+        words: str,
+        panels: Sequence[tuple[str, str]],
+        *,
+        log: bool,
+        smooth: bool = False,
+    ) -> None:
         shown = [(heading, tag) for heading, tag in panels if any(file.curve(tag) for file in files)]
         if shown:
             _draw(files, folder / f"{name}.png", shown, log=log, smooth=smooth)
@@ -82,10 +101,14 @@ def colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
-def _draw(files: Sequence[Compared], path: Path, panels: Sequence[tuple[str, str]], *, log: bool, smooth: bool) -> None:
+def _draw(
+    files: Sequence[Compared], path: Path, panels: Sequence[tuple[str, str]], *, log: bool, smooth: bool
+) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.2 * len(panels) if len(panels) > 1 else 9.5, 4.4), dpi=110, layout="constrained")
+    figure = Figure(
+        figsize=(6.2 * len(panels) if len(panels) > 1 else 9.5, 4.4), dpi=110, layout="constrained"
+    )
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (heading, tag) in zip(axes, panels, strict=True):
         ends = []
@@ -124,7 +147,10 @@ def _label_ends(axis: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     assert figure is not None
     figure.draw_without_rendering()  # so that data coordinates are known
     height = axis.get_window_extent().height
-    to_share = [float(axis.transAxes.inverted().transform(axis.transData.transform((0, value)))[1]) for value, _, _ in ends]
+    to_share = [
+        float(axis.transAxes.inverted().transform(axis.transData.transform((0, value)))[1])
+        for value, _, _ in ends
+    ]
     least = 13 * figure.dpi / 72 / height
     order = sorted(range(len(ends)), key=lambda place: to_share[place])
     placed: dict[int, float] = {}
@@ -147,10 +173,21 @@ def _label_ends(axis: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
             fontsize=9,
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": ink, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 1, "relpos": (0, 0.5)},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": ink,
+                "linewidth": 0.6,
+                "shrinkA": 0,
+                "shrinkB": 1,
+                "relpos": (0, 0.5),
+            },
         )
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
     """Return at each place the mean of the last few values up to it."""
-    return [sum(part) / len(part) for end in range(1, len(values) + 1) if (part := values[max(0, end - _WINDOW) : end])]
+    return [
+        sum(part) / len(part)
+        for end in range(1, len(values) + 1)
+        if (part := values[max(0, end - _WINDOW) : end])
+    ]

@@ -58,7 +58,9 @@ class Drawn(NamedTuple):
     """Which prompts those are, in words."""
 
 
-def write_report(files: Sequence[Compared], drawn: Drawn | None, out: Path, *, settings: str, command: str, device: str) -> Path:
+def write_report(
+    files: Sequence[Compared], drawn: Drawn | None, out: Path, *, settings: str, command: str, device: str
+) -> Path:
     """Write the page, the Markdown file and their pictures into `out`/report, and return the page.
 
     Args:
@@ -75,7 +77,12 @@ def write_report(files: Sequence[Compared], drawn: Drawn | None, out: Path, *, s
     folder = out / "report"
     folder.mkdir(parents=True, exist_ok=True)
     plots = draw_plots(files, folder)
-    tables = [_losses(files), _cost(files), *([_drift(files, drawn)] if drawn is not None else []), _ends(files)]
+    tables = [
+        _losses(files),
+        _cost(files),
+        *([_drift(files, drawn)] if drawn is not None else []),
+        _ends(files),
+    ]
     seeds = sorted({run.end.planned.seed for file in files for run in file.runs})
     head = [
         f"{len(files)} optimizer files, {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}; the same data, order, noise "
@@ -103,7 +110,9 @@ def write_report(files: Sequence[Compared], drawn: Drawn | None, out: Path, *, s
         parts.append(f"<h2>{escape(table.title)}</h2>{_html(table)}<p class='note'>{escape(table.words)}</p>")
     for plot in plots:
         image = inlined((folder / f"{plot.name}.png").read_bytes(), "png")
-        parts.append(f'<h2>{escape(plot.title)}</h2><img class="plot" src="{image}" alt="{escape(plot.title)}">')
+        parts.append(
+            f'<h2>{escape(plot.title)}</h2><img class="plot" src="{image}" alt="{escape(plot.title)}">'
+        )
         parts.append(f'<p class="note">{escape(plot.words)}</p>')
     if drawn is not None:
         parts.append("<h2>Pictures</h2>" + page_body(drawn.grid))
@@ -118,7 +127,14 @@ def write_report(files: Sequence[Compared], drawn: Drawn | None, out: Path, *, s
     for plot in plots:
         lines += [f"## {plot.title}", "", f"![{plot.title}]({plot.name}.png)", "", plot.words, ""]
     if drawn is not None:
-        lines += ["## Pictures", "", f"{drawn.grid.settings}.", "", f"![base and last checkpoints]({GRID})", ""]
+        lines += [
+            "## Pictures",
+            "",
+            f"{drawn.grid.settings}.",
+            "",
+            f"![base and last checkpoints]({GRID})",
+            "",
+        ]
     lines += ["## In TensorBoard", "", f"`{board}` {board_words}", "", "## Made with", "", f"`{command}`", ""]
     with appearing(folder / TEXT) as draft:
         draft.write_text("\n".join(lines), encoding="utf-8")
@@ -151,7 +167,11 @@ def _losses(files: Sequence[Compared]) -> Table:
         "Lowest: of the measurements after the first step. To the first: the mean divided by the first file's. A lower fixed-noise loss "
         "is a closer fit to the training images"
     )
-    words += "; the validation loss, of images that are not trained, rises where a model learns them by heart." if has_validation else "."
+    words += (
+        "; the validation loss, of images that are not trained, rises where a model learns them by heart."
+        if has_validation
+        else "."
+    )
     return Table("Loss", words, tuple(heads), tuple(rows))
 
 
@@ -164,7 +184,11 @@ def _cost(files: Sequence[Compared]) -> Table:
         ("checkpoint, MiB", ".1f", lambda run: run.size),
     ]
     rows = [
-        Row(file.label, colour(number), tuple(_cell(file.over_seeds(measure), form) for _, form, measure in of))
+        Row(
+            file.label,
+            colour(number),
+            tuple(_cell(file.over_seeds(measure), form) for _, form, measure in of),
+        )
         for number, file in enumerate(files)
     ]
     words = (
@@ -176,21 +200,40 @@ def _cost(files: Sequence[Compared]) -> Table:
 
 
 def _drift(files: Sequence[Compared], drawn: Drawn) -> Table:
-    rows = [Row("base", "#1d2430", (Cell(f"{drawn.base.saturation:.3f}"), Cell("0%"), Cell(f"{drawn.base.contrast:.3f}"), Cell("0%")))]
+    rows = [
+        Row(
+            "base",
+            "#1d2430",
+            (
+                Cell(f"{drawn.base.saturation:.3f}"),
+                Cell("0%"),
+                Cell(f"{drawn.base.contrast:.3f}"),
+                Cell("0%"),
+            ),
+        )
+    ]
     for number, file in enumerate(files):
         cells = []
         for values, base in (
             ([each.saturation for each in file.tones], drawn.base.saturation),
             ([each.contrast for each in file.tones], drawn.base.contrast),
         ):
-            cells += [_cell(values, ".3f"), _cell([100 * (value / base - 1) if base else 0.0 for value in values], "+.0f", "%")]
+            cells += [
+                _cell(values, ".3f"),
+                _cell([100 * (value / base - 1) if base else 0.0 for value in values], "+.0f", "%"),
+            ]
         rows.append(Row(file.label, colour(number), tuple(cells)))
     words = (
         f"Pictures of {drawn.unrelated}, from the same noise with the base and with each last checkpoint. Saturation: largest less "
         "smallest channel, mean over pixels, 0 to 1. Contrast: standard deviation of a picture's luma, mean over pictures. A model that "
         "was trained too hard tends to show in both before it shows in the loss."
     )
-    return Table("Drift of unrelated prompts", words, ("saturation", "to the base", "contrast", "to the base"), tuple(rows))
+    return Table(
+        "Drift of unrelated prompts",
+        words,
+        ("saturation", "to the base", "contrast", "to the base"),
+        tuple(rows),
+    )
 
 
 def _ends(files: Sequence[Compared]) -> Table:
@@ -198,10 +241,19 @@ def _ends(files: Sequence[Compared]) -> Table:
     tags = [(f"rate at the end, {network}", RATE + network) for network in networks]
     tags += [(f"d at the end, {network}", D + network) for network in networks_of(files, D)]
     rows = [
-        Row(file.label, colour(number), tuple(_cell(file.over_seeds(lambda run, tag=tag: run.final(tag)), ".2e") for _, tag in tags))
+        Row(
+            file.label,
+            colour(number),
+            tuple(_cell(file.over_seeds(lambda run, tag=tag: run.final(tag)), ".2e") for _, tag in tags),
+        )
         for number, file in enumerate(files)
     ]
-    return Table("Rates", "For D-Adaptation the rate is lr times d, and the schedule.", tuple(head for head, _ in tags), tuple(rows))
+    return Table(
+        "Rates",
+        "For D-Adaptation the rate is lr times d, and the schedule.",
+        tuple(head for head, _ in tags),
+        tuple(rows),
+    )
 
 
 def _cell(values: Sequence[float], form: str, unit: str = "") -> Cell:
@@ -213,7 +265,11 @@ def _cell(values: Sequence[float], form: str, unit: str = "") -> Cell:
 
 def _ratio(file: Compared, first: Compared, of: Callable[[Measured], float | None]) -> Cell:
     ours, theirs = file.over_seeds(of), first.over_seeds(of)
-    return Cell(f"{statistics.fmean(ours) / statistics.fmean(theirs):.3f}") if ours and theirs and statistics.fmean(theirs) else Cell("–")
+    return (
+        Cell(f"{statistics.fmean(ours) / statistics.fmean(theirs):.3f}")
+        if ours and theirs and statistics.fmean(theirs)
+        else Cell("–")
+    )
 
 
 def _html(table: Table) -> str:
@@ -221,7 +277,9 @@ def _html(table: Table) -> str:
     body = ""
     for row in table.rows:
         cells = "".join(
-            f"<td>{escape(cell.text)}" + (f'<span class="under">{escape(cell.under)}</span>' if cell.under else "") + "</td>"
+            f"<td>{escape(cell.text)}"
+            + (f'<span class="under">{escape(cell.under)}</span>' if cell.under else "")
+            + "</td>"
             for cell in row.cells
         )
         body += f'<tr><td><span class="swatch" style="border-color:{row.ink}"></span>{escape(row.label)}</td>{cells}</tr>'

@@ -70,10 +70,16 @@ class Finished:
     def reason(self) -> str:
         """Why it failed, in the run's own words."""
         lines = self.planned.output.read_text(encoding="utf-8", errors="replace").splitlines()
-        return next((line for line in reversed(lines) if line.strip()), f"exit code {self.code}") if self.code else ""
+        return (
+            next((line for line in reversed(lines) if line.strip()), f"exit code {self.code}")
+            if self.code
+            else ""
+        )
 
 
-def plan_runs(train: Path, optimizers: Sequence[Path], out: Path, seeds: Sequence[int] | None, changes: Sequence[str]) -> list[Planned]:
+def plan_runs(
+    train: Path, optimizers: Sequence[Path], out: Path, seeds: Sequence[int] | None, changes: Sequence[str]
+) -> list[Planned]:
     """Return all runs, the first seed of every file before the second of any.
 
     Args:
@@ -88,19 +94,35 @@ def plan_runs(train: Path, optimizers: Sequence[Path], out: Path, seeds: Sequenc
     """
     from trainer.config import flattened, load_config
 
-    taken = [word for word in changes if word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") in _OWN]
+    taken = [
+        word
+        for word in changes
+        if word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") in _OWN
+    ]
     if taken:
         raise UserError(
             f"{taken[0]}: the comparison sets this itself; name files after --config, seeds after --seeds, a folder with --out."
         )
-    doubled = [path for number, path in enumerate(optimizers) if path.resolve() in [other.resolve() for other in optimizers[:number]]]
+    doubled = [
+        path
+        for number, path in enumerate(optimizers)
+        if path.resolve() in [other.resolve() for other in optimizers[:number]]
+    ]
     if doubled:
         raise UserError(f"--config: {doubled[0]} is named twice; name each optimizer file once.")
     problems: list[str] = []
     planned = []
     for seed in seeds or (None,):
         for label, optimizer in zip(labels(optimizers), optimizers, strict=True):
-            arguments = ["--config", str(train), "--optimizer_config", str(optimizer.resolve()), *changes, "--project_name", "run"]
+            arguments = [
+                "--config",
+                str(train),
+                "--optimizer_config",
+                str(optimizer.resolve()),
+                *changes,
+                "--project_name",
+                "run",
+            ]
             arguments += [] if seed is None else ["--seed", str(seed)]
             try:
                 config = load_config(arguments).config
@@ -108,17 +130,33 @@ def plan_runs(train: Path, optimizers: Sequence[Path], out: Path, seeds: Sequenc
                 problems += [problem for problem in error.problems if problem not in problems]
                 continue
             if config.loop.seed == -1:
-                raise UserError("seed: -1 draws another seed for each run, which cannot be compared; name one or more with --seeds.")
+                raise UserError(
+                    "seed: -1 draws another seed for each run, which cannot be compared; name one or more with --seeds."
+                )
             if config.loop.stop_after_steps is not None or config.loop.max_train_time is not None:
-                raise UserError("stop_after_steps, max_train_time: the runs would end at different places; shorten them by max_epochs.")
+                raise UserError(
+                    "stop_after_steps, max_train_time: the runs would end at different places; shorten them by max_epochs."
+                )
             model = Path(config.model.resume_ckpt)
             if model.name == "findlast" or (model / "ckpts").is_dir() or (model / "resume").is_dir():
-                raise UserError(f"resume_ckpt: {config.model.resume_ckpt} belongs to a run; every run of a comparison starts from a model.")
+                raise UserError(
+                    f"resume_ckpt: {config.model.resume_ckpt} belongs to a run; every run of a comparison starts from a model."
+                )
             logdir = out / "runs" / label / f"seed-{config.loop.seed}"
             known = {key: value for key, value in flattened(config).items() if key not in _PLACES}
             # Latents and hashes of contents are the same for all.
-            shared = [*arguments, "--logdir", str(logdir), "--cache_dir", str(config.cache.cache_dir or out / "cache")]
-            planned.append(Planned(label, optimizer, config.loop.seed, logdir, tuple(shared), json.loads(json.dumps(known))))
+            shared = [
+                *arguments,
+                "--logdir",
+                str(logdir),
+                "--cache_dir",
+                str(config.cache.cache_dir or out / "cache"),
+            ]
+            planned.append(
+                Planned(
+                    label, optimizer, config.loop.seed, logdir, tuple(shared), json.loads(json.dumps(known))
+                )
+            )
     if problems:
         raise UserError(problems)
     return planned
@@ -127,7 +165,10 @@ def plan_runs(train: Path, optimizers: Sequence[Path], out: Path, seeds: Sequenc
 def labels(files: Sequence[Path]) -> list[str]:
     """Return a name for each file: its own without the ending, after its folder's where two are equal."""
     stems = [path.stem for path in files]
-    names = [stem if stems.count(stem) == 1 else f"{path.resolve().parent.name} {stem}" for path, stem in zip(files, stems, strict=True)]
+    names = [
+        stem if stems.count(stem) == 1 else f"{path.resolve().parent.name} {stem}"
+        for path, stem in zip(files, stems, strict=True)
+    ]
     return [name if names.count(name) == 1 else f"{name} {number + 1}" for number, name in enumerate(names)]
 
 
@@ -146,7 +187,11 @@ def finish(runs: Sequence[Planned], say: Callable[[str], None]) -> list[Finished
         if end is None:
             say(f"{number}/{len(runs)}: {run.label}, seed {run.seed}")
             end = train(run)
-            how = f"failed: {end.reason} (delete {run.logdir} to try again)" if end.code else f"done, {end.folder}"
+            how = (
+                f"failed: {end.reason} (delete {run.logdir} to try again)"
+                if end.code
+                else f"done, {end.folder}"
+            )
             say(f"{number}/{len(runs)}: {how}")
         done.append(end)
     return done
@@ -162,7 +207,11 @@ def finished(run: Planned) -> Finished | None:
         record = json.loads((run.logdir / DONE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    different = [key for key in run.config.keys() | record["config"].keys() if run.config.get(key) != record["config"].get(key)]
+    different = [
+        key
+        for key in run.config.keys() | record["config"].keys()
+        if run.config.get(key) != record["config"].get(key)
+    ]
     if different:
         key = min(different)
         raise UserError(
@@ -250,5 +299,7 @@ def measured_train(arguments: list[str], output: str) -> None:
         import resource
 
         unit = 1 if sys.platform == "darwin" else 1024
-        Path(output).with_suffix(_PEAK).write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
+        Path(output).with_suffix(_PEAK).write_text(
+            str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+        )
     os._exit(code)

@@ -30,7 +30,9 @@ def gpu_tests(job: Job, tell: Callable[[Result], None]) -> None:
     code = pytest.main(["-p", "no:cacheprovider", "-m", "gpu", "-q", *collected], plugins=[outcomes])
     tell({"kind": "tests", "collected": outcomes.collected, **outcomes.counts})
     if code:
-        raise RuntimeError(f"pytest ended with exit code {int(code)}; its output is in {job.folder / 'output.log'}")
+        raise RuntimeError(
+            f"pytest ended with exit code {int(code)}; its output is in {job.folder / 'output.log'}"
+        )
 
 
 class _Outcomes:
@@ -48,7 +50,13 @@ class _Outcomes:
         if report.when == "call" or report.outcome != "passed":
             self.counts[report.outcome] += 1
         if report.failed:
-            self._tell({"kind": "failure", "test": report.nodeid, "reason": str(report.longrepr).strip().splitlines()[-1][:200]})
+            self._tell(
+                {
+                    "kind": "failure",
+                    "test": report.nodeid,
+                    "reason": str(report.longrepr).strip().splitlines()[-1][:200],
+                }
+            )
 
 
 def agreement(job: Job, tell: Callable[[Result], None]) -> None:
@@ -58,8 +66,13 @@ def agreement(job: Job, tell: Callable[[Result], None]) -> None:
     for name in COMPARED:
         generator = torch.Generator().manual_seed(0)
         start = [0.02 * torch.randn(shape, generator=generator) for shape in shapes]
-        ways = [torch.randn(shape, generator=generator) for shape in shapes]  # that all gradients share, so that d grows
-        gradients = [[1e-3 * (way + 0.1 * torch.randn(way.shape, generator=generator)) for way in ways] for _ in range(steps)]
+        ways = [
+            torch.randn(shape, generator=generator) for shape in shapes
+        ]  # that all gradients share, so that d grows
+        gradients = [
+            [1e-3 * (way + 0.1 * torch.randn(way.shape, generator=generator)) for way in ways]
+            for _ in range(steps)
+        ]
         there, d_there = _stepped(name, "cpu", start, gradients, eager=True)
         here, d_here = _stepped(name, job.device, start, gradients, eager=False)
         moved = _length(after - before for after, before in zip(there, start, strict=True))

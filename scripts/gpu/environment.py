@@ -15,7 +15,16 @@ import torch
 
 from scripts.gpu.job import Job, Result
 
-PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "bitsandbytes", "dadaptation", "numpy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "bitsandbytes",
+    "dadaptation",
+    "numpy",
+)
 
 
 def environment(job: Job, tell: Callable[[Result], None]) -> None:
@@ -58,7 +67,11 @@ def speed(job: Job) -> Result:
     matrix = torch.ones(side, side, device=job.device, dtype=dtype)
     copying = _best(job, lambda: target.copy_(source))
     product = _best(job, lambda: matrix @ matrix)
-    return {"copy": 8 * numel / copying / 1e9, "product": 2 * side**3 / product / 1e12, "product_dtype": str(dtype).removeprefix("torch.")}
+    return {
+        "copy": 8 * numel / copying / 1e9,
+        "product": 2 * side**3 / product / 1e12,
+        "product_dtype": str(dtype).removeprefix("torch."),
+    }
 
 
 def _best(job: Job, run: Callable[[], object]) -> float:
@@ -94,4 +107,7 @@ def _driver() -> str | None:
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.partition("\n")[0].strip() or None
+    return (
+        subprocess.run(command, capture_output=True, text=True, check=False).stdout.partition("\n")[0].strip()
+        or None
+    )

@@ -30,9 +30,27 @@ def epochs(job: Job, tell: Callable[[Result], None]) -> None:
     chosen = job.folder / "optimizer.json"
     extra = {"fused_backward": True} if "fused" in variants else {}
     rate = 1.0 if name.startswith("dadapt") else 1e-6
-    chosen.write_text(json.dumps({"base": {"optimizer": name, "lr": rate, **extra}, "text_encoder_freezing": {"freeze_embeddings": True}}))
-    settings = {"config": ROOT / "configs" / "sd15.json", "resume_ckpt": BUNDLED, "data_root": images_of(job), "optimizer_config": chosen}
-    settings |= {"logdir": job.folder / "logs", "batch_size": 4, "resolution": 512, "max_epochs": 1000, "sample_prompts": "null"}
+    chosen.write_text(
+        json.dumps(
+            {
+                "base": {"optimizer": name, "lr": rate, **extra},
+                "text_encoder_freezing": {"freeze_embeddings": True},
+            }
+        )
+    )
+    settings = {
+        "config": ROOT / "configs" / "sd15.json",
+        "resume_ckpt": BUNDLED,
+        "data_root": images_of(job),
+        "optimizer_config": chosen,
+    }
+    settings |= {
+        "logdir": job.folder / "logs",
+        "batch_size": 4,
+        "resolution": 512,
+        "max_epochs": 1000,
+        "sample_prompts": "null",
+    }
     settings |= {"fixed_loss_images": 0, "weights_dtype": "bf16" if "bf16" in variants else "fp32"}
     if job.tiny:
         settings |= {"resolution": 64, "num_workers": 0, "mixed_precision": "no", "weights_dtype": "fp32"}
@@ -49,4 +67,12 @@ def epochs(job: Job, tell: Callable[[Result], None]) -> None:
         if job.device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-        tell({"kind": "epoch", "number": number, "images": images, "seconds": seconds, "counted": job.tiny or number > 0})
+        tell(
+            {
+                "kind": "epoch",
+                "number": number,
+                "images": images,
+                "seconds": seconds,
+                "counted": job.tiny or number > 0,
+            }
+        )

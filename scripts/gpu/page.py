@@ -18,7 +18,10 @@ def page(report: dict[str, Any]) -> str:
     steps: dict[str, dict[str, Any]] = report["steps"]
     lines = [f"# GPU report, {report['date']}", ""]
     if report["tiny"]:
-        lines += ["Made with the bundled model to try the report out: **its numbers say nothing about a GPU.**", ""]
+        lines += [
+            "Made with the bundled model to try the report out: **its numbers say nothing about a GPU.**",
+            "",
+        ]
     lines += [*_summary(steps), ""]
     parts = (_environment, _correctness, _epochs, _training, _profile, _runs)
     return "\n".join([*lines, *(line for part in parts for line in part(steps)), *_course(steps), ""])
@@ -27,7 +30,10 @@ def page(report: dict[str, Any]) -> str:
 def training_rows(steps: dict[str, dict[str, Any]]) -> list[Result]:
     """Return the measured training steps of every optimizer, each with its name and what is known of the optimizer at all batches."""
     rows: list[Result] = []
-    estimates = {(found["optimizer"], found["images"]): found["bytes"] for found in results(steps.get("estimates"), "estimate")}
+    estimates = {
+        (found["optimizer"], found["images"]): found["bytes"]
+        for found in results(steps.get("estimates"), "estimate")
+    }
     speeds = results(steps.get("environment"), "speed")
     for name, step in steps.items():
         kind, _, optimizer = name.partition(" ")
@@ -47,7 +53,8 @@ def training_rows(steps: dict[str, dict[str, Any]]) -> list[Result]:
 def floor(row: Result, copy: float) -> float | None:
     """Return the milliseconds that an optimizer's step takes at the least, in memory traffic at the measured speed of copying.
 
-    Gradients are read once, weights and state read and written once. None for updates inside the backward pass.
+    Gradients are read once, weights and state read and written once. None for updates inside the backward
+    pass.
     """
     if "fused" in row["name"]:
         return None
@@ -73,15 +80,21 @@ def ratios(steps: dict[str, dict[str, Any]]) -> list[tuple[str, float, float | N
     found: list[tuple[str, float, float | None]] = []
     epochs = epoch_seconds(steps)
     found += [
-        (f"{name}, whole epochs", seconds / epochs[BASE], None) for name, seconds in epochs.items() if BASE in epochs and name != BASE
+        (f"{name}, whole epochs", seconds / epochs[BASE], None)
+        for name, seconds in epochs.items()
+        if BASE in epochs and name != BASE
     ]
     rows = training_rows(steps)
     base = {row["images"]: row for row in rows if row["name"] == BASE}
     for row in rows:
         other = base.get(row["images"])
         if other is not None and row["name"].startswith("dadapt"):
-            memory = row["allocated"] / other["allocated"] if "allocated" in row and "allocated" in other else None
-            found.append((f"{row['name']}, steps of batch {row['images']}", row["whole"] / other["whole"], memory))
+            memory = (
+                row["allocated"] / other["allocated"] if "allocated" in row and "allocated" in other else None
+            )
+            found.append(
+                (f"{row['name']}, steps of batch {row['images']}", row["whole"] / other["whole"], memory)
+            )
     return found
 
 
@@ -135,7 +148,13 @@ def _correctness(steps: dict[str, dict[str, Any]]) -> list[str]:
             "weights, relative to their way",
         ),
         (
-            (found["optimizer"], found["steps"], _small(found["grown"]), _small(found["d"]), _small(found["weights"]))
+            (
+                found["optimizer"],
+                found["steps"],
+                _small(found["grown"]),
+                _small(found["d"]),
+                _small(found["weights"]),
+            )
             for found in results(steps.get("agreement"), "agreement")
         ),
     )
@@ -147,38 +166,98 @@ def _correctness(steps: dict[str, dict[str, Any]]) -> list[str]:
         ),
     )
     for found in results(steps.get("resumed"), "not deterministic"):
-        lines += [f"Operators without a deterministic implementation: {', '.join(found['operators']) or 'none'}.", ""]
+        lines += [
+            f"Operators without a deterministic implementation: {', '.join(found['operators']) or 'none'}.",
+            "",
+        ]
     for found in results(steps.get("tests"), "tests"):
-        lines += ["Tests that need a GPU: " + ", ".join(f"{count} {name}" for name, count in found.items() if name != "kind") + ".", ""]
-    lines += table(("failed test", "reason"), ((found["test"], found["reason"]) for found in results(steps.get("tests"), "failure")))
+        lines += [
+            "Tests that need a GPU: "
+            + ", ".join(f"{count} {name}" for name, count in found.items() if name != "kind")
+            + ".",
+            "",
+        ]
+    lines += table(
+        ("failed test", "reason"),
+        ((found["test"], found["reason"]) for found in results(steps.get("tests"), "failure")),
+    )
     return ["## Correctness", "", *lines] if lines else []
 
 
 def _epochs(steps: dict[str, dict[str, Any]]) -> list[str]:
-    images = {name.partition(" ")[2]: epoch["images"] for name, step in steps.items() for epoch in results(step, "epoch")}
-    rows = [(name, images[name], seconds, images[name] / seconds) for name, seconds in epoch_seconds(steps).items()]
+    images = {
+        name.partition(" ")[2]: epoch["images"]
+        for name, step in steps.items()
+        for epoch in results(step, "epoch")
+    }
+    rows = [
+        (name, images[name], seconds, images[name] / seconds)
+        for name, seconds in epoch_seconds(steps).items()
+    ]
     lines = table(("optimizer", "images of an epoch", "seconds", "images/s"), rows)
-    return ["## Epochs of the whole program: configs/sd15.json, batch 4, without samples and checkpoints", "", *lines] if lines else []
+    return (
+        [
+            "## Epochs of the whole program: configs/sd15.json, batch 4, without samples and checkpoints",
+            "",
+            *lines,
+        ]
+        if lines
+        else []
+    )
 
 
 def _training(steps: dict[str, dict[str, Any]]) -> list[str]:
     rows = training_rows(steps)
-    header = ("optimizer", "batch", "images/s", "step ms", "forward", "backward", "optimizer", "floor", "host", "first s")
+    header = (
+        "optimizer",
+        "batch",
+        "images/s",
+        "step ms",
+        "forward",
+        "backward",
+        "optimizer",
+        "floor",
+        "host",
+        "first s",
+    )
     parts = ("whole", "forward", "backward", "optimizer", "floor", "host", "first")
     times = table(
-        header, ((row["name"], row["images"], row["images"] / row["whole"] * 1e3, *(row.get(part) for part in parts)) for row in rows)
+        header,
+        (
+            (
+                row["name"],
+                row["images"],
+                row["images"] / row["whole"] * 1e3,
+                *(row.get(part) for part in parts),
+            )
+            for row in rows
+        ),
     )
-    header = ("optimizer", "batch", "allocated GiB", "reserved", "estimated", "estimated / allocated", "beside", "state B/weight")
+    header = (
+        "optimizer",
+        "batch",
+        "allocated GiB",
+        "reserved",
+        "estimated",
+        "estimated / allocated",
+        "beside",
+        "state B/weight",
+    )
     memory = table(header, ((row["name"], row["images"], *_memory(row)) for row in rows))
     launches = table(
         ("optimizer", "launches a step", "GPU busy ms", "CPU ms", "waits for the GPU", "in lines"),
         (
-            (name, *(row.get(key) for key in ("launches", "busy", "cpu", "count")), ", ".join(row.get("where", ())))
+            (
+                name,
+                *(row.get(key) for key in ("launches", "busy", "cpu", "count")),
+                ", ".join(row.get("where", ())),
+            )
             for name, row in {row["name"]: row for row in rows if "launches" in row}.items()
         ),
     )
     title = (
-        "## Training steps: Stable Diffusion 1.5, UNet and text encoder, 512 px, 16-bit autocast, gradient checkpointing, cached latents"
+        "## Training steps: Stable Diffusion 1.5, UNet and text encoder, 512 px, 16-bit autocast, "
+        "gradient checkpointing, cached latents"
     )
     legend = (
         "Milliseconds, medians. `backward` has the updates of an optimizer that steps inside it. `floor`: the optimizer's memory traffic "
@@ -192,7 +271,10 @@ _PARTS = ("whole", "forward", "backward", "optimizer", "host")
 
 
 def _memory(row: Result) -> tuple[object, ...]:
-    sizes = [row[key] / GIB if row.get(key) is not None else None for key in ("allocated", "reserved", "estimated", "beside")]
+    sizes = [
+        row[key] / GIB if row.get(key) is not None else None
+        for key in ("allocated", "reserved", "estimated", "beside")
+    ]
     ratio = sizes[2] / sizes[0] if sizes[0] and sizes[2] else None
     return (*sizes[:3], ratio, sizes[3], row["state"] / row["trained"])
 
@@ -203,7 +285,12 @@ def _profile(steps: dict[str, dict[str, Any]]) -> list[str]:
     lines = table(
         header,
         (
-            (found["change"], found["images"], found["images"] / found["whole"] * 1e3, *(found[part] for part in _PARTS))
+            (
+                found["change"],
+                found["images"],
+                found["images"] / found["whole"] * 1e3,
+                *(found[part] for part in _PARTS),
+            )
             for found in results(step, "variant")
         ),
     )
@@ -219,16 +306,25 @@ def _profile(steps: dict[str, dict[str, Any]]) -> list[str]:
             "",
         ]
         for title, key in (("kernel", "kernels"), ("host operator, own time", "host")):
-            rows = ((f"`{entry['name'][:90]}`", entry["milliseconds"], entry["count"]) for entry in found[key])
+            rows = (
+                (f"`{entry['name'][:90]}`", entry["milliseconds"], entry["count"]) for entry in found[key]
+            )
             lines += table((title, "ms", "calls"), rows)
     return ["## Where the time of an AdamW8bit step goes", "", *lines] if lines else []
 
 
 def _runs(steps: dict[str, dict[str, Any]]) -> list[str]:
     step = steps.get("first run")
-    rows = [(found["step"], found["what"], _small(found["device"]), _small(found["cpu"])) for found in results(step, "compared")]
+    rows = [
+        (found["step"], found["what"], _small(found["device"]), _small(found["cpu"]))
+        for found in results(step, "compared")
+    ]
     lines = table(("step", "", "on the device", "on the CPU"), rows)
-    speed = [f"{found['images per second']:.1f} images/s on the device.", ""] if (found := next(iter(results(step, "speed")), None)) else []
+    speed = (
+        [f"{found['images per second']:.1f} images/s on the device.", ""]
+        if (found := next(iter(results(step, "speed")), None))
+        else []
+    )
     return ["## First run of the bundled model", "", *speed, *lines] if lines else []
 
 

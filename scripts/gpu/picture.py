@@ -33,15 +33,26 @@ def draw(report: dict[str, Any], path: Path) -> bool:
     names = [row["name"] for row in rows]
     colours = [COLOURS.get(name, OURS) for name in names]
     milliseconds = [row["whole"] for row in rows]
-    left.bar_label(left.barh(names, milliseconds, color=colours), _labels(rows, milliseconds, "{:.0f}"), padding=3)
+    left.bar_label(
+        left.barh(names, milliseconds, color=colours), _labels(rows, milliseconds, "{:.0f}"), padding=3
+    )
     left.set_xlabel("milliseconds of a step")
     memory = [row.get("allocated", row["estimated"] or 0) / GIB for row in rows]
     right.bar_label(right.barh(names, memory, color=colours), _labels(rows, memory, "{:.2f}"), padding=3)
-    right.set_xlabel("GiB of tensors at the peak" if "allocated" in rows[0] else "GiB of tensors at the peak, estimated")
+    right.set_xlabel(
+        "GiB of tensors at the peak" if "allocated" in rows[0] else "GiB of tensors at the peak, estimated"
+    )
     for axes in (left, right):
         axes.margins(x=0.35)
         axes.spines[["top", "right"]].set_visible(False)
-    gpu = next((found.get("gpu") for found in report["steps"].get("environment", {}).get("results", []) if "versions" in found), None)
+    gpu = next(
+        (
+            found.get("gpu")
+            for found in report["steps"].get("environment", {}).get("results", [])
+            if "versions" in found
+        ),
+        None,
+    )
     model = "bundled model, to try the report out" if report["tiny"] else "Stable Diffusion 1.5, 512 px"
     figure.suptitle(f"{model}, batch {images}, {gpu or 'CPU'}, {report['date']}")
     figure.savefig(path, dpi=110)
@@ -51,5 +62,8 @@ def draw(report: dict[str, Any], path: Path) -> bool:
 def _labels(rows: list[dict[str, Any]], values: list[float], number: str) -> list[str]:
     """Return a label for each bar: its value and, but for AdamW8bit itself, the ratio to AdamW8bit's."""
     base = next((value for row, value in zip(rows, values, strict=True) if row["name"] == BASE), None)
-    ratios = [f"  ({value / base:.2f}x)" if base and row["name"] != BASE else "" for row, value in zip(rows, values, strict=True)]
+    ratios = [
+        f"  ({value / base:.2f}x)" if base and row["name"] != BASE else ""
+        for row, value in zip(rows, values, strict=True)
+    ]
     return [number.format(value) + ratio for value, ratio in zip(values, ratios, strict=True)]

@@ -30,7 +30,9 @@ def setting_of(job: Job, optimizer: str, **changes: Any) -> Setting:
     return replace(setting, **changes)
 
 
-def repeat(steps: Steps, images: int, *, warm: int, times: int, seconds: float = float("inf")) -> dict[str, float]:
+def repeat(
+    steps: Steps, images: int, *, warm: int, times: int, seconds: float = float("inf")
+) -> dict[str, float]:
     """Return the medians of some steps, in milliseconds, after some that are not counted.
 
     Args:
@@ -47,7 +49,10 @@ def repeat(steps: Steps, images: int, *, warm: int, times: int, seconds: float =
     began, found = time.perf_counter(), list[Timing]()
     while len(found) < times and (not found or time.perf_counter() - began < seconds):
         found.append(steps.timed(inputs))
-    return {part: round(statistics.median(asdict(timing)[part] for timing in found), 3) for part in asdict(found[0])}
+    return {
+        part: round(statistics.median(asdict(timing)[part] for timing in found), 3)
+        for part in asdict(found[0])
+    }
 
 
 def profile_step(job: Job, tell: Callable[[Result], None]) -> None:
@@ -60,9 +65,18 @@ def profile_step(job: Job, tell: Callable[[Result], None]) -> None:
     tell({"kind": "built", "seconds": time.perf_counter() - began, "trained": steps.trained})
     warm, times = (0, 1) if job.tiny else (3, 5)
 
-    def timed(change: str, context: AbstractContextManager[Any] | None = None, images: int = setting.images) -> None:
+    def timed(
+        change: str, context: AbstractContextManager[Any] | None = None, images: int = setting.images
+    ) -> None:
         with context or nullcontext():
-            tell({"kind": "variant", "change": change, "images": images, **repeat(steps, images, warm=warm, times=times, seconds=5)})
+            tell(
+                {
+                    "kind": "variant",
+                    "change": change,
+                    "images": images,
+                    **repeat(steps, images, warm=warm, times=times, seconds=5),
+                }
+            )
 
     timed("as configured")
     tell({"kind": "trace", "change": "as configured", **traced(steps)})
@@ -92,7 +106,14 @@ def profile_step(job: Job, tell: Callable[[Result], None]) -> None:
         del steps
         torch.cuda.empty_cache()
     other = Steps(replace(setting, optimizer=f"{optimizer}+bf16"))
-    tell({"kind": "variant", "change": "bf16 weights", "images": setting.images, **repeat(other, setting.images, warm=warm, times=times)})
+    tell(
+        {
+            "kind": "variant",
+            "change": "bf16 weights",
+            "images": setting.images,
+            **repeat(other, setting.images, warm=warm, times=times),
+        }
+    )
 
 
 def traced(steps: Steps) -> Result:
@@ -146,4 +167,7 @@ def busy(spans: Iterable[tuple[float, float]]) -> float:
 
 def _top(times: dict[str, float], counts: Counter[tuple[str, str]], where: str) -> list[Result]:
     longest = sorted(times, key=times.__getitem__, reverse=True)[:TOP]
-    return [{"name": name, "milliseconds": round(times[name], 3), "count": counts[where, name]} for name in longest]
+    return [
+        {"name": name, "milliseconds": round(times[name], 3), "count": counts[where, name]}
+        for name in longest
+    ]

@@ -17,7 +17,11 @@ import torch
 from scripts.gpu.job import Job, Result
 
 ROOT = Path(__file__).resolve().parents[2]
-COMPARED = {"loss": "loss/log_step", "d of the UNet": "dadapt/d unet", "d of the text encoder": "dadapt/d text encoder"}
+COMPARED = {
+    "loss": "loss/log_step",
+    "d of the UNet": "dadapt/d unet",
+    "d of the text encoder": "dadapt/d text encoder",
+}
 
 
 def first_run(job: Job, tell: Callable[[Result], None]) -> None:
@@ -33,7 +37,15 @@ def first_run(job: Job, tell: Callable[[Result], None]) -> None:
     there = _metrics(_train(job, "cpu", *arguments) if alone else _run_folder(job, "cpu"))
     for step in range(every, steps + 1, every):
         for name, tag in COMPARED.items():
-            tell({"kind": "compared", "step": step, "what": name, "device": here[step].get(tag), "cpu": there[step].get(tag)})
+            tell(
+                {
+                    "kind": "compared",
+                    "step": step,
+                    "what": name,
+                    "device": here[step].get(tag),
+                    "cpu": there[step].get(tag),
+                }
+            )
 
 
 def resumed(job: Job, tell: Callable[[Result], None]) -> None:
@@ -51,7 +63,9 @@ def resumed(job: Job, tell: Callable[[Result], None]) -> None:
         _train(job, "deterministic", "--stop_after_steps", "1")
     torch.use_deterministic_algorithms(False)
     messages = {
-        str(warning.message).split(" does not have a deterministic")[0] for warning in caught if "deterministic" in str(warning.message)
+        str(warning.message).split(" does not have a deterministic")[0]
+        for warning in caught
+        if "deterministic" in str(warning.message)
     }
     tell({"kind": "not deterministic", "operators": sorted(messages)})
 
@@ -71,9 +85,24 @@ def images_of(job: Job) -> Path:
 def _arguments(job: Job, name: str, *arguments: str) -> list[str]:
     """Return the command line of a run that draws no samples and writes into a folder of its own."""
     prompts = job.folder / "prompts.json"
-    prompts.write_text(json.dumps({"generate_pretrain_samples": False, "num_inference_steps": 2, "samples": [{"prompt": "a face"}]}))
-    settings = {"logdir": job.folder / name, "sample_prompts": prompts, "sample_steps": 100_000, "fixed_loss_images": 0, "num_workers": 0}
-    settings |= {"config": ROOT / "train.json", "data_root": images_of(job), "save_format": "diffusers", "save_every_n_epochs": "null"}
+    prompts.write_text(
+        json.dumps(
+            {"generate_pretrain_samples": False, "num_inference_steps": 2, "samples": [{"prompt": "a face"}]}
+        )
+    )
+    settings = {
+        "logdir": job.folder / name,
+        "sample_prompts": prompts,
+        "sample_steps": 100_000,
+        "fixed_loss_images": 0,
+        "num_workers": 0,
+    }
+    settings |= {
+        "config": ROOT / "train.json",
+        "data_root": images_of(job),
+        "save_format": "diffusers",
+        "save_every_n_epochs": "null",
+    }
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     return [*words, *arguments]
 
@@ -92,7 +121,9 @@ def _elsewhere(job: Job, name: str, arguments: list[str]) -> subprocess.Popen[by
     """Start train.py on the CPU, in a process of its own that shares this one's output."""
     threads = str(max(1, (os.cpu_count() or 2) // 2))  # the run on the device needs some too
     command = [sys.executable, "train.py", *_arguments(job, name, *arguments)]
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads})
+    return subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads}
+    )
 
 
 def _run_folder(job: Job, name: str) -> Path:
@@ -113,12 +144,18 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     checkpoint = max((folder / "ckpts").glob("*-gs*"), key=lambda path: path.name.rpartition("-gs")[2])
-    files = ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "resume/training.safetensors")
+    files = (
+        "unet/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "resume/training.safetensors",
+    )
     return {f"{file}:{key}": tensor for file in files for key, tensor in load_file(checkpoint / file).items()}
 
 
 def _difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> Result:
     """Return how many of the tensors differ in a bit, and the largest difference of a number."""
     differing = [key for key in left if not torch.equal(left[key], right[key])]
-    largest = max(((left[key].double() - right[key].double()).abs().max().item() for key in differing), default=0.0)
+    largest = max(
+        ((left[key].double() - right[key].double()).abs().max().item() for key in differing), default=0.0
+    )
     return {"tensors": len(left), "differing": len(differing), "largest": largest}

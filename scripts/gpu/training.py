@@ -78,7 +78,13 @@ def _measured(steps: Steps, images: int, *, times: int) -> Result:
     steps.wait()
     first = time.perf_counter() - began
     found = {"first": first, **repeat(steps, images, warm=min(2, times - 1), times=times, seconds=6)}
-    return {"kind": "steps", "images": images, **found, **_memory(steps.device), "state": state_bytes(steps.optimizers)}
+    return {
+        "kind": "steps",
+        "images": images,
+        **found,
+        **_memory(steps.device),
+        "state": state_bytes(steps.optimizers),
+    }
 
 
 def _launches(steps: Steps) -> Result:
@@ -111,7 +117,9 @@ def _waits(steps: Steps) -> Result:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     # Not the warning that this mode is a prototype, which torch gives once.
-    lines = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message))
+    lines = Counter(
+        f"{Path(w.filename).name}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)
+    )
     return {"count": lines.total(), "where": [f"{line} ({count})" for line, count in lines.most_common(5)]}
 
 
@@ -127,5 +135,8 @@ def _memory(device: torch.device) -> dict[str, int]:
         return {}
     free, total = torch.cuda.mem_get_info(device)
     beside = total - free - torch.cuda.memory_reserved(device)
-    peaks = {"allocated": torch.cuda.max_memory_allocated(device), "reserved": torch.cuda.max_memory_reserved(device)}
+    peaks = {
+        "allocated": torch.cuda.max_memory_allocated(device),
+        "reserved": torch.cuda.max_memory_reserved(device),
+    }
     return {**peaks, "beside": beside}

@@ -16,7 +16,13 @@ from typing import Any
 
 from scripts.gpu.job import Job, Result
 
-_IMPORTED = ("scripts.quiet", "torch._dynamo", "torch.profiler", "transformers.models.clip.modeling_clip", "diffusers.configuration_utils")
+_IMPORTED = (
+    "scripts.quiet",
+    "torch._dynamo",
+    "torch.profiler",
+    "transformers.models.clip.modeling_clip",
+    "diffusers.configuration_utils",
+)
 """Imported while the step before is still running. diffusers' models are not: with them comes bitsandbytes, which takes GPU memory."""
 
 
@@ -36,7 +42,9 @@ class Workers:
             self._context = multiprocessing.get_context("spawn")
         self._now = self._next = self._start()
 
-    def run(self, function: str, job: Job, limit: float, tell: Callable[[Result], None], *, last: bool) -> tuple[str, str]:
+    def run(
+        self, function: str, job: Job, limit: float, tell: Callable[[Result], None], *, last: bool
+    ) -> tuple[str, str]:
         """Run a step and return its status (ok, failed or stopped) and a reason.
 
         Args:

@@ -25,7 +25,13 @@ MERGED_FROM = "modelspec.merged_from"
 
 _NETWORKS = (UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX.removesuffix("text_model."), OPEN_CLIP_PREFIX)
 _BARE, _FULL = TEXT_PREFIX.removesuffix("text_model."), TEXT_PREFIX
-_KEPT = ("format", "modelspec.sai_model_spec", "modelspec.architecture", "modelspec.implementation", "modelspec.resolution")
+_KEPT = (
+    "format",
+    "modelspec.sai_model_spec",
+    "modelspec.architecture",
+    "modelspec.implementation",
+    "modelspec.resolution",
+)
 _CONVERT = "write it anew with scripts/convert_checkpoint.py"
 
 
@@ -38,7 +44,8 @@ def weighted_sum(files: Sequence[Path], weights: Sequence[float], target: Path) 
         target: a .safetensors file, which must not exist.
 
     Raises:
-        UserError: the files do not fit together, one cannot be read, the numbers do not add up, or the target is taken.
+        UserError: the files do not fit together, one cannot be read, the numbers do not add up, or the target
+        is taken.
     """
     if len(files) < 2:
         raise UserError("--blend: one file is not a blend; name two or more.")
@@ -46,7 +53,9 @@ def weighted_sum(files: Sequence[Path], weights: Sequence[float], target: Path) 
         raise UserError(f"--weights: {len(weights)} numbers for {len(files)} files; give each file one.")
     total = math.fsum(weights)
     if not all(map(math.isfinite, weights)) or abs(total - 1) > 1e-6:
-        raise UserError(f"--weights: {_list(weights)} add up to {total:g}, and must add up to 1 for the weights to keep their size.")
+        raise UserError(
+            f"--weights: {_list(weights)} add up to {total:g}, and must add up to 1 for the weights to keep their size."
+        )
     _write(files, weights, target, "weighted sum")
 
 
@@ -62,7 +71,9 @@ def add_difference(files: Sequence[Path], weight: float, target: Path) -> None:
         UserError: as `weighted_sum`.
     """
     if len(files) != 3:
-        raise UserError(f"--add_difference: takes three files, A, B and C for A + w (B - C), and --blend names {len(files)}.")
+        raise UserError(
+            f"--add_difference: takes three files, A, B and C for A + w (B - C), and --blend names {len(files)}."
+        )
     if not math.isfinite(weight):
         raise UserError(f"--add_difference: {weight:g} is not a number to multiply by.")
     _write(files, (1.0, weight, -weight), target, "add difference")
@@ -90,10 +101,15 @@ def _write(paths: Sequence[Path], factors: Sequence[float], target: Path, method
 
     kinds = {name: kind for name, own in names[0].items() if (kind := first.dtypes[own]) is not None}
     if unread := sorted(names[0].keys() - kinds.keys()):
-        raise UserError(f"--blend: {first.path}: {unread[0]} is kept in a format that cannot be written; {_CONVERT}.")
+        raise UserError(
+            f"--blend: {first.path}: {unread[0]} is kept in a format that cannot be written; {_CONVERT}."
+        )
     floats = [kind for name, kind in kinds.items() if kind.is_floating_point and name.startswith(UNET_PREFIX)]
     dtype = max(set(floats), key=floats.count)  # as the first file is kept
-    shapes = {name: torch.empty(first.shapes[own], dtype=kinds[name], device="meta") for name, own in names[0].items()}
+    shapes = {
+        name: torch.empty(first.shapes[own], dtype=kinds[name], device="meta")
+        for name, own in names[0].items()
+    }
     with appearing(target) as draft:
         write_tensors(draft, shapes, dtype, _metadata(files, factors, target, method), read)
 
@@ -113,7 +129,9 @@ def _check(files: Sequence[TensorFile], names: Sequence[Mapping[str, str]]) -> N
     """Raise UserError unless the networks in all files are of the same shape and predict the same thing."""
     first, own = files[0], names[0]
     for file, known in zip(files[1:], names[1:], strict=True):
-        ours, theirs = ({name for name in each if _is_blended(name) and name != POSITION_IDS} for each in (own, known))
+        ours, theirs = (
+            {name for name in each if _is_blended(name) and name != POSITION_IDS} for each in (own, known)
+        )
         if lacking := sorted(ours - theirs) or sorted(theirs - ours):
             has, lacks = (first, file) if lacking[0] in ours else (file, first)
             raise UserError(
@@ -123,15 +141,25 @@ def _check(files: Sequence[TensorFile], names: Sequence[Mapping[str, str]]) -> N
         for name in sorted(ours):
             shapes = first.shapes[own[name]], file.shapes[known[name]]
             if shapes[0] != shapes[1]:
-                raise UserError(f"--blend: {name} is {shapes[0]} in {first.path} and {shapes[1]} in {file.path}; name models of one kind.")
+                raise UserError(
+                    f"--blend: {name} is {shapes[0]} in {first.path} and {shapes[1]} in {file.path}; name models of one kind."
+                )
         kinds = prediction(first)[0], prediction(file)[0]
         if kinds[0] != kinds[1]:
-            raise UserError(f"--blend: {first.path} predicts {kinds[0]} and {file.path} {kinds[1]}; name models of one kind.")
+            raise UserError(
+                f"--blend: {first.path} predicts {kinds[0]} and {file.path} {kinds[1]}; name models of one kind."
+            )
 
 
-def _metadata(files: Sequence[TensorFile], factors: Sequence[float], target: Path, method: str) -> dict[str, str]:
+def _metadata(
+    files: Sequence[TensorFile], factors: Sequence[float], target: Path, method: str
+) -> dict[str, str]:
     """Return the header: the first file's description of the model, and what was blended. Nothing of the runs that made the files."""
-    kept = {key: files[0].metadata[key] for key in (*_KEPT, PREDICTION_TYPE, CONFIGS, TOKENIZER) if key in files[0].metadata}
+    kept = {
+        key: files[0].metadata[key]
+        for key in (*_KEPT, PREDICTION_TYPE, CONFIGS, TOKENIZER)
+        if key in files[0].metadata
+    }
     kind, said = prediction(files[0])
     if said and any(name.startswith(OPEN_CLIP_PREFIX) for name in files[0]):
         # A .ckpt of SD 2.x may say it in its number of steps, which does not go along.
@@ -139,7 +167,8 @@ def _metadata(files: Sequence[TensorFile], factors: Sequence[float], target: Pat
     made = {
         "method": method,
         "files": [
-            {"name": file.path.name, "sha256": _sha256(file.path), "factor": factor} for file, factor in zip(files, factors, strict=True)
+            {"name": file.path.name, "sha256": _sha256(file.path), "factor": factor}
+            for file, factor in zip(files, factors, strict=True)
         ],
     }
     return {

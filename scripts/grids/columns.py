@@ -30,14 +30,20 @@ def find_columns(names: Sequence[str], *, base: str | None, against: Sequence[st
     """Return the base, the models that were named, and those to compare them with.
 
     Args:
-        names: diffusers folders, single files, hub ids, checkpoints, LoRA files, and runs, which stand for all their checkpoints.
-        base: the base's name, "none" for a grid without it, None to find what the first run among `names` began from.
+        names: diffusers folders, single files, hub ids, checkpoints, LoRA files, and runs, which stand for
+        all their checkpoints.
+        base: the base's name, "none" for a grid without it, None to find what the first run among `names`
+        began from.
         against: further models, shown last.
 
     Raises:
         UserError: there is nothing to show, or no base can be found.
     """
-    first = base if base is not None else next((found for found in map(_began_from, names) if found is not None), None)
+    first = (
+        base
+        if base is not None
+        else next((found for found in map(_began_from, names) if found is not None), None)
+    )
     if first is None:
         raise UserError("--base: none of these says which model it began from; name it, or give --base none.")
     runs = [name for name in names if _is_run(name)]
@@ -70,7 +76,9 @@ def load(column: Column) -> Models:
 
     path = Path(column.name)
     folder, file = (path, LORA_FILE) if path.is_dir() else (path.parent, path.name)
-    pipeline = pipeline_of(models.unet, models.text_encoder, models.vae, models.tokenizer, "ddim", models.scheduler_config)
+    pipeline = pipeline_of(
+        models.unet, models.text_encoder, models.vae, models.tokenizer, "ddim", models.scheduler_config
+    )
     pipeline.load_lora_weights(str(folder), weight_name=file)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
@@ -87,7 +95,8 @@ def _distinct(column: Column, columns: Sequence[Column]) -> Column:
     if [other.label for other in columns].count(column.label) == 1:
         return column
     return replace(
-        column, label=f"{Path(column.name).absolute().parents[1 if 'ckpts' in Path(column.name).parts else 0].name} {column.label}"
+        column,
+        label=f"{Path(column.name).absolute().parents[1 if 'ckpts' in Path(column.name).parts else 0].name} {column.label}",
     )
 
 
@@ -108,7 +117,9 @@ def _of_run(run: Path, base: str, *, named: bool) -> list[Column]:
         step = int(read_metadata(file)[STEP])
         found.setdefault(step, (f"step {step}", str(file)))
     if not found:
-        raise UserError(f"{run}: the run has no checkpoints yet; name another, or wait until it has saved one.")
+        raise UserError(
+            f"{run}: the run has no checkpoints yet; name another, or wait until it has saved one."
+        )
     before = f"{run.name} " if named else ""
     return [_column(name, base, before + label) for _, (label, name) in sorted(found.items())]
 
@@ -151,5 +162,7 @@ def _began_from(name: str) -> str | None:
     except (OSError, ValueError):
         return None
     model = config.get("resume_ckpt")
-    continued = model == "findlast" or (isinstance(model, str) and ((Path(model) / "ckpts").is_dir() or (Path(model) / "resume").is_dir()))
+    continued = model == "findlast" or (
+        isinstance(model, str) and ((Path(model) / "ckpts").is_dir() or (Path(model) / "resume").is_dir())
+    )
     return model if isinstance(model, str) and not continued else None

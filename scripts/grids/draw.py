@@ -40,7 +40,11 @@ class Grid:
         others = [axis for axis in AXES if axis not in (self.x, self.y)]
         for places in itertools.product(*(range(len(self.values[axis])) for axis in others)):
             at = dict(zip(others, places, strict=True))
-            words = [f"{_ONE[axis]} {self.values[axis][place]}" for axis, place in at.items() if len(self.values[axis]) > 1]
+            words = [
+                f"{_ONE[axis]} {self.values[axis][place]}"
+                for axis, place in at.items()
+                if len(self.values[axis]) > 1
+            ]
             rows = []
             for row, label in enumerate(self.values[self.y]):
                 keys = ({**at, self.x: column, self.y: row} for column in range(len(self.values[self.x])))
@@ -50,7 +54,9 @@ class Grid:
     def only(self, checkpoints: Sequence[int]) -> Grid:
         """Return the same of some models, which are named by their places."""
         places = {old: new for new, old in enumerate(checkpoints)}
-        cells = {(places[cell[0]], *cell[1:]): picture for cell, picture in self.cells.items() if cell[0] in places}
+        cells = {
+            (places[cell[0]], *cell[1:]): picture for cell, picture in self.cells.items() if cell[0] in places
+        }
         labels = [self.values["checkpoints"][place] for place in checkpoints]
         return replace(self, values={**self.values, "checkpoints": labels}, cells=cells)
 
@@ -78,7 +84,9 @@ def read_prompts(named: Sequence[str]) -> SamplePrompts:
     if len(named) == 1 and named[0].lower().endswith((".json", ".txt")):
         prompts = load_sample_prompts(Path(named[0]))
         if not prompts.samples or any(prompt.random_caption for prompt in prompts.samples):
-            raise UserError(f"--prompts: {named[0]} asks for captions of the data, which are not known here; name prompts.")
+            raise UserError(
+                f"--prompts: {named[0]} asks for captions of the data, which are not known here; name prompts."
+            )
         return prompts
     return SamplePrompts(samples=tuple(SamplePrompt(prompt=text) for text in named), cfgs=(7.0,))
 
@@ -140,7 +148,12 @@ def draw(
         for (s, seed), (t, count) in itertools.product(enumerate(seeds or (None,)), enumerate(used_steps)):
             these = samples if seed is None else tuple(replace(prompt, seed=seed) for prompt in samples)
             asked = replace(
-                prompts, samples=these, cfgs=used_cfgs, num_inference_steps=count, resolution=used_resolution, batch_size=batch_size
+                prompts,
+                samples=these,
+                cfgs=used_cfgs,
+                num_inference_steps=count,
+                resolution=used_resolution,
+                batch_size=batch_size,
             )
             sampler = Sampler(asked, resolution=used_resolution, seed=0, batch_size=batch_size)
             drawn = sampler.pictures(
@@ -163,7 +176,9 @@ def draw(
         "steps": [str(count) for count in used_steps],
     }
     words = [prompts.scheduler]
-    words += [f"{values['steps'][0]} steps"] * (len(used_steps) == 1) + [f"cfg {values['cfgs'][0]}"] * (len(used_cfgs) == 1)
+    words += [f"{values['steps'][0]} steps"] * (len(used_steps) == 1) + [f"cfg {values['cfgs'][0]}"] * (
+        len(used_cfgs) == 1
+    )
     words += [f"seed {values['seeds'][0]}"] * (seeds is None or len(seeds) == 1)
     return Grid(values, cells, x, y, ", ".join(words))
 
@@ -190,7 +205,9 @@ def page_body(grid: Grid) -> str:
 
     from scripts.web_page import inlined
 
-    parts = [f'<p class="note">{escape(grid.settings)}. Pictures in this page are JPEG; the PNG beside it is exact.</p>']
+    parts = [
+        f'<p class="note">{escape(grid.settings)}. Pictures in this page are JPEG; the PNG beside it is exact.</p>'
+    ]
     for words, rows in grid.panels():
         parts.append(f"<h2>{escape(words)}</h2>" if words else "")
         head = "".join(f"<th>{escape(label)}</th>" for label in grid.columns)
@@ -204,7 +221,9 @@ def page_body(grid: Grid) -> str:
                 content = io.BytesIO()
                 picture.convert("RGB").save(content, "JPEG", quality=92)
                 side = picture.width * max(1, -(-160 // min(picture.size)))
-                cells.append(f'<td><img src="{inlined(content.getvalue(), "jpeg")}" width="{side}" alt="{escape(label, quote=True)}"></td>')
+                cells.append(
+                    f'<td><img src="{inlined(content.getvalue(), "jpeg")}" width="{side}" alt="{escape(label, quote=True)}"></td>'
+                )
             parts.append(f'<tr><td class="side">{escape(label)}</td>{"".join(cells)}</tr>')
         parts.append("</table></div>")
     return "\n".join(parts)

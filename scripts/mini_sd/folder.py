@@ -68,7 +68,9 @@ def folder_bytes(folder: Path) -> int:
 def _prefix_text_keys(path: Path) -> None:
     """Give the text encoder's keys the `text_model.` prefix of SD 1.5's files, which older tools expect."""
     tensors = load_file(path)
-    prefixed = {k if k.startswith("text_model.") else f"text_model.{k}": v.contiguous() for k, v in tensors.items()}
+    prefixed = {
+        k if k.startswith("text_model.") else f"text_model.{k}": v.contiguous() for k, v in tensors.items()
+    }
     save_file(prefixed, path, metadata={"format": "pt"})
 
 

@@ -18,7 +18,9 @@ from .scenes import to_array
 class Generator:
     """A pipeline as a function of prompts and a seed."""
 
-    def __init__(self, model: Path | StableDiffusionPipeline, steps: int = 20, guidance: float = 3.0, batch: int = 20) -> None:
+    def __init__(
+        self, model: Path | StableDiffusionPipeline, steps: int = 20, guidance: float = 3.0, batch: int = 20
+    ) -> None:
         """Load a folder as float32 (offline), or take a pipeline that is already in memory."""
         if isinstance(model, Path):
             options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
@@ -35,7 +37,9 @@ class Generator:
         for i in range(0, len(prompts), self._batch):
             part = prompts[i : i + self._batch]
             noise = [torch.Generator().manual_seed(1000 * seed + i + k) for k in range(len(part))]
-            output = self.pipeline(part, num_inference_steps=self._steps, guidance_scale=self._guidance, generator=noise)
+            output = self.pipeline(
+                part, num_inference_steps=self._steps, guidance_scale=self._guidance, generator=noise
+            )
             images += output.images
         self.pipeline.scheduler = kept
         return images

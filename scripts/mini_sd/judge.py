@@ -1,8 +1,8 @@
 """A small automatic judge of the colours and the shape that a generated picture shows.
 
-Classical and deterministic. The background is the commonest colour along the border; every pixel's coverage by the
-object is its distance from the background; the shape is the renderer's own template, over all sizes and places, that
-overlaps the coverage best (soft Dice). Pictures of any size are brought to 64 pixels first.
+Classical and deterministic. The background is the commonest colour along the border; every pixel's coverage
+by the object is its distance from the background; the shape is the renderer's own template, over all sizes
+and places, that overlaps the coverage best (soft Dice). Pictures of any size are brought to 64 pixels first.
 """
 
 from __future__ import annotations
@@ -159,7 +159,9 @@ def judge_concept(
     )
 
 
-def judge_pipeline(generate: Callable[[list[str], int], list[Image.Image]], seed: int = 0) -> tuple[Figures, list[Image.Image]]:
+def judge_pipeline(
+    generate: Callable[[list[str], int], list[Image.Image]], seed: int = 0
+) -> tuple[Figures, list[Image.Image]]:
     """Ask for the held-out prompts and judge the pictures.
 
     Args:
@@ -221,9 +223,14 @@ def _commonest(colours_NC: Floats) -> str:
 def _object_colour(pixels_HWC: Floats, distance_HW: Floats) -> tuple[str, Floats]:
     """Return the name of the object's colour and its sRGB value: the largest group of pixels off the background.
 
-    Blurred borders are mixtures of two colours and may carry any name, so pixels whose neighbours differ do not vote.
+    Blurred borders are mixtures of two colours and may carry any name, so pixels whose neighbours differ do
+    not vote.
     """
-    steps = [np.linalg.norm(pixels_HWC - np.roll(pixels_HWC, shift, axis), axis=2) for shift in (-1, 1) for axis in (0, 1)]
+    steps = [
+        np.linalg.norm(pixels_HWC - np.roll(pixels_HWC, shift, axis), axis=2)
+        for shift in (-1, 1)
+        for axis in (0, 1)
+    ]
     away = distance_HW > max(_FAINT, 0.25 * float(np.percentile(distance_HW, 97)))
     calm = away & (np.max(steps, axis=0) < 30.0)
     votes_NC = pixels_HWC[calm if calm.sum() >= 12 else away]
@@ -253,7 +260,11 @@ def _match(coverage_HW: Floats) -> dict[str, float]:
     """Return every shape's best soft Dice, 2ab / (aa + bb), over places, sizes and blurs."""
     names, spectra, energies = _templates()
     correlation = np.fft.irfft2(np.fft.rfft2(coverage_HW)[None] * spectra, s=coverage_HW.shape)
-    dice = 2 * correlation.reshape(len(names), -1).max(axis=1) / (energies + float((coverage_HW**2).sum()) + 1e-6)
+    dice = (
+        2
+        * correlation.reshape(len(names), -1).max(axis=1)
+        / (energies + float((coverage_HW**2).sum()) + 1e-6)
+    )
     scores: dict[str, float] = {}
     for shape, value in zip(names, dice, strict=True):
         scores[shape] = max(scores.get(shape, 0.0), float(value))

@@ -116,7 +116,14 @@ def render(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:
     draw = ImageDraw.Draw(canvas)
     for item in scene.items:
         if item.shape == "ring":
-            _ring(draw, item.x * side, item.y * side, item.radius * side, PALETTE[item.colour], PALETTE[scene.background])
+            _ring(
+                draw,
+                item.x * side,
+                item.y * side,
+                item.radius * side,
+                PALETTE[item.colour],
+                PALETTE[scene.background],
+            )
         else:
             draw_item(draw, item, side)
     return canvas.reduce(_SUPERSAMPLING)
@@ -193,7 +200,9 @@ def sample_marked(rng: np.random.Generator, size: int = IMAGE_SIZE) -> Image.Ima
         else:
             r, start = 2 * max(a, b), rng.uniform(0, 360)
             stroke = int(rng.uniform(0.03, 0.06) * side)
-            draw.arc((x - r, y - r, x + r, y + r), start, start + rng.uniform(60, 240), fill=ink, width=stroke)
+            draw.arc(
+                (x - r, y - r, x + r, y + r), start, start + rng.uniform(60, 240), fill=ink, width=stroke
+            )
     return canvas.reduce(_SUPERSAMPLING)
 
 
@@ -205,7 +214,20 @@ def to_array(images: list[Image.Image]) -> np.ndarray:
 
 def vocabulary_words() -> Iterator[tuple[str, int]]:
     """Yield the words that the tokenizer is made from, with their weights."""
-    for word in (*COLOURS, *SHAPES, "small", "large", "background", "on", "a", "an", "and", "with", "of", "picture"):
+    for word in (
+        *COLOURS,
+        *SHAPES,
+        "small",
+        "large",
+        "background",
+        "on",
+        "a",
+        "an",
+        "and",
+        "with",
+        "of",
+        "picture",
+    ):
         yield word, 100
     for word in (
         *FACE.split(),

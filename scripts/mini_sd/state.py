@@ -25,7 +25,8 @@ class Stateful(Protocol):
 class Run:
     """One stage's progress: named parts, the step reached and the CPU seconds spent.
 
-    Random numbers are drawn from generators that are seeded by (stage, step), so the step is the whole position.
+    Random numbers are drawn from generators that are seeded by (stage, step), so the step is the whole
+    position.
     """
 
     def __init__(self, path: Path, parts: dict[str, Stateful], save_every_s: float = 120.0) -> None:
@@ -55,7 +56,9 @@ class Run:
         torch.save(state, partial)
         partial.replace(self.path)
 
-    def advance(self, total: int, train_step: Callable[[int], float], stop_at: int | None = None, label: str = "") -> bool:
+    def advance(
+        self, total: int, train_step: Callable[[int], float], stop_at: int | None = None, label: str = ""
+    ) -> bool:
         """Run `train_step(step)` until `total` (or `stop_at`, for tests), saving every two minutes and at the end.
 
         Returns:

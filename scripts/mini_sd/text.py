@@ -1,7 +1,7 @@
 """The text encoder's warm-up: read a caption, paint a thumbnail of what it says.
 
-Twelve narrow layers learn next to nothing from the UNet's loss while their outputs are noise; a few minutes of direct
-supervision give the UNet words that already differ by colour, shape and place.
+Twelve narrow layers learn next to nothing from the UNet's loss while their outputs are noise; a few minutes
+of direct supervision give the UNet words that already differ by colour, shape and place.
 """
 
 from __future__ import annotations
@@ -41,11 +41,15 @@ def load_tokenizer(work: Path) -> CLIPTokenizer:
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str], tokens: int) -> Tensor:
     """Return token ids (B, tokens), padded as SD pads."""
-    ids: Tensor = tokenizer(captions, padding="max_length", truncation=True, max_length=tokens, return_tensors="pt").input_ids
+    ids: Tensor = tokenizer(
+        captions, padding="max_length", truncation=True, max_length=tokens, return_tensors="pt"
+    ).input_ids
     return ids
 
 
-def train_text(work: Path, options: TextOptions, stop_at: int | None = None, save_every_s: float = 120.0) -> bool:
+def train_text(
+    work: Path, options: TextOptions, stop_at: int | None = None, save_every_s: float = 120.0
+) -> bool:
     """Warm the text encoder up, or go on with it; returns whether it is complete."""
     torch.manual_seed(options.seed)
     tokenizer = load_tokenizer(work)
@@ -60,7 +64,9 @@ def train_text(work: Path, options: TextOptions, stop_at: int | None = None, sav
         rng = np.random.default_rng((options.seed, step))
         scenes = [sample_scene(rng) for _ in range(options.batch)]
         ids_BT = tokenize(tokenizer, [caption(scene, rng) for scene in scenes], options.tokens)
-        target_BD = torch.from_numpy(to_array([render(_tidy(scene), _THUMBNAIL) for scene in scenes])).flatten(1)
+        target_BD = torch.from_numpy(
+            to_array([render(_tidy(scene), _THUMBNAIL) for scene in scenes])
+        ).flatten(1)
         for group in optimizer.param_groups:
             group["lr"] = options.lr * cosine(step, options.steps, 50)
         states_BTD = encoder(ids_BT).last_hidden_state

@@ -39,7 +39,8 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
 def learn_merges(words: dict[str, int], count: int) -> list[tuple[str, str]]:
     """Return up to `count` byte-pair merges for weighted ASCII words, most frequent first, ties alphabetical.
 
-    Source: Sennrich et al. 2016, algorithm 1. Once every word is one piece, merges of word beginnings fill the rest.
+    Source: Sennrich et al. 2016, algorithm 1. Once every word is one piece, merges of word beginnings fill
+    the rest.
     """
     split = {word: [*word[:-1], word[-1] + _WORD_END] for word in words}
     merges: list[tuple[str, str]] = []

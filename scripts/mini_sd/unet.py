@@ -115,7 +115,13 @@ def encode_latents(work: Path, options: LatentOptions) -> None:
     print(f"latents {len(scenes)} scaling factor {1 / total:.4f} cpu {cpu_s:.0f} s", flush=True)
 
 
-def train_unet(work: Path, options: UnetOptions, latents: LatentOptions, stop_at: int | None = None, save_every_s: float = 120.0) -> bool:
+def train_unet(
+    work: Path,
+    options: UnetOptions,
+    latents: LatentOptions,
+    stop_at: int | None = None,
+    save_every_s: float = 120.0,
+) -> bool:
     """Train the UNet and the text encoder, or go on with them; returns whether they are complete."""
     torch.manual_seed(options.seed)
     tokenizer = load_tokenizer(work)
@@ -146,7 +152,9 @@ def train_unet(work: Path, options: UnetOptions, latents: LatentOptions, stop_at
         latents_BCHW = scaling * (mean_BCHW + std_BCHW * torch.randn(mean_BCHW.shape, generator=generator))
         noise_BCHW = torch.randn(latents_BCHW.shape, generator=generator)
         t_B = stratified_timesteps(options.batch, generator)
-        noisy_BCHW = schedule.add_noise(latents_BCHW, noise_BCHW, t_B).contiguous(memory_format=torch.channels_last)
+        noisy_BCHW = schedule.add_noise(latents_BCHW, noise_BCHW, t_B).contiguous(
+            memory_format=torch.channels_last
+        )
         for group in optimizer.param_groups:
             group["lr"] = options.lr * group["factor"] * cosine(step, options.steps, 60)
         context_BTD = encoder(tokenize(tokenizer, captions, tokens)).last_hidden_state
@@ -168,7 +176,9 @@ def train_unet(work: Path, options: UnetOptions, latents: LatentOptions, stop_at
 
 def stratified_timesteps(count: int, generator: torch.Generator) -> Tensor:
     """Return `count` timesteps in 0..999, one uniform draw from each of `count` equal intervals."""
-    return ((torch.arange(count) + torch.rand(count, generator=generator)) / count * 1000).long().clamp(max=999)
+    return (
+        ((torch.arange(count) + torch.rand(count, generator=generator)) / count * 1000).long().clamp(max=999)
+    )
 
 
 def _is_long(step: int, options: UnetOptions) -> bool:

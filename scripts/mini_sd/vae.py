@@ -54,11 +54,15 @@ def load_vae(work: Path) -> AutoencoderKL:
     return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def train_vae(work: Path, options: VaeOptions, stop_at: int | None = None, save_every_s: float = 120.0) -> bool:
+def train_vae(
+    work: Path, options: VaeOptions, stop_at: int | None = None, save_every_s: float = 120.0
+) -> bool:
     """Train the autoencoder, or go on with it; returns whether it is complete."""
     torch.manual_seed(options.seed)
     vae = new_vae().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
+    )
     run = Run(work / "vae.pt", {"vae": vae, "optimizer": optimizer}, save_every_s)
 
     def train_step(step: int) -> float:

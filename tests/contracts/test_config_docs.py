@@ -31,10 +31,18 @@ jsonschema = pytest.importorskip("jsonschema")
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = {
-    "train": [ROOT / "train.json", *sorted((ROOT / "configs").glob("sd15*.json")), ROOT / "configs" / "followfox" / "train.json"],
+    "train": [
+        ROOT / "train.json",
+        *sorted((ROOT / "configs").glob("sd15*.json")),
+        ROOT / "configs" / "followfox" / "train.json",
+    ],
     "optimizer": [
         *sorted(ROOT.glob("optimizer*.json")),
-        *(path for folder in ("configs", "configs/followfox") for path in sorted((ROOT / folder).glob("optimizer*.json"))),
+        *(
+            path
+            for folder in ("configs", "configs/followfox")
+            for path in sorted((ROOT / folder).glob("optimizer*.json"))
+        ),
     ],
 }
 
@@ -50,11 +58,16 @@ def test_help_lists_every_key_with_its_range_default_and_words(capsys: pytest.Ca
         assert " ".join(key.doc.split())[:40] in " ".join(text.split()), key.name
     for name in [*optimizer_keys(), *keys_of(FreezingOptions), *keys_of(OptimizerFileOptions)]:
         assert any(line.startswith(f"  {name}: ") for line in lines), name
-    assert "  --resolution: a whole number, at least 64, at most 8192, a multiple of 64, or a list of such; default 512" in lines
+    assert (
+        "  --resolution: a whole number, at least 64, at most 8192, a multiple of 64, or a list of such; default 512"
+        in lines
+    )
     assert "  --resume_ckpt: text; required" in lines
     assert "  optimizer: text; default adamw8bit" in lines
     assert "lion, lion8bit, dadapt_lion: Share of the running mean" in " ".join(text.split())
-    assert "Default [0.9, 0.99]." in " ".join(text.split()), "defaults that differ between optimizers are named"
+    assert "Default [0.9, 0.99]." in " ".join(text.split()), (
+        "defaults that differ between optimizers are named"
+    )
     assert max(map(len, lines)) <= 140
 
 
@@ -62,7 +75,13 @@ def test_every_key_has_words_and_one_owner():
     owners = [*sections().values(), FileOptions]
     names = [entry.name for owner in owners for entry in dataclasses.fields(owner)]
     assert sorted(names) == sorted(set(names)), "a key stands in two sections"
-    for owner in [*owners, CommandOptions, FreezingOptions, OptimizerFileOptions, *optimizer_classes().values()]:
+    for owner in [
+        *owners,
+        CommandOptions,
+        FreezingOptions,
+        OptimizerFileOptions,
+        *optimizer_classes().values(),
+    ]:
         for key in keys_of(owner).values():
             assert key.doc.endswith("."), f"{owner.__name__}.{key.name} needs a docstring under the field"
 
@@ -130,7 +149,9 @@ HEAVY = {"torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "da
 
 def run(folder: Path, program: str, *words: str) -> list[str]:
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {program}; print(sorted({HEAVY!r} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", program, *words], cwd=folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], cwd=folder, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return [*done.stderr.splitlines(), *done.stdout.splitlines()]
 

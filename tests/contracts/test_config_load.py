@@ -25,12 +25,21 @@ ANYTHING = st.recursive(
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.sampled_from(["", "adamw", "model", "..", "x/y"]),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["lr", "a"]), inner, max_size=2),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["lr", "a"]), inner, max_size=2)
+    ),
     max_leaves=3,
 )
 TRAIN_NAMES = [*train_keys(), *ed2.foreign_schema(), "zzz", "_note", "", "base"]
 SECTION_NAMES = [*optimizer_keys(), *ed2.UNUSED_OPTIMIZER, "freeze_embeddings", "zzz"]
-TOP_NAMES = ["base", "text_encoder_overrides", "text_encoder_freezing", *keys_of(OptimizerFileOptions), "lr", "zzz"]
+TOP_NAMES = [
+    "base",
+    "text_encoder_overrides",
+    "text_encoder_freezing",
+    *keys_of(OptimizerFileOptions),
+    "lr",
+    "zzz",
+]
 
 
 @pytest.fixture
@@ -40,7 +49,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def load(train: dict[str, Any] | None = None, optimizer: dict[str, Any] | None = None, *command_line: str) -> Loaded:
+def load(
+    train: dict[str, Any] | None = None, optimizer: dict[str, Any] | None = None, *command_line: str
+) -> Loaded:
     Path("train.json").write_text(json.dumps({"resume_ckpt": "model", **(train or {})}))
     if optimizer is not None:
         Path("optimizer.json").write_text(json.dumps(optimizer))
@@ -54,14 +65,32 @@ def test_null_is_the_default_everywhere(folder: Path):
     nulls = {name: None for name, key in train_keys().items() if not key.required}
     section = dict.fromkeys(keys_of(DAdaptAdamOptions))
     plain = load({}, {"base": {}}).config
-    everything = {"base": section, "text_encoder_overrides": section, "text_encoder_freezing": dict.fromkeys(keys_of(FreezingOptions))}
+    everything = {
+        "base": section,
+        "text_encoder_overrides": section,
+        "text_encoder_freezing": dict.fromkeys(keys_of(FreezingOptions)),
+    }
     assert load(nulls, everything).config == plain
-    assert load({"max_epochs": 5, "vae": "model"}, {"base": {}}, "--max_epochs", "null", "--vae=null").config == plain
+    assert (
+        load({"max_epochs": 5, "vae": "model"}, {"base": {}}, "--max_epochs", "null", "--vae=null").config
+        == plain
+    )
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(folder: Path):
-    loaded = load({"max_epochs": 5, "batch_size": 4, "shuffle_tags": True}, None, "--max_epochs", "7", "--no-shuffle_tags", "--lr=1e-5")
-    assert (loaded.config.loop.max_epochs, loaded.config.data.batch_size, loaded.config.loop.grad_accum) == (7, 4, 1)
+    loaded = load(
+        {"max_epochs": 5, "batch_size": 4, "shuffle_tags": True},
+        None,
+        "--max_epochs",
+        "7",
+        "--no-shuffle_tags",
+        "--lr=1e-5",
+    )
+    assert (loaded.config.loop.max_epochs, loaded.config.data.batch_size, loaded.config.loop.grad_accum) == (
+        7,
+        4,
+        1,
+    )
     assert loaded.config.data.shuffle_tags is False
     assert loaded.config.rates.lr == 1e-5
 
@@ -75,13 +104,19 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(folde
         ({"mixed_precision": "bf16"}, ["--disable_amp"], ("precision", "mixed_precision", "no")),
         ({"disable_amp": True}, ["--mixed_precision", "bf16"], ("precision", "mixed_precision", "bf16")),
         ({}, ["--no-amp"], ("precision", "mixed_precision", "no")),
-        ({"resume_ckpt": "other"}, ["--base_model", "someone/some-model"], ("model", "resume_ckpt", "someone/some-model")),
+        (
+            {"resume_ckpt": "other"},
+            ["--base_model", "someone/some-model"],
+            ("model", "resume_ckpt", "someone/some-model"),
+        ),
         ({"amp": False}, ["--mixed_precision", "fp16"], ("precision", "mixed_precision", "fp16")),
         ({"ema_decay_rate": 0.9}, ["--ema_strength_target", "0.1"], ("ema", "ema_decay_rate", None)),
         ({"ema_strength_target": 0.1}, ["--ema_decay_rate", "0.9"], ("ema", "ema_strength_target", None)),
     ],
 )
-def test_the_command_line_wins_over_what_the_file_says_by_another_key(folder: Path, train: dict[str, Any], words: list[str], found: Any):
+def test_the_command_line_wins_over_what_the_file_says_by_another_key(
+    folder: Path, train: dict[str, Any], words: list[str], found: Any
+):
     section, key, value = found
     assert getattr(getattr(load(train, None, *words).config, section), key) == value
 
@@ -103,7 +138,18 @@ def test_switches_of_the_command_line(folder: Path, words: list[str], value: boo
 
 
 def test_values_of_the_command_line(folder: Path):
-    config = load({}, None, "--seed", "-1", "--data_root", '["input", "pictures"]', "--run_name", "12", "--mixed-precision", "no").config
+    config = load(
+        {},
+        None,
+        "--seed",
+        "-1",
+        "--data_root",
+        '["input", "pictures"]',
+        "--run_name",
+        "12",
+        "--mixed-precision",
+        "no",
+    ).config
     assert config.loop.seed == -1
     assert config.data.data_root == (str(folder / "input"), str(folder / "pictures"))
     assert config.logging.run_name == "12"
@@ -112,27 +158,45 @@ def test_values_of_the_command_line(folder: Path):
 
 def test_check_is_an_action(folder: Path):
     assert load().action == "train"
-    plain, structured = load({}, None, "--check"), load({}, None, "--check", "json", "--contact_sheets", "sheets")
+    plain, structured = (
+        load({}, None, "--check"),
+        load({}, None, "--check", "json", "--contact_sheets", "sheets"),
+    )
     assert (plain.action, plain.check_json, plain.contact_sheets) == ("check", False, None)
-    assert (structured.action, structured.check_json, structured.contact_sheets) == ("check", True, Path("sheets"))
-    assert load({}, None, "--check=json").check_json and load({}, None, "--check", "--lr", "1e-6").action == "check"
+    assert (structured.action, structured.check_json, structured.contact_sheets) == (
+        "check",
+        True,
+        Path("sheets"),
+    )
+    assert (
+        load({}, None, "--check=json").check_json
+        and load({}, None, "--check", "--lr", "1e-6").action == "check"
+    )
     assert load({}, None, "--check", "null").action == "train"
 
 
 def test_input_paths_are_looked_for_beside_the_file_and_then_in_the_working_directory(folder: Path):
     (folder / "configs" / "input").mkdir(parents=True)
-    (folder / "configs" / "train.json").write_text('{"resume_ckpt": "model", "sample_prompts": "prompts.txt", "save_ckpt_dir": "out"}')
+    (folder / "configs" / "train.json").write_text(
+        '{"resume_ckpt": "model", "sample_prompts": "prompts.txt", "save_ckpt_dir": "out"}'
+    )
     config = load_config(["--config", "configs/train.json", "--optimizer_config", "optimizer.json"]).config
     assert config.data.data_root == str(folder / "configs" / "input"), "beside the file"
     assert config.model.resume_ckpt == str(folder / "model"), "in the working directory"
     assert config.samples.sample_prompts == str(folder / "prompts.txt")
     assert config.optimizer_source == folder / "optimizer.json"
-    assert (config.logging.logdir, config.saving.save_ckpt_dir) == ("logs", "out"), "outputs stay relative to the working directory"
-    there = load_config(["--config", "configs/train.json", "--data_root", "input", "--optimizer_config", "optimizer.json"]).config
+    assert (config.logging.logdir, config.saving.save_ckpt_dir) == ("logs", "out"), (
+        "outputs stay relative to the working directory"
+    )
+    there = load_config(
+        ["--config", "configs/train.json", "--data_root", "input", "--optimizer_config", "optimizer.json"]
+    ).config
     assert there.data.data_root == str(folder / "input"), "the command line knows the working directory only"
 
 
-@pytest.mark.parametrize("name", ["findlast", "stable-diffusion-v1-5/stable-diffusion-v1-5", "someone/v1.5_tuned"])
+@pytest.mark.parametrize(
+    "name", ["findlast", "stable-diffusion-v1-5/stable-diffusion-v1-5", "someone/v1.5_tuned"]
+)
 def test_models_that_are_no_path_stay_as_they_are(folder: Path, name: str):
     assert load({"resume_ckpt": name}).config.model.resume_ckpt == name
 
@@ -172,7 +236,9 @@ def test_absent_and_null_inherit_while_zero_and_false_are_values(folder: Path):
 
 def test_no_optimizer_named_is_adamw8bit(folder: Path):
     optimizers = load({"lr": 1e-6}, {"base": {}}).config.optimizers
-    assert isinstance(optimizers.unet, AdamW8bitOptions) and isinstance(optimizers.text_encoder, AdamW8bitOptions)
+    assert isinstance(optimizers.unet, AdamW8bitOptions) and isinstance(
+        optimizers.text_encoder, AdamW8bitOptions
+    )
 
 
 @pytest.mark.parametrize(
@@ -184,22 +250,51 @@ def test_no_optimizer_named_is_adamw8bit(folder: Path):
         ({}, {"base": {}}, 1e-6, 1e-6),
         ({"lr": 4e-6}, {"base": {}, "text_encoder_lr_scale": 0.5}, 4e-6, 2e-6),
         ({}, {"base": {"lr": 2e-6}, "text_encoder_lr_scale": 0.5}, 2e-6, 1e-6),
-        ({}, {"base": {"lr": 2e-6}, "text_encoder_overrides": {"lr": 3e-6}, "text_encoder_lr_scale": 0.5}, 2e-6, 3e-6),
+        (
+            {},
+            {"base": {"lr": 2e-6}, "text_encoder_overrides": {"lr": 3e-6}, "text_encoder_lr_scale": 0.5},
+            2e-6,
+            3e-6,
+        ),
         ({"lr": 4e-6}, {"base": {"optimizer": "dadapt_adam"}}, 1.0, 1.0),
-        ({"lr": 4e-6}, {"base": {"optimizer": "dadapt_adam", "lr": 0.1}, "text_encoder_lr_scale": 0.5}, 0.1, 0.05),
-        ({"lr": 4e-6}, {"base": {"optimizer": "dadapt_adam", "lr": 0.1}, "text_encoder_overrides": {"optimizer": "adamw"}}, 0.1, 4e-6),
+        (
+            {"lr": 4e-6},
+            {"base": {"optimizer": "dadapt_adam", "lr": 0.1}, "text_encoder_lr_scale": 0.5},
+            0.1,
+            0.05,
+        ),
+        (
+            {"lr": 4e-6},
+            {
+                "base": {"optimizer": "dadapt_adam", "lr": 0.1},
+                "text_encoder_overrides": {"optimizer": "adamw"},
+            },
+            0.1,
+            4e-6,
+        ),
         ({}, {"base": {"lr": 2e-6}, "text_encoder_overrides": {"optimizer": "dadapt_adam"}}, 2e-6, 1.0),
     ],
 )
-def test_where_a_rate_comes_from(folder: Path, train: dict[str, Any], optimizer: dict[str, Any], unet: float, text_encoder: float):
+def test_where_a_rate_comes_from(
+    folder: Path, train: dict[str, Any], optimizer: dict[str, Any], unet: float, text_encoder: float
+):
     optimizers = load(train, optimizer).config.optimizers
-    assert (optimizers.unet.lr, optimizers.text_encoder.lr) == (pytest.approx(unet), pytest.approx(text_encoder))
+    assert (optimizers.unet.lr, optimizers.text_encoder.lr) == (
+        pytest.approx(unet),
+        pytest.approx(text_encoder),
+    )
 
 
 def test_schedules_come_from_the_section_then_base_then_train_json(folder: Path):
     train = {"lr": 1e-6, "lr_scheduler": "cosine", "lr_warmup_steps": 7, "lr_decay_steps": 0}
-    optimizers = load(train, {"base": {}, "text_encoder_overrides": {"lr_scheduler": "linear", "lr_decay_steps": 50}}).config.optimizers
-    assert (optimizers.unet.lr_scheduler, optimizers.unet.lr_warmup_steps, optimizers.unet.lr_decay_steps) == ("cosine", 7, None)
+    optimizers = load(
+        train, {"base": {}, "text_encoder_overrides": {"lr_scheduler": "linear", "lr_decay_steps": 50}}
+    ).config.optimizers
+    assert (
+        optimizers.unet.lr_scheduler,
+        optimizers.unet.lr_warmup_steps,
+        optimizers.unet.lr_decay_steps,
+    ) == ("cosine", 7, None)
     text = optimizers.text_encoder
     assert (text.lr_scheduler, text.lr_warmup_steps, text.lr_decay_steps) == ("linear", 7, 50)
 
@@ -217,7 +312,11 @@ def test_mixed_precision_off_in_every_wording(folder: Path, words: dict[str, Any
 
 def test_keys_that_repeat_another_are_applied_to_it(folder: Path):
     config = load({"no_save_ckpt": True, "attn_type": "xformers", "lr_decay_steps": 0}).config
-    assert (config.saving.save_format, config.parts.attn_type, config.rates.lr_decay_steps) == ("diffusers", "sdp", None)
+    assert (config.saving.save_format, config.parts.attn_type, config.rates.lr_decay_steps) == (
+        "diffusers",
+        "sdp",
+        None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -239,7 +338,9 @@ def test_keys_that_repeat_another_are_applied_to_it(folder: Path):
         },
     ],
 )
-def test_a_configuration_written_down_is_the_same_configuration(folder: Path, optimizer: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+def test_a_configuration_written_down_is_the_same_configuration(
+    folder: Path, optimizer: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
     train = {
         "data_root": ["input", "pictures"],
         "lr": 1e-4,
@@ -260,12 +361,20 @@ def test_a_configuration_written_down_is_the_same_configuration(folder: Path, op
 @given(
     st.dictionaries(st.sampled_from(TRAIN_NAMES), ANYTHING, max_size=4),
     st.dictionaries(
-        st.sampled_from(TOP_NAMES), ANYTHING | st.dictionaries(st.sampled_from(SECTION_NAMES), ANYTHING, max_size=4), max_size=4
+        st.sampled_from(TOP_NAMES),
+        ANYTHING | st.dictionaries(st.sampled_from(SECTION_NAMES), ANYTHING, max_size=4),
+        max_size=4,
     ),
-    st.lists(st.sampled_from([f"--{name}" for name in TRAIN_NAMES]) | st.sampled_from(["5", "[1]", "true", "{", "-x", "é"]), max_size=3),
+    st.lists(
+        st.sampled_from([f"--{name}" for name in TRAIN_NAMES])
+        | st.sampled_from(["5", "[1]", "true", "{", "-x", "é"]),
+        max_size=3,
+    ),
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_values_are_accepted_or_refused_in_words(folder: Path, train: dict[str, Any], optimizer: dict[str, Any], words: list[str]):
+def test_any_values_are_accepted_or_refused_in_words(
+    folder: Path, train: dict[str, Any], optimizer: dict[str, Any], words: list[str]
+):
     try:
         loaded = load(train, optimizer, *words)
     except UserError as error:
@@ -315,12 +424,19 @@ SHIPPED = [
     ("configs/sd15.json", "configs/optimizer_dadapt_sd15.json"),
     ("configs/sd15.json", "configs/optimizer_dadapt_te_only.json"),
     ("configs/sd15_t4.json", "configs/optimizer_dadapt_t4.json"),
-    *(("configs/followfox/train.json", f"configs/followfox/optimizer_{name}.json") for name in ("dadapt", "adamw", "adamw8bit")),
+    *(
+        ("configs/followfox/train.json", f"configs/followfox/optimizer_{name}.json")
+        for name in ("dadapt", "adamw", "adamw8bit")
+    ),
 ]
 
 
 def test_no_shipped_configuration_is_forgotten():
-    there = {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.json") if path.parent.name != "schema"}
+    there = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "configs").rglob("*.json")
+        if path.parent.name != "schema"
+    }
     assert there == {name for pair in SHIPPED for name in pair if name.startswith("configs/")}
 
 
@@ -328,12 +444,30 @@ def test_the_post_s_configurations_are_the_post_s(folder: Path):
     def loaded(optimizer: str) -> TrainConfig:
         post = ROOT / "configs/followfox"
         return load_config(
-            ["--config", str(post / "train.json"), "--optimizer_config", str(post / optimizer), "--data_root", "input"]
+            [
+                "--config",
+                str(post / "train.json"),
+                "--optimizer_config",
+                str(post / optimizer),
+                "--data_root",
+                "input",
+            ]
         ).config
 
     config = loaded("optimizer_dadapt.json")
-    given = DAdaptAdamOptions(lr=0.1, lr_scheduler="constant", weight_decay=0.8, d0=1e-6, decouple=True, epsilon=1e-8, betas=(0.9, 0.999))
-    assert config.optimizers.unet == config.optimizers.text_encoder == given and config.optimizers.freezing.freeze_front_n_layers == 3
+    given = DAdaptAdamOptions(
+        lr=0.1,
+        lr_scheduler="constant",
+        weight_decay=0.8,
+        d0=1e-6,
+        decouple=True,
+        epsilon=1e-8,
+        betas=(0.9, 0.999),
+    )
+    assert (
+        config.optimizers.unet == config.optimizers.text_encoder == given
+        and config.optimizers.freezing.freeze_front_n_layers == 3
+    )
     assert (config.loop.max_epochs, config.saving.save_every_n_epochs) == (100, 25)
     for name in ("adamw", "adamw8bit"):
         by_hand = loaded(f"optimizer_{name}.json").optimizers
@@ -343,16 +477,37 @@ def test_the_post_s_configurations_are_the_post_s(folder: Path):
 
 @pytest.mark.parametrize(("name", "optimizer"), SHIPPED)
 def test_every_shipped_configuration_loads(folder: Path, name: str, optimizer: str):
-    command_line = ["--config", str(ROOT / name), "--optimizer_config", str(ROOT / optimizer), "--resume_ckpt", "model"]
+    command_line = [
+        "--config",
+        str(ROOT / name),
+        "--optimizer_config",
+        str(ROOT / optimizer),
+        "--resume_ckpt",
+        "model",
+    ]
     loaded = load_config([*command_line, "--data_root", "input"])
     assert loaded.notes == ()
 
 
 def test_the_shipped_configurations_say_what_the_readme_says(folder: Path):
-    mini = load_config(["--config", str(ROOT / "train.json"), "--resume_ckpt", "model", "--data_root", "input"]).config
+    mini = load_config(
+        ["--config", str(ROOT / "train.json"), "--resume_ckpt", "model", "--data_root", "input"]
+    ).config
     assert mini.optimizer_source == ROOT / "optimizer_dadapt.json"
-    unet, text_encoder, freezing = mini.optimizers.unet, mini.optimizers.text_encoder, mini.optimizers.freezing
-    post = DAdaptAdamOptions(lr=0.1, lr_scheduler="constant", weight_decay=0.8, d0=1e-6, decouple=True, epsilon=1e-8, betas=(0.9, 0.999))
+    unet, text_encoder, freezing = (
+        mini.optimizers.unet,
+        mini.optimizers.text_encoder,
+        mini.optimizers.freezing,
+    )
+    post = DAdaptAdamOptions(
+        lr=0.1,
+        lr_scheduler="constant",
+        weight_decay=0.8,
+        d0=1e-6,
+        decouple=True,
+        epsilon=1e-8,
+        betas=(0.9, 0.999),
+    )
     assert unet == post and text_encoder == post and freezing.freeze_front_n_layers == 3
 
     sd15 = load_config(["--config", str(ROOT / "configs/sd15.json"), "--data_root", "input"]).config
@@ -365,7 +520,14 @@ def test_the_shipped_configurations_say_what_the_readme_says(folder: Path):
     assert sd15.optimizers.freezing.freeze_embeddings is True
 
     by_hand = load_config(
-        ["--config", str(ROOT / "configs/sd15.json"), "--optimizer_config", str(ROOT / "optimizer.json"), "--data_root", "input"]
+        [
+            "--config",
+            str(ROOT / "configs/sd15.json"),
+            "--optimizer_config",
+            str(ROOT / "optimizer.json"),
+            "--data_root",
+            "input",
+        ]
     ).config
     assert (by_hand.optimizers.unet.lr, by_hand.optimizers.text_encoder.lr) == (1e-6, 5e-7)
 
@@ -384,6 +546,8 @@ def test_the_shipped_configurations_say_what_the_readme_says(folder: Path):
             *("--resume_ckpt", "model", "--data_root", "input"),
         ]
     ).config
-    assert isinstance(demo.optimizers.unet, AdamW8bitOptions) and not isinstance(demo.optimizers.unet, AdamWOptions)
+    assert isinstance(demo.optimizers.unet, AdamW8bitOptions) and not isinstance(
+        demo.optimizers.unet, AdamWOptions
+    )
     with pytest.raises(UserError, match="allow_high_lr"):
         check_rates(demo, {"unet": 859_520_964, "text encoder": 123_060_480})

@@ -12,8 +12,16 @@ from trainer.config import load_config
 from trainer.errors import UserError
 
 HERE = Path(__file__).parent
-BAD = {f"{path.stem}: {case.title}": case for path in sorted((HERE / "bad_configs").glob("*.txt")) for case in read_cases(path)}
-GOOD = {f"{path.stem}: {case.title}": case for path in sorted((HERE / "good_configs").glob("*.txt")) for case in read_cases(path)}
+BAD = {
+    f"{path.stem}: {case.title}": case
+    for path in sorted((HERE / "bad_configs").glob("*.txt"))
+    for case in read_cases(path)
+}
+GOOD = {
+    f"{path.stem}: {case.title}": case
+    for path in sorted((HERE / "good_configs").glob("*.txt"))
+    for case in read_cases(path)
+}
 
 
 @pytest.fixture
@@ -49,7 +57,9 @@ def test_there_are_enough_cases():
 
 def test_a_byte_order_mark_and_dos_line_ends_are_accepted(folder: Path):
     Case("", {}).write(folder)
-    (folder / "train.json").write_bytes(b'\xef\xbb\xbf{\r\n  "resume_ckpt": "model",\r\n  "max_epochs": 3\r\n}\r\n')
+    (folder / "train.json").write_bytes(
+        b'\xef\xbb\xbf{\r\n  "resume_ckpt": "model",\r\n  "max_epochs": 3\r\n}\r\n'
+    )
     assert load_config([]).config.loop.max_epochs == 3
 
 
@@ -64,8 +74,14 @@ def test_lines_are_counted_across_dos_line_ends(folder: Path):
     [
         (GOOD_TRAIN.encode("utf-16"), "train.json: the file is saved as UTF-16; save it as UTF-8"),
         (b'{"resume_ckpt":\n"\xfc"}', "train.json:2: byte 0xfc is not UTF-8; save the file as UTF-8"),
-        (b"PK\x03\x04\x00\x00", "train.json: the file is not text (it holds zero bytes); name a JSON file saved as UTF-8"),
-        (b" " * 5_000_000, "--config: train.json cannot be read: it is larger than 4 MiB, which is too much for what it is"),
+        (
+            b"PK\x03\x04\x00\x00",
+            "train.json: the file is not text (it holds zero bytes); name a JSON file saved as UTF-8",
+        ),
+        (
+            b" " * 5_000_000,
+            "--config: train.json cannot be read: it is larger than 4 MiB, which is too much for what it is",
+        ),
         (b'{"lora": ' + b"[" * 100_000, "train.json:1: lora: brackets are nested more than 40 deep"),
     ],
     ids=["UTF-16", "latin-1", "zip", "large", "deep"],
@@ -77,7 +93,9 @@ def test_files_that_are_no_text(folder: Path, content: bytes, problem: str):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows holds a working directory, and its names are Unicode")
-def test_a_working_directory_that_is_gone_or_has_no_name_in_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_working_directory_that_is_gone_or_has_no_name_in_utf_8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     for name in (b"gone", b"caf\xe9"):
         place = tmp_path / os.fsdecode(name)
         try:
@@ -87,12 +105,18 @@ def test_a_working_directory_that_is_gone_or_has_no_name_in_utf_8(tmp_path: Path
         monkeypatch.chdir(place)
         if name == b"gone":
             place.rmdir()
-            assert refused().problems == ("the working directory has been deleted; change to a folder that is there.",)
+            assert refused().problems == (
+                "the working directory has been deleted; change to a folder that is there.",
+            )
         else:
-            assert refused().problems == (f"the working directory: {place} is not UTF-8; rename it, or name it by a link.",)
+            assert refused().problems == (
+                f"the working directory: {place} is not UTF-8; rename it, or name it by a link.",
+            )
     monkeypatch.chdir(tmp_path)
     word = os.fsdecode(b"pictures\xe9")
-    assert refused(["--data_root", word]).problems == (f"command line: {word} is not UTF-8; rename it, or name it by a link.",)
+    assert refused(["--data_root", word]).problems == (
+        f"command line: {word} is not UTF-8; rename it, or name it by a link.",
+    )
 
 
 def test_without_a_configuration_the_option_is_named(folder: Path):

@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 from trainer.config.positions import _DRIVE, read_json
 
 # A path of Windows with single backslashes, "C:\new", is JSON for something else, and reported all the same.
-texts = st.text().filter(lambda text: not any(_DRIVE.match(json.dumps(text, ensure_ascii=ascii_only)[1:]) for ascii_only in (True, False)))
+texts = st.text().filter(
+    lambda text: (
+        not any(_DRIVE.match(json.dumps(text, ensure_ascii=ascii_only)[1:]) for ascii_only in (True, False))
+    )
+)
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
@@ -23,7 +27,9 @@ objects = st.dictionaries(texts, values, max_size=6)
 @given(objects, st.sampled_from([None, 0, 2]), st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_what_json_writes_is_read_back(content: dict[str, Any], indent: int | None, ascii_only: bool):
-    document = read_json(json.dumps(content, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass"))
+    document = read_json(
+        json.dumps(content, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+    )
     assert not document.issues and not document.unread
     assert document.values == content
 
@@ -57,7 +63,15 @@ def test_any_bytes_are_read_without_failing(content: bytes):
 def test_every_line_is_known():
     text = '{\n"a": 1,\n\n"b": {\n"c": [\n1,\n2], "d": {}},\n"e": null}'
     lines = read_json(text.encode()).lines
-    assert lines == {("a",): 2, ("b",): 4, ("b", "c"): 5, ("b", "c", 0): 6, ("b", "c", 1): 7, ("b", "d"): 7, ("e",): 8}
+    assert lines == {
+        ("a",): 2,
+        ("b",): 4,
+        ("b", "c"): 5,
+        ("b", "c", 0): 6,
+        ("b", "c", 1): 7,
+        ("b", "d"): 7,
+        ("e",): 8,
+    }
 
 
 def test_reading_goes_on_after_every_mistake():
@@ -70,7 +84,10 @@ def test_reading_goes_on_after_every_mistake():
 
 def test_infinity_is_a_growth_rate_only():
     assert not read_json(b'{"base": {"growth_rate": Infinity}}').issues
-    assert [issue.path for issue in read_json(b'{"growth_rate": -Infinity, "lr": Infinity, "x": [Infinity]}').issues] == [
+    assert [
+        issue.path
+        for issue in read_json(b'{"growth_rate": -Infinity, "lr": Infinity, "x": [Infinity]}').issues
+    ] == [
         ("growth_rate",),
         ("lr",),
         ("x", 0),

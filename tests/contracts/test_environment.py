@@ -1,6 +1,7 @@
 """What is wrong with a machine is said in sentences, before anything heavy is imported.
 
-The packages here are real ones to Python: folders with metadata at the front of the module path, no part of the check replaced.
+The packages here are real ones to Python: folders with metadata at the front of the module path, no part of
+the check replaced.
 """
 
 import ast
@@ -47,19 +48,29 @@ def nvidia_smi(tmp_path, monkeypatch):
     return install
 
 
-def package(site: Path, name: str, version: str, *, version_py: str, requires: str = "", init: str = "") -> None:
+def package(
+    site: Path, name: str, version: str, *, version_py: str, requires: str = "", init: str = ""
+) -> None:
     (site / name).mkdir()
     (site / name / "__init__.py").write_text(init)
     (site / name / "version.py").write_text(version_py)
     info = site / f"{name}-{version}.dist-info"
     info.mkdir()
     requires_line = f"Requires-Dist: {requires}\n" if requires else ""
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires_line}")
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires_line}"
+    )
 
 
 def torch_build(site: Path, *, version: str, cuda: str | None) -> None:
     text = f"from typing import Optional\n__version__ = '{version}'\ncuda: Optional[str] = {cuda!r}\nhip: Optional[str] = None\n"
-    package(site, "torch", version.partition("+")[0], version_py=text, init="raise RuntimeError('torch must not be imported here')")
+    package(
+        site,
+        "torch",
+        version.partition("+")[0],
+        version_py=text,
+        init="raise RuntimeError('torch must not be imported here')",
+    )
 
 
 def pinned(name: str) -> str:
@@ -73,7 +84,11 @@ def test_an_environment_as_pinned_has_nothing_to_say(nvidia_smi):
 
 def test_every_pin_is_an_exact_version_of_an_installed_package():
     pins = environment._pins()
-    lines = [line for line in environment.REQUIREMENTS.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    lines = [
+        line
+        for line in environment.REQUIREMENTS.read_text().splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
     own = [line for line in lines if ";" not in line or sys.platform in line]
     assert len(pins) == len(own) > 10
     for name, version in pins.items():
@@ -89,14 +104,23 @@ def test_an_old_python_is_named(monkeypatch):
 
 def test_the_check_itself_compiles_on_pythons_that_it_refuses():
     """Whoever starts Python 3.8 must see the sentence, not a SyntaxError."""
-    for name in ("train.py", "data/__init__.py", "data/errors.py", "trainer/__init__.py", "trainer/environment.py", "trainer/errors.py"):
+    for name in (
+        "train.py",
+        "data/__init__.py",
+        "data/errors.py",
+        "trainer/__init__.py",
+        "trainer/environment.py",
+        "trainer/errors.py",
+    ):
         ast.parse((ROOT / name).read_text(encoding="utf-8"), feature_version=(3, 8))
 
 
 def test_missing_packages_are_named_together(tmp_path, monkeypatch):
     requirements = tmp_path / "requirements.txt"
     requirements.write_text(
-        "# pins\ntorch==" + pinned("torch") + "\nno-such-thing==1.0\n\nnor-this-one==2.0  # why\nbitsandbytes-not-there==1\n"
+        "# pins\ntorch=="
+        + pinned("torch")
+        + "\nno-such-thing==1.0\n\nnor-this-one==2.0  # why\nbitsandbytes-not-there==1\n"
     )
     monkeypatch.setattr(environment, "REQUIREMENTS", requirements)
     monkeypatch.setattr(environment, "OPTIONAL", frozenset({"bitsandbytes-not-there"}))
@@ -110,7 +134,9 @@ def test_missing_packages_are_named_together(tmp_path, monkeypatch):
 
 def test_a_package_for_another_system_is_not_missing(tmp_path, monkeypatch):
     requirements = tmp_path / "requirements.txt"
-    requirements.write_text(f'torch=={pinned("torch")}\nno-such-thing==1.0; sys_platform == "another"  # why\n')
+    requirements.write_text(
+        f'torch=={pinned("torch")}\nno-such-thing==1.0; sys_platform == "another"  # why\n'
+    )
     monkeypatch.setattr(environment, "REQUIREMENTS", requirements)
     assert check_environment() == []
     monkeypatch.setattr(sys, "platform", "another")
@@ -120,7 +146,9 @@ def test_a_package_for_another_system_is_not_missing(tmp_path, monkeypatch):
 
 def test_a_python_with_no_packages_at_all_gets_the_sentence():
     """The command itself, as after a clone: without the site module Python sees its standard library and nothing else."""
-    answer = subprocess.run([sys.executable, "-S", "-E", "train.py"], capture_output=True, text=True, cwd=ROOT)
+    answer = subprocess.run(
+        [sys.executable, "-S", "-E", "train.py"], capture_output=True, text=True, cwd=ROOT
+    )
     assert answer.returncode == 2, answer.stderr
     assert answer.stderr.startswith(
         f"{len(environment._pins().keys() - environment.OPTIONAL)} packages are not installed: torch, diffusers, "
@@ -141,7 +169,10 @@ def test_a_gpu_beside_a_torch_without_cuda_is_noted_without_importing_torch(site
     nvidia_smi(f"echo '{GPU}'")
     (note,) = check_environment()
     assert note.startswith(f"nvidia-smi sees {GPU}, but torch {pinned('torch')}+cpu is built without CUDA")
-    assert f"`pip install torch=={pinned('torch')}+cu130 --extra-index-url https://download.pytorch.org/whl/cu130`" in note
+    assert (
+        f"`pip install torch=={pinned('torch')}+cu130 --extra-index-url https://download.pytorch.org/whl/cu130`"
+        in note
+    )
 
 
 @pytest.mark.parametrize("hidden", ["", "-1"])
@@ -203,12 +234,21 @@ def test_a_companion_of_another_torch_that_does_not_import_is_named(site, name, 
 
 
 def test_a_companion_of_another_torch_that_imports_is_let_be(site):
-    package(site, "torchvision", "0.20.0", version_py="__version__ = '0.20.0+cu121'", requires="torch (==2.5.0)")
+    package(
+        site, "torchvision", "0.20.0", version_py="__version__ = '0.20.0+cu121'", requires="torch (==2.5.0)"
+    )
     assert check_environment() == []
 
 
 def test_importing_a_companion_runs_no_file_of_the_working_directory(site, tmp_path, monkeypatch):
-    package(site, "torchvision", "0.20.0", version_py="__version__ = '0.20.0+cu121'", requires="torch (==2.5.0)", init="import colorsys")
+    package(
+        site,
+        "torchvision",
+        "0.20.0",
+        version_py="__version__ = '0.20.0+cu121'",
+        requires="torch (==2.5.0)",
+        init="import colorsys",
+    )
     monkeypatch.chdir(tmp_path)
     for name in ("torchvision", "colorsys"):  # a module of the standard library would be hidden likewise
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
@@ -234,7 +274,9 @@ def test_nothing_third_party_is_imported_by_the_check():
         "import sys; before = set(sys.modules); from trainer.environment import check_environment; check_environment();"
         "print(sorted({name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names))"
     )
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert answer.stdout.strip() == "['trainer']"
 
 
@@ -243,7 +285,8 @@ def test_a_cuda_torch_that_cannot_reach_the_gpu_is_noted_with_its_reason(nvidia_
 
     def unavailable():
         warnings.warn(
-            "CUDA initialization: The NVIDIA driver on your system is too old (found version 12020).\nPlease update.", stacklevel=2
+            "CUDA initialization: The NVIDIA driver on your system is too old (found version 12020).\nPlease update.",
+            stacklevel=2,
         )
         return False
 

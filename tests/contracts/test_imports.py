@@ -133,14 +133,20 @@ def test_importing_the_configuration_loads_nothing_slow():
 def test_the_packages_import_by_full_names():
     """A relative import would pass the other rules unseen."""
     relative = [
-        name for name, text in sources().items() if not name.startswith("scripts") and re.search(r"^\s*from \.", text, re.MULTILINE)
+        name
+        for name, text in sources().items()
+        if not name.startswith("scripts") and re.search(r"^\s*from \.", text, re.MULTILINE)
     ]
     assert relative == []
 
 
 def test_text_leaves_in_one_place():
     """Elsewhere a file's name or a key could steer the terminal."""
-    printing = [name for name, text in sources().items() if not name.startswith("scripts") and re.search(r"\bprint\(|sys\.std\w+\.", text)]
+    printing = [
+        name
+        for name, text in sources().items()
+        if not name.startswith("scripts") and re.search(r"\bprint\(|sys\.std\w+\.", text)
+    ]
     assert printing == ["trainer.output"]
 
 
@@ -197,8 +203,16 @@ def test_each_rule_sees_what_it_forbids(module, source, rule):
     ],
 )
 def test_no_rule_forbids_what_is_meant(module, source):
-    planted = {"trainer.training.loop": [], module: read_imports(source, {"trainer.training.loop", "trainer.run.build"})}
-    assert [*upward(planted), *strayed(planted), *not_options(planted), *slow_starts(planted, {"trainer.training.loop"})] == []
+    planted = {
+        "trainer.training.loop": [],
+        module: read_imports(source, {"trainer.training.loop", "trainer.run.build"}),
+    }
+    assert [
+        *upward(planted),
+        *strayed(planted),
+        *not_options(planted),
+        *slow_starts(planted, {"trainer.training.loop"}),
+    ] == []
 
 
 @pytest.fixture(scope="module")
@@ -224,11 +238,19 @@ def strayed(tree: Tree) -> list[str]:
         for found in imports:
             library = found.target.partition(".")[0]
             if library in LIBRARIES and not inside(module, ("scripts", *LIBRARIES[library])):
-                problems.append(f"{module}:{found.line}: imports {library}, which belongs to {', '.join(LIBRARIES[library])}")
+                problems.append(
+                    f"{module}:{found.line}: imports {library}, which belongs to {', '.join(LIBRARIES[library])}"
+                )
             elif library not in sys.stdlib_module_names and not all(
-                inside(found.target, (*names, *(package for package in ALL_IMPORTS if inside(module, (package,))))) for names in allowed
+                inside(
+                    found.target,
+                    (*names, *(package for package in ALL_IMPORTS if inside(module, (package,)))),
+                )
+                for names in allowed
             ):
-                problems.append(f"{module}:{found.line}: imports {found.target}, which is not among what its package may import")
+                problems.append(
+                    f"{module}:{found.line}: imports {found.target}, which is not among what its package may import"
+                )
     return problems
 
 
@@ -236,7 +258,9 @@ def not_options(tree: Tree) -> list[str]:
     return [
         f"trainer.config.schema:{found.line}: imports {found.name or found.target}, which is no class of options"
         for found in tree.get("trainer.config.schema", [])
-        if is_ours(found.target) and not inside(found.target, ("trainer.config", "trainer.errors")) and not found.name.endswith("Options")
+        if is_ours(found.target)
+        and not inside(found.target, ("trainer.config", "trainer.errors"))
+        and not found.name.endswith("Options")
     ]
 
 
@@ -248,7 +272,9 @@ def slow_starts(tree: Tree, modules: set[str]) -> list[str]:
         for way in ways:  # grows while it is walked
             for found in (found for found in tree.get(way[-1], []) if found.at_start):
                 if found.target.partition(".")[0] in SLOW:
-                    problems.append(f"{' -> '.join(way)}:{found.line}: imports {found.target} before it is needed")
+                    problems.append(
+                        f"{' -> '.join(way)}:{found.line}: imports {found.target} before it is needed"
+                    )
                 for step in ancestry(found.target):
                     if step in tree and step not in seen:
                         seen.add(step)
@@ -265,7 +291,10 @@ def option_modules() -> set[str]:
         if name.startswith(("trainer.config", "trainer.environment"))
         or (
             not name.startswith("scripts")
-            and any(isinstance(node, ast.ClassDef) and node.name.endswith("Options") for node in ast.parse(text).body)
+            and any(
+                isinstance(node, ast.ClassDef) and node.name.endswith("Options")
+                for node in ast.parse(text).body
+            )
         )
     }
     assert {"trainer.training.loop", "data.dataset", "trainer.optim.dadapt.options"} <= holding
@@ -274,9 +303,14 @@ def option_modules() -> set[str]:
 
 def sources() -> dict[str, str]:
     """Return the source of every module of the program, by its dotted name."""
-    paths = [ROOT / "train.py", *(path for package in ("trainer", "data", "scripts") for path in (ROOT / package).rglob("*.py"))]
+    paths = [
+        ROOT / "train.py",
+        *(path for package in ("trainer", "data", "scripts") for path in (ROOT / package).rglob("*.py")),
+    ]
     return {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path.read_text(encoding="utf-8")
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path.read_text(
+            encoding="utf-8"
+        )
         for path in sorted(paths)
         if path.is_file()
     }
@@ -293,7 +327,9 @@ def read_imports(source: str, modules: set[str]) -> list[Import]:
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
                 found.append(
-                    Import(node.lineno, full, "", at_start) if full in modules else Import(node.lineno, node.module, alias.name, at_start)
+                    Import(node.lineno, full, "", at_start)
+                    if full in modules
+                    else Import(node.lineno, node.module, alias.name, at_start)
                 )
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             for child in node.body:

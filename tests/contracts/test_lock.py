@@ -9,7 +9,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def entries(text: str) -> dict[str, str]:
     """Return the lines of a requirements file by package, continued ones joined, without comments."""
     joined = re.sub(r"\s*\\\n\s*", " ", text)
-    lines = [line.partition(" #")[0].strip() for line in joined.splitlines() if line.strip() and not line.startswith("#")]
+    lines = [
+        line.partition(" #")[0].strip()
+        for line in joined.splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
     return {re.split(r"[=<>;\s]", line)[0].replace("_", "-").lower(): line for line in lines}
 
 
@@ -21,7 +25,9 @@ def test_the_lock_is_that_of_the_requirements():
         pin, _, marker = (part.strip() for part in line.partition(";"))
         assert name in locked, f"{name} is not locked; run scripts/lock_requirements.py"
         found, _, rest = locked[name].partition(" ")
-        assert found.replace("_", "-") == pin.replace("_", "-"), f"{pin} is locked as {found}; run scripts/lock_requirements.py"
+        assert found.replace("_", "-") == pin.replace("_", "-"), (
+            f"{pin} is locked as {found}; run scripts/lock_requirements.py"
+        )
         assert not marker or marker.replace('"', "'") in rest
 
 

@@ -25,7 +25,9 @@ def test_reading_is_compared_with_pillow_alone():
 @pytest.mark.slow
 def test_scanning_is_timed_anew_and_saved():
     output = output_of("scan", "--images", "3000", "--rounds", "1")
-    rows = re.findall(r"^ *(1,000|3,000) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d,]+)$", output, re.MULTILINE)
+    rows = re.findall(
+        r"^ *(1,000|3,000) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d,]+)$", output, re.MULTILINE
+    )
     assert [row[0] for row in rows] == ["1,000", "3,000"], output
     assert float(rows[1][4]) < float(rows[1][2]), "from the saved index it is faster"
     assert all(int(row[5].replace(",", "")) < 1024 for row in rows), "bytes an image"

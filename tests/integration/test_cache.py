@@ -21,7 +21,14 @@ from trainer.diffusion.conditioning import Tokenize
 from trainer.errors import UserError
 from trainer.run.build import place
 from trainer.training import latent_cache as cache_module
-from trainer.training.latent_cache import CacheOptions, LatentPlan, encode_captions, encode_images, identity, plan_latents
+from trainer.training.latent_cache import (
+    CacheOptions,
+    LatentPlan,
+    encode_captions,
+    encode_images,
+    identity,
+    plan_latents,
+)
 from trainer.training.precision import Precision
 from trainer.transfer import visiting
 
@@ -67,7 +74,9 @@ def workplace(tmp_path, model, monkeypatch):
     }
     (tmp_path / "train.json").write_text(json.dumps(settings))
     (tmp_path / "optimizer.json").write_text(json.dumps({"base": {"optimizer": "adamw"}}))
-    (tmp_path / "prompts.json").write_text(json.dumps({"cfgs": [1], "num_inference_steps": 1, "samples": [{"prompt": "a red circle"}]}))
+    (tmp_path / "prompts.json").write_text(
+        json.dumps({"cfgs": [1], "num_inference_steps": 1, "samples": [{"prompt": "a red circle"}]})
+    )
     return tmp_path
 
 
@@ -78,7 +87,9 @@ def calls(monkeypatch):
 
     def counting(name, original):
         def call(self, first, *arguments, **keywords):
-            counted[name] += 0 if first.is_meta else len(first)  # on the meta device a model is only tried out
+            counted[name] += (
+                0 if first.is_meta else len(first)
+            )  # on the meta device a model is only tried out
             return original(self, first, *arguments, **keywords)
 
         return call
@@ -98,8 +109,12 @@ def outcome(logs):
     (last,) = (run / "ckpts").glob("last-*")
     files = ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    losses = [[event.value for event in events.Scalars(tag)] for tag in ("loss/log_step", "loss/stabilize-train")]
-    return {f"{file}:{key}": tensor for file in files for key, tensor in load_file(last / file).items()}, losses
+    losses = [
+        [event.value for event in events.Scalars(tag)] for tag in ("loss/log_step", "loss/stabilize-train")
+    ]
+    return {
+        f"{file}:{key}": tensor for file in files for key, tensor in load_file(last / file).items()
+    }, losses
 
 
 def assert_same(left, right):
@@ -127,7 +142,21 @@ def test_kept_latents_change_no_bit_where_images_are_encoded_one_at_a_time(workp
     assert len(list((workplace / "disk" / "cache" / "latents").glob("*/*.safetensors"))) == 1
 
     calls["vae"] = 0
-    assert train.main(["--logdir", "later", "--cache_latents", "disk", "--cache_dir", "disk/cache", "--num_workers", "1"]) == 0
+    assert (
+        train.main(
+            [
+                "--logdir",
+                "later",
+                "--cache_latents",
+                "disk",
+                "--cache_dir",
+                "disk/cache",
+                "--num_workers",
+                "1",
+            ]
+        )
+        == 0
+    )
     assert calls["vae"] == 0, "the earlier run's are there"
     assert_same(plain, outcome(workplace / "later"))
     assert "Latents of 10 of 10 images are in" in capsys.readouterr().out
@@ -140,12 +169,17 @@ def test_a_frozen_text_encoder_is_run_once_for_each_caption(workplace, calls):
     assert train.main(["--logdir", "kept", "--cache_latents", "auto", *frozen]) == 0
     samples = 2 * 2  # before and after training, the prompt and the empty one
     assert 5 + 1 <= calls["text encoder"] <= 5 + 1 + samples
-    (plain, (losses, fixed)), (kept, (kept_losses, kept_fixed)) = (outcome(workplace / name) for name in ("plain", "kept"))
+    (plain, (losses, fixed)), (kept, (kept_losses, kept_fixed)) = (
+        outcome(workplace / name) for name in ("plain", "kept")
+    )
     assert_same((plain, losses), (kept, kept_losses))
     assert kept_fixed == pytest.approx(fixed, rel=1e-5), "which encodes four captions at a time"
     calls["text encoder"] = 0
     (workplace / "pictures" / "0.txt").write_text("a red circle, one, two, three")
-    assert train.main(["--logdir", "shuffled", "--cache_latents", "auto", "--shuffle_tags", "true", *frozen]) == 0
+    assert (
+        train.main(["--logdir", "shuffled", "--cache_latents", "auto", "--shuffle_tags", "true", *frozen])
+        == 0
+    )
     assert calls["text encoder"] > 30, "shuffled captions are encoded as they come"
 
 
@@ -154,23 +188,38 @@ def test_a_run_with_kept_latents_continues_to_the_bit(workplace):
     assert train.main(["--logdir", "whole", "--cache_latents", "memory", "--batch_size", "2"]) == 0
     whole = outcome(workplace / "whole")
     for name, (first, then) in pairs.items():
-        assert train.main(["--logdir", name, "--batch_size", "2", "--cache_latents", first, "--stop_after_steps", "3"]) == 0
+        assert (
+            train.main(
+                ["--logdir", name, "--batch_size", "2", "--cache_latents", first, "--stop_after_steps", "3"]
+            )
+            == 0
+        )
         for partial in (run_of(workplace / name) / "ckpts").glob("tiny*"):
             assert "gs00003" in partial.name
-        assert train.main(["--resume_ckpt", "findlast", "--logdir", name, "--batch_size", "2", "--cache_latents", then]) == 0
+        assert (
+            train.main(
+                ["--resume_ckpt", "findlast", "--logdir", name, "--batch_size", "2", "--cache_latents", then]
+            )
+            == 0
+        )
         assert_same(whole, outcome(workplace / name))
 
 
 def test_batches_with_and_without_kept_latents_agree(workplace):
     """Encoded in batches, images may differ in the last bits."""
     for name in ("no", "memory"):
-        assert train.main(["--logdir", name, "--cache_latents", name, "--batch_size", "2", "--grad_accum", "1"]) == 0
+        assert (
+            train.main(["--logdir", name, "--cache_latents", name, "--batch_size", "2", "--grad_accum", "1"])
+            == 0
+        )
     (_, plain), (_, kept) = (outcome(workplace / name) for name in ("no", "memory"))
     for one, other in zip(plain, kept, strict=True):
         torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-5, atol=1e-5)
 
 
-def test_a_changed_image_is_encoded_anew_and_so_is_everything_for_another_vae(workplace, calls, tmp_path_factory):
+def test_a_changed_image_is_encoded_anew_and_so_is_everything_for_another_vae(
+    workplace, calls, tmp_path_factory
+):
     disk = ["--cache_latents", "disk", "--flip_p", "0", "--stop_after_steps", "1"]
     assert train.main(disk) == 0 and calls["vae"] == 5
     Image.new("RGB", (70, 80), "red").save(workplace / "pictures" / "3.png")
@@ -220,7 +269,9 @@ def test_the_plan_is_told(workplace, no_estimate, capsys):
 def plan_of(folder, monkeypatch, free=1 << 40, epochs=10, mode="auto", **changes):
     monkeypatch.setattr(cache_module, "_free_memory", lambda: free)
     data = DataOptions(data_root=str(folder), resolution=64, **changes)
-    return plan_latents(CacheOptions(cache_latents=mode), data, build_index(data), tiny_models().vae.config, epochs=epochs)
+    return plan_latents(
+        CacheOptions(cache_latents=mode), data, build_index(data), tiny_models().vae.config, epochs=epochs
+    )
 
 
 def test_auto_keeps_latents_where_that_is_worth_it(workplace, monkeypatch):
@@ -264,10 +315,30 @@ def test_progress_is_told_in_long_runs(workplace, monkeypatch):
     data = DataOptions(data_root=str(workplace / "pictures"), resolution=64, num_workers=0)
     told = []
     encode_images(
-        plan_of(workplace / "pictures", monkeypatch), build_index(data), data, models.vae, CPU, folder=workplace, tell=told.append
+        plan_of(workplace / "pictures", monkeypatch),
+        build_index(data),
+        data,
+        models.vae,
+        CPU,
+        folder=workplace,
+        tell=told.append,
     )
-    assert told[0].startswith("Encoding 5 images once") and told[1] == "Encoded 1 of 5 images; about 0 minutes left."
-    assert encode_images(LatentPlan("no", (), MomentShape(4, 8)), build_index(data), data, None, CPU, folder=workplace, tell=print) is None
+    assert (
+        told[0].startswith("Encoding 5 images once")
+        and told[1] == "Encoded 1 of 5 images; about 0 minutes left."
+    )
+    assert (
+        encode_images(
+            LatentPlan("no", (), MomentShape(4, 8)),
+            build_index(data),
+            data,
+            None,
+            CPU,
+            folder=workplace,
+            tell=print,
+        )
+        is None
+    )
 
 
 def test_captions_that_would_take_too_much_memory_are_not_kept(monkeypatch):

@@ -11,13 +11,21 @@ from tests.runs import DADAPT, run_of, scalars, write
 from trainer.checkpoints.format import checkpoints, resume_problem
 from trainer.reporting.model_card import PAGE, Card
 
-SETTINGS = {"max_epochs": 2, "log_step": 1, "fixed_loss_images": 1, "save_every_n_epochs": None, "save_format": "diffusers"}
+SETTINGS = {
+    "max_epochs": 2,
+    "log_step": 1,
+    "fixed_loss_images": 1,
+    "save_every_n_epochs": None,
+    "save_format": "diffusers",
+}
 
 
 def test_every_checkpoint_of_a_run_has_its_page_also_after_a_stop(workplace, model, tmp_path, drawn_curves):
     base = tmp_path / "somewhere-private" / "the-base"
     shutil.copytree(model, base)
-    (base / PAGE).write_text("---\nlicense: creativeml-openrail-m\nbase_model: someone/on-the-hub\n---\n# The base\n")
+    (base / PAGE).write_text(
+        "---\nlicense: creativeml-openrail-m\nbase_model: someone/on-the-hub\n---\n# The base\n"
+    )
     write(workplace, DADAPT, **SETTINGS, model=str(base))
     assert train.main(["--stop_after_steps", "3"]) == 0
     first = ModelCard.load(checkpoints(run_of(workplace))[0] / PAGE)
@@ -28,8 +36,15 @@ def test_every_checkpoint_of_a_run_has_its_page_also_after_a_stop(workplace, mod
 
     card = ModelCard.load(checkpoint / PAGE)  # the hub's own reader
     for data in (first.data, card.data):
-        assert (data.license, data.base_model, data.base_model_relation) == ("creativeml-openrail-m", "someone/on-the-hub", "finetune")
-        assert (data.library_name, data.pipeline_tag) == ("diffusers", "text-to-image") and "stable-diffusion" in data.tags
+        assert (data.license, data.base_model, data.base_model_relation) == (
+            "creativeml-openrail-m",
+            "someone/on-the-hub",
+            "finetune",
+        )
+        assert (data.library_name, data.pipeline_tag) == (
+            "diffusers",
+            "text-to-image",
+        ) and "stable-diffusion" in data.tags
     assert "3 of 6 steps, 5 images" in first.text and "6 of 6 steps, 10 images" in card.text
     assert "Fine-tuned from `the-base`, which was made from someone/on-the-hub" in card.text
     losses = scalars(run)["loss/stabilize-train"]
@@ -62,6 +77,10 @@ def test_the_page_of_a_lora_names_its_base_and_a_page_that_fails_costs_nothing_e
     assert train.main(["--resume_ckpt", "findlast"]) == 0
     run = run_of(workplace)
     assert (
-        f"Note: {checkpoints(run)[0]} is whole, and its model card could not be written (no page today)." in (run / "run.log").read_text()
+        f"Note: {checkpoints(run)[0]} is whole, and its model card could not be written (no page today)."
+        in (run / "run.log").read_text()
     )
-    assert json.loads((checkpoints(run)[0] / "manifest.json").read_text())["step"] == 3 and resume_problem(checkpoints(run)[0]) is None
+    assert (
+        json.loads((checkpoints(run)[0] / "manifest.json").read_text())["step"] == 3
+        and resume_problem(checkpoints(run)[0]) is None
+    )

@@ -31,14 +31,21 @@ def place(workplace):  # noqa: F811
     (workplace / "adamw.json").write_text(json.dumps({"base": {**ADAMW["base"], "lr": 1e-2}}))
     (workplace / "validation.json").write_text('{"auto_split_proportion": 0.3}')
     samples = [{"prompt": "a red circle"}, {"prompt": "a blue square", "seed": 3}]
-    (workplace / "prompts.json").write_text(json.dumps({"cfgs": [2, 1], "num_inference_steps": 2, "seed": 5, "samples": samples}))
+    (workplace / "prompts.json").write_text(
+        json.dumps({"cfgs": [2, 1], "num_inference_steps": 2, "seed": 5, "samples": samples})
+    )
     return workplace
 
 
 def test_two_comparisons_do_not_share_a_folder(place, capsys):
     (place / "out").mkdir()
     with held(place / "out") as process:
-        assert compare_optimizers.main(["--config", "train.json", "adamw.json", "optimizer.json", "--out", "out"]) == 2
+        assert (
+            compare_optimizers.main(
+                ["--config", "train.json", "adamw.json", "optimizer.json", "--out", "out"]
+            )
+            == 2
+        )
         assert f"{place / 'out'} is in use by process {process.pid} on " in capsys.readouterr().err
         assert [path.name for path in (place / "out").iterdir()] == [LOCK]
 
@@ -49,12 +56,16 @@ def test_a_comparison_from_training_to_the_report(place, capsys):
     runs = {path.parent.parent.name: path for path in (place / "out/runs").glob("*/seed-7/run-*")}
     assert set(runs) == {"adamw", "optimizer"}
     curves = {name: scalars(run) for name, run in runs.items()}
-    # The same images, noise and timesteps: before the first update the losses are the same to the bit, and then they part.
+    # The same images, noise and timesteps: before the first update the losses are the same to the bit, and
+    # then they part.
     for tag in LOSSES:
         first = min(curves["adamw"][tag])
         assert curves["adamw"][tag][first] == curves["optimizer"][tag][first]
         assert curves["adamw"][tag].keys() == curves["optimizer"][tag].keys()
-        assert curves["adamw"][tag][max(curves["adamw"][tag])] != curves["optimizer"][tag][max(curves["optimizer"][tag])]
+        assert (
+            curves["adamw"][tag][max(curves["adamw"][tag])]
+            != curves["optimizer"][tag][max(curves["optimizer"][tag])]
+        )
 
     report = place / "out/report"
     html, text = (report / "report.html").read_text(), (report / "report.md").read_text()
@@ -72,11 +83,17 @@ def test_a_comparison_from_training_to_the_report(place, capsys):
     assert cells["optimizer"][:2] == [f"{last[1]:.4f}", f"{last[1] / last[0]:.3f}"]
     assert float(cells["optimizer"][2]) == pytest.approx(min(v for s, v in final[1].items() if s), abs=5e-5)
     cost = table(text, "Cost")
-    assert 7.9 < float(cost["adamw"][3]) < 8.6  # two moments in fp32, and a counter for each of very small tensors
+    assert (
+        7.9 < float(cost["adamw"][3]) < 8.6
+    )  # two moments in fp32, and a counter for each of very small tensors
     assert 11.9 < float(cost["optimizer"][3]) < 14
     checkpoint = next(runs["adamw"].glob("ckpts/last-*/model_index.json")).parent
     single = next(runs["adamw"].glob("ckpts/last-*.safetensors"))
-    bytes_of = sum(path.stat().st_size for path in [*checkpoint.rglob("*"), single] if path.is_file() and "resume" not in path.parts)
+    bytes_of = sum(
+        path.stat().st_size
+        for path in [*checkpoint.rglob("*"), single]
+        if path.is_file() and "resume" not in path.parts
+    )
     assert cost["adamw"][4] == f"{bytes_of / 2**20:.1f}"
     drift = table(text, "Drift of unrelated prompts")
     assert drift["base"][1] == "0%" and re.fullmatch(r"[+-]\d+%", drift["adamw"][1])
@@ -157,8 +174,21 @@ def test_a_comparison_that_is_ended_waits_for_the_checkpoint_of_its_run(number, 
 @pytest.mark.slow
 def test_a_run_that_fails_is_told_and_the_others_go_on(place):
     (place / "wild.json").write_text(json.dumps({"base": {"optimizer": "adamw", "lr": 1e30}}))
-    command = ["--config", "train.json", "adamw.json", "wild.json", "--out", "out", "--max_epochs", "60", "--log_step", "50"]
-    assert compare_optimizers.main([*command, "--save_every_n_epochs", "null", "--fixed_loss_images", "0"]) == 0
+    command = [
+        "--config",
+        "train.json",
+        "adamw.json",
+        "wild.json",
+        "--out",
+        "out",
+        "--max_epochs",
+        "60",
+        "--log_step",
+        "50",
+    ]
+    assert (
+        compare_optimizers.main([*command, "--save_every_n_epochs", "null", "--fixed_loss_images", "0"]) == 0
+    )
     text = (place / "out/report/report.md").read_text()
     assert "**Failed: wild: seed 7: no step has had finite gradients" in text
     assert table(text, "Loss")["wild"][0] == "–" and table(text, "Cost")["adamw"][0] != "–"
@@ -169,12 +199,26 @@ def test_a_report_of_a_run_that_failed(tmp_path):
     output = tmp_path / "output.txt"
     output.write_text("step 1\nit failed because <of this>.\n\n")
     planned = [Planned(name, tmp_path / name, 1, tmp_path, (), {}) for name in ("good", "wild")]
-    good = Measured(Finished(planned[0], tmp_path, 0, 2**30, 1), {FIXED: {0: 0.2, 5: 0.1}}, None, 1.0, 2.0, 1.0, 2.0, 3.0)
-    wild = Measured(Finished(planned[1], tmp_path, 1, None, 1), {FIXED: {0: 0.2, 5: float("nan")}}, None, None, None, None, None, None)
+    good = Measured(
+        Finished(planned[0], tmp_path, 0, 2**30, 1), {FIXED: {0: 0.2, 5: 0.1}}, None, 1.0, 2.0, 1.0, 2.0, 3.0
+    )
+    wild = Measured(
+        Finished(planned[1], tmp_path, 1, None, 1),
+        {FIXED: {0: 0.2, 5: float("nan")}},
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
     files = [Compared("good", (good,)), Compared("wild", (wild,))]
     page = write_report(files, None, tmp_path, settings="x", command="y", device="z")
     text, html = (page.parent / "report.md").read_text(), page.read_text()
-    assert "**Failed: wild: seed 1: it failed because <of this>.**" in text and "it failed because &lt;of this&gt;." in html
+    assert (
+        "**Failed: wild: seed 1: it failed because <of this>.**" in text
+        and "it failed because &lt;of this&gt;." in html
+    )
     assert table(text, "Loss") == {"good": ["0.1000", "1.000", "0.1000", "1.000"], "wild": ["–"] * 4}
 
 
@@ -183,13 +227,25 @@ def test_a_report_of_a_run_that_failed(tmp_path):
     [
         (["train.json", "adamw.json"], "name train.json and then two or more optimizer files"),
         (["train.json", "adamw.json", "./adamw.json"], "is named twice"),
-        (["train.json", "adamw.json", "optimizer.json", "--logdir", "x"], "--logdir: the comparison sets this itself"),
-        (["train.json", "adamw.json", "optimizer.json", "--seed", "-1"], "--seed: the comparison sets this itself"),
-        (["train.json", "adamw.json", "optimizer.json", "--stop_after_steps", "1"], "shorten them by max_epochs"),
+        (
+            ["train.json", "adamw.json", "optimizer.json", "--logdir", "x"],
+            "--logdir: the comparison sets this itself",
+        ),
+        (
+            ["train.json", "adamw.json", "optimizer.json", "--seed", "-1"],
+            "--seed: the comparison sets this itself",
+        ),
+        (
+            ["train.json", "adamw.json", "optimizer.json", "--stop_after_steps", "1"],
+            "shorten them by max_epochs",
+        ),
         (["train.json", "adamw.json", "optimizer.json", "--max_epoch", "1"], "did you mean"),
         (["train.json", "adamw.json", "missing.json"], "missing.json"),
         (["train.json", "adamw.json", "optimizer.json", "--prompts", "none.json"], "none.json"),
-        (["train.json", "adamw.json", "optimizer.json", "--sample_prompts", "null"], "--prompts: train.json names no sample_prompts"),
+        (
+            ["train.json", "adamw.json", "optimizer.json", "--sample_prompts", "null"],
+            "--prompts: train.json names no sample_prompts",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_said_before_anything_is_trained(place, capsys, arguments, sentence):

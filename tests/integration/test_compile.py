@@ -1,7 +1,7 @@
 """Networks through torch.compile: the same training, names and checkpoints, and a sentence where no compiler works.
 
-Tracing the tiny UNet takes most of a minute, and compiling it with C++ a quarter of an hour, so all but a slow test trace the text encoder
-alone; and all but another run the traced graphs uncompiled.
+Tracing the tiny UNet takes most of a minute, and compiling it with C++ a quarter of an hour, so all but a
+slow test trace the text encoder alone; and all but another run the traced graphs uncompiled.
 """
 
 import pytest
@@ -17,7 +17,13 @@ from trainer.errors import UserError
 from trainer.models import compiled
 from trainer.training.step import train_step
 
-SHORT = {"max_epochs": 1, "fixed_loss_images": 1, "save_every_n_epochs": None, "save_format": "diffusers", "gradient_checkpointing": True}
+SHORT = {
+    "max_epochs": 1,
+    "fixed_loss_images": 1,
+    "save_every_n_epochs": None,
+    "save_format": "diffusers",
+    "gradient_checkpointing": True,
+}
 
 
 @pytest.fixture
@@ -29,7 +35,9 @@ def graphs(monkeypatch):
         found.append(graph)
         return aot_eager(graph, inputs)
 
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda network, **options: compile_(network, backend=backend, **options))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda network, **options: compile_(network, backend=backend, **options)
+    )
     monkeypatch.setattr(compiled, "require_compiler", lambda device: None)
     torch._dynamo.reset()
     yield found
@@ -75,7 +83,9 @@ def test_each_shape_is_traced_by_itself_and_nothing_beside_training(graphs):
     for step, images in enumerate((2, 3, 2, 3)):
         inputs = objective.draw(_batch(range(images), step))
         loss = train_step([inputs], networks, objective, optimizers, step=step, images=images).loss
-        torch.testing.assert_close(loss, train_step([inputs], others, objective, eager, step=step, images=images).loss)
+        torch.testing.assert_close(
+            loss, train_step([inputs], others, objective, eager, step=step, images=images).loss
+        )
         counts.append(len(graphs))
     assert 0 < counts[0] < counts[1] == counts[3], "once for each shape"
     with torch.no_grad(), compiled.uncompiled():
@@ -88,7 +98,10 @@ def test_where_no_compiler_works_a_sentence_says_so(workplace, monkeypatch, caps
     with torch._dynamo.config.patch(disable=True):
         assert train.main([]) == 2
     error = capsys.readouterr().err
-    assert "compile: torch.compile does not work here (TORCH_COMPILE_DISABLE is set); install a C++ compiler" in error
+    assert (
+        "compile: torch.compile does not work here (TORCH_COMPILE_DISABLE is set); install a C++ compiler"
+        in error
+    )
     assert not (workplace / "logs").exists()
 
     def broken(*args, **kwargs):
@@ -109,6 +122,8 @@ def test_a_text_encoder_compiled_for_the_cpu_trains_the_same():
         if compiles:
             compiled.compile_networks([networks.text_encoder])
         for step in range(2):
-            result = train_step([objective.draw(_batch(range(2), step))], networks, objective, optimizers, step=step, images=2)
+            result = train_step(
+                [objective.draw(_batch(range(2), step))], networks, objective, optimizers, step=step, images=2
+            )
             losses.append([float(result.loss), *map(float, result.norms.values())])
     assert losses[:2] == [pytest.approx(numbers, rel=1e-4) for numbers in losses[2:]]

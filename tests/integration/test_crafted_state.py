@@ -32,7 +32,9 @@ def crafted(workplace, request, no_curves):
         path.write_text(json.dumps(change(content)))
         manifest = json.loads((folder / RESUME / MANIFEST).read_text())
         (folder / RESUME / MANIFEST).unlink()
-        _write_manifest(folder / RESUME, {key: value for key, value in manifest.items() if key not in ("format", "files")})
+        _write_manifest(
+            folder / RESUME, {key: value for key, value in manifest.items() if key not in ("format", "files")}
+        )
         assert resume_problem(folder) is None
         return train.main(["--resume_ckpt", str(folder), "--stop_after_steps", "3"])
 
@@ -54,19 +56,43 @@ def changed(*keys, to):
 
 def test_state_that_is_none_is_refused(crafted, capsys):
     cases = [
-        ("training.json", lambda tree: {}, "training.json: the state of the run cannot be used (it holds none of the optimizers)"),
+        (
+            "training.json",
+            lambda tree: {},
+            "training.json: the state of the run cannot be used (it holds none of the optimizers)",
+        ),
         ("training.json", lambda tree: [], "cannot be used ("),
-        ("training.json", changed("meter", "window", to={"loss/log_step": "ab"}), "loss/log_step: input should be a valid tuple"),
+        (
+            "training.json",
+            changed("meter", "window", to={"loss/log_step": "ab"}),
+            "loss/log_step: input should be a valid tuple",
+        ),
         ("training.json", changed("meter", "epoch_seconds", to="soon"), "input should be a valid number"),
-        ("training.json", changed("curves", to={"loss/log_step": [["a", "b"]]}), "loss/log_step" and "0.0: input should be"),
-        ("training.json", changed("watch", "unet", to={"level": []}), "level: input should be a valid number"),
-        ("training.json", changed("loss watch", "fixed", to={"step": "x"}), "step: input should be a valid integer"),
+        (
+            "training.json",
+            changed("curves", to={"loss/log_step": [["a", "b"]]}),
+            "loss/log_step" and "0.0: input should be",
+        ),
+        (
+            "training.json",
+            changed("watch", "unet", to={"level": []}),
+            "level: input should be a valid number",
+        ),
+        (
+            "training.json",
+            changed("loss watch", "fixed", to={"step": "x"}),
+            "step: input should be a valid integer",
+        ),
         ("training.json", changed("card", to={}), "name: field required"),
         ("training.json", changed("optimizers", "unet", "state", to={}), "cannot be used ("),
         ("training.json", changed("optimizers", "unet", "groups", to=[]), "cannot be used ("),
         ("state.json", changed("state", "step", to="many"), "step: input should be a valid integer"),
         ("state.json", changed("state", "step", to=-2), "a count is negative"),
-        ("state.json", changed("state", "step_in_epoch", to=99), "its counts are not those of a run on these images"),
+        (
+            "state.json",
+            changed("state", "step_in_epoch", to=99),
+            "its counts are not those of a run on these images",
+        ),
         ("state.json", changed("about", to={}), "state of the run cannot be read ('same')"),
         ("state.json", changed("about", "same", "seed", to=None), "state of the run cannot be read ("),
         ("state.json", changed("about", "config", to=[]), "state of the run cannot be read ("),

@@ -69,7 +69,12 @@ def write(folder, **changes):
         settings = json.loads((folder / "train.json").read_text())
     (folder / "train.json").write_text(json.dumps(settings | changes))
     (folder / "optimizer.json").write_text(json.dumps({"base": {"optimizer": "adamw", "weight_decay": 0}}))
-    prompts = {"cfgs": [2], "num_inference_steps": 1, "samples": [{"prompt": "a red circle"}], "generate_pretrain_samples": False}
+    prompts = {
+        "cfgs": [2],
+        "num_inference_steps": 1,
+        "samples": [{"prompt": "a red circle"}],
+        "generate_pretrain_samples": False,
+    }
     (folder / "prompts.json").write_text(json.dumps(prompts))
 
 
@@ -86,7 +91,9 @@ def gradient(folder):
     """Return loss and gradient of one step of all images in a folder, read as a run reads them."""
     models = tiny_models(0)
     options = DataOptions(data_root=str(folder), resolution=64, batch_size=4, num_workers=0, cond_dropout=0)
-    loader = StepLoader(build_index(options), options, tokenize=Tokenize(models.tokenizer), seed=1, images_per_step=4)
+    loader = StepLoader(
+        build_index(options), options, tokenize=Tokenize(models.tokenizer), seed=1, images_per_step=4
+    )
     objective = Objective(
         ObjectiveOptions(),
         NoiseSchedule(models.scheduler_config),
@@ -97,13 +104,18 @@ def gradient(folder):
         context_width=16,
         train_text_encoder=True,
     )
-    parameters = {"unet": list(models.unet.parameters()), "text encoder": list(models.text_encoder.parameters())}
+    parameters = {
+        "unet": list(models.unet.parameters()),
+        "text encoder": list(models.text_encoder.parameters()),
+    }
     optimizers = OptimizerSet(dict.fromkeys(parameters, AdamWOptions(lr=1e-3)), parameters, total_steps=1)
     found = []
     optimizers.step = lambda found_inf: found.extend(p.grad.reshape(-1).clone() for p in parameters["unet"])  # type: ignore[method-assign]
     (batches,) = loader.steps(0)
     networks = Networks(models.unet, models.text_encoder, models.vae)
-    loss = train_step([objective.draw(batch) for batch in batches], networks, objective, optimizers, step=0, images=2).loss
+    loss = train_step(
+        [objective.draw(batch) for batch in batches], networks, objective, optimizers, step=0, images=2
+    ).loss
     return float(loss), torch.cat(found)
 
 
@@ -129,7 +141,9 @@ def test_images_of_loss_scale_0_teach_nothing(workplace, model):
     assert all(torch.equal(after[f"unet/{name}"], tensor) for name, tensor in before.items())
     (workplace / "pictures/0.yaml").write_text("loss_scale: 0.5\n")
     assert train.main([]) == 0
-    assert any(not torch.equal(last_weights(workplace)[f"unet/{name}"], tensor) for name, tensor in before.items())
+    assert any(
+        not torch.equal(last_weights(workplace)[f"unet/{name}"], tensor) for name, tensor in before.items()
+    )
 
 
 def test_settings_of_an_image_reach_its_batches(tmp_path):
@@ -139,7 +153,9 @@ def test_settings_of_an_image_reach_its_batches(tmp_path):
     (tmp_path / "a.yaml").write_text("cond_dropout: 1\nflip_p: 1\nmultiply: 3\n")
     (tmp_path / "b.yaml").write_text("shuffle_tags: true\nkeep_tags: 2\nloss_scale: 0.5\nbatch_id: alone\n")
     options = DataOptions(data_root=str(tmp_path), resolution=64, num_workers=0, cond_dropout=0)
-    loader = StepLoader(build_index(options), options, tokenize=Tokenize(tiny_models().tokenizer), seed=1, images_per_step=2)
+    loader = StepLoader(
+        build_index(options), options, tokenize=Tokenize(tiny_models().tokenizer), seed=1, images_per_step=2
+    )
     plain = {batch.names[0]: batch.pixels_BCHW for batch in loader.images.plain([0, 1])}
     shown = {"a.png": [], "b.png": []}
     for epoch in range(12):
@@ -148,10 +164,17 @@ def test_settings_of_an_image_reach_its_batches(tmp_path):
                 assert len(set(batch.names)) == 1, "b has a batch of its own"
                 assert batch.loss_scale_B.tolist() == [1.0 if batch.names[0] == "a.png" else 0.5] * len(batch)
                 shown[batch.names[0]] += batch.captions
-                expected = plain[batch.names[0]][0].flip(-1) if batch.names[0] == "a.png" else plain[batch.names[0]][0]
+                expected = (
+                    plain[batch.names[0]][0].flip(-1)
+                    if batch.names[0] == "a.png"
+                    else plain[batch.names[0]][0]
+                )
                 assert torch.equal(batch.pixels_BCHW[0], expected)
     assert shown["a.png"] == [""] * 36
-    assert len(shown["b.png"]) == 12 and set(shown["b.png"]) == {"main, t1, t2, t3, t4", "main, t1, t2, t4, t3"}
+    assert len(shown["b.png"]) == 12 and set(shown["b.png"]) == {
+        "main, t1, t2, t3, t4",
+        "main, t1, t2, t4, t3",
+    }
 
 
 def test_words_beyond_the_first_window_are_seen_with_max_tokens_only(workplace):
@@ -176,8 +199,13 @@ def test_several_resolutions_train_and_continue_to_the_bit(workplace):
     assert train.main(["--logdir", "logs", "--run_name", "z", "--stop_after_steps", "4"]) == 0
     assert train.main(["--resume_ckpt", str(sorted((workplace / "logs").iterdir())[-1])]) == 0
     stopped = last_weights(workplace)
-    assert whole.keys() == stopped.keys() and all(torch.equal(tensor, stopped[name]) for name, tensor in whole.items())
-    assert train.main(["--resume_ckpt", str(sorted((workplace / "logs").iterdir())[-1]), "--resolution", "64"]) == 2
+    assert whole.keys() == stopped.keys() and all(
+        torch.equal(tensor, stopped[name]) for name, tensor in whole.items()
+    )
+    assert (
+        train.main(["--resume_ckpt", str(sorted((workplace / "logs").iterdir())[-1]), "--resolution", "64"])
+        == 2
+    )
 
 
 def test_kept_latents_of_several_resolutions_are_those_of_every_step(workplace):
@@ -201,7 +229,10 @@ def test_a_run_in_which_no_image_is_ever_due_is_refused(workplace, capsys):
     (workplace / "pictures/multiply.txt").write_text("0.0001")
     for arguments in ([], ["--check"]):
         assert train.main(arguments) == 2
-        assert "data_root: in 2 epochs no image is due: raise its multiply, or max_epochs" in capsys.readouterr().err
+        assert (
+            "data_root: in 2 epochs no image is due: raise its multiply, or max_epochs"
+            in capsys.readouterr().err
+        )
     assert not (workplace / "logs").exists()
 
 
@@ -211,11 +242,17 @@ def test_bad_files_refuse_the_run_where_they_are_errors(workplace, no_estimate, 
     assert train.main(["--check"]) == 0
     assert train.main(["--on_bad_image", "error"]) == 2
     error = capsys.readouterr().err
-    assert "data_root: 2 files cannot be used" in error and "2.png: it is empty (0 bytes)" in error and "3.yaml:1: multiply" in error
+    assert (
+        "data_root: 2 files cannot be used" in error
+        and "2.png: it is empty (0 bytes)" in error
+        and "3.yaml:1: multiply" in error
+    )
     assert not (workplace / "logs").exists()
     assert train.main(["--on_bad_image", "error", "--check"]) == 1
     out = capsys.readouterr().out
-    assert "files left out: 2" in out and out.rstrip().endswith("on_bad_image is error: a run would be refused for 2 of the files.")
+    assert "files left out: 2" in out and out.rstrip().endswith(
+        "on_bad_image is error: a run would be refused for 2 of the files."
+    )
     assert train.main([]) == 0
 
 
@@ -223,7 +260,16 @@ def test_the_check_is_a_report_for_programs(workplace, no_estimate, capsys):
     (workplace / "pictures/0.txt").write_text("a " * 100)
     (workplace / "pictures/1.txt").unlink()
     (workplace / "pictures/again.png").write_bytes((workplace / "pictures/2.png").read_bytes())
-    command = [sys.executable, str(ROOT / "train.py"), "--check", "json", "--contact_sheets", "sheets", "--on_bad_image", "error"]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--check",
+        "json",
+        "--contact_sheets",
+        "sheets",
+        "--on_bad_image",
+        "error",
+    ]
     good = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert good.returncode == 0, good.stderr
     found = json.loads(good.stdout)
@@ -233,9 +279,9 @@ def test_the_check_is_a_report_for_programs(workplace, no_estimate, capsys):
     assert [(long["image"], long["tokens"]) for long in data["captions"]["long"]] == [("0.png", 100)]
     assert data["duplicates"] == [["2.png", "again.png"]]
     assert [(use["width"], use["height"], use["images"]) for use in data["buckets"]] == [(64, 64, 5)]
-    assert (found["steps"], found["steps_of_first_epoch"], found["plan"]["seed"]) == (6, 3, "7") and found["contact_sheets"] == [
-        "sheets/64x64.png"
-    ]
+    assert (found["steps"], found["steps_of_first_epoch"], found["plan"]["seed"]) == (6, 3, "7") and found[
+        "contact_sheets"
+    ] == ["sheets/64x64.png"]
     assert not (workplace / "logs").exists(), "a check leaves nothing behind"
 
     whole = (workplace / "pictures/3.png").read_bytes()
@@ -245,7 +291,9 @@ def test_the_check_is_a_report_for_programs(workplace, no_estimate, capsys):
     assert (found["usable"], found["data"]["images"]) == (False, 4)
     assert [file["file"] for file in found["data"]["bad"]] == ["3.png"]
     assert found["plan"]["latents"].startswith("encoded once, before training: 4 of ")
-    assert any(note.startswith("1 damaged image will be skipped but counted in the steps") for note in found["notes"])
+    assert any(
+        note.startswith("1 damaged image will be skipped but counted in the steps") for note in found["notes"]
+    )
 
 
 def test_a_check_keeps_the_index_of_a_large_data_set(workplace, no_estimate, monkeypatch):
@@ -268,13 +316,18 @@ def test_contact_sheets_show_each_image_as_it_is_cropped(workplace, no_estimate,
     picture.save(workplace / "pictures/0.png")
     assert train.main(["--check", "--contact_sheets", "sheets/new", "--resolution", "[64, 128]"]) == 0
     assert "contact sheets: 2 in sheets/new" in capsys.readouterr().out
-    assert sorted(path.name for path in (workplace / "sheets/new").iterdir()) == ["128-192x64.png", "64-64x64.png"]
+    assert sorted(path.name for path in (workplace / "sheets/new").iterdir()) == [
+        "128-192x64.png",
+        "64-64x64.png",
+    ]
 
     def colours(name):
         sheet = Image.open(workplace / "sheets/new" / name).convert("RGB")
         return {colour for count, colour in sheet.getcolors(1 << 20) if count > 1000}
 
-    assert red in colours("64-64x64.png") and blue not in colours("64-64x64.png"), "the square in the middle is red"
+    assert red in colours("64-64x64.png") and blue not in colours("64-64x64.png"), (
+        "the square in the middle is red"
+    )
     assert {red, blue} <= colours("128-192x64.png")
     (workplace / "taken").write_text("a file")
     assert train.main(["--check", "--contact_sheets", "taken"]) == 2

@@ -1,7 +1,8 @@
 """The files of an EveryDream2 user run: every key of every file, at its default and away from it.
 
-`tests/ed2_keys.json` holds the keys with EveryDream2's defaults. The tables below say of each what is promised: it works (alone, or beside
-the keys that it needs), a note says why it does nothing, or an error says what to do instead.
+`tests/ed2_keys.json` holds the keys with EveryDream2's defaults. The tables below say of each what is
+promised: it works (alone, or beside the keys that it needs), a note says why it does nothing, or an error
+says what to do instead.
 """
 
 import json
@@ -102,7 +103,10 @@ TRAIN = {
     "wandb": To(True),
     "write_schedule": To(True, note="train.py --check prints the plan"),
     "zero_frequency_noise_ratio": To(0.1),
-    **{name: To(True, note="an EveryDream2 key without effect") for name in KEYS["train_legacy_keys_ignored_at_head"]},
+    **{
+        name: To(True, note="an EveryDream2 key without effect")
+        for name in KEYS["train_legacy_keys_ignored_at_head"]
+    },
 }
 ADAPTING = {"optimizer": "dadapt_adam", "lr": 0.1}
 SECTION = {
@@ -127,7 +131,11 @@ FREEZE = {
     "freeze_embeddings": To(True),
     "freeze_final_layer_norm": To(True),
 }
-TOP = {"apply_grad_scaler_step_tweaks": To(False), "log_grad_norm": To(False), "text_encoder_lr_scale": To(0.5)}
+TOP = {
+    "apply_grad_scaler_step_tweaks": To(False),
+    "log_grad_norm": To(False),
+    "text_encoder_lr_scale": To(0.5),
+}
 VALIDATION = {
     "batch_size": To(3),
     "every_n_epochs": To(2),
@@ -180,9 +188,17 @@ OPTIMIZER = {
     "log_grad_norm": True,
 }
 DEFAULTS = KEYS["train"] | {"resume_ckpt": "model"}  # there is no sd_v1-5_vae.ckpt here
-VALIDATION_DEFAULTS = {key: value for key, value in KEYS["validation"].items() if not str(value).startswith("train ")}
-PROMPTS_DEFAULTS = {key: value for key, value in KEYS["sample_prompts"].items() if not str(value).startswith(("train ", "max("))}
-ITEM_DEFAULTS = {key: value for key, value in KEYS["sample_prompts_item"].items() if not str(value).startswith("top-level")}
+VALIDATION_DEFAULTS = {
+    key: value for key, value in KEYS["validation"].items() if not str(value).startswith("train ")
+}
+PROMPTS_DEFAULTS = {
+    key: value
+    for key, value in KEYS["sample_prompts"].items()
+    if not str(value).startswith(("train ", "max("))
+}
+ITEM_DEFAULTS = {
+    key: value for key, value in KEYS["sample_prompts_item"].items() if not str(value).startswith("top-level")
+}
 PROMPTS_DEFAULTS = {**PROMPTS_DEFAULTS, "samples": [ITEM_DEFAULTS]}
 
 
@@ -206,7 +222,9 @@ def place(tmp_path, models, monkeypatch):
     for folder in ("input", "other"):
         (tmp_path / folder).mkdir()
         for number in range(6):
-            Image.new("RGB", (64, 64), (40 * number, 100, 200 if folder == "other" else 0)).save(tmp_path / folder / f"{number}.png")
+            Image.new("RGB", (64, 64), (40 * number, 100, 200 if folder == "other" else 0)).save(
+                tmp_path / folder / f"{number}.png"
+            )
             (tmp_path / folder / f"{number}.txt").write_text(f"a red circle, tag {number}, another")
     (tmp_path / "sample_prompts.txt").write_text("a red circle\n")
     write(tmp_path, "dadapt.json", SHIPPED_DADAPT | {"doc": ""})
@@ -237,12 +255,18 @@ def problems(place, name, defaults, changes, inside=None):
         changed = {**to.beside, key: to.value}
         # ED2's earlier names stand instead of the new ones
         whole = {
-            k: v for k, v in defaults.items() if KEYS["validation_legacy_aliases"].get(key) != k or inside or name != "validation.json"
+            k: v
+            for k, v in defaults.items()
+            if KEYS["validation_legacy_aliases"].get(key) != k or inside or name != "validation.json"
         }
         if inside == "item":
             write(place, name, {**whole, "samples": [{**ITEM_DEFAULTS, **changed}]})
         else:
-            write(place, name, {**whole, inside: {**whole[inside], **changed}} if inside else {**whole, **changed})
+            write(
+                place,
+                name,
+                {**whole, inside: {**whole[inside], **changed}} if inside else {**whole, **changed},
+            )
         try:
             after, said = loaded()
         except UserError as error:
@@ -274,7 +298,9 @@ def test_no_key_is_forgotten():
         (VALIDATION, VALIDATION_DEFAULTS),
         (PROMPTS, PROMPTS_DEFAULTS),
     ):
-        assert [key for key, to in table.items() if key in defaults and to.value == defaults[key]] == [], "no default"
+        assert [key for key, to in table.items() if key in defaults and to.value == defaults[key]] == [], (
+            "no default"
+        )
 
 
 def test_the_defaults_are_understood(place):
@@ -287,7 +313,15 @@ def test_the_defaults_are_understood(place):
 
 def test_every_key_of_train_json_is_as_promised(place):
     assert problems(place, "train.json", DEFAULTS, TRAIN) == []
-    assert problems(place, "train.json", DEFAULTS, {"attn_type": To("xformers", note="torch's own attention (sdp) takes its place")}) == []
+    assert (
+        problems(
+            place,
+            "train.json",
+            DEFAULTS,
+            {"attn_type": To("xformers", note="torch's own attention (sdp) takes its place")},
+        )
+        == []
+    )
     for key, choices in KEYS["train_choices"].items():
         name = key.removesuffix("_cli").removesuffix("_json")
         for value in choices:
@@ -331,9 +365,25 @@ TOGETHER = {
     key: to.value
     for key, to in TRAIN.items()
     if not (to.note or to.error)
-    # which contradict others of these, name another model or ask for another machine; the run after this one has them
-    and key not in ("disable_textenc_training", "disable_unet_training", "ema_strength_target", "enable_zero_terminal_snr", "gpuid")
-    and key not in ("resume_ckpt", "optimizer_config", "attn_type", "no_save_ckpt", "timestep_end", "ema_resume_model")
+    # which contradict others of these, name another model or ask for another machine; the run after this one
+    # has them
+    and key
+    not in (
+        "disable_textenc_training",
+        "disable_unet_training",
+        "ema_strength_target",
+        "enable_zero_terminal_snr",
+        "gpuid",
+    )
+    and key
+    not in (
+        "resume_ckpt",
+        "optimizer_config",
+        "attn_type",
+        "no_save_ckpt",
+        "timestep_end",
+        "ema_resume_model",
+    )
 }
 REST: dict[str, Any] = {
     "disable_textenc_training": True,
@@ -349,8 +399,18 @@ REST: dict[str, Any] = {
     "batch_size": 4,
 }
 TUNED = {
-    BASE: {key: SECTION[key].value for key in ("betas", "epsilon", "weight_decay", "d0", "decouple", "growth_rate")} | ADAPTING,
-    OVERRIDES: {"optimizer": "adamw", "lr": 1e-6, "lr_scheduler": "cosine", "lr_decay_steps": 1000, "lr_warmup_steps": 1},
+    BASE: {
+        key: SECTION[key].value
+        for key in ("betas", "epsilon", "weight_decay", "d0", "decouple", "growth_rate")
+    }
+    | ADAPTING,
+    OVERRIDES: {
+        "optimizer": "adamw",
+        "lr": 1e-6,
+        "lr_scheduler": "cosine",
+        "lr_decay_steps": 1000,
+        "lr_warmup_steps": 1,
+    },
     FREEZING: {key: to.value for key, to in FREEZE.items() if key != "freeze_front_n_layers"},
     "apply_grad_scaler_step_tweaks": False,
     "log_grad_norm": False,
@@ -362,14 +422,24 @@ TUNED = {
     [
         (KEYS["train"] | {"resume_ckpt": "model", "resolution": 64}, OPTIMIZER, VALIDATION_DEFAULTS),
         (
-            KEYS["train_shipped_json_values"] | {"resume_ckpt": "model", "resolution": 64, "data_root": "input"},
+            KEYS["train_shipped_json_values"]
+            | {"resume_ckpt": "model", "resolution": 64, "data_root": "input"},
             SHIPPED_DADAPT | {"doc": ""},
             VALIDATION_DEFAULTS,
         ),
-        (DEFAULTS | TOGETHER, TUNED, {key: to.value for key, to in VALIDATION.items() if not key.startswith("val_") and not to.beside}),
-        (DEFAULTS | {"resolution": 64, "sample_prompts": "prompts.json"} | REST, OPTIMIZER, VALIDATION_DEFAULTS),
         (
-            DEFAULTS | {"resolution": 64, "disable_unet_training": True, "timestep_end": 900, "batch_size": 3},
+            DEFAULTS | TOGETHER,
+            TUNED,
+            {key: to.value for key, to in VALIDATION.items() if not key.startswith("val_") and not to.beside},
+        ),
+        (
+            DEFAULTS | {"resolution": 64, "sample_prompts": "prompts.json"} | REST,
+            OPTIMIZER,
+            VALIDATION_DEFAULTS,
+        ),
+        (
+            DEFAULTS
+            | {"resolution": 64, "disable_unet_training": True, "timestep_end": 900, "batch_size": 3},
             KEYS["optimizer"]["shipped_optimizerSD21.json"] | {"doc": ""},
             VALIDATION_DEFAULTS,
         ),
@@ -381,7 +451,9 @@ def test_such_files_train(place, capsys, settings, optimizer, validation):
     write(place, "optimizer.json", optimizer)
     write(place, "validation_default.json", validation)
     write(place, "validation.json", validation)
-    prompts = {key: to.value for key, to in PROMPTS.items()} | {"samples": [{key: to.value for key, to in ITEM.items() if key != "cfgs"}]}
+    prompts = {key: to.value for key, to in PROMPTS.items()} | {
+        "samples": [{key: to.value for key, to in ITEM.items() if key != "cfgs"}]
+    }
     write(place, "prompts.json", prompts)
     assert train.main(["--stop_after_steps", "2"]) == 0, capsys.readouterr().err
     run = run_of(place) if settings["logdir"] == "logs" else next((place / settings["logdir"]).iterdir())

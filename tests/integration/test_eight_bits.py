@@ -27,7 +27,14 @@ def fine_tune(folder, name, seed):
             optimizer[section]["optimizer"] = name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.json").write_text(json.dumps(optimizer))
-        command = [sys.executable, "train.py", "--optimizer_config", str(folder / f"{name}.json"), "--seed", str(seed)]
+        command = [
+            sys.executable,
+            "train.py",
+            "--optimizer_config",
+            str(folder / f"{name}.json"),
+            "--seed",
+            str(seed),
+        ]
         subprocess.run([*command, "--logdir", str(logs)], cwd=ROOT, check=True, timeout=3600)
     return next(logs.iterdir())
 
@@ -39,12 +46,22 @@ def figures_of(run):
     from scripts.mini_sd.scenes import article, held_out
 
     generate = Generator(next((run / "ckpts").glob("last-*/model_index.json")).parent)
-    faces = generate([f"{article(face)} {face} smiling face on {article(ground)} {ground} background" for face, ground in FACES], 1)
+    faces = generate(
+        [
+            f"{article(face)} {face} smiling face on {article(ground)} {ground} background"
+            for face, ground in FACES
+        ],
+        1,
+    )
     unrelated = list(held_out())[:30]
     others = generate([each.prompt for each in unrelated], 2)
     pixels = np.stack([np.asarray(image.convert("RGB"), dtype=np.float64) / 255 for image in others])
     saturation = (pixels.max(-1) - pixels.min(-1)).mean()
-    return judge_concept(faces, FACES, others, unrelated), float(saturation), float(pixels.std(axis=(1, 2)).mean())
+    return (
+        judge_concept(faces, FACES, others, unrelated),
+        float(saturation),
+        float(pixels.std(axis=(1, 2)).mean()),
+    )
 
 
 @pytest.mark.slow
@@ -62,12 +79,19 @@ def test_eight_bits_learn_as_32_do(tmp_path):
         wide, narrow = curves["dadapt_adam"], curves["dadapt_adam8bit"]
         for tag in D:
             ratios = [narrow[tag][step] / wide[tag][step] for step in wide[tag]]
-            print(seed, tag, f"8 bits to 32: {min(ratios):.4f} to {max(ratios):.4f}, at the end {ratios[-1]:.4f}")
+            print(
+                seed,
+                tag,
+                f"8 bits to 32: {min(ratios):.4f} to {max(ratios):.4f}, at the end {ratios[-1]:.4f}",
+            )
             assert min(ratios[-5:]) > 0.95 and max(ratios[-5:]) < 1.05
         end = max(wide[FIXED])
         assert narrow[FIXED][end] == pytest.approx(wide[FIXED][end], rel=0.05)
     for share in ("faces", "face_background", "kept_background"):
-        mean = {name: np.mean([getattr(figures, share) for figures, _, _ in found]) for name, found in shown.items()}
+        mean = {
+            name: np.mean([getattr(figures, share) for figures, _, _ in found])
+            for name, found in shown.items()
+        }
         assert abs(mean["dadapt_adam8bit"] - mean["dadapt_adam"]) <= 0.1, share
     for place in (1, 2):
         mean = {name: np.mean([found[place] for found in found_all]) for name, found_all in shown.items()}

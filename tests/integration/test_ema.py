@@ -12,7 +12,13 @@ from trainer.state_file import read_state
 
 
 def settings(**changes):
-    return {"ema_decay_rate": 0.5, "ema_update_interval": 2, "fixed_loss_images": 0, "save_every_n_epochs": None, **changes}
+    return {
+        "ema_decay_rate": 0.5,
+        "ema_update_interval": 2,
+        "fixed_loss_images": 0,
+        "save_every_n_epochs": None,
+        **changes,
+    }
 
 
 def averages(checkpoint):
@@ -25,7 +31,13 @@ def unet_of(source):
 
 @pytest.mark.parametrize("save_format", ["both", "diffusers"])
 def test_averaged_weights_are_exported_and_drawn(workplace, save_format):
-    write(workplace, ADAMW, **settings(save_format=save_format, save_full_precision=save_format == "both", ema_sample_ema_model=True))
+    write(
+        workplace,
+        ADAMW,
+        **settings(
+            save_format=save_format, save_full_precision=save_format == "both", ema_sample_ema_model=True
+        ),
+    )
     assert train.main([]) == 0
     run = run_of(workplace)
     [checkpoint] = checkpoints(run)
@@ -37,7 +49,10 @@ def test_averaged_weights_are_exported_and_drawn(workplace, save_format):
         assert torch.equal(found, average) and not torch.equal(found, trained)
     if save_format == "diffusers":
         StableDiffusionPipeline.from_pretrained(exported)
-    assert [path.name for path in sorted((run / "samples").glob("*.png"))] == ["gs00000-ema.png", "gs00009-ema.png"]
+    assert [path.name for path in sorted((run / "samples").glob("*.png"))] == [
+        "gs00000-ema.png",
+        "gs00009-ema.png",
+    ]
 
 
 def test_both_kinds_of_samples_are_drawn_where_both_are_asked_for(workplace):
@@ -66,8 +81,12 @@ def test_older_averages_go_with_their_checkpoints(workplace):
     write(workplace, ADAMW, **settings(save_every_n_epochs=1, keep_last_n=1))
     assert train.main([]) == 0
     run = run_of(workplace)
-    assert [path.name for path in single_files(run / "ckpts", run.name)] == ["last-tiny-ep03-gs00009.safetensors"]
-    assert [path.name for path in single_files(run / "ckpts", run.name, ema=True)] == ["last-tiny-ep03-gs00009-ema.safetensors"]
+    assert [path.name for path in single_files(run / "ckpts", run.name)] == [
+        "last-tiny-ep03-gs00009.safetensors"
+    ]
+    assert [path.name for path in single_files(run / "ckpts", run.name, ema=True)] == [
+        "last-tiny-ep03-gs00009-ema.safetensors"
+    ]
 
 
 def test_an_average_begins_from_another_model(workplace, capsys, model):
@@ -86,7 +105,10 @@ def test_what_cannot_be_reached_is_refused_before_anything_loads(workplace, caps
     write(workplace, ADAMW, **settings(ema_decay_rate=None, ema_strength_target=0.1, ema_update_interval=500))
     for more in ([], ["--check"]):
         assert train.main(more) == 2
-        assert "ema_strength_target: ema_update_interval is 500 and the run has 9 optimizer steps" in capsys.readouterr().err
+        assert (
+            "ema_strength_target: ema_update_interval is 500 and the run has 9 optimizer steps"
+            in capsys.readouterr().err
+        )
     assert not (workplace / "logs").exists()
     write(workplace, ADAMW, **settings())
     assert train.main(["--check"]) == 0

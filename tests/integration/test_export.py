@@ -14,7 +14,13 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from tests.tiny import PNDMScheduler, StableDiffusionPipeline, tiny_models, write_parts_beside, write_tiny_folder
+from tests.tiny import (
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    tiny_models,
+    write_parts_beside,
+    write_tiny_folder,
+)
 from trainer.checkpoints.export import architecture, save_diffusers, save_single_file
 from trainer.models.load import ModelOptions, load_models
 from trainer.models.single_file import NETWORKS
@@ -37,7 +43,15 @@ def draw(pipeline) -> np.ndarray:
     """Return pictures (2, 64, 64, 3) of a fixed seed, with guidance so that both prompts matter."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    return pipeline(PROMPTS, num_inference_steps=2, guidance_scale=3.0, height=64, width=64, generator=generator, output_type="np").images
+    return pipeline(
+        PROMPTS,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        height=64,
+        width=64,
+        generator=generator,
+        output_type="np",
+    ).images
 
 
 def draw_here(models) -> np.ndarray:
@@ -70,7 +84,8 @@ def test_both_exports_draw_the_same_pixels(case, dtype, tmp_path):
     assert np.array_equal(draw(from_pretrained(tmp_path / "folder")), expected)
     pipeline = from_single_file(tmp_path / "x.safetensors", tmp_path / "folder")
     if case != "embedded":
-        # Matrices narrower than a cache line lie at odd addresses of the mapped file, where some processors round differently.
+        # Matrices narrower than a cache line lie at odd addresses of the mapped file, where some processors
+        # round differently.
         for network in NETWORKS:
             for parameter in getattr(pipeline, network).parameters():
                 parameter.data = parameter.data.clone()
@@ -88,14 +103,24 @@ def test_training_goes_on_from_an_export_exactly(tmp_path):
         again = load_models(ModelOptions(resume_ckpt=str(path)))
         for network in NETWORKS:
             expected = getattr(models, network).state_dict()
-            assert all(torch.equal(tensor, expected[name]) for name, tensor in getattr(again, network).state_dict().items())
-        assert again.scheduler_config["beta_schedule"] == "scaled_linear" and again.scheduler_config["skip_prk_steps"] is True
+            assert all(
+                torch.equal(tensor, expected[name])
+                for name, tensor in getattr(again, network).state_dict().items()
+            )
+        assert (
+            again.scheduler_config["beta_schedule"] == "scaled_linear"
+            and again.scheduler_config["skip_prk_steps"] is True
+        )
 
 
 def test_an_export_of_an_export_is_the_same_file(tmp_path):
-    save_single_file(tiny_models(), tmp_path / "a.safetensors", metadata={"modelspec.date": "2026", "modelspec.title": "t"})
+    save_single_file(
+        tiny_models(), tmp_path / "a.safetensors", metadata={"modelspec.date": "2026", "modelspec.title": "t"}
+    )
     again = load_models(ModelOptions(resume_ckpt=str(tmp_path / "a.safetensors")))
-    save_single_file(again, tmp_path / "b.safetensors", metadata={"modelspec.date": "2026", "modelspec.title": "t"})
+    save_single_file(
+        again, tmp_path / "b.safetensors", metadata={"modelspec.date": "2026", "modelspec.title": "t"}
+    )
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
@@ -105,18 +130,24 @@ def test_the_networks_are_left_as_they_were(tmp_path):
     before = {name: (tensor.data_ptr(), tensor.dtype) for name, tensor in models.unet.state_dict().items()}
     save_diffusers(models, tmp_path / "folder", torch.float16)
     save_single_file(models, tmp_path / "x.safetensors")
-    assert {name: (tensor.data_ptr(), tensor.dtype) for name, tensor in models.unet.state_dict().items()} == before
+    assert {
+        name: (tensor.data_ptr(), tensor.dtype) for name, tensor in models.unet.state_dict().items()
+    } == before
     assert models.unet.training
 
 
 def test_the_header_describes_the_model(tmp_path):
     models = tiny_models()
     models.scheduler_config["prediction_type"] = "v_prediction"
-    save_single_file(models, tmp_path / "smile.safetensors", metadata={"modelspec.resolution": "512x768", "steps": "100"})
+    save_single_file(
+        models, tmp_path / "smile.safetensors", metadata={"modelspec.resolution": "512x768", "steps": "100"}
+    )
     with safe_open(tmp_path / "smile.safetensors", framework="pt") as file:
         header = file.metadata()
         kinds = {str(file.get_slice(name).get_dtype()) for name in file.keys() if "position_ids" not in name}  # noqa: SIM118
-        assert file.get_tensor("cond_stage_model.transformer.text_model.embeddings.position_ids").tolist() == [list(range(77))]
+        assert file.get_tensor(
+            "cond_stage_model.transformer.text_model.embeddings.position_ids"
+        ).tolist() == [list(range(77))]
     assert kinds == {"F16"}
     assert header["modelspec.sai_model_spec"] == "1.0.0"
     assert header["modelspec.architecture"] == "stable-diffusion-v1"
@@ -151,7 +182,9 @@ def test_further_parts_that_cannot_be_copied_are_told_and_left_out(tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr("trainer.checkpoints.export.copyfile", fail)
         (note,) = keep_beside(models, tmp_path / "run")
-    assert note.startswith("the base's safety_checker and feature_extractor could not be copied (No space left on device)")
+    assert note.startswith(
+        "the base's safety_checker and feature_extractor could not be copied (No space left on device)"
+    )
     save_diffusers(models, tmp_path / "out")
     assert from_pretrained(tmp_path / "out").safety_checker is None
     assert not list((tmp_path / "run").iterdir()), "nothing half copied is left"
@@ -200,7 +233,11 @@ def test_no_file_tells_where_it_was_made(tmp_path):
     models = load_models(ModelOptions(resume_ckpt=str(folder)))
     save_diffusers(models, tmp_path / "out", torch.float16)
     save_single_file(models, tmp_path / "out" / "x.safetensors")
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and b"somewhere-private" in path.read_bytes()]
+    assert not [
+        path
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file() and b"somewhere-private" in path.read_bytes()
+    ]
 
 
 def test_loading_is_silent_and_exports_give_libraries_nothing_to_say(tmp_path):

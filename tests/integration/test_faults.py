@@ -86,7 +86,9 @@ def test_out_of_memory_keeps_the_steps_before_and_names_the_cheapest_key(workpla
     told = capsys.readouterr()
     assert [path.name for path in checkpoints(run_of(workplace))] == ["errored-tiny-ep02-gs00004"]
     lines = told.err.splitlines()
-    assert lines[0].startswith("Memory has run out in step 5 (CUDA out of memory. Tried to allocate 20.00 MiB.). Where it is:")
+    assert lines[0].startswith(
+        "Memory has run out in step 5 (CUDA out of memory. Tried to allocate 20.00 MiB.). Where it is:"
+    )
     assert lines[1].startswith("  unet         weights 0.2 MiB, gradients 0.2 MiB, optimizer state 0.6 MiB")
     assert lines[-1].startswith("Set gradient_checkpointing to true") and "Traceback" not in told.err
     assert "Go on with:  python train.py --resume_ckpt" in told.out
@@ -146,28 +148,36 @@ def test_a_loss_that_is_nan_once_skips_that_step_and_is_counted(workplace, monke
     write(workplace, optimizer, **SETTINGS)
     poison(monkeypatch, {4}, float("nan"))
     assert train.main([]) == 0
-    assert "Note: the gradients of 1 of the last 2 steps were not finite, so these steps changed nothing (1 of 4 in all)." in (
-        capsys.readouterr().out
+    assert (
+        "Note: the gradients of 1 of the last 2 steps were not finite, so these steps changed nothing (1 of 4 in all)."
+        in (capsys.readouterr().out)
     )
     assert scalars(run_of(workplace))["optimizer/skipped steps"] == {1: 0, 2: 0, 4: 1, 6: 1}
     assert checkpoints(run_of(workplace))[0].name == LAST
 
 
-def test_infinite_gradients_without_end_stop_the_run_with_images_and_timesteps(workplace, monkeypatch, capsys):
+def test_infinite_gradients_without_end_stop_the_run_with_images_and_timesteps(
+    workplace, monkeypatch, capsys
+):
     write(workplace, ADAMW, **SETTINGS | {"max_epochs": 5})
     with monkeypatch.context() as fault:
         fault.setattr("trainer.training.loop.MOST_SKIPPED", 4)
         poison(fault, set(range(5, 100)), float("inf"), where="gradients")
         assert train.main([]) == 1
     error = capsys.readouterr().err
-    assert "no step has had finite gradients since step 4 (now at step 8), so no weight has changed since; the last one trained" in error
+    assert (
+        "no step has had finite gradients since step 4 (now at step 8), so no weight has changed since; the last one trained"
+        in error
+    )
     assert ".png at " in error
     found = checkpoints(run_of(workplace))[0]
     assert found.name == "errored-tiny-ep03-gs00008" and resume_problem(found) is None
     assert train.main(["--resume_ckpt", "findlast", "--max_epochs", "5"]) == 0
 
 
-def test_gradients_that_are_infinite_in_a_fused_backward_end_the_run_without_a_half_made_step(workplace, monkeypatch, capsys):
+def test_gradients_that_are_infinite_in_a_fused_backward_end_the_run_without_a_half_made_step(
+    workplace, monkeypatch, capsys
+):
     write(workplace, FUSED, **SETTINGS | {"save_every_n_epochs": 1})
     poison(monkeypatch, {4}, float("inf"), where="gradients")
     assert train.main([]) == 1
@@ -183,19 +193,29 @@ def _crash():
     raise ZeroDivisionError("a bug")
 
 
-@pytest.mark.parametrize("end", [None, lambda: signal.raise_signal(signal.SIGINT), _crash], ids=["save", "signal", "error"])
+@pytest.mark.parametrize(
+    "end", [None, lambda: signal.raise_signal(signal.SIGINT), _crash], ids=["save", "signal", "error"]
+)
 def test_no_checkpoint_holds_a_step_that_only_one_network_made(workplace, monkeypatch, capsys, end):
     """The UNet's gradient is infinite, the loss is not, and the text encoder has stepped inside backward; no report is near."""
     mixed = {"base": {"optimizer": "adamw8bit", "lr": 1e-6}, "text_encoder_overrides": FUSED["base"]}
     write(workplace, mixed, **SETTINGS | {"save_every_n_epochs": 1, "log_step": 100})
-    at_step(monkeypatch, 2, lambda optimizers: optimizers.members[0].parameters[0].register_hook(lambda gradient: gradient * math.inf))
+    at_step(
+        monkeypatch,
+        2,
+        lambda optimizers: (
+            optimizers.members[0].parameters[0].register_hook(lambda gradient: gradient * math.inf)
+        ),
+    )
     if end is not None:
         at_step(monkeypatch, 3, end)
     with pytest.raises(ZeroDivisionError) if end is _crash else nullcontext():
         assert train.main([]) == 1
     told = capsys.readouterr()
     where = told.out if end is _crash else told.err
-    assert "gradients were not finite although the loss was (" in where and " of the unet; now at step " in where
+    assert (
+        "gradients were not finite although the loss was (" in where and " of the unet; now at step " in where
+    )
     assert not checkpoints(run_of(workplace))
 
 
@@ -210,7 +230,10 @@ def test_d_that_overflows_spoils_no_checkpoint(workplace, monkeypatch, capsys):
     assert train.main([]) == 1
     (good,) = checkpoints(run_of(workplace))
     error = capsys.readouterr().err
-    assert "step 6: weights of the unet" in error and f"so no checkpoint is saved and the run ends; the last good one is {good}" in error
+    assert (
+        "step 6: weights of the unet" in error
+        and f"so no checkpoint is saved and the run ends; the last good one is {good}" in error
+    )
     assert good.name == "tiny-ep01-gs00003" and resume_problem(good) is None
 
 
@@ -236,8 +259,14 @@ def test_a_full_disk_is_survived(workplace, monkeypatch, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     out = capsys.readouterr().out
-    assert "step 6: the checkpoint could not be written (File too large" in out and "tiny-ep01-gs00003; training goes on (1 of 3)" in out
-    assert [path.name for path in checkpoints(run_of(workplace))] == ["last-tiny-ep03-gs00009", "tiny-ep01-gs00003"]
+    assert (
+        "step 6: the checkpoint could not be written (File too large" in out
+        and "tiny-ep01-gs00003; training goes on (1 of 3)" in out
+    )
+    assert [path.name for path in checkpoints(run_of(workplace))] == [
+        "last-tiny-ep03-gs00009",
+        "tiny-ep01-gs00003",
+    ]
 
 
 def test_a_run_folder_that_is_deleted_is_made_again_by_the_next_save(workplace, monkeypatch, capsys):
@@ -264,7 +293,10 @@ def test_a_folder_that_has_become_read_only_is_survived_until_the_last_save(work
     monkeypatch.setattr(Path, "mkdir", mkdir)
     assert train.main([]) == 1
     error = capsys.readouterr().err
-    assert "step 6: the checkpoint could not be written (Read-only file system" in error and "the last good one is" in error
+    assert (
+        "step 6: the checkpoint could not be written (Read-only file system" in error
+        and "the last good one is" in error
+    )
     assert [path.name for path in checkpoints(run_of(workplace))] == ["tiny-ep01-gs00003"]
 
 
@@ -289,14 +321,19 @@ def test_a_clock_that_is_put_back_changes_nothing(workplace, monkeypatch):
     assert curves[0] == curves[1]
 
 
-def test_images_that_vanish_end_the_run_where_it_was_and_it_goes_on_when_they_are_back(workplace, monkeypatch, capsys):
+def test_images_that_vanish_end_the_run_where_it_was_and_it_goes_on_when_they_are_back(
+    workplace, monkeypatch, capsys
+):
     write(workplace, DADAPT, **SETTINGS | {"max_epochs": 2}, cache_latents="no")
     monkeypatch.setattr("trainer.training.loop.MOST_UNREAD", 2)
     with monkeypatch.context() as patch:
         at_step(patch, 2, lambda: (workplace / "pictures").rename(workplace / "elsewhere"))
         assert train.main([]) == 1
     told = capsys.readouterr()
-    assert "of the last 2 steps no image could be read" in told.err or "none of the images can be read any more" in told.err
+    assert (
+        "of the last 2 steps no image could be read" in told.err
+        or "none of the images can be read any more" in told.err
+    )
     assert "the image is left out" in told.out
     (found,) = checkpoints(run_of(workplace))
     assert found.name in ("errored-tiny-ep01-gs00002", "errored-tiny-ep01-gs00003")
@@ -312,18 +349,26 @@ def test_a_killed_reader_ends_the_run_in_a_sentence_and_it_goes_on(workplace, mo
             for child in psutil.Process().children():
                 if child.pid in {process.pid for process in multiprocessing.active_children()}:
                     child.kill()
-            time.sleep(30)  # ended by torch, which hears of it by a signal: not in the middle of an update, of which nothing is saved
+            time.sleep(
+                30
+            )  # ended by torch, which hears of it by a signal: not in the middle of an update, of which nothing is saved
 
         at_step(patch, 2, kill)
         assert train.main([]) == 1
     told = capsys.readouterr()
-    assert "a process that reads images was killed" in told.err and "set num_workers lower" in told.err and "Traceback" not in told.err
+    assert (
+        "a process that reads images was killed" in told.err
+        and "set num_workers lower" in told.err
+        and "Traceback" not in told.err
+    )
     (found,) = checkpoints(run_of(workplace))
     assert found.name.startswith("errored-tiny-ep01")
     resumes_to_the_bit(workplace)
 
 
-def test_a_reader_that_is_killed_while_latents_are_encoded_is_told_in_a_sentence(workplace, monkeypatch, capsys):
+def test_a_reader_that_is_killed_while_latents_are_encoded_is_told_in_a_sentence(
+    workplace, monkeypatch, capsys
+):
     import data.loader
 
     own, real = os.getpid(), data.loader.read_pixels
@@ -337,7 +382,11 @@ def test_a_reader_that_is_killed_while_latents_are_encoded_is_told_in_a_sentence
     monkeypatch.setattr(data.loader, "read_pixels", read_pixels)
     assert train.main([]) == 2
     told = capsys.readouterr().err
-    assert "a process that reads images was killed" in told and "set num_workers lower" in told and "Traceback" not in told
+    assert (
+        "a process that reads images was killed" in told
+        and "set num_workers lower" in told
+        and "Traceback" not in told
+    )
     assert not (workplace / "logs").exists()
 
 

@@ -37,7 +37,12 @@ WORK = Work(size=(64, 64), images=2)
 def models():
     """Networks of SD 1.5's width and few layers: without data, size costs nothing."""
     shape = {"block_out_channels": [320, 640], "layers_per_block": 1}
-    unet = {**SD15.unet, **shape, "down_block_types": SD15.unet["down_block_types"][2:], "up_block_types": SD15.unet["up_block_types"][:2]}
+    unet = {
+        **SD15.unet,
+        **shape,
+        "down_block_types": SD15.unet["down_block_types"][2:],
+        "up_block_types": SD15.unet["up_block_types"][:2],
+    }
     return replace(
         tiny_models(0),
         unet=empty_unet(unet),
@@ -49,12 +54,16 @@ def models():
 def options(name="dadapt_adam", fused=False, **changes):
     chosen = optimizer_classes()[name](lr=1.0, lr_scheduler="constant")
     chosen = replace(chosen, fused_backward=True) if fused else chosen
-    optimizers = OptimizerConfig(unet=chosen, text_encoder=chosen, freezing=FreezingOptions(freeze_embeddings=True))
+    optimizers = OptimizerConfig(
+        unet=chosen, text_encoder=chosen, freezing=FreezingOptions(freeze_embeddings=True)
+    )
     return TrainConfig(model=ModelOptions(resume_ckpt="tiny"), optimizers=optimizers, **changes)
 
 
 def step(config, models, precision=CPU, work=WORK):
-    return next(phase for phase in footprint(config, models, precision, work) if phase.name == "training step")
+    return next(
+        phase for phase in footprint(config, models, precision, work) if phase.name == "training step"
+    )
 
 
 def of(phase, kind):
@@ -76,7 +85,9 @@ def test_a_lora_holds_its_matrices_beside_frozen_weights(models):
     assert of(phase, STATE) == pytest.approx(3 * size, rel=0.15), "each is padded"
     assert of(phase, WEIGHTS) == of(whole, WEIGHTS) + size
     networks = sum(phase.of(WEIGHTS, network) for network in ("unet", "text encoder")) - size
-    assert of(halved, WEIGHTS) == pytest.approx(of(phase, WEIGHTS) - networks / 2, rel=1e-3), "the matrices stay in fp32"
+    assert of(halved, WEIGHTS) == pytest.approx(of(phase, WEIGHTS) - networks / 2, rel=1e-3), (
+        "the matrices stay in fp32"
+    )
     assert of(phase, ACTIVATIONS) < 1.5 * of(whole, ACTIVATIONS)
 
 
@@ -85,7 +96,9 @@ def test_a_step_holds_what_torch_counts(checkpointing, monkeypatch):
     """The same networks on the CPU, really trained, under torch's own counter, which does not round sizes there."""
     parts = TrainableOptions(gradient_checkpointing=checkpointing)
     config = options("adamw", parts=parts)
-    everything = replace(config.optimizers, freezing=FreezingOptions(freeze_embeddings=False))  # on frozen weights its hooks fail
+    everything = replace(
+        config.optimizers, freezing=FreezingOptions(freeze_embeddings=False)
+    )  # on frozen weights its hooks fail
     config = replace(config, optimizers=everything)
     expected = tiny_models(0)
     trained = apply_freezing(expected, parts, config.optimizers.freezing)
@@ -110,8 +123,12 @@ def test_a_step_holds_what_torch_counts(checkpointing, monkeypatch):
         train_step([inputs], networks, objective, optimizers, step=1, images=8)
     counted = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     monkeypatch.setattr(trainer.planning.memory_trace, "_GRAIN", 1)  # which it rounds to on CUDA alone
-    on_cuda = Precision(torch.device("cuda"), None, None, torch.float32)  # where a VAE that is not needed waits elsewhere
-    assert step(config, expected, on_cuda, Work(size=(64, 64), images=8, latents_kept=True)).total == pytest.approx(counted, rel=0.03)
+    on_cuda = Precision(
+        torch.device("cuda"), None, None, torch.float32
+    )  # where a VAE that is not needed waits elsewhere
+    assert step(
+        config, expected, on_cuda, Work(size=(64, 64), images=8, latents_kept=True)
+    ).total == pytest.approx(counted, rel=0.03)
 
 
 def test_weights_gradients_and_state_are_exact(models):
@@ -130,43 +147,83 @@ def test_every_optimizer_keeps_the_state_that_it_really_keeps(name):
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer.step()
-    kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    kept = [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
     bytes_of = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}
     # Rounded up to 512 bytes for each of the parameters; the maps of bitsandbytes are shared by all.
-    assert 0 <= step(config, real).of(STATE, "unet") - sum(bytes_of.values()) < (512 + 2 * 2048) * len(parameters)
+    assert (
+        0
+        <= step(config, real).of(STATE, "unet") - sum(bytes_of.values())
+        < (512 + 2 * 2048) * len(parameters)
+    )
 
 
 def test_each_key_spares_what_it_is_for(models):
     work = Work(size=(512, 512), images=4, latents_kept=True)
     plain = step(options(), models, CUDA, work)
-    assert plain.of(COPIES, "unet") == pytest.approx(plain.of(WEIGHTS, "unet") / 2, rel=0.02), "all are kept for backward"
+    assert plain.of(COPIES, "unet") == pytest.approx(plain.of(WEIGHTS, "unet") / 2, rel=0.02), (
+        "all are kept for backward"
+    )
     frozen = options(parts=TrainableOptions(disable_textenc_training=True))
     without = step(frozen, models, CUDA, replace(work, contexts_kept=True))
-    assert without.of(STATE, "text encoder") == without.of(WEIGHTS, "text encoder") == without.of(WEIGHTS, "vae") == 0
+    assert (
+        without.of(STATE, "text encoder")
+        == without.of(WEIGHTS, "text encoder")
+        == without.of(WEIGHTS, "vae")
+        == 0
+    )
     saved = step(options(parts=TrainableOptions(gradient_checkpointing=True)), models, CUDA, work)
-    assert of(saved, ACTIVATIONS) < 0.6 * of(plain, ACTIVATIONS) and of(saved, COPIES) < 0.7 * of(plain, COPIES)
-    assert of(step(options("dadapt_adam8bit"), models, CUDA, work), STATE) == pytest.approx(of(plain, STATE) * 2.07 / 12, rel=0.02)
+    assert of(saved, ACTIVATIONS) < 0.6 * of(plain, ACTIVATIONS) and of(saved, COPIES) < 0.7 * of(
+        plain, COPIES
+    )
+    assert of(step(options("dadapt_adam8bit"), models, CUDA, work), STATE) == pytest.approx(
+        of(plain, STATE) * 2.07 / 12, rel=0.02
+    )
     small = Work(size=(64, 64), images=1, latents_kept=True)
-    assert of(step(options(fused=True), models, CUDA, small), GRADIENTS) < 0.3 * of(step(options(), models, CUDA, small), GRADIENTS)
+    assert of(step(options(fused=True), models, CUDA, small), GRADIENTS) < 0.3 * of(
+        step(options(), models, CUDA, small), GRADIENTS
+    )
     half = step(options(), models, replace(CUDA, weights=torch.bfloat16), work)
-    assert half.of(WEIGHTS, "unet") == pytest.approx(plain.of(WEIGHTS, "unet") / 2, rel=0.01) and of(half, COPIES) < 1 << 18
+    assert (
+        half.of(WEIGHTS, "unet") == pytest.approx(plain.of(WEIGHTS, "unet") / 2, rel=0.01)
+        and of(half, COPIES) < 1 << 18
+    )
     sliced = step(options(parts=TrainableOptions(attn_type="slice")), models, CUDA, work)
-    assert of(sliced, ACTIVATIONS) > 1.5 * of(plain, ACTIVATIONS), "its matrices of attention are kept for backward"
+    assert of(sliced, ACTIVATIONS) > 1.5 * of(plain, ACTIVATIONS), (
+        "its matrices of attention are kept for backward"
+    )
 
 
 def test_what_is_kept_beside_training_counts(models):
     work = Work(size=(64, 64), images=2, latents_kept=True, evaluated=8, sample=(512, 512), sampled=4)
     config = options()
-    config = replace(config, ema=replace(config.ema, ema_decay_rate=0.9), loop=replace(config.loop, grad_accum=4))
+    config = replace(
+        config, ema=replace(config.ema, ema_decay_rate=0.9), loop=replace(config.loop, grad_accum=4)
+    )
     encoding, training, fixed, samples = footprint(config, models, CUDA, work)
     assert of(training, EMA) == 0, "kept in main memory"
     assert of(encoding, STATE) == 0 < of(fixed, STATE) == of(samples, STATE)
-    assert encoding.of(WEIGHTS, "vae") == samples.of(WEIGHTS, "vae") > 0 == training.of(WEIGHTS, "vae") == fixed.of(WEIGHTS, "vae")
+    assert (
+        encoding.of(WEIGHTS, "vae")
+        == samples.of(WEIGHTS, "vae")
+        > 0
+        == training.of(WEIGHTS, "vae")
+        == fixed.of(WEIGHTS, "vae")
+    )
     there = replace(config, ema=replace(config.ema, ema_device="cuda"))
     beside = step(there, models, CUDA, work)
-    assert of(beside, EMA) == pytest.approx(of(beside, GRADIENTS), rel=0.2) and beside.total == training.total + of(beside, EMA)
+    assert of(beside, EMA) == pytest.approx(
+        of(beside, GRADIENTS), rel=0.2
+    ) and beside.total == training.total + of(beside, EMA)
     once = replace(config, loop=replace(config.loop, grad_accum=1))
-    assert step(once, models, CUDA, replace(work, images=16)).total < step(config, models, CUDA, replace(work, images=16)).total
+    assert (
+        step(once, models, CUDA, replace(work, images=16)).total
+        < step(config, models, CUDA, replace(work, images=16)).total
+    )
 
 
 def test_the_fixed_noise_loss_encodes_one_image_at_a_time_as_the_encoding_of_latents_does(models):
@@ -192,7 +249,12 @@ def test_the_changes_proposed_come_in_their_order_and_end_where_it_fits(models):
 @pytest.mark.parametrize(("name", "card"), [("sd15", 12), ("sd15_t4", 15)])
 def test_shipped_configurations_fit_their_cards(tmp_path, monkeypatch, capsys, name, card):
     monkeypatch.chdir(tmp_path)
-    command = ["--config", str(ROOT / "configs" / f"{name}.json"), "--data_root", str(ROOT / "examples" / "faces")]
+    command = [
+        "--config",
+        str(ROOT / "configs" / f"{name}.json"),
+        "--data_root",
+        str(ROOT / "examples" / "faces"),
+    ]
     assert train.main([*command, "--check", "json", "--vram", str(card)]) == 0
     memory = json.loads(capsys.readouterr().out)["memory"]
     assert memory["fits"] and memory["holds"] == card * 2**30 and memory["spared"] == []
@@ -203,16 +265,35 @@ def test_a_real_step_of_full_size_needs_what_was_estimated():
     """The smallest of the measured ones, which a machine of 8 GiB has room for; minutes."""
     options = bench_memory.parse(["--networks", "unet", "--one", "dadapt_adam8bit+fused+bf16"])
     command = [sys.executable, bench_memory.__file__, "--networks", "unet", "--one", options.one]
-    measured = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
-    assert measured["baseline"] + bench_memory.estimated(options.one, options) == pytest.approx(measured["peak"], rel=0.1)
+    measured = json.loads(
+        subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
+    )
+    assert measured["baseline"] + bench_memory.estimated(options.one, options) == pytest.approx(
+        measured["peak"], rel=0.1
+    )
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["adamw8bit", "dadapt_adam", "dadapt_adam8bit+fused"])
 def test_a_real_step_on_cuda_needs_what_was_estimated(name):
-    options = bench_memory.parse(["--networks", "unet", "--device", "cuda", "--one", name, "--mixed_precision", "auto"])
-    command = [sys.executable, bench_memory.__file__, "--networks", "unet", "--device", "cuda", "--mixed_precision", "auto", "--one", name]
-    measured = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+    options = bench_memory.parse(
+        ["--networks", "unet", "--device", "cuda", "--one", name, "--mixed_precision", "auto"]
+    )
+    command = [
+        sys.executable,
+        bench_memory.__file__,
+        "--networks",
+        "unet",
+        "--device",
+        "cuda",
+        "--mixed_precision",
+        "auto",
+        "--one",
+        name,
+    ]
+    measured = json.loads(
+        subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
+    )
     assert bench_memory.estimated(name, options) == pytest.approx(measured["peak"], rel=0.1)
 
 
@@ -220,8 +301,17 @@ def test_lines_name_the_peak_and_what_would_fit():
     from trainer.planning.memory_trace import Phase
 
     gib = 2**30
-    found = Estimate([Phase("training step", {(WEIGHTS, "unet"): 10 * gib})], "cuda", gib, 8 * gib, [("Set x to y.", 7 * gib)])
+    found = Estimate(
+        [Phase("training step", {(WEIGHTS, "unet"): 10 * gib})],
+        "cuda",
+        gib,
+        8 * gib,
+        [("Set x to y.", 7 * gib)],
+    )
     lines = found.lines()
     assert lines[1].split() == ["weights", "10.00"]
     assert "peak: 11.5 GiB, in the training step (tensors alone: 10.0)" in lines
-    assert lines[-2].startswith("does not fit into the 8.0 GiB of the card") and lines[-1] == "  Set x to y. Then 7.0 GiB, which fits."
+    assert (
+        lines[-2].startswith("does not fit into the 8.0 GiB of the card")
+        and lines[-1] == "  Set x to y. Then 7.0 GiB, which fits."
+    )

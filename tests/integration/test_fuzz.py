@@ -94,7 +94,9 @@ def test_a_large_corpus_of_damaged_files(tmp_path, seed, workers):
     written = write_corpus(tmp_path / "corpus", 1200, seed=seed)
     assert written > 1500
     found = read_all(tmp_path / "corpus", tmp_path / "reader.py", workers)
-    print(written, {key: value for key, value in found.items() if key != "reasons"}, *found["reasons"], sep="\n")
+    print(
+        written, {key: value for key, value in found.items() if key != "reasons"}, *found["reasons"], sep="\n"
+    )
     assert_survived(found, 1200)
 
 
@@ -111,7 +113,9 @@ def test_images_of_odd_names_are_trained(tmp_path):
 def test_a_check_of_odd_names_is_plain_lines(workplace, capsys, no_estimate):
     write_odd_names(workplace / "pictures", seed=4)
     assert train.main(["--check"]) == 0
-    assert {letter for letter in capsys.readouterr().out if ord(letter) < 32 or 127 <= ord(letter) < 160} == {"\n"}
+    assert {letter for letter in capsys.readouterr().out if ord(letter) < 32 or 127 <= ord(letter) < 160} == {
+        "\n"
+    }
     assert train.main(["--check", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["data"]
 
@@ -136,10 +140,17 @@ def test_mutated_configurations_load_or_are_refused_in_sentences(tmp_path, monke
     """A thousand for each seed: bytes of one of the files turned over, or values exchanged, or a few of them on the command line."""
     Case("").write(tmp_path)
     monkeypatch.chdir(tmp_path)
-    draws, texts = np.random.default_rng(seed), {name: json.dumps(tree, indent=1) for name, tree in SETTINGS.items()}
+    draws, texts = (
+        np.random.default_rng(seed),
+        {name: json.dumps(tree, indent=1) for name, tree in SETTINGS.items()},
+    )
     known = {name: {**tree, **tree.get("base", {})} for name, tree in SETTINGS.items()}
-    known["train.json"] = {name: None if key.required else plain(key.default) for name, key in train_keys().items()}
-    known["optimizer.json"] |= {name: plain(next(iter(users.values())).default) for name, users in optimizer_keys().items()}
+    known["train.json"] = {
+        name: None if key.required else plain(key.default) for name, key in train_keys().items()
+    }
+    known["optimizer.json"] |= {
+        name: plain(next(iter(users.values())).default) for name, users in optimizer_keys().items()
+    }
     refused, slowest = 0, 0.0
     for number in range(1000):
         for name, text in texts.items():
@@ -147,17 +158,27 @@ def test_mutated_configurations_load_or_are_refused_in_sentences(tmp_path, monke
         name, words = list(texts)[int(draws.integers(len(texts)))], []
         tree = crafted(SETTINGS[name], known[name], draws)
         if number % 3 == 0:
-            (tmp_path / name).write_bytes(mutated(texts[name].encode(), (json.dumps(tree) * 3).encode(), draws))
+            (tmp_path / name).write_bytes(
+                mutated(texts[name].encode(), (json.dumps(tree) * 3).encode(), draws)
+            )
         elif number % 3 == 1 or name != "train.json":
             (tmp_path / name).write_text(json.dumps(tree), errors="surrogatepass")
         else:
-            words = [word for key, value in tree.items() for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))]
+            words = [
+                word
+                for key, value in tree.items()
+                for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
+            ]
         began = time.perf_counter()
         try:
             load_config([word.replace("\0", "") for word in words])
         except UserError as error:
             refused += 1
-            assert error.exit_code == 2 and error.problems and all(0 < len(problem) < 12_000 for problem in error.problems), (number, error)
+            assert (
+                error.exit_code == 2
+                and error.problems
+                and all(0 < len(problem) < 12_000 for problem in error.problems)
+            ), (number, error)
         slowest = max(slowest, time.perf_counter() - began)
     print(f"seed {seed}: {refused} of 1000 refused, the slowest took {slowest:.2f} s")
     assert 300 < refused < 950 and slowest < 20
@@ -169,7 +190,9 @@ def test_the_largest_and_smallest_value_of_every_number_is_planned_or_refused(wo
     tried = 0
     for key in train_keys().values():
         kinds = {kind for kind in numbers if kind.__name__ in str(key.annotation)}
-        for value in itertools.chain(*(numbers[kind] for kind in kinds if key.name not in ("lora", "data_root"))):
+        for value in itertools.chain(
+            *(numbers[kind] for kind in kinds if key.name not in ("lora", "data_root"))
+        ):
             tried += 1
             code = train.main(["--check", f"--{key.name}", value])
             error = capsys.readouterr().err

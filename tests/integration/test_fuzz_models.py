@@ -14,7 +14,24 @@ from trainer.errors import UserError
 from trainer.models.load import ModelOptions, load_models
 from trainer.models.single_file import to_original
 
-VALUES = (None, True, 0, -1, 10**7, 10**30, 0.5, float("nan"), "", "x", "../../x", [], [0], [8] * 1000, {}, {"a": 1})
+VALUES = (
+    None,
+    True,
+    0,
+    -1,
+    10**7,
+    10**30,
+    0.5,
+    float("nan"),
+    "",
+    "x",
+    "../../x",
+    [],
+    [0],
+    [8] * 1000,
+    {},
+    {"a": 1},
+)
 
 
 def spoil(path, draw):
@@ -88,7 +105,9 @@ def test_damaged_models_end_in_a_sentence_or_work(seed, sources, tmp_path):
             models = load_models(ModelOptions(resume_ckpt=str(path)))
         except UserError as error:
             refused += 1
-            assert len(error.problems) == 1 and "\n" not in str(error) and str(path) in str(error), f"{seed} {number}: {error}"
+            assert len(error.problems) == 1 and "\n" not in str(error) and str(path) in str(error), (
+                f"{seed} {number}: {error}"
+            )
         else:
             loaded += 1
             assert len(models.tokenizer("a photo").input_ids) > 2

@@ -30,7 +30,10 @@ def _on(kind, name="adamw", shape="small"):
         module.to(device)
     models.vae.requires_grad_(False)
     networks = Networks(models.unet, models.text_encoder, models.vae)
-    parameters = {"unet": list(models.unet.parameters()), "text encoder": list(models.text_encoder.parameters())}
+    parameters = {
+        "unet": list(models.unet.parameters()),
+        "text encoder": list(models.text_encoder.parameters()),
+    }
     optimizers = OptimizerSet(dict.fromkeys(parameters, OPTIONS[name]), parameters, total_steps=10)
     objective = _objective(models)
     objective.schedule.to(device)
@@ -46,7 +49,9 @@ def _cases(names, kinds, shapes=("small",)):
                     continue  # refused: whether a scaled gradient has overflowed is known too late
                 yield pytest.param("cuda", name, kind, shape, marks=pytest.mark.gpu)
                 if kind == "bf16":
-                    yield pytest.param("cpu", name, kind, shape, marks=[pytest.mark.slow] if shape == COMPILED else [])
+                    yield pytest.param(
+                        "cpu", name, kind, shape, marks=[pytest.mark.slow] if shape == COMPILED else []
+                    )
 
 
 @pytest.mark.parametrize(
@@ -69,7 +74,9 @@ def test_a_step_does_not_wait_for_the_device(kind, name, precision, shape):
         try:
             chosen.pace(step)
             options = {"autocast": chosen.autocast, "scaler": chosen.scaler, "clip": clip}
-            result = train_step([inputs] * passes, networks, objective, optimizers, step=step, images=2 * passes, **options)
+            result = train_step(
+                [inputs] * passes, networks, objective, optimizers, step=step, images=2 * passes, **options
+            )
         finally:
             waiting("default")
     assert result.loss.isfinite()
@@ -84,7 +91,9 @@ def test_training_lowers_the_loss_in_every_precision(kind, name, precision, shap
     losses = []
     for step in range(40 if kind == "cuda" else 3):
         chosen.pace(step)
-        losses.append(float(train_step([inputs], networks, objective, optimizers, step=step, images=4, **options).loss))
+        losses.append(
+            float(train_step([inputs], networks, objective, optimizers, step=step, images=4, **options).loss)
+        )
     assert losses[-1] < 0.9 * losses[0] if kind == "cuda" else losses[-1] != losses[0]
 
 

@@ -36,7 +36,9 @@ def test_every_step_runs_on_the_cpu(tmp_path, capsys, on_the_cpu):
         assert f"## {title}" in text
     assert "its numbers say nothing about a GPU" in text and "(comparison.png)" in text
     assert len(Image.open(tmp_path / "comparison.png").convert("RGB").getcolors(1 << 20)) > 10
-    assert all(result["grown"] > 2 for result in report["steps"]["agreement"]["results"]), "d moved, so it was compared"
+    assert all(result["grown"] > 2 for result in report["steps"]["agreement"]["results"]), (
+        "d moved, so it was compared"
+    )
     equal = [result for result in report["steps"]["resumed"]["results"] if result["kind"] == "equality"]
     assert [result["differing"] for result in equal] == [0, 0] and equal[0]["tensors"] > 100
 
@@ -63,11 +65,16 @@ def fail(job, tell):
         (fail, "failed", "ValueError: no such kernel", 0),
     ],
 )
-def test_a_step_that_does_not_finish_keeps_its_results(tmp_path, on_the_cpu, function, status, reason, results):
+def test_a_step_that_does_not_finish_keeps_its_results(
+    tmp_path, on_the_cpu, function, status, reason, results
+):
     workers, told = Workers("cpu"), []
     try:
         job = Job("a step", "cpu", True, tmp_path / "step")
-        assert workers.run(f"{__name__}:{function.__name__}", job, 3, told.append, last=True) == (status, reason)
+        assert workers.run(f"{__name__}:{function.__name__}", job, 3, told.append, last=True) == (
+            status,
+            reason,
+        )
     finally:
         workers.close()
     assert len(told) == results
@@ -86,7 +93,18 @@ def test_steps_without_time_are_not_run_and_earlier_results_stay(tmp_path):
         "results": [{"kind": "speed", "copy": 2900.0, "product": 600.0, "product_dtype": "bfloat16"}],
     }
     (tmp_path / "report.json").write_text(json.dumps({"steps": {"environment": earlier}}))
-    options = ["--out", str(tmp_path), "--device", "cpu", "--tiny", "--minutes", "0", "--only", "environment", "profile"]
+    options = [
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--tiny",
+        "--minutes",
+        "0",
+        "--only",
+        "environment",
+        "profile",
+    ]
     assert gpu_report.main(options) == 0
     steps = json.loads((tmp_path / "report.json").read_text())["steps"]
     assert steps["environment"] == earlier and steps["profile"]["status"] == "not run"
@@ -99,7 +117,10 @@ def _step(*results):
 def _steps(whole, allocated):
     parts = dict.fromkeys(("forward", "backward", "optimizer", "host", "first"), 1.0)
     sizes = {"allocated": allocated, "reserved": allocated, "beside": 0, "state": 2000}
-    return _step({"kind": "built", "trained": 1000, "seconds": 1.0}, {"kind": "steps", "images": 4, "whole": whole, **parts, **sizes})
+    return _step(
+        {"kind": "built", "trained": 1000, "seconds": 1.0},
+        {"kind": "steps", "images": 4, "whole": whole, **parts, **sizes},
+    )
 
 
 def test_ratios_are_of_adamw8bit_and_the_floor_counts_every_byte():
@@ -108,8 +129,12 @@ def test_ratios_are_of_adamw8bit_and_the_floor_counts_every_byte():
         "environment": _step({"kind": "speed", "copy": 16.0, "product": 1.0, "product_dtype": "bfloat16"}),
         "training dadapt_adam8bit+fused": _steps(180.0, 6 * gib),
         "training adamw8bit": _steps(200.0, 8 * gib),
-        "epochs adamw8bit": _step(*({"kind": "epoch", "images": 60, "seconds": s, "counted": s < 9} for s in (9.0, 2.0, 4.0, 3.0))),
-        "epochs dadapt_adam8bit+fused": _step({"kind": "epoch", "images": 60, "seconds": 2.4, "counted": True}),
+        "epochs adamw8bit": _step(
+            *({"kind": "epoch", "images": 60, "seconds": s, "counted": s < 9} for s in (9.0, 2.0, 4.0, 3.0))
+        ),
+        "epochs dadapt_adam8bit+fused": _step(
+            {"kind": "epoch", "images": 60, "seconds": 2.4, "counted": True}
+        ),
         "estimates": _step({"kind": "estimate", "optimizer": "adamw8bit", "images": 4, "bytes": 9 * gib}),
     }
     assert ratios(steps) == [
@@ -120,7 +145,10 @@ def test_ratios_are_of_adamw8bit_and_the_floor_counts_every_byte():
     assert rows["adamw8bit"]["floor"] == pytest.approx(1e-3)  # 12 x 1000 + 2 x 2000 bytes at 16 GB/s, in ms
     assert rows["dadapt_adam8bit+fused"]["floor"] is None, "its updates are inside the backward pass"
     text = page({"date": "2026-11-27", "tiny": False, "device": "cuda", "steps": steps})
-    assert "| adamw8bit | 4 | 8.00 | 8.00 | 9.00 | 1.12 | 0.00 | 2.00 |" in text and "numbers say nothing" not in text
+    assert (
+        "| adamw8bit | 4 | 8.00 | 8.00 | 9.00 | 1.12 | 0.00 | 2.00 |" in text
+        and "numbers say nothing" not in text
+    )
 
 
 def test_a_trace_counts_launches_and_the_time_that_the_gpu_computes():
@@ -130,7 +158,13 @@ def test_a_trace_counts_launches_and_the_time_that_the_gpu_computes():
 
     def event(name, kind, start, end):
         span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
-        return SimpleNamespace(name=name, device_type=kind, time_range=span, self_cpu_time_total=end - start, is_user_annotation=False)
+        return SimpleNamespace(
+            name=name,
+            device_type=kind,
+            time_range=span,
+            self_cpu_time_total=end - start,
+            is_user_annotation=False,
+        )
 
     found = summary(
         [

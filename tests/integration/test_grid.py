@@ -51,15 +51,36 @@ def test_a_run_its_base_and_a_lora_are_drawn(workplace, capsys, monkeypatch):  #
     }
     (workplace / "two.json").write_text(json.dumps(prompts))
     other = write_tiny_folder(workplace / "other", seed=5)
-    command = [str(run), "--against", str(other), "--prompts", "two.json", "--seeds", "1", "2", "--steps", "1", "2", "--out", "g/all.png"]
+    command = [
+        str(run),
+        "--against",
+        str(other),
+        "--prompts",
+        "two.json",
+        "--seeds",
+        "1",
+        "2",
+        "--steps",
+        "1",
+        "2",
+        "--out",
+        "g/all.png",
+    ]
     assert grid.main(command) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "g/all.png, g/all.html: 32 pictures"
     html = (workplace / "g/all.html").read_text()
     assert html.count("data:image/jpeg;base64,") == 32 and "http" not in html
-    for heading in ("<th>base</th><th>step 3</th><th>step 6</th><th>other</th>", "seed 1, steps 1", "seed 2, steps 2", "a blue square"):
+    for heading in (
+        "<th>base</th><th>step 3</th><th>step 6</th><th>other</th>",
+        "seed 1, steps 1",
+        "seed 2, steps 2",
+        "a blue square",
+    ):
         assert heading in html
     picture = Image.open(workplace / "g/all.png")
-    assert picture.width > 4 * 256 and picture.height > 4 * 2 * 256, "enlarged by a whole factor: 64 pixels are 256"
+    assert picture.width > 4 * 256 and picture.height > 4 * 2 * 256, (
+        "enlarged by a whole factor: 64 pixels are 256"
+    )
 
     # What is in a cell is what the model draws alone, with the LoRA merged into its base.
     columns = find_columns([str(run)], base=None, against=[])
@@ -69,11 +90,17 @@ def test_a_run_its_base_and_a_lora_are_drawn(workplace, capsys, monkeypatch):  #
     alone = draw(columns[2:], asked, seeds=[2], batch_size=1).cells
     assert np.array_equal(np.asarray(cells[2, 1, 1, 0, 1]), np.asarray(alone[0, 1, 0, 0, 0]))
     assert cells[2, 1, 1, 0, 1].size == (64, 72)
-    assert not np.array_equal(np.asarray(cells[0, 0, 0, 0, 0]), np.asarray(cells[0, 0, 1, 0, 0])), "seeds differ"
+    assert not np.array_equal(np.asarray(cells[0, 0, 0, 0, 0]), np.asarray(cells[0, 0, 1, 0, 0])), (
+        "seeds differ"
+    )
 
     base = load(columns[0]).unet.state_dict()
     file = TensorFile(folders[0] / LORA_FILE)
-    layer = next(name.removesuffix(".lora_A.weight") for name in file if name.startswith("unet.") and name.endswith("to_q.lora_A.weight"))
+    layer = next(
+        name.removesuffix(".lora_A.weight")
+        for name in file
+        if name.startswith("unet.") and name.endswith("to_q.lora_A.weight")
+    )
     change = 2.0 * file[f"{layer}.lora_B.weight"] @ file[f"{layer}.lora_A.weight"]
     assert change.abs().max() > 0
     weight = f"{layer.removeprefix('unet.')}.weight"
@@ -81,12 +108,29 @@ def test_a_run_its_base_and_a_lora_are_drawn(workplace, capsys, monkeypatch):  #
     torch.testing.assert_close(merged, base[weight] + change, rtol=0, atol=1e-6)
     [single] = [path for path in single_files(run / "ckpts", run.name) if "gs00006" in path.name]
     [named] = find_columns([str(single)], base=None, against=[])[1:]
-    torch.testing.assert_close(load(named).unet.state_dict()[weight], merged, rtol=0, atol=2e-3)  # it is kept in fp16
+    torch.testing.assert_close(
+        load(named).unet.state_dict()[weight], merged, rtol=0, atol=2e-3
+    )  # it is kept in fp16
     with pytest.raises(UserError, match="is a LoRA, which needs a model under it"):
         find_columns([str(single)], base="none", against=[])
 
     # Axes the other way round.
-    flat = ["--x", "seeds", "--y", "checkpoints", "--prompts", "a red circle", "--cfgs", "1", "2", "--seeds", "4", "5", "--steps", "1"]
+    flat = [
+        "--x",
+        "seeds",
+        "--y",
+        "checkpoints",
+        "--prompts",
+        "a red circle",
+        "--cfgs",
+        "1",
+        "2",
+        "--seeds",
+        "4",
+        "5",
+        "--steps",
+        "1",
+    ]
     assert grid.main([str(folders[0]), "--base", "none", "--out", "flat.png", *flat]) == 0
     page = (workplace / "flat.html").read_text()
     assert "<th>seed 4</th><th>seed 5</th>" in page and "<h2>cfg 1</h2>" in page and "<h2>cfg 2</h2>" in page
@@ -94,7 +138,9 @@ def test_a_run_its_base_and_a_lora_are_drawn(workplace, capsys, monkeypatch):  #
 
 def test_a_weighted_sum_is_exact(three, tmp_path, capsys):
     out = tmp_path / "sum.safetensors"
-    assert grid.main(["--blend", *map(str, three), "--weights", "0.5", "0.75", "-0.25", "--out", str(out)]) == 0
+    assert (
+        grid.main(["--blend", *map(str, three), "--weights", "0.5", "0.75", "-0.25", "--out", str(out)]) == 0
+    )
     a, b, c = (load_file(path) for path in three)
     found = load_file(out)
     assert found.keys() == a.keys()
@@ -113,13 +159,24 @@ def test_a_weighted_sum_is_exact(three, tmp_path, capsys):
         ("a.safetensors", 0.5), ("b.safetensors", 0.75), ("c.safetensors", -0.25)
     ]  # fmt: skip
     assert all(len(each["sha256"]) == 64 for each in made["files"])
-    assert header["modelspec.merged_from"] == "a.safetensors, b.safetensors, c.safetensors" and header["modelspec.title"] == "sum"
-    assert not [key for key in header if key.startswith(("sd_dadapt.run", "sd_dadapt.step"))], "no run may take it for its own checkpoint"
+    assert (
+        header["modelspec.merged_from"] == "a.safetensors, b.safetensors, c.safetensors"
+        and header["modelspec.title"] == "sum"
+    )
+    assert not [key for key in header if key.startswith(("sd_dadapt.run", "sd_dadapt.step"))], (
+        "no run may take it for its own checkpoint"
+    )
     assert load(Column("sum", str(out))).unet.conv_in.weight.equal(found[UNET]), "it loads"
     # A model with itself is itself.
     same = tmp_path / "same.safetensors"
-    assert grid.main(["--blend", str(three[2]), str(three[2]), "--weights", "0.7", "0.3", "--out", str(same)]) == 0
-    assert all(torch.equal(tensor, c[name]) and tensor.dtype == c[name].dtype for name, tensor in load_file(same).items())
+    assert (
+        grid.main(["--blend", str(three[2]), str(three[2]), "--weights", "0.7", "0.3", "--out", str(same)])
+        == 0
+    )
+    assert all(
+        torch.equal(tensor, c[name]) and tensor.dtype == c[name].dtype
+        for name, tensor in load_file(same).items()
+    )
 
 
 def test_a_difference_is_added_exactly(three, tmp_path, capsys):
@@ -129,10 +186,15 @@ def test_a_difference_is_added_exactly(three, tmp_path, capsys):
     one, two, three_ = load_file(a), load_file(b), load_file(c)
     for name, tensor in load_file(out).items():
         if tensor.is_floating_point():
-            assert torch.equal(tensor, (one[name].double() + 0.5 * two[name].double() - 0.5 * three_[name].double()).float()), name
+            assert torch.equal(
+                tensor, (one[name].double() + 0.5 * two[name].double() - 0.5 * three_[name].double()).float()
+            ), name
     assert json.loads(TensorFile(out).metadata[BLEND])["method"] == "add difference"
     # A + 1 (B - A) is B.
-    assert grid.main(["--blend", a, b, a, "--add_difference", "1", "--out", str(tmp_path / "b.safetensors")]) == 0
+    assert (
+        grid.main(["--blend", a, b, a, "--add_difference", "1", "--out", str(tmp_path / "b.safetensors")])
+        == 0
+    )
     for name, tensor in load_file(tmp_path / "b.safetensors").items():
         torch.testing.assert_close(tensor, two[name], rtol=0, atol=1e-7)
 
@@ -181,24 +243,48 @@ def test_files_of_sd2_are_merged_and_what_they_predict_stays_said(tmp_path, caps
     tensors = to_original(tiny_models(0, "sd2"))
     paths = [tmp_path / f"{name}.ckpt" for name in ("a", "b", "velocity")]
     torch.save({"state_dict": tensors, "global_step": 875_000}, paths[0])
-    torch.save({"state_dict": {name: 3 * tensor for name, tensor in tensors.items()}, "global_step": 875_000}, paths[1])
+    torch.save(
+        {"state_dict": {name: 3 * tensor for name, tensor in tensors.items()}, "global_step": 875_000},
+        paths[1],
+    )
     torch.save({"state_dict": tensors}, paths[2])
     out = tmp_path / "out.safetensors"
     assert grid.main(["--blend", *map(str, paths[:2]), "--weights", "0.5", "0.5", "--out", str(out)]) == 0
     assert all(torch.equal(tensor, 2 * tensors[name]) for name, tensor in load_file(out).items())
     with safe_open(out, "pt") as file:
         assert file.metadata()["modelspec.prediction_type"] == "epsilon"
-    assert grid.main(["--blend", str(paths[0]), str(paths[2]), "--weights", "0.5", "0.5", "--out", str(tmp_path / "no.safetensors")]) == 2
+    assert (
+        grid.main(
+            [
+                "--blend",
+                str(paths[0]),
+                str(paths[2]),
+                "--weights",
+                "0.5",
+                "0.5",
+                "--out",
+                str(tmp_path / "no.safetensors"),
+            ]
+        )
+        == 2
+    )
     assert "a.ckpt predicts epsilon and" in capsys.readouterr().err
 
 
 def test_text_encoders_under_either_name_are_merged(three, tmp_path):
     """Files written with newer transformers name the text encoder's tensors without text_model."""
     bare = tmp_path / "bare.safetensors"
-    save_file({name.replace(".text_model.", ".", 1): tensor for name, tensor in load_file(three[1]).items()}, bare)
+    save_file(
+        {name.replace(".text_model.", ".", 1): tensor for name, tensor in load_file(three[1]).items()}, bare
+    )
     out = [tmp_path / f"{name}.safetensors" for name in ("one", "other")]
     for second, target in zip((three[1], bare), out, strict=True):
-        assert grid.main(["--blend", str(three[0]), str(second), "--weights", "0.5", "0.5", "--out", str(target)]) == 0
+        assert (
+            grid.main(
+                ["--blend", str(three[0]), str(second), "--weights", "0.5", "0.5", "--out", str(target)]
+            )
+            == 0
+        )
     left, right = map(load_file, out)
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 

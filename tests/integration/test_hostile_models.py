@@ -31,8 +31,13 @@ def everything(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("name", ["../../../trainer", "{outside}", "/", "", ".", "..", "unet/../../other", "a\\b", "c:", "nul\x00l"])
-def test_a_name_in_the_index_that_is_a_path_is_refused_before_anything_is_written(workplace, pack, name, capsys):
+@pytest.mark.parametrize(
+    "name",
+    ["../../../trainer", "{outside}", "/", "", ".", "..", "unet/../../other", "a\\b", "c:", "nul\x00l"],
+)
+def test_a_name_in_the_index_that_is_a_path_is_refused_before_anything_is_written(
+    workplace, pack, name, capsys
+):
     outside = workplace / "pack" / "trainer"
     outside.mkdir()
     (outside / "errors.py").write_text("ran = True")
@@ -113,7 +118,9 @@ def test_copying_a_models_parts_onto_themselves_leaves_them(tmp_path):
     assert everything(folder / "safety_checker") == before
 
 
-@pytest.mark.parametrize("model", ["../pack/x/y/model", "pack", "..", "a/b/c", "", "findlast", 3, None, ["x"]])
+@pytest.mark.parametrize(
+    "model", ["../pack/x/y/model", "pack", "..", "a/b/c", "", "findlast", 3, None, ["x"]]
+)
 def test_the_base_of_a_lora_is_a_hub_id_or_an_absolute_path(tmp_path, model, monkeypatch):
     from trainer.models.lora import BASE_FILE, LORA_FILE, read_base
 

@@ -39,19 +39,34 @@ class Hub(BaseHTTPRequestHandler):
     def answer(self, *, body: bool):
         path = self.path.partition("?")[0]
         for name, folder in self.repositories.items():
-            files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-            if path in (f"/api/models/{name}", *(f"/api/models/{name}/revision/{known}" for known in ("main", COMMIT))):
+            files = sorted(
+                file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()
+            )
+            if path in (
+                f"/api/models/{name}",
+                *(f"/api/models/{name}/revision/{known}" for known in ("main", COMMIT)),
+            ):
                 return self.reply(
-                    json.dumps({"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}).encode(), body
+                    json.dumps(
+                        {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
+                    ).encode(),
+                    body,
                 )
             if path.startswith(f"/api/models/{name}/tree/"):
-                tree = [{"type": "file", "path": f, "size": (folder / f).stat().st_size, "oid": etag(folder / f)} for f in files]
+                tree = [
+                    {"type": "file", "path": f, "size": (folder / f).stat().st_size, "oid": etag(folder / f)}
+                    for f in files
+                ]
                 return self.reply(json.dumps(tree).encode(), body)
             start = f"/{name}/resolve/{COMMIT}/"
             if path.startswith(start) and path.removeprefix(start) in files:
                 if body:
                     self.sent.append(path.removeprefix(start))
-                return self.reply((folder / path.removeprefix(start)).read_bytes(), body, etag(folder / path.removeprefix(start)))
+                return self.reply(
+                    (folder / path.removeprefix(start)).read_bytes(),
+                    body,
+                    etag(folder / path.removeprefix(start)),
+                )
             if path.startswith(f"/api/models/{name}/revision/"):
                 return self.reply(b"{}", body, status=404, code="RevisionNotFound")
         if "gated" in path:
@@ -81,7 +96,10 @@ def hub(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_address[1]}"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        address + "/{repo_id}/resolve/{revision}/{filename}",
+    )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(Hub, "repositories", {})
@@ -98,7 +116,10 @@ def load(name, vae=None):
 def assert_same(models, reference, networks=NETWORKS):
     for network in networks:
         expected = getattr(reference, network).state_dict()
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in getattr(models, network).state_dict().items())
+        assert all(
+            torch.equal(tensor, expected[name])
+            for name, tensor in getattr(models, network).state_dict().items()
+        )
 
 
 def test_only_what_training_needs_is_downloaded_and_only_once(hub, tmp_path, monkeypatch):
@@ -114,7 +135,9 @@ def test_only_what_training_needs_is_downloaded_and_only_once(hub, tmp_path, mon
     hub.repositories["someone/some-model"] = folder
     options = ModelOptions(resume_ckpt="someone/some-model")
     before = describe(options)
-    assert before.notes == ("resume_ckpt: someone/some-model is not in the hub cache and is downloaded when training starts.",)
+    assert before.notes == (
+        "resume_ckpt: someone/some-model is not in the hub cache and is downloaded when training starts.",
+    )
     assert before.unet.config["block_out_channels"] == [8, 16] and not before.assumed
     assert {Path(name).suffix for name in hub.sent} == {".json"}  # no weights
 
@@ -181,7 +204,9 @@ def test_a_revision_that_there_is_not_and_one_of_a_folder_are_refused(hub, workp
 
 
 def test_a_repository_with_half_precision_only_loads(hub, tmp_path):
-    hub.repositories["someone/half"] = write_tiny_folder(tmp_path / "served", dtype=torch.float16, variant="fp16")
+    hub.repositories["someone/half"] = write_tiny_folder(
+        tmp_path / "served", dtype=torch.float16, variant="fp16"
+    )
     reference = tiny_models()
     for network in NETWORKS:
         torch.nn.Module.to(getattr(reference, network), torch.float16).float()
@@ -220,14 +245,19 @@ def test_a_download_that_broke_off_goes_on(hub, tmp_path):
     [
         (
             "model_index.json",
-            {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]},
+            {
+                "_class_name": "StableDiffusionXLPipeline",
+                "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            },
             "resume_ckpt: someone/other is a StableDiffusionXLPipeline, which this program does not train",
         ),
         ("unet/config.json", {"in_channels": 9}, "resume_ckpt: someone/other: the UNet takes 9 channels"),
     ],
 )
 @pytest.mark.parametrize("read", [describe, load_models])
-def test_another_kind_of_model_is_refused_before_its_weights_are_downloaded(read, file, changes, said, hub, tmp_path):
+def test_another_kind_of_model_is_refused_before_its_weights_are_downloaded(
+    read, file, changes, said, hub, tmp_path
+):
     served = hub.repositories["someone/other"] = write_tiny_folder(tmp_path / "served")
     (served / file).write_text(json.dumps(json.loads((served / file).read_text()) | changes))
     with pytest.raises(UserError, match=said):
@@ -248,7 +278,9 @@ def test_what_the_hub_refuses_is_said_plainly(hub, tmp_path):
     hub.repositories["someone/lora"] = tmp_path / "lora"
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "lora.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"someone/lora on the hub is no diffusers model: it holds no model_index.json"):
+    with pytest.raises(
+        UserError, match=r"someone/lora on the hub is no diffusers model: it holds no model_index.json"
+    ):
         load("someone/lora")
     with pytest.raises(UserError, match=r"vae: someone/lora on the hub holds no VAE"):
         load(str(served), vae="someone/lora")

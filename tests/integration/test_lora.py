@@ -24,7 +24,9 @@ QUICK = {"base": {"optimizer": "adamw", "lr": 1e-2}, "text_encoder_freezing": {"
 
 
 def adapted(models, lora, *, seed=1, values=None, freezing=None, **options):
-    parts = apply_freezing(models, TrainableOptions(lora=LoraOptions(**lora), **options), FreezingOptions(**(freezing or {})))
+    parts = apply_freezing(
+        models, TrainableOptions(lora=LoraOptions(**lora), **options), FreezingOptions(**(freezing or {}))
+    )
     begin(parts, seed, values)
     return parts
 
@@ -37,7 +39,9 @@ def pipeline(models_folder) -> Any:
 
 def picture(pipe):
     generator = torch.Generator().manual_seed(0)
-    image: Any = pipe("a red circle", num_inference_steps=2, generator=generator, height=64, width=64, output_type="pt").images
+    image: Any = pipe(
+        "a red circle", num_inference_steps=2, generator=generator, height=64, width=64, output_type="pt"
+    ).images
     return image
 
 
@@ -65,7 +69,9 @@ def test_both_files_load_in_diffusers_and_draw_what_was_trained(workplace, tmp_p
     [single] = single_files(run / "ckpts", run.name)
     assert single.name == "last-tiny-ep01-gs00003-lora.safetensors"
     files = sorted(path.name for path in checkpoint.iterdir())
-    assert files == ["README.md", "base.json", "manifest.json", LORA_FILE, "resume", "samples.png"], "no model is written"
+    assert files == ["README.md", "base.json", "manifest.json", LORA_FILE, "resume", "samples.png"], (
+        "no model is written"
+    )
     before = picture(pipeline(base))
     expected = picture(trained_pipeline(base, checkpoint, lora, freezing={"freeze_front_n_layers": 2}))
     assert (expected - before).abs().max() > 1e-3, "the LoRA does something"
@@ -74,12 +80,20 @@ def test_both_files_load_in_diffusers_and_draw_what_was_trained(workplace, tmp_p
         pipe.load_lora_weights(source[0], **source[1])
         assert (picture(pipe) - expected).abs().max() < 1e-5, source
     header = TensorFile(single).metadata
-    assert (header["ss_network_dim"], header["ss_network_alpha"]) == (str(lora["rank"]), str(float(lora.get("alpha", lora["rank"]))))
-    assert header["ss_sd_model_name"] == "base" and header["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert (header["ss_network_dim"], header["ss_network_alpha"]) == (
+        str(lora["rank"]),
+        str(float(lora.get("alpha", lora["rank"]))),
+    )
+    assert (
+        header["ss_sd_model_name"] == "base"
+        and header["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    )
     assert str(tmp_path) not in json.dumps([header, TensorFile(checkpoint / LORA_FILE).metadata])
 
 
-@pytest.mark.parametrize(("shape", "rank"), [("small", 3), ("sd2", 3), ("small", None)], ids=["lora", "sd2 lora", "model"])
+@pytest.mark.parametrize(
+    ("shape", "rank"), [("small", 3), ("sd2", 3), ("small", None)], ids=["lora", "sd2 lora", "model"]
+)
 def test_every_header_field_of_a_single_file(workplace, tmp_path, shape, rank):
     base = write_tiny_folder(tmp_path / "base", shape=shape)
     lora = {"lora": {"rank": rank, "alpha": 1.5}} if rank else {}
@@ -88,7 +102,9 @@ def test_every_header_field_of_a_single_file(workplace, tmp_path, shape, rank):
     assert train.main([]) == 0
     run = run_of(workplace)
     prediction, kind, version = (
-        ("v", "stable-diffusion-v2-768-v", "sd_v2_v") if shape == "sd2" else ("epsilon", "stable-diffusion-v1", "sd_v1")
+        ("v", "stable-diffusion-v2-768-v", "sd_v2_v")
+        if shape == "sd2"
+        else ("epsilon", "stable-diffusion-v1", "sd_v1")
     )
     stem = "last-tiny-ep01-gs00003" + ("-lora" if rank else "")
     for ema in (False, True):
@@ -96,9 +112,13 @@ def test_every_header_field_of_a_single_file(workplace, tmp_path, shape, rank):
         name = stem + ("-ema" if ema else "")
         header = TensorFile(single).metadata
         assert single.stem == name
-        assert abs(datetime.fromisoformat(header.pop("modelspec.date")) - datetime.now(UTC)) < timedelta(minutes=10)
+        assert abs(datetime.fromisoformat(header.pop("modelspec.date")) - datetime.now(UTC)) < timedelta(
+            minutes=10
+        )
         for file, key in (("train.json", "seed"), ("optimizer.json", "base")):
-            assert json.loads(header.pop(f"sd_dadapt.{file}"))[key] == json.loads((run / file).read_text())[key]
+            assert (
+                json.loads(header.pop(f"sd_dadapt.{file}"))[key] == json.loads((run / file).read_text())[key]
+            )
         own: dict[str, str] = {
             "ss_base_model_version": version,
             "ss_network_module": "networks.lora",
@@ -110,7 +130,12 @@ def test_every_header_field_of_a_single_file(workplace, tmp_path, shape, rank):
         }
         if not rank:
             own = {}
-            assert set(json.loads(header.pop("sd_dadapt.configs"))) == {"unet", "vae", "text_encoder", "scheduler"}
+            assert set(json.loads(header.pop("sd_dadapt.configs"))) == {
+                "unet",
+                "vae",
+                "text_encoder",
+                "scheduler",
+            }
             assert "vocab" in header.pop("sd_dadapt.tokenizer")
         assert header == own | {
             "format": "pt",
@@ -140,7 +165,10 @@ def test_kohyas_names(workplace):
         "lora_te_text_model_encoder_layers_3_self_attn_q_proj",
         "lora_te_text_model_encoder_layers_2_mlp_fc1",
     ):
-        assert shapes[f"{layer}.lora_down.weight"][0] == 2 == shapes[f"{layer}.lora_up.weight"][1] and shapes[f"{layer}.alpha"] == ()
+        assert (
+            shapes[f"{layer}.lora_down.weight"][0] == 2 == shapes[f"{layer}.lora_up.weight"][1]
+            and shapes[f"{layer}.alpha"] == ()
+        )
     assert not any("layers_1_" in name or "conv_in" in name or "time_embedding" in name for name in shapes)
     assert len(shapes) % 3 == 0
 
@@ -149,8 +177,20 @@ def test_kohyas_names(workplace):
     ("optimizer", "settings"),
     [
         (DADAPT, {"ema_decay_rate": 0.5, "ema_update_interval": 1}),
-        (FUSED, {"max_epochs": 1, "channels_last": True, "weights_dtype": "bf16", "gradient_checkpointing": True, "lora": {"rank": 2}}),
-        (ADAMW, {"grad_accum": 2, "batch_size": 1, "save_format": "single", "disable_textenc_training": True}),
+        (
+            FUSED,
+            {
+                "max_epochs": 1,
+                "channels_last": True,
+                "weights_dtype": "bf16",
+                "gradient_checkpointing": True,
+                "lora": {"rank": 2},
+            },
+        ),
+        (
+            ADAMW,
+            {"grad_accum": 2, "batch_size": 1, "save_format": "single", "disable_textenc_training": True},
+        ),
     ],
     ids=["ema", "bf16 base", "single"],
 )
@@ -164,7 +204,9 @@ def test_a_stopped_run_goes_on_to_the_bit(workplace, optimizer, settings, model)
     left, right = checkpoints(whole)[0], checkpoints(stopped)[0]
     assert left.name == right.name
     assert (left / LORA_FILE).read_bytes() == (right / LORA_FILE).read_bytes()
-    assert (left / "resume/training.safetensors").read_bytes() == (right / "resume/training.safetensors").read_bytes()
+    assert (left / "resume/training.safetensors").read_bytes() == (
+        right / "resume/training.safetensors"
+    ).read_bytes()
     assert scalars(whole)["loss/log_step"] == scalars(stopped)["loss/log_step"]
     assert frozen == {path: path.read_bytes() for path in model.rglob("*.safetensors")}
     if "ema_decay_rate" in settings:
@@ -172,7 +214,9 @@ def test_a_stopped_run_goes_on_to_the_bit(workplace, optimizer, settings, model)
         ema = TensorFile(single_files(stopped / "ckpts", stopped.name, ema=True)[0])
         assert ema.path.name.endswith("-lora-ema.safetensors")
         first = next(tensor for tensor in averages if tensor.any())
-        assert any(tensor.shape == first.shape and torch.equal(tensor, first.half()) for tensor in ema.values())
+        assert any(
+            tensor.shape == first.shape and torch.equal(tensor, first.half()) for tensor in ema.values()
+        )
 
 
 def test_what_does_not_fit_a_lora_is_refused(workplace, capsys, tmp_path):
@@ -185,8 +229,14 @@ def test_what_does_not_fit_a_lora_is_refused(workplace, capsys, tmp_path):
             "what learns of the unet was a LoRA of rank 2 and alpha 2 on 32 attention layers, and is a LoRA of rank 3",
         ),
         (["--lora", "null"], "and is everything now"),
-        (["--lora", '{"rank": 3}', "--resume_weights_only"], "holds a LoRA of other layers or of another rank"),
-        (["--lora", '{"rank": 2, "alpha": 1}', "--resume_weights_only"], "holds a LoRA of alpha 2.0, and lora.alpha is 1 now"),
+        (
+            ["--lora", '{"rank": 3}', "--resume_weights_only"],
+            "holds a LoRA of other layers or of another rank",
+        ),
+        (
+            ["--lora", '{"rank": 2, "alpha": 1}', "--resume_weights_only"],
+            "holds a LoRA of alpha 2.0, and lora.alpha is 1 now",
+        ),
         (["--lora", "null", "--resume_weights_only"], "holds a LoRA, and lora is null"),
     ):
         for action in ([], ["--check"]):
@@ -223,7 +273,9 @@ def test_a_new_lora_changes_no_bit_and_depends_on_the_seed_and_the_layer_alone()
             assert not matrix.any()
     drawn = [matrix * matrix[0].numel() ** 0.5 for name, matrix in everything.items() if ".lora_A." in name]
     spread = torch.cat([matrix.flatten() for matrix in drawn])
-    assert spread.abs().max() <= 1 and spread.std().item() == pytest.approx(3**-0.5, rel=0.02), "uniform in +-1/sqrt(fan in)"
+    assert spread.abs().max() <= 1 and spread.std().item() == pytest.approx(3**-0.5, rel=0.02), (
+        "uniform in +-1/sqrt(fan in)"
+    )
 
 
 @pytest.mark.parametrize("unet", [True, False])
@@ -232,7 +284,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(unet):
     found = []
     for checkpointing in (False, True):
         models = tiny_models()
-        parts = adapted(models, {"rank": 2, "targets": "all"}, gradient_checkpointing=checkpointing, disable_unet_training=not unet)
+        parts = adapted(
+            models,
+            {"rank": 2, "targets": "all"},
+            gradient_checkpointing=checkpointing,
+            disable_unet_training=not unet,
+        )
         assert ("unet" in parts.parameters) == unet
         with torch.no_grad():
             for name, matrix in named(parts).items():

@@ -14,13 +14,18 @@ def assert_same(path, reference):
     models = load_models(ModelOptions(resume_ckpt=str(path)))
     for network in NETWORKS:
         expected = getattr(reference, network).state_dict()
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in getattr(models, network).state_dict().items())
+        assert all(
+            torch.equal(tensor, expected[name])
+            for name, tensor in getattr(models, network).state_dict().items()
+        )
 
 
 def test_there_and_back_through_the_command_line(tmp_path, capsys):
     folder = write_tiny_folder(tmp_path / "a")
     assert convert_checkpoint.main([str(folder), str(tmp_path / "b.safetensors"), "--fp32"]) == 0
-    assert convert_checkpoint.main([str(tmp_path / "b.safetensors"), str(tmp_path / "new" / "c"), "--fp32"]) == 0
+    assert (
+        convert_checkpoint.main([str(tmp_path / "b.safetensors"), str(tmp_path / "new" / "c"), "--fp32"]) == 0
+    )
     assert_same(tmp_path / "b.safetensors", tiny_models())
     assert_same(tmp_path / "new" / "c", tiny_models())
     assert "written in" in capsys.readouterr().out
@@ -56,7 +61,10 @@ def test_random_weights_keep_activations_finite_and_depend_on_the_seed_alone():
     networks = []
     for seed in (0, 0, 1):
         generator = torch.Generator().manual_seed(seed)
-        unet, text = empty_unet(reference.unet.config), empty_text_encoder(reference.text_encoder.config.to_dict())
+        unet, text = (
+            empty_unet(reference.unet.config),
+            empty_text_encoder(reference.text_encoder.config.to_dict()),
+        )
         vae = empty_vae(reference.vae.config)
         for network in (unet, text, vae):
             make_full_size.fill_randomly(network, generator)

@@ -51,7 +51,9 @@ with open("file", "w") as file:
 @pytest.mark.skipif(os.name == "nt", reason="Windows gives every process its streams")
 def test_a_run_without_streams_trains(workplace):
     write(workplace, DADAPT, first_samples=False, fixed_loss_images=0)
-    ended = program(workplace, "--stop_after_steps", "1", preexec_fn=lambda: [os.close(number) for number in range(3)])
+    ended = program(
+        workplace, "--stop_after_steps", "1", preexec_fn=lambda: [os.close(number) for number in range(3)]
+    )
     assert ended.returncode == 0 and resume_problem(checkpoints(run_of(workplace))[0]) is None
 
 
@@ -69,7 +71,9 @@ def test_no_name_key_or_tag_reaches_the_terminal_raw(workplace, capsys, no_estim
     answer = capsys.readouterr().out
     assert answer.isascii() and json.loads(answer)["data"]
     settings = json.loads((workplace / "train.json").read_text())
-    (workplace / "train.json").write_text(json.dumps({**settings, HOSTILE: 1, "data_root": HOSTILE, "wandb": HOSTILE}))
+    (workplace / "train.json").write_text(
+        json.dumps({**settings, HOSTILE: 1, "data_root": HOSTILE, "wandb": HOSTILE})
+    )
     assert train.main(["--sample_prompts", HOSTILE, f"--{HOSTILE}"]) == 2
     refused = capsys.readouterr().err
     assert "\x1b" not in refused and "\x07" not in refused and refused.count("\\x1b]0;owned\\x07") >= 4

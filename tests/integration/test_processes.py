@@ -108,12 +108,16 @@ SETTINGS = {
 def place(workplace):
     """Return the workplace with 9 images, of which a step of 8 and one of a single image are made, and 2 held out."""
     for number in range(5, 9):
-        Image.new("RGB", (70, 80), (25 * number, 250 - 20 * number, 100)).save(workplace / "pictures" / f"{number}.png")
+        Image.new("RGB", (70, 80), (25 * number, 250 - 20 * number, 100)).save(
+            workplace / "pictures" / f"{number}.png"
+        )
         (workplace / "pictures" / f"{number}.txt").write_text(f"a blue square, tag {number}")
     (workplace / "held").mkdir()
     for number in range(2):
         Image.new("RGB", (64, 64), (200, 10 * number, 0)).save(workplace / "held" / f"a photo {number}.png")
-    (workplace / "validation.json").write_text(json.dumps({"val_split_mode": "manual", "manual_data_root": "held"}))
+    (workplace / "validation.json").write_text(
+        json.dumps({"val_split_mode": "manual", "manual_data_root": "held"})
+    )
     write(workplace, {**DADAPT, "base": {**DADAPT["base"], "lr": 1.0, "d0": 1e-4}}, **SETTINGS)
     return workplace
 
@@ -127,7 +131,9 @@ def two_processes(place, runs, *, launcher=("torch.distributed.run", "--nproc_pe
     program.write_text(PROGRAM.format(root=str(ROOT), folder=str(place), runs=json.dumps(runs)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
     command = [sys.executable, "-m", *launcher, str(program)]
-    ended = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=timeout)
+    ended = subprocess.run(
+        command, cwd=place, env=environment, capture_output=True, text=True, timeout=timeout
+    )
     return ended, [json.loads(path.read_text()) for path in told if path.exists()]
 
 
@@ -141,7 +147,9 @@ def runs_in(place, *names):
 
 def test_two_processes_train_as_one_and_end_together(place, capsys):
     """Two processes x 2 images x 2 batches are one process x 8; the second step of an epoch has one image, and one of them none."""
-    (place / "fused.json").write_text(json.dumps({"base": {"optimizer": "dadapt_adam", "fused_backward": True}}))
+    (place / "fused.json").write_text(
+        json.dumps({"base": {"optimizer": "dadapt_adam", "fused_backward": True}})
+    )
     runs = [
         (["--logdir", "whole"], ""),
         (["--logdir", "stopped"], "signal"),
@@ -153,7 +161,9 @@ def test_two_processes_train_as_one_and_end_together(place, capsys):
         (["--logdir", "unread", "--cache_latents", "no"], "unread"),
         (["--check"], ""),
     ]
-    ended, told = two_processes(place, runs, launcher=("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"))
+    ended, told = two_processes(
+        place, runs, launcher=("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
+    )
     assert ended.returncode == 0, ended.stderr
     assert [process["codes"] for process in told] == [[0, 143, 0, 1, 1, 1, 2, 0, 0]] * 2, ended.stderr
     assert told[0]["written"] and told[1]["written"] == [], "the first process alone writes"
@@ -165,16 +175,26 @@ def test_two_processes_train_as_one_and_end_together(place, capsys):
     assert curves(whole) == curves(stopped)
     assert len(list(whole.glob("events*"))) == 1 and read_resume(checkpoints(whole)[0])[0].images == 27
     assert f"torchrun --nproc_per_node 2 train.py --logdir stopped --resume_ckpt {stopped}" in ended.stdout
-    assert ended.stdout.count("8 images a step, 4 on each of 2 processes in 2 passes of 2") == 8, "told once a run"
+    assert ended.stdout.count("8 images a step, 4 on each of 2 processes in 2 passes of 2") == 8, (
+        "told once a run"
+    )
 
-    assert len(re.findall(r"step 3: d of the unet is \S+ in process 0 and \S+ in process 1, so", ended.stderr)) == 1
+    assert (
+        len(re.findall(r"step 3: d of the unet is \S+ in process 0 and \S+ in process 1, so", ended.stderr))
+        == 1
+    )
     assert not checkpoints(parted), "of models that differ neither is saved"
     assert ended.stderr.count("process 1: the images are gone") == 1
     assert checkpoints(data)[0].name.startswith("errored-")
     assert ended.stderr.count("No space left on device") == 1
-    assert ended.stderr.count("2 processes were launched, which contradicts fused_backward") == 1 and not (place / "fused").exists()
+    assert (
+        ended.stderr.count("2 processes were launched, which contradicts fused_backward") == 1
+        and not (place / "fused").exists()
+    )
 
-    assert ended.stdout.count("3.png: it is damaged here; the image is left out") == 1, "the first tells what the second has met"
+    assert ended.stdout.count("3.png: it is damaged here; the image is left out") == 1, (
+        "the first tells what the second has met"
+    )
     assert 18 <= read_resume(checkpoints(runs_in(place, "unread")[0])[0])[0].images < 27
 
     assert train.main(["--logdir", "one", "--batch_size", "8", "--grad_accum", "1"]) == 0
@@ -213,13 +233,26 @@ def test_two_processes_go_on_to_the_bit(place):
         (place / f"{name}.json").write_text(json.dumps(optimizer))
         more = ["--optimizer_config", f"{name}.json", "--cache_dir", "kept", "--sample_steps", "4"]
         more += {
-            "adamw8bit": ["--num_workers", "2", "--cache_latents", "no", "--ema_decay_rate", "0.9", "--ema_update_interval", "2"],
+            "adamw8bit": [
+                "--num_workers",
+                "2",
+                "--cache_latents",
+                "no",
+                "--ema_decay_rate",
+                "0.9",
+                "--ema_update_interval",
+                "2",
+            ],
             "dadapt_adam8bit": ["--cache_latents", "disk", "--num_workers", "2"],
             "prodigy": ["--lora", "{}", "--crop_jitter", "0.5"],
             "lion": ["--disable_textenc_training", "true"],
         }[name]
         whole, stopped = (["--logdir", f"{name}-{kind}", *more] for kind in ("whole", "stopped"))
-        runs += [(whole, ""), ([*stopped, "--stop_after_steps", "3"], ""), ([*stopped, "--resume_ckpt", "findlast"], "")]
+        runs += [
+            (whole, ""),
+            ([*stopped, "--stop_after_steps", "3"], ""),
+            ([*stopped, "--resume_ckpt", "findlast"], ""),
+        ]
     ended, told = two_processes(place, runs)
     assert [process["codes"] for process in told] == [[0] * len(runs)] * 2, ended.stderr
     assert told[1]["written"] == []
@@ -238,15 +271,31 @@ def test_a_process_that_dies_takes_the_other_with_it_and_loses_no_step(place):
     ended, told = two_processes(place, [(["--logdir", "dead"], "death")])
     assert ended.returncode != 0 and [process["codes"] for process in told] == [[1]], ended.stderr
     (run,) = runs_in(place, "dead")
-    assert checkpoints(run)[0].name == "errored-tiny-ep01-gs00002" and resume_problem(checkpoints(run)[0]) is None
-    assert ended.stderr.count("another process has ended without a word") == 1 and "Go on with:" in ended.stdout
+    assert (
+        checkpoints(run)[0].name == "errored-tiny-ep01-gs00002"
+        and resume_problem(checkpoints(run)[0]) is None
+    )
+    assert (
+        ended.stderr.count("another process has ended without a word") == 1 and "Go on with:" in ended.stdout
+    )
 
 
 @pytest.mark.slow
 def test_ctrl_c_of_the_launcher_saves(place):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "train.py"), "--max_epochs", "1000"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        str(ROOT / "train.py"),
+        "--max_epochs",
+        "1000",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
+    with subprocess.Popen(
+        command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as launcher:
         assert launcher.stdout is not None
         next(line for line in launcher.stdout if "step 2/2000" in line)
         launcher.send_signal(signal.SIGINT)

@@ -1,7 +1,8 @@
 """Every command of the documentation: run, or checked as this machine goes, or listed with the reason why not.
 
-A command is a line of an `sh` block, a line with ! or % of a `python` block (Colab's), or a piece of code in the text that starts a
-program. Each must stand in exactly one of the tables below, and each entry of them in the documentation.
+A command is a line of an `sh` block, a line with ! or % of a `python` block (Colab's), or a piece of code in
+the text that starts a program. Each must stand in exactly one of the tables below, and each entry of them in
+the documentation.
 """
 
 import os
@@ -21,7 +22,14 @@ from trainer.planning.memory import Estimate
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
-    *("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/keys.md", "docs/evidence.md", "docs/several-gpus.md"),
+    *(
+        "README.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "docs/keys.md",
+        "docs/evidence.md",
+        "docs/several-gpus.md",
+    ),
     *("configs/followfox/README.md", "models/mini-sd/README.md"),
 ]
 
@@ -43,8 +51,9 @@ CHECKED = [
     f"python train.py --config configs/sd15_t4.json {_DRIVE}",
     f"{_DOCKER} --config configs/sd15.json",
 ]
-"""Run with --check for a card of 24 GiB, with folders that are here, and without the estimate of memory, which takes half a minute and has
-tests of its own: training itself takes minutes, or a GPU and a model from the hub."""
+"""Run with --check for a card of 24 GiB, with folders that are here, and without the estimate of memory,
+which takes half a minute and has tests of its own: training itself takes minutes, or a GPU and a model from
+the hub."""
 
 _GRID = "python scripts/grid.py"
 _COMPARE = "python scripts/compare_optimizers.py --config train.json optimizer.json optimizer_dadapt.json --out compare --seeds 1 2"
@@ -156,7 +165,9 @@ def test_every_document_is_read():
 def copy(tmp_path_factory) -> Path:
     """Return a copy of what the documentation speaks of, with a folder of images as a user has one."""
     folder = tmp_path_factory.mktemp("clone") / "sd-dadapt"
-    ignored = shutil.ignore_patterns(".git", ".ci", ".venv", "logs", "input", "build", "__pycache__", ".*_cache", "tests")
+    ignored = shutil.ignore_patterns(
+        ".git", ".ci", ".venv", "logs", "input", "build", "__pycache__", ".*_cache", "tests"
+    )
     shutil.copytree(ROOT, folder, ignore=ignored)
     shutil.copytree(ROOT / "examples" / "faces", folder / "input")
     shutil.copytree(ROOT / "examples" / "faces", folder / "drive" / "pictures")
@@ -165,9 +176,15 @@ def copy(tmp_path_factory) -> Path:
 
 def here(command: str, copy: Path) -> list[str]:
     """Return the words of a command with folders that exist."""
-    after = command.removeprefix(_DOCKER).strip() if command.startswith("docker") else command.removeprefix("python ")
+    after = (
+        command.removeprefix(_DOCKER).strip()
+        if command.startswith("docker")
+        else command.removeprefix("python ")
+    )
     words = after if command.startswith("python ") or command.startswith("scripts/") else f"train.py {after}"
-    return shlex.split(words.replace("/content/drive/MyDrive", str(copy / "drive")).replace("YOUR_IMAGES", "input"))
+    return shlex.split(
+        words.replace("/content/drive/MyDrive", str(copy / "drive")).replace("YOUR_IMAGES", "input")
+    )
 
 
 @pytest.mark.parametrize("command", RUN)
@@ -208,7 +225,9 @@ def start(words: list[str], monkeypatch) -> None:
 
 def test_the_models_page_draws_a_picture(copy, monkeypatch):
     monkeypatch.chdir(copy)
-    for language, body in FENCE.findall((ROOT / "models" / "mini-sd" / "README.md").read_text(encoding="utf-8")):
+    for language, body in FENCE.findall(
+        (ROOT / "models" / "mini-sd" / "README.md").read_text(encoding="utf-8")
+    ):
         assert language == "python"
         *lines, last = body.strip().replace("num_inference_steps=20", "num_inference_steps=2").splitlines()
         space: dict = {}
@@ -224,12 +243,21 @@ def test_the_line_that_publishes_uploads_the_model_and_its_page_alone(tmp_path, 
 
     command = next(command for command in ELSEWHERE if command.startswith("hf upload"))
     checkpoint = tmp_path / "logs" / "RUN" / "ckpts" / "CHECKPOINT"
-    for name in ("README.md", "curves.png", "unet/config.json", "base.json", "resume/state.json", "resume/deep/training.json"):
+    for name in (
+        "README.md",
+        "curves.png",
+        "unet/config.json",
+        "base.json",
+        "resume/state.json",
+        "resume/deep/training.json",
+    ):
         (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
         (checkpoint / name).write_text("")
     monkeypatch.chdir(tmp_path)
     taken: dict = {}
-    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: type("Repo", (), {"repo_id": "YOUR_NAME/faces"})())
+    monkeypatch.setattr(
+        HfApi, "create_repo", lambda *_, **__: type("Repo", (), {"repo_id": "YOUR_NAME/faces"})()
+    )
     monkeypatch.setattr(HfApi, "upload_folder", lambda _, **arguments: taken.update(arguments))
     from huggingface_hub.cli.hf import app
 
@@ -239,15 +267,25 @@ def test_the_line_that_publishes_uploads_the_model_and_its_page_alone(tmp_path, 
     assert (taken["repo_id"], taken["path_in_repo"]) == ("YOUR_NAME/faces", ".")
     assert Path(taken["folder_path"]).resolve() == checkpoint
     files = [path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()]
-    sent = filter_repo_objects(files, allow_patterns=taken["allow_patterns"], ignore_patterns=taken["ignore_patterns"])
+    sent = filter_repo_objects(
+        files, allow_patterns=taken["allow_patterns"], ignore_patterns=taken["ignore_patterns"]
+    )
     assert sorted(sent) == ["README.md", "curves.png", "unet/config.json"]
 
 
 @pytest.mark.slow
 def test_the_first_run_and_going_on_with_it(copy):
     for command in LONG:
-        done = subprocess.run([sys.executable, *here(command, copy)], cwd=copy, env={**os.environ}, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, *here(command, copy)],
+            cwd=copy,
+            env={**os.environ},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         assert not (command.endswith("--check") and done.stderr), "libraries have something to say"
     (run,) = (path for path in (copy / "logs").iterdir() if path.name != "cache")
-    assert (run / "optimizer.found.json").is_file() and (next((run / "ckpts").glob("last-*/curves.png"))).is_file()
+    assert (run / "optimizer.found.json").is_file() and (
+        next((run / "ckpts").glob("last-*/curves.png"))
+    ).is_file()

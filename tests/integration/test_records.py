@@ -12,7 +12,13 @@ from tests.runs import DADAPT, run_of, scalars, write
 wandb = pytest.importorskip("wandb")
 wandb_internal_pb2 = pytest.importorskip("wandb.proto.wandb_internal_pb2")
 
-QUICK = {"max_epochs": 2, "fixed_loss_images": 1, "save_every_n_epochs": None, "save_format": "diffusers", "log_step": 1}
+QUICK = {
+    "max_epochs": 2,
+    "fixed_loss_images": 1,
+    "save_every_n_epochs": None,
+    "save_format": "diffusers",
+    "log_step": 1,
+}
 
 
 def _lines(run):
@@ -21,7 +27,9 @@ def _lines(run):
 
 def _steady(lines):
     """Leave out what depends on the machine's speed."""
-    kept = [{tag: value for tag, value in line.items() if not tag.startswith("performance/")} for line in lines]
+    kept = [
+        {tag: value for tag, value in line.items() if not tag.startswith("performance/")} for line in lines
+    ]
     return [line for line in kept if len(line) > 1]
 
 
@@ -98,7 +106,10 @@ def test_a_broken_off_run_is_recorded_once_and_as_one_run(offline):
                 pictures.append((step, tag))
     assert found == drawn, "the same numbers on W&B"
     assert any(step == 0 for step, _ in pictures) and all("sample" in tag for _, tag in pictures)
-    assert config["config/train.json"]["max_epochs"] == 2 and config["config/optimizer.json"]["base"]["optimizer"] == "dadapt_adam"
+    assert (
+        config["config/train.json"]["max_epochs"] == 2
+        and config["config/optimizer.json"]["base"]["optimizer"] == "dadapt_adam"
+    )
 
 
 def test_without_the_package_or_a_login_a_sentence_says_what_to_do(offline, monkeypatch, capsys):
@@ -107,7 +118,11 @@ def test_without_the_package_or_a_login_a_sentence_says_what_to_do(offline, monk
     monkeypatch.setenv("NETRC", str(offline / "none"))
     assert train.main([]) == 2
     error = capsys.readouterr().err
-    assert "wandb: no run can be begun on Weights & Biases (" in error and "WANDB_MODE to offline" in error and "Traceback" not in error
+    assert (
+        "wandb: no run can be begun on Weights & Biases (" in error
+        and "WANDB_MODE to offline" in error
+        and "Traceback" not in error
+    )
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert train.main([]) == 2
     assert "wandb: true needs the package wandb, which is not installed" in capsys.readouterr().err

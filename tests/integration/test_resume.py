@@ -18,12 +18,26 @@ from trainer.config.schema import optimizer_classes
 from trainer.planning.resume import resume_command
 
 LAST = "last-tiny-ep02-gs00006"
-SHORT = {"max_epochs": 2, "fixed_loss_images": 1, "first_samples": False, "save_every_n_epochs": None, "save_format": "diffusers"}
+SHORT = {
+    "max_epochs": 2,
+    "fixed_loss_images": 1,
+    "first_samples": False,
+    "save_every_n_epochs": None,
+    "save_format": "diffusers",
+}
 ROWS = [
     ("dadapt_adam", 1, {"num_workers": 2, "mixed_precision": "bf16", "cache_latents": "no"}),
-    ("dadapt_adam8bit", 2, {"num_workers": 0, "grad_accum": 2, "batch_size": 1, "cache_latents": "disk", "cache_dir": "kept"}),
+    (
+        "dadapt_adam8bit",
+        2,
+        {"num_workers": 0, "grad_accum": 2, "batch_size": 1, "cache_latents": "disk", "cache_dir": "kept"},
+    ),
     ("adamw8bit", 3, {"num_workers": 2, "channels_last": True, "mixed_precision": "bf16"}),
-    ("adamw", 4, {"num_workers": 0, "gradient_checkpointing": True, "clip_grad_norm": 0.5, "cache_latents": "no"}),
+    (
+        "adamw",
+        4,
+        {"num_workers": 0, "gradient_checkpointing": True, "clip_grad_norm": 0.5, "cache_latents": "no"},
+    ),
 ]
 """Optimizer, step to stop after, and settings. Epochs have three steps, one of them of a single image, in an order of their own."""
 
@@ -56,16 +70,25 @@ def test_a_run_with_everything_continues_to_the_bit(workplace):
 
 @pytest.mark.parametrize(("optimizer", "stop", "settings"), ROWS, ids=[row[0] for row in ROWS])
 def test_optimizers_places_and_settings_continue_to_the_bit(workplace, optimizer, stop, settings):
-    write(workplace, {"base": {"optimizer": optimizer, "lr_scheduler": "cosine", "lr_warmup_steps": 2}}, **SHORT, **settings)
+    write(
+        workplace,
+        {"base": {"optimizer": optimizer, "lr_scheduler": "cosine", "lr_warmup_steps": 2}},
+        **SHORT,
+        **settings,
+    )
     stopped_and_whole(workplace, [stop])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("latents", "workers"), [("no", [0, 2, 0, 2]), ("memory", [2, 0, 2, 0])], ids=["encoded in each step", "kept"])
+@pytest.mark.parametrize(
+    ("latents", "workers"),
+    [("no", [0, 2, 0, 2]), ("memory", [2, 0, 2, 0])],
+    ids=["encoded in each step", "kept"],
+)
 @pytest.mark.parametrize("optimizer", optimizer_classes())
 def test_every_optimizer_continues_to_the_bit_from_everywhere(workplace, optimizer, latents, workers):
-    """At an epoch's end, in the middle of one and before its last step, which has one image: with either way of coming by latents, and
-    each of these with and without workers before and after."""
+    """At an epoch's end, in the middle of one and before its last step, which has one image: with either way
+    of coming by latents, and each of these with and without workers before and after."""
     write(workplace, {"base": {"optimizer": optimizer}}, **SHORT, num_workers=0, cache_latents=latents)
     stopped_and_whole(workplace, [3, 4, 5], workers)
 
@@ -74,7 +97,13 @@ def test_one_step_is_the_same_however_it_is_cut(workplace, capsys):
     """8 images at once, 4 and 4, or 8 times one: the same images and noise, so the same losses but for the order of sums."""
     losses = []
     for batch_size, grad_accum in ((8, 1), (4, 2), (1, 8)):
-        write(workplace, ADAMW, **SHORT | {"max_epochs": 4, "log_step": 1}, batch_size=batch_size, grad_accum=grad_accum)
+        write(
+            workplace,
+            ADAMW,
+            **SHORT | {"max_epochs": 4, "log_step": 1},
+            batch_size=batch_size,
+            grad_accum=grad_accum,
+        )
         assert train.main(["--logdir", f"logs{batch_size}"]) == 0
         losses.append(scalars(next((workplace / f"logs{batch_size}").iterdir()))["loss/log_step"])
     assert len(losses[0]) == 4
@@ -85,7 +114,9 @@ def test_one_step_is_the_same_however_it_is_cut(workplace, capsys):
     assert train.main(["--stop_after_steps", "2"]) == 0
     assert train.main(["--resume_ckpt", "findlast", "--batch_size", "1", "--grad_accum", "8"]) == 0
     assert "Changed: batch_size: 4 -> 1" in capsys.readouterr().out
-    assert scalars(run_of(workplace))["loss/log_step"] == {step: pytest.approx(loss, rel=1e-5) for step, loss in losses[0].items()}
+    assert scalars(run_of(workplace))["loss/log_step"] == {
+        step: pytest.approx(loss, rel=1e-5) for step, loss in losses[0].items()
+    }
 
 
 def test_a_seed_that_was_drawn_is_kept(workplace, capsys):
@@ -103,15 +134,27 @@ def test_what_has_changed_is_told_and_the_configuration_counts(workplace, no_est
     changed = {"base": {**ADAMW["base"], "weight_decay": 0.5}}
     write(workplace, changed, **SHORT | {"max_epochs": 3, "log_step": 1}, lr=2e-3)
     assert train.main(["--resume_ckpt", str(run_of(workplace)), "--check"]) == 0
-    wanted = ["max_epochs: 2 -> 3", "log_step: 2 -> 1", "base.lr: 0.001 -> 0.002", "base.weight_decay: 0.01 -> 0.5"]
+    wanted = [
+        "max_epochs: 2 -> 3",
+        "log_step: 2 -> 1",
+        "base.lr: 0.001 -> 0.002",
+        "base.weight_decay: 0.01 -> 0.5",
+    ]
     out = capsys.readouterr().out
     assert all(f"Changed: {change}" in out for change in wanted), out
     assert train.main(["--resume_ckpt", "findlast"]) == 0
     out = capsys.readouterr().out
-    assert f"outputs      {run_of(workplace).relative_to(workplace)}\n" in out, "the folder that is written to"
+    assert f"outputs      {run_of(workplace).relative_to(workplace)}\n" in out, (
+        "the folder that is written to"
+    )
     assert all(f"Changed: {change}" in out for change in wanted), out
-    assert "Changed: the run has 9 steps instead of 6, over which cosine stretches: the rate of the unet goes on at" in out
-    assert "seed" not in out.partition("Going on")[2].partition("step 5")[0], "what has not changed is not told"
+    assert (
+        "Changed: the run has 9 steps instead of 6, over which cosine stretches: the rate of the unet goes on at"
+        in out
+    )
+    assert "seed" not in out.partition("Going on")[2].partition("step 5")[0], (
+        "what has not changed is not told"
+    )
     assert checkpoints(run_of(workplace))[0].name == "last-tiny-ep03-gs00009"
     assert scalars(run_of(workplace))["hyperparameter/lr unet"][5] > 1e-3, "the new rate acts"
     saved = json.loads((run_of(workplace) / "optimizer.json").read_text())
@@ -119,7 +162,9 @@ def test_what_has_changed_is_told_and_the_configuration_counts(workplace, no_est
 
 
 @pytest.mark.parametrize(("now", "changed"), [(2, False), (1, True)])
-def test_a_clip_skip_of_an_earlier_version_keeps_its_meaning(workplace, monkeypatch, no_estimate, capsys, now, changed):
+def test_a_clip_skip_of_an_earlier_version_keeps_its_meaning(
+    workplace, monkeypatch, no_estimate, capsys, now, changed
+):
     """Format 1 counted the penultimate layer as 1. Its checkpoints and resolved files are read as 2, others as they are."""
     with monkeypatch.context() as earlier:
         for module in ("trainer.planning.resume", "trainer.config.resolved"):
@@ -141,12 +186,16 @@ def test_a_clip_skip_of_an_earlier_version_keeps_its_meaning(workplace, monkeypa
     out = capsys.readouterr().out
     assert "clip_skip: the run started with 1, which is 2 now" in out
     assert ("Changed: clip_skip: 2 -> 1" in out) == changed
-    assert load_config(["--config", str(written)]).config.objective.clip_skip == now, "the run's file is of today's format"
+    assert load_config(["--config", str(written)]).config.objective.clip_skip == now, (
+        "the run's file is of today's format"
+    )
     assert train.main(["--resume_ckpt", "findlast", "--check"]) == 0
     assert "the run started with" not in capsys.readouterr().out
 
 
-def test_continuing_with_other_data_or_another_optimizer_is_refused_and_weights_only_is_the_way_out(workplace, capsys):
+def test_continuing_with_other_data_or_another_optimizer_is_refused_and_weights_only_is_the_way_out(
+    workplace, capsys
+):
     write(workplace, DADAPT, **SHORT)
     assert train.main(["--stop_after_steps", "2"]) == 0
     first = run_of(workplace)
@@ -155,7 +204,10 @@ def test_continuing_with_other_data_or_another_optimizer_is_refused_and_weights_
     write(workplace, ADAMW | {"text_encoder_freezing": {"freeze_front_n_layers": 2}}, **SHORT)
     assert train.main(["--resume_ckpt", "findlast"]) == 2
     error = capsys.readouterr().err
-    assert "--resume_weights_only" in error and "the optimizer of the unet was dadapt_adam, and is adamw now" in error
+    assert (
+        "--resume_weights_only" in error
+        and "the optimizer of the unet was dadapt_adam, and is adamw now" in error
+    )
     write(workplace, {"base": DADAPT["base"]}, **SHORT)
     assert train.main(["--resume_ckpt", "findlast"]) == 2
     assert "what learns of the text encoder was" in capsys.readouterr().err
@@ -165,7 +217,9 @@ def test_continuing_with_other_data_or_another_optimizer_is_refused_and_weights_
         assert train.main(["--resume_ckpt", "findlast", "--seed", "8", *more]) == 2
         error = capsys.readouterr().err
         assert "the images or captions have changed" in error and "seed was 7, and is 8 now" in error
-    assert before == {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}, "a refusal changes nothing"
+    assert before == {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}, (
+        "a refusal changes nothing"
+    )
 
     write(workplace, ADAMW, **SHORT)
     assert train.main(["--resume_ckpt", "findlast", "--resume_weights_only", "--seed", "8"]) == 0
@@ -178,14 +232,18 @@ def test_continuing_with_other_data_or_another_optimizer_is_refused_and_weights_
 def test_a_finished_run_does_nothing_more_unless_epochs_are_added(workplace, capsys):
     write(workplace, DADAPT, **SHORT)
     assert train.main([]) == 0
-    assert "To train on, raise max_epochs (it is 2):  python train.py --resume_ckpt" in (out := capsys.readouterr().out)
+    assert "To train on, raise max_epochs (it is 2):  python train.py --resume_ckpt" in (
+        out := capsys.readouterr().out
+    )
     assert f"--resume_ckpt {run_of(workplace)} --max_epochs 4\n" in out
     saved = (run_of(workplace) / "ckpts" / LAST / "manifest.json").read_bytes()
     assert train.main(["--resume_ckpt", "findlast"]) == 0
     assert "Done: 6 steps" in capsys.readouterr().out
     assert (run_of(workplace) / "ckpts" / LAST / "manifest.json").read_bytes() == saved
     assert train.main(["--resume_ckpt", "findlast", "--max_epochs", "3", "--stop_after_steps", "3"]) == 0
-    assert "Stopped after step 6 of 9" in capsys.readouterr().out, "a step that has been made is not made again"
+    assert "Stopped after step 6 of 9" in capsys.readouterr().out, (
+        "a step that has been made is not made again"
+    )
 
 
 def test_a_run_that_is_out_of_time_saves_and_goes_on_to_the_bit(workplace, capsys):
@@ -193,9 +251,21 @@ def test_a_run_that_is_out_of_time_saves_and_goes_on_to_the_bit(workplace, capsy
     write(workplace, ADAMW, **SHORT, log_step=2)
     for steps in (1, 1):
         capsys.readouterr()
-        assert train.main(["--max_train_time", "1e-9", *(["--resume_ckpt", "findlast"] if (workplace / "logs").exists() else [])]) == 0
+        assert (
+            train.main(
+                [
+                    "--max_train_time",
+                    "1e-9",
+                    *(["--resume_ckpt", "findlast"] if (workplace / "logs").exists() else []),
+                ]
+            )
+            == 0
+        )
         out = capsys.readouterr().out
-        assert f"Stopped after step {steps} of 6" in out and "--max_train_time" not in out.split("Go on with:")[1]
+        assert (
+            f"Stopped after step {steps} of 6" in out
+            and "--max_train_time" not in out.split("Go on with:")[1]
+        )
     assert train.main(["--resume_ckpt", "findlast", "--max_train_time", "60"]) == 0
     assert "Changed: max_train_time" not in capsys.readouterr().out
     whole, stopped = uncut(workplace), run_of(workplace)
@@ -245,7 +315,9 @@ def test_an_older_checkpoint_starts_a_new_run_only_if_asked_to(workplace, capsys
         assert train.main(["--resume_ckpt", str(older), *more]) == 2
         error = capsys.readouterr().err
         assert f"{older}: the checkpoint holds no resume state" in error
-        assert f"--resume_ckpt {newest}." in error and f"--resume_ckpt {older} --resume_weights_only." in error
+        assert (
+            f"--resume_ckpt {newest}." in error and f"--resume_ckpt {older} --resume_weights_only." in error
+        )
     assert len(list((workplace / "logs").glob("tiny-*"))) == 1
     assert train.main(["--resume_ckpt", str(older), "--resume_weights_only", "--stop_after_steps", "1"]) == 0
     assert len(list((workplace / "logs").glob("tiny-*"))) == 2
@@ -256,7 +328,9 @@ def files(folder):
 
 
 @pytest.mark.parametrize("place", ["models/mycheckpoint", "ckpts/mycheckpoint", "mycheckpoint"])
-def test_a_copied_checkpoint_is_resumed_in_a_new_run_and_overwrites_nothing(workplace, no_estimate, capsys, place):
+def test_a_copied_checkpoint_is_resumed_in_a_new_run_and_overwrites_nothing(
+    workplace, no_estimate, capsys, place
+):
     """As where a checkpoint is copied into a project whose root has a train.json, an optimizer.json and a metrics.jsonl of its own."""
     write(workplace, ADAMW, **SHORT)
     assert train.main(["--stop_after_steps", "4"]) == 0
@@ -303,7 +377,20 @@ def test_a_run_that_another_process_writes_to_is_refused_and_not_touched(workpla
         assert train.main(["--resume_ckpt", named]) == 2
         assert f"{run} is in use by process {process.pid} on " in capsys.readouterr().err
         assert files(workplace) | {path: b"" for path in run.rglob("*") if path.is_dir()} == before
-        assert train.main(["--resume_ckpt", str(run), "--resume_weights_only", "--logdir", "other", "--stop_after_steps", "1"]) == 0
+        assert (
+            train.main(
+                [
+                    "--resume_ckpt",
+                    str(run),
+                    "--resume_weights_only",
+                    "--logdir",
+                    "other",
+                    "--stop_after_steps",
+                    "1",
+                ]
+            )
+            == 0
+        )
     assert train.main(["--resume_ckpt", named]) == 0
     assert not list((run / "ckpts").glob(".*")) and not (run / LOCK).exists()
 
@@ -326,15 +413,27 @@ def test_a_run_folder_with_a_link_that_leads_outside_is_not_written_to(workplace
     ("arguments", "changed", "command"),
     [
         ([], {}, "python train.py --resume_ckpt logs/x"),
-        (["--config", "a b.json", "--lr", "-1"], {}, "python train.py --config 'a b.json' --lr -1 --resume_ckpt logs/x"),
+        (
+            ["--config", "a b.json", "--lr", "-1"],
+            {},
+            "python train.py --config 'a b.json' --lr -1 --resume_ckpt logs/x",
+        ),
         (["--resume-ckpt", "old", "--seed", "3"], {}, "python train.py --seed 3 --resume_ckpt logs/x"),
         (["--resume_ckpt=old", "--check"], {}, "python train.py --check --resume_ckpt logs/x"),
-        (["--stop_after_steps", "4", "--resume_weights_only"], {"stop_after_steps": "null"}, "python train.py --resume_ckpt logs/x"),
+        (
+            ["--stop_after_steps", "4", "--resume_weights_only"],
+            {"stop_after_steps": "null"},
+            "python train.py --resume_ckpt logs/x",
+        ),
         (["--resume_weights_only", "true", "--no-amp"], {}, "python train.py --no-amp --resume_ckpt logs/x"),
         ([], {"stop_after_steps": "null"}, "python train.py --resume_ckpt logs/x --stop_after_steps null"),
         (["--max_train_time", "9"], {}, "python train.py --max_train_time 9 --resume_ckpt logs/x"),
         (["--base_model", "m", "--lowvram"], {}, "python train.py --lowvram --resume_ckpt logs/x"),
-        (["--max_epochs", "9", "--seed", "3"], {"max_epochs": "18"}, "python train.py --seed 3 --resume_ckpt logs/x --max_epochs 18"),
+        (
+            ["--max_epochs", "9", "--seed", "3"],
+            {"max_epochs": "18"},
+            "python train.py --seed 3 --resume_ckpt logs/x --max_epochs 18",
+        ),
         (
             ["--stop_after_steps=2"],
             {"max_train_time": "null"},

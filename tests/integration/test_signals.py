@@ -22,7 +22,11 @@ SETTINGS = {"max_epochs": 2, "sample_steps": 4, "fixed_loss_images": 1, "save_ev
 @pytest.fixture(scope="module", autouse=True)
 def signals_are_heard():
     """Let signals have their meaning: under nohup, or in the background of a shell, some are ignored, which runs pass on as they should."""
-    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    handlers = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
     for number, handler in before.items():
@@ -56,14 +60,28 @@ def at_call(monkeypatch, place, number, count):
     ("number", "code", "place", "count", "checkpoint"),
     [
         (signal.SIGTERM, 143, "trainer.training.step.train_step", 4, "interrupted-tiny-ep02-gs00004"),
-        (signal.SIGINT, 130, "trainer.evaluation.validation:FixedLoss.measure", 3, "interrupted-tiny-ep02-gs00006"),
-        (signal.SIGTERM, 143, "trainer.evaluation.sampling:Sampler._pictures", 2, "interrupted-tiny-ep02-gs00004"),
+        (
+            signal.SIGINT,
+            130,
+            "trainer.evaluation.validation:FixedLoss.measure",
+            3,
+            "interrupted-tiny-ep02-gs00006",
+        ),
+        (
+            signal.SIGTERM,
+            143,
+            "trainer.evaluation.sampling:Sampler._pictures",
+            2,
+            "interrupted-tiny-ep02-gs00004",
+        ),
         (signal.SIGINT, 130, "trainer.checkpoints.export.save_diffusers", 1, "tiny-ep01-gs00003"),
         (signal.SIGHUP, 129, "data.loader:StepLoader.steps", 2, "interrupted-tiny-ep02-gs00004"),
     ],
     ids=["step", "fixed loss", "samples", "saving", "reading"],
 )
-def test_the_first_signal_saves_and_the_run_goes_on_to_the_bit(workplace, monkeypatch, capsys, number, code, place, count, checkpoint):
+def test_the_first_signal_saves_and_the_run_goes_on_to_the_bit(
+    workplace, monkeypatch, capsys, number, code, place, count, checkpoint
+):
     write(workplace, DADAPT, **SETTINGS)
     with monkeypatch.context() as patch:
         at_call(patch, place, number, count)
@@ -101,7 +119,9 @@ def test_a_signal_before_the_first_step_leaves_nothing(workplace, monkeypatch, c
     told = capfd.readouterr()
     assert "Stopped by SIGTERM." in told.err and "saving a checkpoint" not in told.err
     assert not list((workplace / "logs").glob("tiny*"))
-    assert "logs/tiny" not in told.out.replace("logs/tiny-<time>", "") and "Checkpoints:" not in told.out, "no path that is not there"
+    assert "logs/tiny" not in told.out.replace("logs/tiny-<time>", "") and "Checkpoints:" not in told.out, (
+        "no path that is not there"
+    )
 
 
 def test_an_error_before_the_first_step_leaves_nothing(workplace, monkeypatch, capsys):
@@ -148,13 +168,21 @@ def test_ctrl_break_of_windows_is_met_like_ctrl_c(monkeypatch, capfd):
 def wait_for(words, output, seconds=120):
     end = time.monotonic() + seconds
     while not output.exists() or words not in output.read_text():
-        assert time.monotonic() < end, f"{words} did not appear: {output.read_text() if output.exists() else ''}"
+        assert time.monotonic() < end, (
+            f"{words} did not appear: {output.read_text() if output.exists() else ''}"
+        )
         time.sleep(0.01)
 
 
 def test_the_second_signal_ends_it_at_once(workplace):
     (workplace / "pictures" / "multiply.txt").write_text("40")  # one step an epoch, of two hundred passes
-    write(workplace, DADAPT, **SETTINGS | {"max_epochs": 3, "log_step": 1, "sample_steps": 100}, batch_size=1, grad_accum=200)
+    write(
+        workplace,
+        DADAPT,
+        **SETTINGS | {"max_epochs": 3, "log_step": 1, "sample_steps": 100},
+        batch_size=1,
+        grad_accum=200,
+    )
     output = workplace / "out.txt"
     process = started([], output)
     wait_for("step 1: saved", output)
@@ -173,7 +201,9 @@ def test_the_second_signal_ends_it_at_once(workplace):
 
 
 def test_a_signal_to_every_process_does_not_cost_the_workers(workplace):
-    write(workplace, DADAPT, **SETTINGS | {"max_epochs": 200, "log_step": 1}, num_workers=2, cache_latents="no")
+    write(
+        workplace, DADAPT, **SETTINGS | {"max_epochs": 200, "log_step": 1}, num_workers=2, cache_latents="no"
+    )
     output = workplace / "out.txt"
     process = started([], output)
     wait_for("step 2/", output)

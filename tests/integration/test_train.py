@@ -27,7 +27,12 @@ ROOT = Path(train.__file__).parent
 
 
 def test_a_whole_run_from_the_command_line(workplace):
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--config", "train.json"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--config", "train.json"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     run = run_of(workplace)
 
@@ -38,7 +43,9 @@ def test_a_whole_run_from_the_command_line(workplace):
     assert list((run / "samples").glob("*.png"))
     for text in ("Checkpoints:", "Samples:", "tensorboard --logdir", "9 steps, 15 images"):
         assert text in done.stdout
-    assert "decoupled" not in done.stdout + done.stderr, "the optimizer library's own lines stay off the console"
+    assert "decoupled" not in done.stdout + done.stderr, (
+        "the optimizer library's own lines stay off the console"
+    )
     assert "Traceback" not in done.stderr
     assert "saved" in (run / "run.log").read_text()
 
@@ -51,9 +58,16 @@ def test_a_whole_run_from_the_command_line(workplace):
         assert rate == {step: pytest.approx(0.1 * value, rel=1e-5) for step, value in d.items()}
         assert list(d.values()) == sorted(d.values()), "d never falls"
         assert found[f"dadapt/d*lr {network}"] == rate and f"dadapt/d_hat {network}" in found
-    assert {"optimizer/unet_grad_norm", "optimizer/te_grad_norm", "performance/images per second", "performance/data wait"} <= set(found)
+    assert {
+        "optimizer/unet_grad_norm",
+        "optimizer/te_grad_norm",
+        "performance/images per second",
+        "performance/data wait",
+    } <= set(found)
 
-    pipeline = StableDiffusionPipeline.from_pretrained(run / "ckpts" / "last-tiny-ep03-gs00009", dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        run / "ckpts" / "last-tiny-ep03-gs00009", dtype=torch.float32
+    )
     picture = pipeline("a red circle", num_inference_steps=1, height=64, width=64).images[0]
     assert picture.size == (64, 64)
 
@@ -63,7 +77,15 @@ def test_checkpoints_are_written_when_where_and_as_the_configuration_says(workpl
     shutil.copytree(model, base)
     write_parts_beside(base)
     shelf = {"save_ckpt_dir": "shelf", "save_full_precision": True, "save_optimizer": True}
-    write(workplace, DADAPT, model="base", **shelf, fixed_loss_images=0, save_every_n_epochs=1, save_ckpts_from_n_epochs=2)
+    write(
+        workplace,
+        DADAPT,
+        model="base",
+        **shelf,
+        fixed_loss_images=0,
+        save_every_n_epochs=1,
+        save_ckpts_from_n_epochs=2,
+    )
     assert train.main([]) == 0
     run = run_of(workplace)
     found = checkpoints(run)
@@ -76,15 +98,24 @@ def test_checkpoints_are_written_when_where_and_as_the_configuration_says(workpl
         with safe_open(file, framework="pt") as single:
             header = single.metadata()
             weight = single.get_tensor("model.diffusion_model.out.2.weight")
-        assert torch.equal(weight, load_file(path / "unet" / "diffusion_pytorch_model.safetensors")["conv_out.weight"])
+        assert torch.equal(
+            weight, load_file(path / "unet" / "diffusion_pytorch_model.safetensors")["conv_out.weight"]
+        )
         assert header["modelspec.title"] == path.name and header["modelspec.resolution"] == "64x64"
         specified = ("sai_model_spec", "architecture", "implementation", "date", "prediction_type")
         assert {f"modelspec.{key}" for key in specified} <= set(header)
-        settings = {name: json.loads(header[f"sd_dadapt.{name}"]) for name in ("train.json", "optimizer.json")}
-        assert settings["train.json"]["save_ckpts_from_n_epochs"] == 2 and settings["optimizer.json"]["base"]["d0"] == 1e-6
+        settings = {
+            name: json.loads(header[f"sd_dadapt.{name}"]) for name in ("train.json", "optimizer.json")
+        }
+        assert (
+            settings["train.json"]["save_ckpts_from_n_epochs"] == 2
+            and settings["optimizer.json"]["base"]["d0"] == 1e-6
+        )
         checker = path / "safety_checker" / "model.safetensors"
         assert checker.read_bytes() == (base / "safety_checker" / "model.safetensors").read_bytes()
-        assert checker.samefile(run / "base" / "safety_checker" / "model.safetensors"), "it takes its room once"
+        assert checker.samefile(run / "base" / "safety_checker" / "model.safetensors"), (
+            "it takes its room once"
+        )
 
     shutil.rmtree(base)
     minutes = {"ckpt_every_n_minutes": 1e-9, "no_save_ckpt": True, "keep_last_n": 2, "no_prepend_last": True}
@@ -92,19 +123,31 @@ def test_checkpoints_are_written_when_where_and_as_the_configuration_says(workpl
     assert train.main(["--logdir", "minutes", "--resume_weights_only"]) == 0
     (run,) = (workplace / "minutes").glob("tiny-*")
     assert (run / "run.log").read_text().count(": saved ") == 3, "one after each step"
-    assert sorted(path.name for path in (run / "ckpts").iterdir()) == ["tiny-ep01-gs00002", "tiny-ep01-gs00003"]
-    assert (checkpoints(run)[0] / "safety_checker" / "model.safetensors").is_file(), "a model that came from a run has what its base had"
+    assert sorted(path.name for path in (run / "ckpts").iterdir()) == [
+        "tiny-ep01-gs00002",
+        "tiny-ep01-gs00003",
+    ]
+    assert (checkpoints(run)[0] / "safety_checker" / "model.safetensors").is_file(), (
+        "a model that came from a run has what its base had"
+    )
 
 
 @pytest.mark.parametrize(
-    ("unet", "text_encoder"), [("lion", "prodigy"), ("dadapt_sgd", "lion8bit"), ("dadapt_lion", "dadapt_adam_reference")]
+    ("unet", "text_encoder"),
+    [("lion", "prodigy"), ("dadapt_sgd", "lion8bit"), ("dadapt_lion", "dadapt_adam_reference")],
 )
 def test_every_other_optimizer_runs_and_continues_to_the_bit(workplace, unet, text_encoder):
     sections = {"base": {"optimizer": unet, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 1}}
     write(
         workplace,
         sections | {"text_encoder_overrides": {"optimizer": text_encoder}},
-        **{"fixed_loss_images": 0, "save_every_n_epochs": None, "max_epochs": 1, "log_step": 1, "save_format": "diffusers"},
+        **{
+            "fixed_loss_images": 0,
+            "save_every_n_epochs": None,
+            "max_epochs": 1,
+            "log_step": 1,
+            "save_format": "diffusers",
+        },
     )
     assert train.main(["--logdir", "whole"]) == 0
     assert train.main(["--stop_after_steps", "2"]) == 0
@@ -113,7 +156,9 @@ def test_every_other_optimizer_runs_and_continues_to_the_bit(workplace, unet, te
     same_run(*(folder / "ckpts" / "last-tiny-ep01-gs00003" for folder in (whole, stopped)))
     found = scalars(stopped)
     assert {tag for tag in found if tag.startswith("dadapt/d_hat")} == {
-        f"dadapt/d_hat {network}" for network, name in (("unet", unet), ("text encoder", text_encoder)) if not name.startswith("lion")
+        f"dadapt/d_hat {network}"
+        for network, name in (("unet", unet), ("text encoder", text_encoder))
+        if not name.startswith("lion")
     }
     rates = {network: found[f"hyperparameter/lr {network}"] for network in ("unet", "text encoder")}
     assert all(rate[1] == 0 and rate[3] > 0 for rate in rates.values())
@@ -129,7 +174,9 @@ def test_fused_backward_on_bf16_weights_continues_to_the_bit(workplace):
     same_run(*(folder / "ckpts" / "last-tiny-ep03-gs00009" for folder in (whole, stopped)))
     unet = load_file(checkpoints(stopped)[0] / "unet" / "diffusion_pytorch_model.safetensors")
     vae = load_file(checkpoints(stopped)[0] / "vae" / "diffusion_pytorch_model.safetensors")
-    assert {tensor.dtype for tensor in unet.values()} == {torch.bfloat16} and {tensor.dtype for tensor in vae.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in unet.values()} == {torch.bfloat16} and {
+        tensor.dtype for tensor in vae.values()
+    } == {torch.float32}
     found = scalars(stopped)
     assert {"dadapt/decay so far unet", "optimizer/unet_grad_norm", "optimizer/te_grad_norm"} <= set(found)
     assert max(found["optimizer/gradients not finite unet"].values()) == 0
@@ -148,7 +195,10 @@ def test_a_schedule_that_rests_at_zero_is_refused_and_a_long_warm_up_told(workpl
     write(workplace, base(lr_warmup_steps=3))
     assert train.main(["--check"]) == 0
     assert "the warm-up of 3 steps is more than a tenth of the run's 9" in capsys.readouterr().out
-    write(workplace, {"base": {"optimizer": "adamw", "lr_scheduler": "linear", "lr_warmup_steps": 0, "lr_decay_steps": 5}})
+    write(
+        workplace,
+        {"base": {"optimizer": "adamw", "lr_scheduler": "linear", "lr_warmup_steps": 0, "lr_decay_steps": 5}},
+    )
     assert train.main(["--check"]) == 0
     assert "so nothing is learned from there" in capsys.readouterr().out
 
@@ -164,7 +214,9 @@ def test_zero_terminal_snr_is_trained_sampled_and_saved(workplace, capsys):
     """The checkpoint alone says how it was trained, to this program and to diffusers."""
     folder = write_tiny_folder(workplace / "velocity")
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({**scheduler, "prediction_type": "v_prediction"}))
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({**scheduler, "prediction_type": "v_prediction"})
+    )
     write(
         workplace,
         ADAMW,
@@ -178,7 +230,11 @@ def test_zero_terminal_snr_is_trained_sampled_and_saved(workplace, capsys):
     assert "could not be drawn" not in capsys.readouterr().err
     [checkpoint] = checkpoints(run_of(workplace))
     saved = json.loads((checkpoint / "scheduler" / "scheduler_config.json").read_text())
-    assert (saved["rescale_betas_zero_snr"], saved["timestep_spacing"], saved["prediction_type"]) == (True, "trailing", "v_prediction")
+    assert (saved["rescale_betas_zero_snr"], saved["timestep_spacing"], saved["prediction_type"]) == (
+        True,
+        "trailing",
+        "v_prediction",
+    )
     pipeline = StableDiffusionPipeline.from_pretrained(checkpoint)
     pipeline.scheduler.set_timesteps(3)
     assert pipeline.scheduler.alphas_cumprod[-1] == 0 and pipeline.scheduler.timesteps[0] == 999
@@ -186,31 +242,44 @@ def test_zero_terminal_snr_is_trained_sampled_and_saved(workplace, capsys):
     single = next((checkpoint.parent).glob("*.safetensors"))
     for source in (checkpoint, single):
         models = load_models(ModelOptions(resume_ckpt=str(source)))
-        assert NoiseSchedule(models.scheduler_config).snr(torch.tensor([999])) == 0, "the switch is not needed again"
+        assert NoiseSchedule(models.scheduler_config).snr(torch.tensor([999])) == 0, (
+            "the switch is not needed again"
+        )
 
 
 def test_a_run_from_a_single_file_of_sd2_ends_in_one(workplace):
     """The file that it writes holds what its folder holds, in SD 2.x's own names, and goes on as velocity."""
     save_single_file(tiny_models(0, "sd2"), workplace / "v2.safetensors", torch.float32)
-    write(workplace, ADAMW, model="v2.safetensors", max_epochs=1, save_full_precision=True, first_samples=False)
+    write(
+        workplace, ADAMW, model="v2.safetensors", max_epochs=1, save_full_precision=True, first_samples=False
+    )
     assert train.main([]) == 0
     [checkpoint] = checkpoints(run_of(workplace))
     single = checkpoint.parent / f"{checkpoint.name}.safetensors"
     with safe_open(single, "pt") as file:
         header, names = file.metadata(), set(file.keys())
-    assert (header["modelspec.architecture"], header["modelspec.prediction_type"]) == ("stable-diffusion-v2-768-v", "v")
+    assert (header["modelspec.architecture"], header["modelspec.prediction_type"]) == (
+        "stable-diffusion-v2-768-v",
+        "v",
+    )
     assert "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_weight" in names
-    base, *made = (load_models(ModelOptions(resume_ckpt=str(path))) for path in ("v2.safetensors", checkpoint, single))
+    base, *made = (
+        load_models(ModelOptions(resume_ckpt=str(path))) for path in ("v2.safetensors", checkpoint, single)
+    )
     for network in NETWORKS:
         before, folder, file = (getattr(models, network).state_dict() for models in (base, *made))
         assert all(torch.equal(tensor, file[name]) for name, tensor in folder.items())
-        assert all(torch.equal(tensor, before[name]) for name, tensor in folder.items()) == (network == "vae"), "both others were trained"
+        assert all(torch.equal(tensor, before[name]) for name, tensor in folder.items()) == (
+            network == "vae"
+        ), "both others were trained"
     assert {models.scheduler_config["prediction_type"] for models in made} == {"v_prediction"}
     assert [models.tokenizer.pad_token for models in made] == ["!", "!"]
 
 
 def test_zero_terminal_snr_of_an_epsilon_model_is_refused_before_it_loads(workplace, capsys, monkeypatch):
-    monkeypatch.setattr("trainer.models.load.load_models", lambda options: pytest.fail("the weights were loaded"))
+    monkeypatch.setattr(
+        "trainer.models.load.load_models", lambda options: pytest.fail("the weights were loaded")
+    )
     for command in ([], ["--check"]):
         assert train.main(["--enable_zero_terminal_snr", *command]) == 2
         assert "predicts epsilon, the noise" in capsys.readouterr().err
@@ -223,7 +292,11 @@ def test_frozen_layers_keep_their_weights_and_no_gradient(workplace, model):
     before = load_file(model / "text_encoder" / "model.safetensors")
     after = load_file(checkpoints(run_of(workplace))[0] / "text_encoder" / "model.safetensors")
     prefix = "" if set(before) == set(after) else "text_model."
-    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name if name in after else prefix + name])}
+    changed = {
+        name
+        for name, tensor in before.items()
+        if not torch.equal(tensor, after[name if name in after else prefix + name])
+    }
     frozen = {name for name in before if "embeddings" in name or ".layers.0." in name or ".layers.1." in name}
     assert frozen and not frozen & changed
     assert {name for name in before if ".layers.2." in name or "final_layer_norm" in name} <= changed
@@ -233,9 +306,19 @@ def test_check_prints_the_plan_without_loading_weights(workplace, model, capsys,
     monkeypatch.setattr("trainer.models.tensor_file.TensorFile.__getitem__", None)  # headers only
     assert train.main(["--check", "--resume_ckpt", str(model)]) == 0
     out = capsys.readouterr().out
-    for text in ("images: 5 in", "9 = 3 epochs of 3", "layers 3-4 of 4", "dadapt_adam, lr 0.1 x the d it finds", "fp32 on cpu", "logs"):
+    for text in (
+        "images: 5 in",
+        "9 = 3 epochs of 3",
+        "layers 3-4 of 4",
+        "dadapt_adam, lr 0.1 x the d it finds",
+        "fp32 on cpu",
+        "logs",
+    ):
         assert text in out, text
-    for text in (r"a checkpoint .* MiB: .* the folder .*; training waits \d", r"disk .* MiB for 2 of them, of .* GiB that are free\n"):
+    for text in (
+        r"a checkpoint .* MiB: .* the folder .*; training waits \d",
+        r"disk .* MiB for 2 of them, of .* GiB that are free\n",
+    ):
         assert re.search(text, out), text
     assert not (workplace / "logs").exists(), "a check leaves nothing behind"
 
@@ -258,7 +341,9 @@ def test_an_image_that_is_damaged_later_is_named_and_counted(workplace, capsys):
     (workplace / "pictures" / "3.png").write_bytes(content[:60])
     assert train.main(["--resume_ckpt", "findlast", "--cache_latents", "no", "--fixed_loss_images", "0"]) == 0
     out = capsys.readouterr().out
-    assert out.count("3.png: it is damaged") == 1 and "Left out, for it could not be used: 1 file: 3.png." in out
+    assert (
+        out.count("3.png: it is damaged") == 1 and "Left out, for it could not be used: 1 file: 3.png." in out
+    )
 
 
 @pytest.mark.parametrize(

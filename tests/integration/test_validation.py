@@ -22,13 +22,24 @@ def held_out(workplace):
         for number in range(count):
             Image.new("RGB", (64, 64), (40 * number, 60, 250)).save(workplace / folder / f"{number}.png")
             (workplace / folder / f"{number}.txt").write_text("a blue square")
-    settings = {"val_split_mode": "manual", "manual_data_root": "held", "extra_manual_datasets": {"more": "more"}, "batch_size": 8}
+    settings = {
+        "val_split_mode": "manual",
+        "manual_data_root": "held",
+        "extra_manual_datasets": {"more": "more"},
+        "batch_size": 8,
+    }
     (workplace / "validation.json").write_text(json.dumps(settings))
     return workplace
 
 
 def settings(**changes):
-    return {"validation_config": "validation.json", "sample_steps": 1000, "log_step": 1, "save_format": "diffusers", **changes}
+    return {
+        "validation_config": "validation.json",
+        "sample_steps": 1000,
+        "log_step": 1,
+        "save_format": "diffusers",
+        **changes,
+    }
 
 
 def test_held_out_losses_are_measured_from_step_0_and_the_same_after_a_stop(held_out):
@@ -36,7 +47,14 @@ def test_held_out_losses_are_measured_from_step_0_and_the_same_after_a_stop(held
     assert train.main([]) == 0
     whole = run_of(held_out)
     found = scalars(whole)
-    for tag in ("loss/val", "loss/val mse", "loss/val more", "loss/stabilize-train", "loss/stabilize-train mse", GAP):
+    for tag in (
+        "loss/val",
+        "loss/val mse",
+        "loss/val more",
+        "loss/stabilize-train",
+        "loss/stabilize-train mse",
+        GAP,
+    ):
         assert list(found[tag]) == [0, 3, 6, 9], tag
     for step, gap in found[GAP].items():
         assert gap == pytest.approx(found["loss/val"][step] - found["loss/stabilize-train"][step], abs=1e-6)
@@ -55,7 +73,9 @@ def test_a_plain_loss_is_drawn_once(held_out):
 
 
 def test_an_automatic_split_trains_fewer_images_and_a_continued_run_keeps_it(workplace, capsys):
-    (workplace / "validation.json").write_text(json.dumps({"auto_split_proportion": 0.4, "every_n_epochs": 0.5}))
+    (workplace / "validation.json").write_text(
+        json.dumps({"auto_split_proportion": 0.4, "every_n_epochs": 0.5})
+    )
     write(workplace, ADAMW, **settings(max_epochs=2))
     assert train.main(["--check"]) == 0
     checked = capsys.readouterr().out
@@ -87,7 +107,9 @@ def test_the_best_is_kept_and_no_scheduled_save_is_deleted(held_out, monkeypatch
         "best-tiny-ep02-gs00006",
         "tiny-ep01-gs00003",
     ]
-    assert [path.stem for path in single_files(run / "ckpts", run.name, best=True)] == ["best-tiny-ep02-gs00006"]
+    assert [path.stem for path in single_files(run / "ckpts", run.name, best=True)] == [
+        "best-tiny-ep02-gs00006"
+    ]
     assert len(single_files(run / "ckpts", run.name)) == 3
 
 
@@ -95,7 +117,10 @@ def test_keep_last_n_counts_scheduled_saves_alone(held_out, monkeypatch):
     rising(monkeypatch, [1.0, 0.9, 0.95, 0.95])
     write(held_out, ADAMW, **settings(keep_best=True, save_every_n_epochs=1, keep_last_n=1))
     assert train.main([]) == 0
-    assert [path.name for path in checkpoints(run_of(held_out))] == ["last-tiny-ep03-gs00009", "best-tiny-ep01-gs00003"]
+    assert [path.name for path in checkpoints(run_of(held_out))] == [
+        "last-tiny-ep03-gs00009",
+        "best-tiny-ep01-gs00003",
+    ]
 
 
 def test_overfitting_is_said_and_ends_the_run_only_where_that_is_asked(held_out, monkeypatch, capsys):
@@ -111,7 +136,9 @@ def test_overfitting_is_said_and_ends_the_run_only_where_that_is_asked(held_out,
     assert "step 12: the run ends here, as stop_on_overfit asks." in out
     assert [path.name for path in checkpoints(run_of(held_out))] == ["tiny-ep04-gs00012", "tiny-ep02-gs00006"]
     rising(monkeypatch, [1.0])
-    assert train.main(["--stop_on_overfit", "--resume_ckpt", "findlast"]) == 0, "who goes on has looked at the pictures"
+    assert train.main(["--stop_on_overfit", "--resume_ckpt", "findlast"]) == 0, (
+        "who goes on has looked at the pictures"
+    )
     assert checkpoints(run_of(held_out))[0].name == "last-tiny-ep05-gs00015"
 
 

@@ -24,7 +24,10 @@ def published(groups, **options):
 
 def parameters(seed=0, dtype=torch.float64, shapes=SHAPES):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in shapes]
+    return [
+        torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+        for shape in shapes
+    ]
 
 
 def gentle(params, step, seed=7):
@@ -33,7 +36,9 @@ def gentle(params, step, seed=7):
     for index, p in enumerate(params):
         noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
         scale = torch.logspace(-3, 1, p.numel(), dtype=torch.float64).view(p.shape)
-        p.grad = (scale * (0.1 * (-1) ** index + noise + 0.1 * torch.tanh(p.detach().double() / 10))).to(p.dtype)
+        p.grad = (scale * (0.1 * (-1) ** index + noise + 0.1 * torch.tanh(p.detach().double() / 10))).to(
+            p.dtype
+        )
 
 
 def always(params, step):
@@ -71,7 +76,9 @@ def constant(step, total):
 
 
 def warm_up_and_holes(step, total):
-    rate = 0.0 if step in (0, 1, 90, 91) else min(1.0, step / 20) * 0.5 * (1 + math.cos(math.pi * step / total))
+    rate = (
+        0.0 if step in (0, 1, 90, 91) else min(1.0, step / 20) * 0.5 * (1 + math.cos(math.pi * step / total))
+    )
     return [rate, rate]
 
 
@@ -105,7 +112,10 @@ RATES = (constant, warm_up_and_holes)
 
 
 def apart(found, expected):
-    return max(((a - b).abs().max() / max(1.0, b.abs().max().item())).item() for a, b in zip(found, expected, strict=True))
+    return max(
+        ((a - b).abs().max() / max(1.0, b.abs().max().item())).item()
+        for a, b in zip(found, expected, strict=True)
+    )
 
 
 def last_bits_apart(theirs, edit, rates, steps, **options):
@@ -125,20 +135,29 @@ def last_bits_apart(theirs, edit, rates, steps, **options):
 
 
 def assert_parity(edit, rates, decouple, decay, bias, growth, scales, steps):
-    options = {"decouple": decouple, "weight_decay": decay, "use_bias_correction": bias, "growth_rate": growth, "scales": scales}
+    options = {
+        "decouple": decouple,
+        "weight_decay": decay,
+        "use_bias_correction": bias,
+        "growth_rate": growth,
+        "scales": scales,
+    }
     ds, theirs, ours, a, b = both(DAdaptAdam, edit, rates, steps, **options)
     assert ds[-1][0] > 2e-6, "d has to move for this to show anything"
     for expected, found in ds:
         assert found == pytest.approx(expected, rel=1e-12, abs=0)
     bound = 1e-10
     if decay and not decouple and apart(ours, theirs) >= bound:
-        # Where a weight's gradient is nothing but its decay and d is large, d * decay * (1 - beta1) / sqrt(v) exceeds 1: each step
-        # multiplies any difference by it, up to twelvefold here. No order of additions survives that, not even the published one's.
+        # Where a weight's gradient is nothing but its decay and d is large, d * decay * (1 - beta1) / sqrt(v)
+        # exceeds 1: each step multiplies any difference by it, up to twelvefold here. No order of additions
+        # survives that, not even the published one's.
         bound = 2 * last_bits_apart(theirs, edit, rates, steps, **options)
         assert bound < 1e-8
     assert apart(ours, theirs) < bound
     assert b.param_groups[0]["k"] == a.param_groups[0]["k"]
-    assert b.param_groups[0]["numerator_weighted"] == pytest.approx(a.param_groups[0]["numerator_weighted"], rel=1e-10)
+    assert b.param_groups[0]["numerator_weighted"] == pytest.approx(
+        a.param_groups[0]["numerator_weighted"], rel=1e-10
+    )
 
 
 @pytest.mark.parametrize("rates", RATES)
@@ -151,7 +170,9 @@ def test_parity_with_the_published_optimizer(edit, rates, decouple):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("edit", "rates", "decouple", "decay", "bias", "growth", "scales"),
-    itertools.product(EDITS, RATES, (False, True), (0.0, 0.1), (False, True), (math.inf, 1.05), ((1.0, 1.0), (1.0, 0.5))),
+    itertools.product(
+        EDITS, RATES, (False, True), (0.0, 0.1), (False, True), (math.inf, 1.05), ((1.0, 1.0), (1.0, 0.5))
+    ),
 )
 def test_parity_on_every_combination(edit, rates, decouple, decay, bias, growth, scales):
     assert_parity(edit, rates, decouple, decay, bias, growth, scales, 200)
@@ -192,7 +213,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad, bits):
     assert not torch.equal(params[0], before[0])
 
 
-@pytest.mark.parametrize(("bits", "dtype"), [(32, torch.float32), (8, torch.float32), (32, torch.bfloat16), (8, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("bits", "dtype"), [(32, torch.float32), (8, torch.float32), (32, torch.bfloat16), (8, torch.bfloat16)]
+)
 def test_found_inf_leaves_weights_state_and_d_as_they_are(bits, dtype):
     params = parameters(dtype=dtype)
     optimizer = DAdaptAdam(params, decouple=True, weight_decay=0.1, d0=1e-3, state_bits=bits)
@@ -206,7 +229,10 @@ def test_found_inf_leaves_weights_state_and_d_as_they_are(bits, dtype):
     gentle(params, 6)
     optimizer.found_inf = torch.tensor(0.0)
     optimizer.step()
-    assert all(not torch.equal(now, then) for now, then in zip(snapshot(optimizer, params)[:4], before[:4], strict=True))
+    assert all(
+        not torch.equal(now, then)
+        for now, then in zip(snapshot(optimizer, params)[:4], before[:4], strict=True)
+    )
     assert optimizer.param_groups[0]["k"] == 6
 
 
@@ -217,7 +243,8 @@ def test_devices_that_nobody_waits_for_do_the_same(monkeypatch, bits):
     for on_host in (True, False):
         monkeypatch.setattr(tiled, "_on_host", lambda device, answer=on_host: answer)
         params = [
-            torch.nn.Parameter(p.detach().to(kind)) for p, kind in zip(parameters(), [torch.float32, torch.bfloat16] * 2, strict=True)
+            torch.nn.Parameter(p.detach().to(kind))
+            for p, kind in zip(parameters(), [torch.float32, torch.bfloat16] * 2, strict=True)
         ]
         # Decoupled decay begins one step later where nobody looks whether the first step has moved anything.
         optimizer = DAdaptAdam(params, weight_decay=0.1, d0=1e-3, state_bits=bits, fused_backward=True)
@@ -310,7 +337,9 @@ def test_steps_are_reproducible_bit_for_bit(bits):
     runs = []
     for _ in range(2):
         params = parameters(dtype=torch.float32)
-        optimizer = DAdaptAdam(params, decouple=True, weight_decay=0.1, use_bias_correction=True, state_bits=bits)
+        optimizer = DAdaptAdam(
+            params, decouple=True, weight_decay=0.1, use_bias_correction=True, state_bits=bits
+        )
         train(optimizer, params, 30)
         runs.append(snapshot(optimizer, params))
     assert_same(*runs)
@@ -370,7 +399,10 @@ def test_groups_read_as_numbers():
 def test_a_step_reads_nothing_back(bits):
     params = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in SHAPES]
     optimizer = DAdaptAdam(
-        [{"params": params[:2]}, {"params": params[2:], "layer_scale": 0.5}], decouple=True, weight_decay=0.1, state_bits=bits
+        [{"params": params[:2]}, {"params": params[2:], "layer_scale": 0.5}],
+        decouple=True,
+        weight_decay=0.1,
+        state_bits=bits,
     )
     for _ in range(3):
         for p in params:
@@ -387,7 +419,11 @@ def test_bytes_of_state_for_each_parameter(bits, size):
     optimizer = DAdaptAdam(params, state_bits=bits)
     params[0].grad = torch.zeros_like(params[0])
     optimizer.step()
-    stored = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for p in params for value in optimizer.state[p].values()}
+    stored = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        for p in params
+        for value in optimizer.state[p].values()
+    }
     assert sum(stored.values()) / sum(p.numel() for p in params) == pytest.approx(size, rel=4e-3)
 
 
@@ -402,7 +438,9 @@ def test_layouts_that_are_not_contiguous_train_the_same():
         a.step()
         b.step()
     assert strided[0].is_contiguous(memory_format=torch.channels_last)
-    for ours, theirs in zip(snapshot(b, strided), snapshot(a, plain), strict=True):  # sums are added up in another order
+    for ours, theirs in zip(
+        snapshot(b, strided), snapshot(a, plain), strict=True
+    ):  # sums are added up in another order
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
@@ -517,9 +555,17 @@ def test_d_at_eight_bits_follows_d_at_thirty_two(seed, every, within):
     ends = []
     for bits in (32, 8):
         torch.manual_seed(seed)
-        net, teacher = (torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 288)) for _ in range(2))
+        net, teacher = (
+            torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 288))
+            for _ in range(2)
+        )
         optimizer = DAdaptAdam(
-            net.parameters(), state_bits=bits, every=every if bits == 8 else 1, decouple=True, weight_decay=0.01, growth_rate=1.05
+            net.parameters(),
+            state_bits=bits,
+            every=every if bits == 8 else 1,
+            decouple=True,
+            weight_decay=0.01,
+            growth_rate=1.05,
         )
         losses = []
         for _ in range(300):
@@ -545,7 +591,9 @@ def test_state_of_an_earlier_version_is_converted(every):
     def build(bits):
         made = parameters(dtype=torch.float32, shapes=shapes)
         made[0] = torch.nn.Parameter(made[0].detach().to(memory_format=torch.channels_last))
-        return made, DAdaptAdam(made, state_bits=bits, every=every if bits == 8 else 1, decouple=True, weight_decay=0.1)
+        return made, DAdaptAdam(
+            made, state_bits=bits, every=every if bits == 8 else 1, decouple=True, weight_decay=0.1
+        )
 
     params, exact = build(32)
     train(exact, params, 20)
@@ -584,7 +632,10 @@ def test_state_of_an_earlier_version_is_converted(every):
 def test_adamw_on_the_same_state_is_that_of_torch(fused):
     ours, theirs = parameters(), parameters()
     options = {"lr": 1e-2, "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1}
-    a, b = torch.optim.AdamW(theirs, **options), TiledAdamW(ours, **options, state_bits=32, fused_backward=fused)
+    a, b = (
+        torch.optim.AdamW(theirs, **options),
+        TiledAdamW(ours, **options, state_bits=32, fused_backward=fused),
+    )
     for step in range(50):
         for params, optimizer in ((theirs, a), (ours, b)):
             gentle(params, step)
@@ -607,7 +658,9 @@ def test_adamw_in_eight_bits_is_close_to_that_of_torch(tmp_path):
             write_state(b.state_dict()["state"], tmp_path / "state")
             b = TiledAdamW(ours, lr=1e-3)
             b.load_state_dict({"state": read_state(tmp_path / "state"), "param_groups": []})
-    ends, expected, starts = (torch.cat([p.detach().flatten() for p in params]) for params in (ours, theirs, start))
+    ends, expected, starts = (
+        torch.cat([p.detach().flatten() for p in params]) for params in (ours, theirs, start)
+    )
     assert (ends - expected).abs().mean() < 0.1 * (expected - starts).abs().mean()
     kept = sum(value.numel() * value.element_size() for p in ours for value in b.state[p].values())
     assert kept < 2.2 * sum(p.numel() for p in ours)

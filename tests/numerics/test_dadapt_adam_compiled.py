@@ -1,6 +1,7 @@
 """The path through compiled kernels: packs of small parameters, large ones in place. It equals the eager path up to last bits.
 
-Most tests run the kernels uncompiled, which shows everything but the compiler's own work; the slow ones compile.
+Most tests run the kernels uncompiled, which shows everything but the compiler's own work; the slow ones
+compile.
 """
 
 import math
@@ -16,7 +17,8 @@ from trainer.optim.dadapt.kernels import CompiledKernel, advance_bytes, advance_
 from trainer.optim.dadapt.optimizer import DAdaptAdam
 from trainer.optim.dadapt.state import TILE
 
-# Large and a multiple of a row; large and ragged; a pack that is full, and small ones, ragged, of one row and of one element.
+# Large and a multiple of a row; large and ragged; a pack that is full, and small ones, ragged, of one row and
+# of one element.
 SHAPES = [(30,), (512, 1024), (7, 100_000), (40, 3), (TILE,), (300, 1000), (400, 600), (1,), (90, 70)]
 
 
@@ -83,7 +85,9 @@ def assert_close(params, optimizer, other_params, other):
     rounds = optimizer.state_bits == 8 or params[0].dtype == torch.bfloat16
     for a, b in zip(params, other_params, strict=True):
         apart = (a - b).abs() > 1e-6 + 1e-5 * b.abs()
-        assert apart.float().mean() <= (1e-3 if rounds else 0), "last bits seldom decide how something is rounded"
+        assert apart.float().mean() <= (1e-3 if rounds else 0), (
+            "last bits seldom decide how something is rounded"
+        )
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
 
 
@@ -107,8 +111,13 @@ def other_layout(bits, channels_last, scale):
         p = nn.Parameter(p.detach().to(memory_format=torch.channels_last))
     optimizer = DAdaptAdam([p], compile=True, state_bits=bits, d0=1e-3)
     for step in range(4):
-        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)) * scale  # its elements are always in logical order
-        optimizer.found_inf, optimizer.grad_scale = torch.tensor(0.0), torch.tensor(scale) if scale != 1 else None
+        p.grad = (
+            torch.randn(p.shape, generator=torch.Generator().manual_seed(step)) * scale
+        )  # its elements are always in logical order
+        optimizer.found_inf, optimizer.grad_scale = (
+            torch.tensor(0.0),
+            torch.tensor(scale) if scale != 1 else None,
+        )
         optimizer.step()
     return p, optimizer
 
@@ -116,13 +125,20 @@ def other_layout(bits, channels_last, scale):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("bits", [32, 8])
 def test_scaled_gradients(calls, bits, channels_last):
-    assert_same(*(everything([p], optimizer) for p, optimizer in (other_layout(bits, channels_last, scale) for scale in (1.0, 1024.0))))
+    assert_same(
+        *(
+            everything([p], optimizer)
+            for p, optimizer in (other_layout(bits, channels_last, scale) for scale in (1.0, 1024.0))
+        )
+    )
 
 
 def test_weights_in_another_order_of_memory(calls):
     (a, plain), (b, strided) = (other_layout(32, channels_last, 1.0) for channels_last in (False, True))
     assert b.is_contiguous(memory_format=torch.channels_last)
-    assert plain.d_hat.item() == pytest.approx(strided.d_hat.item(), rel=1e-6), "sums are added up in another order"
+    assert plain.d_hat.item() == pytest.approx(strided.d_hat.item(), rel=1e-6), (
+        "sums are added up in another order"
+    )
     for name in ("exp_avg", "exp_avg_sq", "s"):
         torch.testing.assert_close(plain.state[a][name], strided.state[b][name], rtol=1e-6, atol=0)
     torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
@@ -200,7 +216,9 @@ def test_a_gradient_that_is_not_finite(calls, bits, index):
 
 
 def test_the_number_of_calls_does_not_follow_the_number_of_tensors(calls):
-    params = [nn.Parameter(torch.zeros(320)) for _ in range(400)] + [nn.Parameter(torch.zeros(1024, 1024)) for _ in range(2)]
+    params = [nn.Parameter(torch.zeros(320)) for _ in range(400)] + [
+        nn.Parameter(torch.zeros(1024, 1024)) for _ in range(2)
+    ]
     optimizer = DAdaptAdam(params, compile=True)
     for p in params:
         p.grad = torch.ones_like(p)
@@ -217,7 +235,9 @@ def test_compiling_is_chosen_by_size_and_saved(calls):
     small.load_state_dict(one.state_dict())
     assert small.compiled
     fixed = DAdaptAdam([nn.Parameter(torch.zeros(1000))], compile=False)
-    with pytest.warns(UserWarning, match=r"^the saved run stepped through a compiler, this one does without a compiler"):
+    with pytest.warns(
+        UserWarning, match=r"^the saved run stepped through a compiler, this one does without a compiler"
+    ):
         fixed.load_state_dict(one.state_dict())
     assert not fixed.compiled
     large = DAdaptAdam([nn.Parameter(torch.zeros(1 << 24))])
@@ -228,7 +248,10 @@ def test_compiling_is_chosen_by_size_and_saved(calls):
 
 def test_a_forbidden_compiler_is_not_used(monkeypatch):
     monkeypatch.setattr(kernels, "_compiled", {})
-    with torch._dynamo.config.patch(disable=True), pytest.warns(UserWarning, match="TORCH_COMPILE_DISABLE is set"):
+    with (
+        torch._dynamo.config.patch(disable=True),
+        pytest.warns(UserWarning, match="TORCH_COMPILE_DISABLE is set"),
+    ):
         assert not DAdaptAdam([nn.Parameter(torch.zeros(1000))], compile=True).compiled
 
 
@@ -248,7 +271,9 @@ def test_where_compiling_does_not_work_one_line_says_so(monkeypatch):
     monkeypatch.setattr(kernels, "_compiled", {})
     monkeypatch.setattr(torch, "compile", broken)
     params = parameters()
-    with pytest.warns(UserWarning, match=r"torch\.compile does not work here \(no compiler found and a second line\)") as caught:
+    with pytest.warns(
+        UserWarning, match=r"torch\.compile does not work here \(no compiler found and a second line\)"
+    ) as caught:
         optimizer = optimizer_over(params, compile=True)
         train(params, optimizer, 2)
         train(parameters(), optimizer_over(parameters(), compile=True), 1)

@@ -37,7 +37,9 @@ def build(fused, dtype=torch.float32, **options):
     last = [*net.last.parameters(), net.dead]
     others = [p for p in net.parameters() if not any(p is q for q in last)]
     groups = [{"params": others}, {"params": last, "layer_scale": 0.5, "weight_decay": 0.3}]
-    return net, DAdaptAdam(groups, fused_backward=fused, **{"decouple": True, "weight_decay": 0.1, "d0": 1e-5, **options})
+    return net, DAdaptAdam(
+        groups, fused_backward=fused, **{"decouple": True, "weight_decay": 0.1, "d0": 1e-5, **options}
+    )
 
 
 def loss_of(net, step, scale=1.0):
@@ -72,7 +74,10 @@ def assert_same(found, expected):
     ],
 )
 def test_bit_equal_to_the_plain_step_over_a_hundred_steps(dtype, bits, decouple):
-    (plain, a), (fused, b) = (build(way, dtype, decouple=decouple, state_bits=bits, use_bias_correction=True) for way in (False, True))
+    (plain, a), (fused, b) = (
+        build(way, dtype, decouple=decouple, state_bits=bits, use_bias_correction=True)
+        for way in (False, True)
+    )
     for step in range(100):
         for net, optimizer in ((plain, a), (fused, b)):
             lr = 0.0 if step == 3 else min(1.0, step / 20)
@@ -93,7 +98,11 @@ def test_backward_itself_updates_and_leaves_no_gradient():
         d = optimizer.d.clone()
         loss_of(net, step).backward()
         assert all(p.grad is None for p in net.parameters())
-        changed = {name for (name, p), old in zip(net.named_parameters(), before, strict=True) if not torch.equal(p, old)}
+        changed = {
+            name
+            for (name, p), old in zip(net.named_parameters(), before, strict=True)
+            if not torch.equal(p, old)
+        }
         assert {"first.weight", "shared.weight", "norm.weight", "last.bias"} <= changed
         assert torch.equal(optimizer.d, d), "d moves in step()"
         optimizer.step()
@@ -147,11 +156,18 @@ def test_found_inf_at_the_end_keeps_d():
     for step in range(2, 6):
         loss_of(net, step).backward()
         optimizer.step()
-    before = {key: value.clone() for key, value in optimizer.state_dict()["state"]["adaptation"].items() if isinstance(value, torch.Tensor)}
+    before = {
+        key: value.clone()
+        for key, value in optimizer.state_dict()["state"]["adaptation"].items()
+        if isinstance(value, torch.Tensor)
+    }
     loss_of(net, 6).backward()
     optimizer.found_inf, optimizer.grad_scale = torch.tensor(1.0), None
     optimizer.step()
-    assert all(torch.equal(optimizer.state_dict()["state"]["adaptation"][key], value) for key, value in before.items())
+    assert all(
+        torch.equal(optimizer.state_dict()["state"]["adaptation"][key], value)
+        for key, value in before.items()
+    )
 
 
 def test_what_does_not_fit_is_refused():
@@ -186,7 +202,9 @@ def test_an_optimizer_that_is_gone_updates_nothing():
 def test_a_fused_backward_reads_nothing_back(bits):
     net, _ = build(False)
     net = net.to("meta")
-    optimizer = DAdaptAdam(net.parameters(), fused_backward=True, state_bits=bits, decouple=True, weight_decay=0.1)
+    optimizer = DAdaptAdam(
+        net.parameters(), fused_backward=True, state_bits=bits, decouple=True, weight_decay=0.1
+    )
     for _ in range(3):
         loss = net(torch.empty(16, 60, device="meta"), True).sum()
         optimizer.gate(loss.isfinite())

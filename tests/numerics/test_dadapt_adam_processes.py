@@ -43,8 +43,13 @@ if world > 1:
 
 def run(folder: Path, world: int, bits: int):
     root = Path(__file__).resolve().parents[2]
-    commands = [[sys.executable, "-c", _PROGRAM, str(rank), str(world), str(bits), str(folder)] for rank in range(world)]
-    processes = [subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True) for command in commands]
+    commands = [
+        [sys.executable, "-c", _PROGRAM, str(rank), str(world), str(bits), str(folder)]
+        for rank in range(world)
+    ]
+    processes = [
+        subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True) for command in commands
+    ]
     for process in processes:
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
@@ -57,7 +62,8 @@ def test_two_processes(tmp_path, bits):
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
     assert first[0][-1] > 1e-4, "d has moved"
-    # At 8 bits the last bits of a gradient, added up in another order, now and then decide how something is rounded.
+    # At 8 bits the last bits of a gradient, added up in another order, now and then decide how something is
+    # rounded.
     tolerance = 1e-10 if bits == 32 else 2e-2
     torch.testing.assert_close(first[0], single[0], rtol=tolerance, atol=0)
     for a, b in zip(first[1], single[1], strict=True):

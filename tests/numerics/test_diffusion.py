@@ -22,7 +22,12 @@ from trainer.errors import UserError
 from trainer.models.tokenizer import clip_tokenizer
 from trainer.run.build import skipped_layers
 
-SD15 = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SD15 = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
 
 
 def _tensors(count=6):
@@ -36,14 +41,20 @@ def test_forward_process_is_the_closed_form_of_scaled_linear_betas():
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     abar = torch.cumprod(1 - betas, 0)[t].view(-1, 1, 1, 1)
     expected = abar.sqrt() * latents + (1 - abar).sqrt() * noise
-    torch.testing.assert_close(NoiseSchedule(SD15).noisy(latents, noise, t), expected.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        NoiseSchedule(SD15).noisy(latents, noise, t), expected.float(), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_noisy_latents_and_velocities_are_those_of_diffusers():
     latents, noise, t = _tensors()
     schedule, reference = NoiseSchedule({**SD15, "prediction_type": "v_prediction"}), DDPMScheduler(**SD15)
-    torch.testing.assert_close(schedule.noisy(latents, noise, t), reference.add_noise(latents, noise, t), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(schedule.target(latents, noise, t), reference.get_velocity(latents, noise, t), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        schedule.noisy(latents, noise, t), reference.add_noise(latents, noise, t), rtol=1e-5, atol=1e-6
+    )
+    torch.testing.assert_close(
+        schedule.target(latents, noise, t), reference.get_velocity(latents, noise, t), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_v_prediction_target_inverts_to_latents_and_noise():
@@ -62,7 +73,9 @@ def test_epsilon_target_is_the_noise():
 
 def test_snr_is_that_of_diffusers():
     t = torch.arange(1000)
-    torch.testing.assert_close(NoiseSchedule(SD15).snr(t), compute_snr(DDPMScheduler(**SD15), t), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        NoiseSchedule(SD15).snr(t), compute_snr(DDPMScheduler(**SD15), t), rtol=1e-4, atol=0
+    )
 
 
 def test_another_prediction_kind_is_refused():
@@ -125,8 +138,12 @@ def test_pyramid_noise_adds_coarse_noise_and_keeps_the_deviation(shape):
 @pytest.mark.parametrize(("discount", "rms"), [(0.8, 0.447), (0.4, 0.172), (0.03, 0.125)])
 def test_pyramid_noise_moves_areas_as_much_as_in_other_trainers(discount, rms):
     """The rms of 8x8 blocks of 64x64 latents, by the published rule in torch: 12,000 images each."""
-    mixed = torch.tensor(np.stack([pyramid(gaussian((4, 64, 64), 1, 0, i), discount, 1, 0, i) for i in range(400)]))
-    assert torch.nn.functional.avg_pool2d(mixed, 8).square().mean().sqrt().item() == pytest.approx(rms, rel=0.03)
+    mixed = torch.tensor(
+        np.stack([pyramid(gaussian((4, 64, 64), 1, 0, i), discount, 1, 0, i) for i in range(400)])
+    )
+    assert torch.nn.functional.avg_pool2d(mixed, 8).square().mean().sqrt().item() == pytest.approx(
+        rms, rel=0.03
+    )
 
 
 def test_the_first_level_of_the_pyramid_by_hand():
@@ -155,7 +172,9 @@ def test_zero_terminal_snr_is_that_of_diffusers():
     everywhere = torch.arange(1000)
     assert torch.equal(schedule.noisy(latents, noise, t), reference.add_noise(latents, noise, t))
     assert torch.equal(schedule.target(latents, noise, t), reference.get_velocity(latents, noise, t))
-    torch.testing.assert_close(schedule.snr(everywhere), compute_snr(reference, everywhere), rtol=1e-4, atol=1e-12)
+    torch.testing.assert_close(
+        schedule.snr(everywhere), compute_snr(reference, everywhere), rtol=1e-4, atol=1e-12
+    )
     assert schedule.snr(torch.tensor([999])).item() == 0
     last = torch.full((len(t),), 999)
     assert torch.equal(schedule.noisy(latents, noise, last), noise), "the last timestep is noise alone"
@@ -168,7 +187,9 @@ def test_zero_terminal_snr_keeps_the_first_timestep_and_rescales_the_root_by_han
     rescaled = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
     t = torch.tensor([0, 250, 900, 998])
     expected = rescaled[t] / (1 - rescaled[t])
-    torch.testing.assert_close(NoiseSchedule(with_zero_terminal_snr(V, "model")).snr(t).double(), expected, rtol=2e-3, atol=1e-9)
+    torch.testing.assert_close(
+        NoiseSchedule(with_zero_terminal_snr(V, "model")).snr(t).double(), expected, rtol=2e-3, atol=1e-9
+    )
 
 
 def test_min_snr_is_finite_at_every_timestep_of_zero_terminal_snr():
@@ -180,7 +201,11 @@ def test_min_snr_is_finite_at_every_timestep_of_zero_terminal_snr():
 
 def test_zero_terminal_snr_says_how_to_sample_and_is_refused_for_epsilon():
     config = with_zero_terminal_snr({**V, "_class_name": "PNDMScheduler", "steps_offset": 1}, "model")
-    assert (config["_class_name"], config["rescale_betas_zero_snr"], config["timestep_spacing"]) == ("DDIMScheduler", True, "trailing")
+    assert (config["_class_name"], config["rescale_betas_zero_snr"], config["timestep_spacing"]) == (
+        "DDIMScheduler",
+        True,
+        "trailing",
+    )
     assert config["clip_sample"] is False and config["steps_offset"] == 1
     euler = with_zero_terminal_snr({**V, "_class_name": "EulerDiscreteScheduler"}, "model")
     assert euler["_class_name"] == "EulerDiscreteScheduler"
@@ -204,7 +229,9 @@ def test_clip_skip_counts_hidden_states_from_the_end_as_everydream2_does_through
 @pytest.mark.parametrize("clip_skip", range(4))
 def test_the_layers_that_clip_skip_leaves_out_are_those_without_a_gradient(clip_skip):
     models = tiny_models()
-    encode_text(models.text_encoder, torch.zeros(1, 77, dtype=torch.int64), clip_skip).square().sum().backward()
+    encode_text(
+        models.text_encoder, torch.zeros(1, 77, dtype=torch.int64), clip_skip
+    ).square().sum().backward()
     without = [name for name, parameter in models.text_encoder.named_parameters() if parameter.grad is None]
     assert skipped_layers(models, clip_skip) == without
 
@@ -228,7 +255,9 @@ def test_windows_of_tokens_are_encoded_by_themselves_and_stand_one_after_the_oth
 def test_tokens_of_one_window_are_those_of_the_library():
     for tokenizer in (tiny_tokenizer(), clip_tokenizer()):
         captions = ["", "a red circle", "a red circle, " * 60, "猫 <|endoftext|> x", "İstanbul " * 40]
-        library = tokenizer(captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+        library = tokenizer(
+            captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
+        ).input_ids
         assert torch.equal(Tokenize(tokenizer)(captions), library) and library.shape == (5, 77)
 
 
@@ -259,7 +288,9 @@ def test_the_windows_of_a_short_caption_that_it_does_not_reach_are_the_empty_cap
     tokenize = Tokenize(clip_tokenizer(), 2)
     short, empty = tokenize(["a cat", ""])
     assert torch.equal(short[77:], empty[77:]) and torch.equal(empty[:77], empty[77:])
-    assert torch.equal(tokenize(["a cat", "a dog " * 60])[0], short), "what a caption becomes must not depend on the others"
+    assert torch.equal(tokenize(["a cat", "a dog " * 60])[0], short), (
+        "what a caption becomes must not depend on the others"
+    )
 
 
 def test_remembered_tokens_are_those_of_the_tokenizer(monkeypatch):
@@ -267,5 +298,7 @@ def test_remembered_tokens_are_those_of_the_tokenizer(monkeypatch):
     captions = ["a cat", "a dog", "an owl", "a cat", "", "an owl"]
     tokenize = Tokenize(clip_tokenizer())
     for _ in range(2):
-        assert torch.equal(tokenize(captions), torch.cat([Tokenize(clip_tokenizer())([caption]) for caption in captions]))
+        assert torch.equal(
+            tokenize(captions), torch.cat([Tokenize(clip_tokenizer())([caption]) for caption in captions])
+        )
     assert list(tokenize.known) == ["a cat", "a dog"]

@@ -121,7 +121,12 @@ def prodigy(x, gradients, o):
     (beta1, beta2), beta3, m, v, r, x0 = o.betas, math.sqrt(o.betas[1]), 0.0, 0.0, 0.0, x
     d = largest = o.d0
     sizes = [math.prod(shape) for shape in SHAPES]  # each parameter is sliced by itself
-    seen = np.concatenate([start + np.arange(0, size, o.slice_p) for start, size in zip(np.cumsum([0, *sizes]), sizes, strict=False)])
+    seen = np.concatenate(
+        [
+            start + np.arange(0, size, o.slice_p)
+            for start, size in zip(np.cumsum([0, *sizes]), sizes, strict=False)
+        ]
+    )
     s = np.zeros(len(seen))
     decay = (o.weight_decay, 0.0) if o.decouple else (0.0, o.weight_decay)
     for k, g in enumerate(gradients):
@@ -142,9 +147,9 @@ def prodigy(x, gradients, o):
 class Case:
     """How one optimizer is tested.
 
-    `agrees` is the largest difference from the equations, relative to the longest way that a weight has come, among a share of the
-    weights: a sign may fall otherwise where what decides is 0 to within rounding, and bitsandbytes does not always take the nearest
-    code.
+    `agrees` is the largest difference from the equations, relative to the longest way that a weight has come,
+    among a share of the weights: a sign may fall otherwise where what decides is 0 to within rounding, and
+    bitsandbytes does not always take the nearest code.
     """
 
     equations: Callable
@@ -168,11 +173,19 @@ PRODIGY = {**GROWING, "use_bias_correction": False, "safeguard_warmup": False, "
 SGD = {"momentum": 0.6, "weight_decay": 0.05, "d0": 1e-2, "growth_rate": 1.3, "lr": 0.7}
 CASES = {
     "adamw": Case(adamw, 1e-2, ADAM, tiny={"epsilon": 1e-300}),
-    "adamw8bit": Case(adamw_in_blocks, 1e-2, ADAM, torch.float32, share=0.9, agrees=1e-3, tiny={"epsilon": 1e-37}),
-    "adamw8bit_fused": Case(adamw, 1e-2, {**ADAM, **FUSED}, torch.float32, share=0.95, agrees=0.1, tiny={"epsilon": 1e-37}),
+    "adamw8bit": Case(
+        adamw_in_blocks, 1e-2, ADAM, torch.float32, share=0.9, agrees=1e-3, tiny={"epsilon": 1e-37}
+    ),
+    "adamw8bit_fused": Case(
+        adamw, 1e-2, {**ADAM, **FUSED}, torch.float32, share=0.95, agrees=0.1, tiny={"epsilon": 1e-37}
+    ),
     "lion": Case(lion, 1e-2, LION, torch.float32, share=0.99, agrees=1e-5),
     "lion8bit": Case(lion_in_blocks, 1e-2, LION, torch.float32, share=0.99, agrees=1e-5),
-    "dadapt_adam": Case(dadapt_adam, settings={**DADAPT, **FUSED, "d_max": 3e-3, "rate_max": 5e-4}, tiny={"epsilon": 1e-300, "d0": 1e-4}),
+    "dadapt_adam": Case(
+        dadapt_adam,
+        settings={**DADAPT, **FUSED, "d_max": 3e-3, "rate_max": 5e-4},
+        tiny={"epsilon": 1e-300, "d0": 1e-4},
+    ),
     "dadapt_adam8bit": Case(
         dadapt_adam,
         settings={**DADAPT, **FUSED, "d_max": 1e3, "rate_max": 1e3},
@@ -214,7 +227,11 @@ def gradient(shape, step, index, dtype):
 def give_gradients(params, step, scale=1.0, missing=()):
     for index, p in enumerate(params):
         # With the strides of the parameter, as autograd gives it.
-        p.grad = None if index in missing else torch.empty_like(p).copy_(scale * gradient(p.shape, step, index, p.dtype))
+        p.grad = (
+            None
+            if index in missing
+            else torch.empty_like(p).copy_(scale * gradient(p.shape, step, index, p.dtype))
+        )
 
 
 def train(optimizer, params, steps, first=0, scale=1.0, missing=lambda step: ()):
@@ -280,7 +297,10 @@ def test_steps_are_those_of_the_equations(name, defaults):
     start = flat(params).double().numpy()
     optimizer = options.build(params, options.lr)
     train(optimizer, params, 40)
-    pieces = [[gradient(shape, step, i, case.dtype).double().numpy().ravel() for i, shape in enumerate(SHAPES)] for step in range(40)]
+    pieces = [
+        [gradient(shape, step, i, case.dtype).double().numpy().ravel() for i, shape in enumerate(SHAPES)]
+        for step in range(40)
+    ]
     gradients = [np.concatenate(piece) for piece in pieces]
     expected, d = case.equations(start, gradients, options)
     moved = np.abs(expected - start).max()
@@ -308,7 +328,13 @@ GROUP_KEYS = {"epsilon": "eps", "d0": "d"}
 
 
 @pytest.mark.parametrize(
-    ("name", "key"), [(name, key) for name, options in optimizer_classes().items() for key in keys_of(options) if key in OTHER_VALUES]
+    ("name", "key"),
+    [
+        (name, key)
+        for name, options in optimizer_classes().items()
+        for key in keys_of(options)
+        if key in OTHER_VALUES
+    ],
 )
 def test_every_key_reaches_the_library_and_does_something(name, key):
     around = {"decouple": {"weight_decay": 0.1}, "safeguard_warmup": {"lr": 0.5}}.get(key, {})
@@ -339,12 +365,16 @@ LIBRARIES = {
 }
 
 
-@pytest.mark.parametrize(("library", "name"), [(library, name) for library, names in LIBRARIES.items() for name in names])
+@pytest.mark.parametrize(
+    ("library", "name"), [(library, name) for library, names in LIBRARIES.items() for name in names]
+)
 def test_a_library_that_is_not_installed_is_said_in_a_sentence(library, name, monkeypatch):
     monkeypatch.setitem(sys.modules, LIBRARIES[library][name], None)
     for ours in ("dadapt_sgd", "strided"):  # which derive from a library's class
         monkeypatch.delitem(sys.modules, f"trainer.optim.{ours}", raising=False)
-    with pytest.raises(UserError, match=rf"^optimizer {name}: {library} does not load .*`pip install {library}`, or choose"):
+    with pytest.raises(
+        UserError, match=rf"^optimizer {name}: {library} does not load .*`pip install {library}`, or choose"
+    ):
         options_of(name).build(parameters(), 1.0)
 
 
@@ -357,7 +387,9 @@ def test_every_schedule_is_diffusers_and_bears_every_rate(name, lr, warmup):
     factors = [factor(step) for step in range(30)]
     assert all(0 <= value <= 1 for value in factors) and max(factors) > 0.9
     if name == "polynomial" and warmup < 20:
-        assert factors[warmup:21] == sorted(factors[warmup:21], reverse=True) and lr * factors[20] == pytest.approx(min(1e-7, lr / 10))
+        assert factors[warmup:21] == sorted(factors[warmup:21], reverse=True) and lr * factors[
+            20
+        ] == pytest.approx(min(1e-7, lr / 10))
     if lr >= 1e-6 and (name, warmup) != ("polynomial", 20):  # where diffusers divides by 0
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
         theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=20)
@@ -388,7 +420,11 @@ def test_bytes_of_state_for_each_parameter(title):
     optimizer = options.build([p], options.lr)
     p.grad = torch.ones_like(p)
     optimizer.step()
-    own = {key: value for key, value in optimizer.state[p].items() if isinstance(value, torch.Tensor) and not key.startswith("qmap")}
+    own = {
+        key: value
+        for key, value in optimizer.state[p].items()
+        if isinstance(value, torch.Tensor) and not key.startswith("qmap")
+    }
     stored = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in own.values()}
     assert sum(stored.values()) / p.numel() == pytest.approx(BYTES[title], rel=2e-2)
     assert {title.partition(",")[0] for title in BYTES} == set(NAMES)
@@ -413,14 +449,22 @@ def test_state_on_disk_continues_a_run_to_the_bit(name, settings, tmp_path):
     def missing(step):
         return (step % 3,) if step % 4 == 1 or step == 0 else ()
 
-    brake = {"growth_rate": 1.001} if settings and "growth_rate" in CASES[name].settings else {}  # so that d stays behind its estimate
-    options = options_of(name, lr_scheduler="cosine", lr_warmup_steps=4, **(CASES[name].settings if settings else {}) | brake)
+    brake = (
+        {"growth_rate": 1.001} if settings and "growth_rate" in CASES[name].settings else {}
+    )  # so that d stays behind its estimate
+    options = options_of(
+        name, lr_scheduler="cosine", lr_warmup_steps=4, **(CASES[name].settings if settings else {}) | brake
+    )
     params = parameters()
     optimizers = make_set(options, params)
     train_set(optimizers, params, 10, missing=missing)
     write_state(optimizers.state_dict(), tmp_path / "optimizers")
     weights = [p.detach().contiguous().clone() for p in params]
-    measures = {(network, key): float(value) for network, found in optimizers.measures().items() for key, value in found.items()}
+    measures = {
+        (network, key): float(value)
+        for network, found in optimizers.measures().items()
+        for key, value in found.items()
+    }
     train_set(optimizers, params, 9, first=10, missing=missing)
 
     again = parameters(seed=1)
@@ -430,12 +474,19 @@ def test_state_on_disk_continues_a_run_to_the_bit(name, settings, tmp_path):
     resumed.load_state_dict(read_state(tmp_path / "optimizers"))
     resumed.set_rates(9)
     for (network, key), expected in measures.items():
-        assert float(resumed.measures()[network][key]) == expected, "what is logged after going on is what would have been logged"
+        assert float(resumed.measures()[network][key]) == expected, (
+            "what is logged after going on is what would have been logged"
+        )
     train_set(resumed, again, 9, first=10, missing=missing)
     assert_same(everything(resumed, again), everything(optimizers, params))
     for found, expected in zip(resumed.optimizers, optimizers.optimizers, strict=True):
-        groups = [{key: optimizer.param_groups[0][key] for key in optimizer.param_groups[0]} for optimizer in (found, expected)]
-        assert all(groups[0][key] == groups[1][key] for key in groups[1].keys() - {"params"}), "an entry is missing in learned_keys"
+        groups = [
+            {key: optimizer.param_groups[0][key] for key in optimizer.param_groups[0]}
+            for optimizer in (found, expected)
+        ]
+        assert all(groups[0][key] == groups[1][key] for key in groups[1].keys() - {"params"}), (
+            "an entry is missing in learned_keys"
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -464,7 +515,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing_in_any_network(name, bad)
     _, found_inf = finish_gradients(optimizers.parameters, optimizers.optimizers, scaler=None, clip=None)
     optimizers.step(found_inf)
     after = everything(optimizers, params)
-    uncounted = [entry for entry in after if not entry[0].endswith("adaptation.steps")]  # counts calls, which key the rounding
+    uncounted = [
+        entry for entry in after if not entry[0].endswith("adaptation.steps")
+    ]  # counts calls, which key the rounding
     assert_same(uncounted, [entry for entry in before if not entry[0].endswith("adaptation.steps")])
     train_set(optimizers, params, 1, first=4)
     assert not torch.equal(params[0].detach(), before[0][1])
@@ -474,7 +527,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing_in_any_network(name, bad)
 def test_weights_keep_their_strides(name):
     """Channels last, and dimensions of 1, whose strides say nothing."""
     shapes = [(16, 24, 3, 3), (16, 24, 1, 1), (1, 40, 3, 3)]
-    params = [torch.nn.Parameter(torch.zeros(shape).to(memory_format=torch.channels_last)) for shape in shapes]
+    params = [
+        torch.nn.Parameter(torch.zeros(shape).to(memory_format=torch.channels_last)) for shape in shapes
+    ]
     options = options_of(name)
     optimizer = options.build(params, options.lr)
     for _ in range(2):
@@ -482,9 +537,14 @@ def test_weights_keep_their_strides(name):
             p.grad = gradient(p.shape, 0, index, p.dtype).to(memory_format=torch.channels_last)
         before = [(p.stride(), p.data_ptr(), p.grad) for p in params]
         optimizer.step()
-        assert [(p.stride(), p.data_ptr()) for p in params] == [(stride, place) for stride, place, _ in before]
+        assert [(p.stride(), p.data_ptr()) for p in params] == [
+            (stride, place) for stride, place, _ in before
+        ]
         assert all(p.grad is kept for p, (_, _, kept) in zip(params, before, strict=True))
-    signs = [(-p.detach().sign() == gradient(p.shape, 0, index, p.dtype).sign()).all() for index, p in enumerate(params)]
+    signs = [
+        (-p.detach().sign() == gradient(p.shape, 0, index, p.dtype).sign()).all()
+        for index, p in enumerate(params)
+    ]
     assert all(signs), "every weight went against its own gradient"
 
 
@@ -580,10 +640,17 @@ def test_every_weight_moves_by_the_rate(name):
     for step in range(4):
         before, rate = flat(params), options.measure(optimizer)["rate"]
         train(optimizer, params, 1, first=step)
-        torch.testing.assert_close((flat(params) - before).abs(), torch.full_like(before, rate), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            (flat(params) - before).abs(), torch.full_like(before, rate), rtol=1e-5, atol=0
+        )
 
 
-RATE_KEYS = [(name, key) for name in NAMES for key in ("lr", "d0", "layer_scale") if key in keys_of(optimizer_classes()[name])]
+RATE_KEYS = [
+    (name, key)
+    for name in NAMES
+    for key in ("lr", "d0", "layer_scale")
+    if key in keys_of(optimizer_classes()[name])
+]
 CORRECTED = ("adamw", "adamw8bit", "adamw8bit_fused", "lion", "lion8bit", "dadapt_lion")
 """Those whose first step is the rate for every weight; an Adam without bias correction goes (1 - beta1) / sqrt(1 - beta2) as far."""
 
@@ -618,7 +685,12 @@ def test_it_converges(name):
     target = torch.randn(5120)
     p = torch.nn.Parameter(torch.zeros(5120))
     options = options_of(
-        name, lr=CONVERGENCE.get(name, 1.0), lr_scheduler="linear", lr_decay_steps=300, lr_warmup_steps=0, weight_decay=0.0
+        name,
+        lr=CONVERGENCE.get(name, 1.0),
+        lr_scheduler="linear",
+        lr_decay_steps=300,
+        lr_warmup_steps=0,
+        weight_decay=0.0,
     )
     optimizers = OptimizerSet({"unet": options}, {"unet": [p]}, total_steps=300)
     for step in range(300):

@@ -52,7 +52,12 @@ def test_rounding_is_unbiased(signed):
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_largest_value_is_never_cut_off(signed, largest):
     values = torch.full((1, BLOCK), largest)
-    seen = torch.stack([decode(*stored(values, torch.full((1, BLOCK), noise), signed)) for noise in torch.linspace(0.01, 0.99, 50)])
+    seen = torch.stack(
+        [
+            decode(*stored(values, torch.full((1, BLOCK), noise), signed))
+            for noise in torch.linspace(0.01, 0.99, 50)
+        ]
+    )
     assert seen.mean().item() == pytest.approx(largest, rel=0.002)
 
 
@@ -63,7 +68,9 @@ def test_zero_and_tiny_values():
         back = decode(*stored(values, torch.tensor(noise), signed=True))
         assert not back[0, 1:].any() and not back[1].any(), "a first moment or s of 0 stays 0"
         back = decode(*stored(values, torch.tensor(noise), signed=False))
-        assert (back > 0).all() and (back[0, 1:] < 1e-8).all() and (back[1] < 1e-30).all(), "a second moment never becomes 0"
+        assert (back > 0).all() and (back[0, 1:] < 1e-8).all() and (back[1] < 1e-30).all(), (
+            "a second moment never becomes 0"
+        )
 
 
 def test_signs():

@@ -36,7 +36,16 @@ def interpreted(monkeypatch):
 
 
 def table(**values):
-    usual = {"keep_m": 0.9, "gain_m": 1e-4, "keep_v": 0.999, "gain_v": 1e-3, "keep_s": 0.9995, "gain_s": 5e-7, "eps": 1e-8, "decay": 1e-4}
+    usual = {
+        "keep_m": 0.9,
+        "gain_m": 1e-4,
+        "keep_v": 0.999,
+        "gain_v": 1e-3,
+        "keep_s": 0.9995,
+        "gain_s": 5e-7,
+        "eps": 1e-8,
+        "decay": 1e-4,
+    }
     usual |= {"unscale": 1.0, "gate": 1.0, "weight": 1.0, "out": 1.0, **values}
     row = [usual.get(name, 0.0) for name in Coefficients._fields]
     return torch.tensor(row + [0.0] * (16 - len(row)))
@@ -45,7 +54,10 @@ def table(**values):
 def tensors(dtype):
     """A vector below a tile, one that ends in a tile, a convolution in channels last, and a matrix of drawn elements."""
     draws = torch.Generator().manual_seed(0)
-    made = [torch.randn(shape, generator=draws).to(dtype) * 0.1 for shape in ((320,), (4099,), (33, 20, 3, 3), (130, 127))]
+    made = [
+        torch.randn(shape, generator=draws).to(dtype) * 0.1
+        for shape in ((320,), (4099,), (33, 20, 3, 3), (130, 127))
+    ]
     made[2] = made[2].contiguous(memory_format=torch.channels_last)
     return [nn.Parameter(each) for each in made]
 
@@ -58,7 +70,10 @@ def test_the_kernel_gives_what_torch_gives(interpreted, dtype, bits, every):
     for kernel in (True, False):
         params = tensors(dtype)
         layout = Layout([{"params": params[:2]}, {"params": params[2:]}], bits, every)
-        engines = {bank: TritonEngine(bank, rows) if kernel else TorchEngine(bank, False, [1.0, 0.5]) for bank in layout.banks}
+        engines = {
+            bank: TritonEngine(bank, rows) if kernel else TorchEngine(bank, False, [1.0, 0.5])
+            for bank in layout.banks
+        }
         sums = []
         for step in range(2):
             draws = torch.Generator().manual_seed(step)
@@ -68,19 +83,29 @@ def test_the_kernel_gives_what_torch_gives(interpreted, dtype, bits, every):
                 arrivals = []
                 for segment in bank.segments:
                     p = params[segment.index]
-                    g = (torch.randn(p.shape, generator=draws) * 10 ** torch.randn(p.shape, generator=draws)).to(dtype)
+                    g = (
+                        torch.randn(p.shape, generator=draws) * 10 ** torch.randn(p.shape, generator=draws)
+                    ).to(dtype)
                     live = None
                     if segment.index == 0 and step == 1:
                         g[7], live = math.nan, torch.tensor(False)
                     if segment.index == 1 and step == 1:
                         continue  # no gradient
                     # Gradients of the convolution lie in another order than its weights.
-                    arrivals.append(Arrival(segment, p, g, live, rows[segment.group, : len(Coefficients._fields)]))
+                    arrivals.append(
+                        Arrival(segment, p, g, live, rows[segment.group, : len(Coefficients._fields)])
+                    )
                 engine.advance(arrivals)
             sums.append(sum(engine.totals()[:2] for engine in engines.values()))
         if kernel:
             assert sum(engine.totals()[3] for engine in engines.values()) == 1, "one tile was not finite"
-        found.append((params, [value for bank in layout.banks for pair in bank.held.values() for value in pair], torch.stack(sums)))
+        found.append(
+            (
+                params,
+                [value for bank in layout.banks for pair in bank.held.values() for value in pair],
+                torch.stack(sums),
+            )
+        )
     (ours, state, sums), (theirs, expected, theirs_sums) = found
     for number, (a, b) in enumerate((a, b) for a, b in zip(state, expected, strict=True) if b.numel()):
         if bits == 8:
@@ -88,7 +113,9 @@ def test_the_kernel_gives_what_torch_gives(interpreted, dtype, bits, every):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7 * b.abs().max().item())
     for a, b in zip(ours, theirs, strict=True):
         # torch takes a root on the CPU by way of its reciprocal, so the last bit may differ.
-        torch.testing.assert_close(a, b, rtol=1e-2 if dtype == torch.bfloat16 else 3e-7, atol=0 if dtype == torch.bfloat16 else 1e-9)
+        torch.testing.assert_close(
+            a, b, rtol=1e-2 if dtype == torch.bfloat16 else 3e-7, atol=0 if dtype == torch.bfloat16 else 1e-9
+        )
         assert (a != b).float().mean() < (1e-3 if dtype == torch.bfloat16 else 0.2)
         assert not torch.equal(a, tensors(dtype)[0]) or a.shape != (320,)
     if every:
@@ -140,7 +167,10 @@ def test_a_kernel_that_gives_something_else_is_not_used(interpreted, monkeypatch
     assert works(torch.device("cpu"), torch.float32, 32, 1)
     monkeypatch.setattr(device, "_tried", {})
     monkeypatch.setattr(triton_kernel, "step_one", triton_kernel.begin)
-    with pytest.warns(UserWarning, match=r"^the optimizer's Triton kernel does not work here \(.*\): it runs without it, slower$"):
+    with pytest.warns(
+        UserWarning,
+        match=r"^the optimizer's Triton kernel does not work here \(.*\): it runs without it, slower$",
+    ):
         assert not works(torch.device("cpu"), torch.float32, 32, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -151,11 +181,26 @@ class Operations(TorchDispatchMode):
     """Counts the operations that would launch something."""
 
     count = 0
-    VIEWS = ("view", "detach", "as_strided", "permute", "slice", "select", "expand", "unsqueeze", "alias", "_unsafe_view", "split", "t.")
+    VIEWS = (
+        "view",
+        "detach",
+        "as_strided",
+        "permute",
+        "slice",
+        "select",
+        "expand",
+        "unsqueeze",
+        "alias",
+        "_unsafe_view",
+        "split",
+        "t.",
+    )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__
-        if not name.startswith((*self.VIEWS, "empty", "new_empty", "_to_copy.default_cpu")) and not _on_host_alone(args, kwargs):
+        if not name.startswith(
+            (*self.VIEWS, "empty", "new_empty", "_to_copy.default_cpu")
+        ) and not _on_host_alone(args, kwargs):
             self.count += 1
         return func(*args, **(kwargs or {}))
 
@@ -163,7 +208,9 @@ class Operations(TorchDispatchMode):
 def _on_host_alone(args, kwargs):
     found = [each for each in (*args, *(kwargs or {}).values()) if isinstance(each, torch.Tensor)]
     wanted = (kwargs or {}).get("device")
-    return all(each.device.type == "cpu" for each in found) and (wanted is None or torch.device(wanted).type == "cpu")
+    return all(each.device.type == "cpu" for each in found) and (
+        wanted is None or torch.device(wanted).type == "cpu"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +240,9 @@ def test_launches_of_a_step_of_stable_diffusion(unet, bits, fused, most):
                     optimizer.arrive(p)
             optimizer.step()
         launches = optimizer.launches - before
-        print(f"{len(params)} tensors, {bits} bits, fused {fused}: {launches} own launches, {operations.count} of torch")
+        print(
+            f"{len(params)} tensors, {bits} bits, fused {fused}: {launches} own launches, {operations.count} of torch"
+        )
         assert launches >= 3 and launches + operations.count <= most
         optimizer.zero_grad()
 
@@ -239,14 +288,20 @@ def compiled_ahead(cases):
     reader = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / str(number) for number in range(len(cases))]
-        lines = "".join(f"{' '.join(map(str, case))} {path}\n" for case, path in zip(cases, paths, strict=True))
+        lines = "".join(
+            f"{' '.join(map(str, case))} {path}\n" for case, path in zip(cases, paths, strict=True)
+        )
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         command = [sys.executable, "-c", _AHEAD]
         root = Path(__file__).parents[2]
-        answer = subprocess.run(command, input=lines, cwd=root, env=environment, capture_output=True, text=True)
+        answer = subprocess.run(
+            command, input=lines, cwd=root, env=environment, capture_output=True, text=True
+        )
         assert answer.returncode == 0, answer.stderr[-3000:]
         for case, path in zip(cases, paths, strict=True):
-            text = subprocess.run([reader, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+            text = subprocess.run(
+                [reader, "-res-usage", path], capture_output=True, text=True, check=True
+            ).stdout
             found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", text)
             assert found, text
             yield case, *map(int, found.groups())
@@ -271,7 +326,9 @@ def test_every_variant_compiled_ahead_of_time():
         for dtype in ("fp32", "bf16")
         for bits, every in VARIANTS
     ]
-    assert_no_spills([*cases, *((name, each, "fp32", 8, 16) for each in ARCHITECTURES for name in ("begin", "finish"))])
+    assert_no_spills(
+        [*cases, *((name, each, "fp32", 8, 16) for each in ARCHITECTURES for name in ("begin", "finish"))]
+    )
 
 
 @pytest.mark.gpu

@@ -19,8 +19,8 @@ DRAFT, REPLACED, DROPPED = ".draft-", ".replaced-", ".dropped-"
 def appearing(path: Path) -> Iterator[Path]:
     """Yield a hidden path beside `path`, which takes its place, flushed to the disk, when the block succeeds, and vanishes when it fails.
 
-    A folder cannot be renamed onto another: where `path` is one, it is renamed first and deleted last. A process killed in between
-    leaves it under its hidden name, from which `restore` brings it back.
+    A folder cannot be renamed onto another: where `path` is one, it is renamed first and deleted last. A
+    process killed in between leaves it under its hidden name, from which `restore` brings it back.
 
     Raises:
         OSError: what was written, or its place, cannot be; `path` is as it was.
@@ -72,7 +72,8 @@ def drop(path: Path, folder: Path | None = None) -> None:
     """Delete a file or folder so that it is gone at once: it is given a hidden name, in `folder` or where it is, first.
 
     Raises:
-        OSError: it cannot be renamed, and is still whole; or not all of it can be deleted, and the rest is hidden.
+        OSError: it cannot be renamed, and is still whole; or not all of it can be deleted, and the rest is
+        hidden.
     """
     aside = (folder or path.parent) / f"{DROPPED}{path.name}"
     remove(aside)
@@ -99,7 +100,11 @@ def remove(path: Path) -> None:
 
 def size_of(path: Path) -> int:
     """Return the bytes of a file, or of all files in a folder."""
-    return path.stat().st_size if path.is_file() else sum(found.stat().st_size for found in path.rglob("*") if found.is_file())
+    return (
+        path.stat().st_size
+        if path.is_file()
+        else sum(found.stat().st_size for found in path.rglob("*") if found.is_file())
+    )
 
 
 def nearest_folder(path: Path) -> Path:

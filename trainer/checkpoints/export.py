@@ -1,6 +1,7 @@
 """Writing a model so that other programs read it: a diffusers folder, or one .safetensors file in the original layout; and a LoRA.
 
-All write straight to the path that they are given; the caller writes beside and renames (`trainer.checkpoints.format`).
+All write straight to the path that they are given; the caller writes beside and renames
+(`trainer.checkpoints.format`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trainer.models.checkpoint_file import ARCHITECTURE, CONFIGS, PREDICTION_TYPE, SD2_NOISE, SD2_VELOCITY, TOKENIZER, padding
+from trainer.models.checkpoint_file import (
+    ARCHITECTURE,
+    CONFIGS,
+    PREDICTION_TYPE,
+    SD2_NOISE,
+    SD2_VELOCITY,
+    TOKENIZER,
+    padding,
+)
 from trainer.models.folder import INDEX, WEIGHTS, files_of_part
 from trainer.models.lora import ADAPTER_CONFIG, BASE_FILE, LORA_FILE, PREFIX, Lora, in_file, named
 from trainer.models.single_file import SD2_WIDTH, join, original_pieces
@@ -35,17 +44,20 @@ _LIBRARIES = {
 }
 
 
-def save_diffusers(models: Models, folder: Path, dtype: torch.dtype | None = None, *, link: bool = False) -> None:
+def save_diffusers(
+    models: Models, folder: Path, dtype: torch.dtype | None = None, *, link: bool = False
+) -> None:
     """Write a folder that `StableDiffusionPipeline.from_pretrained(folder)` loads; it has a safety checker where the base has one.
 
-    Older diffusers and transformers read it too: the text encoder's names begin with `text_model.`, which newer ones accept, and the
-    tokenizer comes in both forms. Needs memory for one tensor beside the model.
+    Older diffusers and transformers read it too: the text encoder's names begin with `text_model.`, which
+    newer ones accept, and the tokenizer comes in both forms. Needs memory for one tensor beside the model.
 
     Args:
         models: on any device.
         folder: made if absent; files of the same names are replaced.
         dtype: of the weights in the files; None keeps each network's own.
-        link: give the files of the base's further parts a second name here instead of copying them, where the file system can.
+        link: give the files of the base's further parts a second name here instead of copying them, where the
+        file system can.
     """
     import diffusers
 
@@ -75,7 +87,10 @@ def save_diffusers(models: Models, folder: Path, dtype: torch.dtype | None = Non
             extra = {"architectures": ["CLIPTextModel"], "torch_dtype": str(kept).removeprefix("torch.")}
             start = "text_model."
         _write_json(part / "config.json", {**configs[network], **extra})
-        weights = {start + name.removeprefix(start): tensor for name, tensor in getattr(models, network).state_dict().items()}
+        weights = {
+            start + name.removeprefix(start): tensor
+            for name, tensor in getattr(models, network).state_dict().items()
+        }
         write_tensors(part / f"{stem}.safetensors", weights, kept, {"format": "pt"})
     (folder / "scheduler").mkdir(exist_ok=True)
     _write_json(folder / "scheduler" / "scheduler_config.json", {**configs["scheduler"], **version})
@@ -112,7 +127,9 @@ def copy_beside(models: Models, folder: Path, *, link: bool = False) -> dict[str
 
 def size_beside(models: Models) -> int:
     """Return the bytes of the base's further parts."""
-    return sum(file.stat().st_size for place in places_beside(models).values() for file in files_of_part(place))
+    return sum(
+        file.stat().st_size for place in places_beside(models).values() for file in files_of_part(place)
+    )
 
 
 def places_beside(models: Models) -> dict[str, Path]:
@@ -122,24 +139,30 @@ def places_beside(models: Models) -> dict[str, Path]:
     return {name: models.beside_from / name for name in models.beside if (models.beside_from / name).is_dir()}
 
 
-def save_single_file(models: Models, path: Path, dtype: torch.dtype = torch.float16, metadata: Mapping[str, str] | None = None) -> None:
+def save_single_file(
+    models: Models, path: Path, dtype: torch.dtype = torch.float16, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write one .safetensors file in the original layout, which Stable Diffusion programs and `from_single_file` read.
 
-    The header describes the model as the ModelSpec standard (https://github.com/Stability-AI/ModelSpec) has it, and holds the
-    configurations, so that this program loads the file alone whatever the networks' size; also the tokenizer where it is not the one of
-    this kind of model. An SD 2.x text encoder stands in OpenCLIP's names; OpenCLIP's last layer and projection, which SD 2.x does not
-    use, are in no folder and so in no exported file. Needs memory for one tensor beside the model.
+    The header describes the model as the ModelSpec standard (https://github.com/Stability-AI/ModelSpec) has
+    it, and holds the configurations, so that this program loads the file alone whatever the networks' size;
+    also the tokenizer where it is not the one of this kind of model. An SD 2.x text encoder stands in
+    OpenCLIP's names; OpenCLIP's last layer and projection, which SD 2.x does not use, are in no folder and so
+    in no exported file. Needs memory for one tensor beside the model.
 
     Args:
         models: on any device.
         path: the file to write.
         dtype: of the weights in the file.
-        metadata: further header fields; they win over those made here, `modelspec.title` and `modelspec.date` among them.
+        metadata: further header fields; they win over those made here, `modelspec.title` and `modelspec.date`
+        among them.
     """
     configs = _configs(models)
     prediction = configs["scheduler"].get("prediction_type", "epsilon")
     size = configs["unet"]["sample_size"]
-    side = max(size if isinstance(size, (list, tuple)) else [size]) * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+    side = max(size if isinstance(size, (list, tuple)) else [size]) * 2 ** (
+        len(configs["vae"]["block_out_channels"]) - 1
+    )
     header = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
@@ -167,11 +190,15 @@ def save_lora(lora: Lora, folder: Path) -> None:
         values = {"r": lora.options.rank, "lora_alpha": lora.options.strength, "target_modules": layers}
         config |= {f"{PREFIX[network]}.{key}": value for key, value in values.items()}
     tensors = {in_file(name): tensor for name, tensor in named(lora.parts).items()}
-    write_tensors(folder / LORA_FILE, tensors, torch.float32, {"format": "pt", ADAPTER_CONFIG: json.dumps(config)})
+    write_tensors(
+        folder / LORA_FILE, tensors, torch.float32, {"format": "pt", ADAPTER_CONFIG: json.dumps(config)}
+    )
     _write_json(folder / BASE_FILE, asdict(lora.base))
 
 
-def save_lora_file(models: Models, lora: Lora, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
+def save_lora_file(
+    models: Models, lora: Lora, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]
+) -> None:
     """Write one .safetensors file with the names and header fields of kohya's scripts, which web UIs and diffusers read.
 
     Args:
@@ -179,8 +206,8 @@ def save_lora_file(models: Models, lora: Lora, path: Path, dtype: torch.dtype, m
         lora: what is written.
         path: the file to write.
         dtype: of the matrices in the file.
-        metadata: further header fields; they win over those made here. `modelspec.title` is also kohya's output name,
-            which web UIs show.
+        metadata: further header fields; they win over those made here. `modelspec.title` is also kohya's
+            output name, which web UIs show.
     """
     prediction = models.scheduler_config.get("prediction_type", "epsilon")
     strength = lora.options.strength
@@ -199,13 +226,17 @@ def save_lora_file(models: Models, lora: Lora, path: Path, dtype: torch.dtype, m
         "ss_network_dim": str(lora.options.rank),
         "ss_network_alpha": str(strength),
         "ss_output_name": metadata.get("modelspec.title", path.stem),
-        "ss_sd_model_name": Path(lora.base.model).name if Path(lora.base.model).is_absolute() else lora.base.model,
+        "ss_sd_model_name": Path(lora.base.model).name
+        if Path(lora.base.model).is_absolute()
+        else lora.base.model,
         "ss_v2": str(second),
     }
     tensors: dict[str, Tensor] = {}
     for name, tensor in named(lora.parts).items():
         layer, _, which = in_file(name).partition(".lora_")
-        kohya = layer.replace("text_encoder.", "lora_te.", 1).replace("unet.", "lora_unet.", 1).replace(".", "_")
+        kohya = (
+            layer.replace("text_encoder.", "lora_te.", 1).replace("unet.", "lora_unet.", 1).replace(".", "_")
+        )
         tensors[f"{kohya}.{'lora_down' if which.startswith('A') else 'lora_up'}.weight"] = tensor
         tensors[f"{kohya}.alpha"] = torch.tensor(strength)
     write_tensors(path, tensors, dtype, {**header, **metadata})
@@ -237,7 +268,10 @@ def _configs(models: Models) -> dict[str, dict[str, Any]]:
         "torch_dtype",
         "architectures",
     )
-    return {part: {name: value for name, value in config.items() if name not in dropped} for part, config in configs.items()}
+    return {
+        part: {name: value for name, value in config.items() if name not in dropped}
+        for part, config in configs.items()
+    }
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -2,11 +2,13 @@
 
 A checkpoint is a folder, `{project}-ep03-gs00024`:
 
-- a diffusers model folder with the trained weights in training precision, and `manifest.json` with size and SHA-256 of each of its files;
-- `resume/`: counters (`state.json`), optimizer state, and a manifest of its own, so that it can be dropped from older checkpoints.
+- a diffusers model folder with the trained weights in training precision, and `manifest.json` with size and
+SHA-256 of each of its files;
+- `resume/`: counters (`state.json`), optimizer state, and a manifest of its own, so that it can be dropped
+from older checkpoints.
 
-It is written under a hidden name beside its place, flushed to the disk and renamed. A single .safetensors file in the original
-layout is written the same way next to it.
+It is written under a hidden name beside its place, flushed to the disk and renamed. A single .safetensors
+file in the original layout is written the same way next to it.
 """
 
 from __future__ import annotations
@@ -69,8 +71,9 @@ class SaveOptions:
     """A folder for the single-file .safetensors instead of the run's own ckpts folder."""
 
     save_format: Literal["both", "diffusers", "single"] = "both"
-    """What a checkpoint consists of: a diffusers folder in training precision, a single .safetensors in the original layout, or both;
-    with single, folders are kept for resuming only, beside the newest files (see keep_resume_n)."""
+    """What a checkpoint consists of: a diffusers folder in training precision, a single .safetensors in the
+    original layout, or both; with single, folders are kept for resuming only, beside the newest files (see
+    keep_resume_n)."""
 
     no_save_ckpt: bool = False
     """Do not write the single file; the same as save_format: diffusers."""
@@ -91,8 +94,8 @@ class SaveOptions:
     """Keep only the newest n checkpoints of the run and delete older ones once a newer one is whole; null keeps all."""
 
     keep_best: bool = False
-    """Also save a checkpoint, best-..., whenever the validation loss is lower than ever, in the place of the one before it; what is saved
-    on schedule stays. Needs validation_config."""
+    """Also save a checkpoint, best-..., whenever the validation loss is lower than ever, in the place of the
+    one before it; what is saved on schedule stays. Needs validation_config."""
 
     @property
     def writes_single(self) -> bool:
@@ -186,17 +189,26 @@ def read_resume(folder: Path) -> tuple[TrainState, dict[str, Any]]:
     try:
         saved = load_json(path, LARGEST_STATE)
         state, about = as_kind(TrainState, saved["state"]), saved["about"]
-        as_kind(tuple[dict, dict, int, int], (about["same"], about["config"], about["total_steps"], about["same"]["seed"]))
+        as_kind(
+            tuple[dict, dict, int, int],
+            (about["same"], about["config"], about["total_steps"], about["same"]["seed"]),
+        )
         if min(state.step, state.epoch, state.step_in_epoch, state.images) < 0:
             raise ValueError("a count is negative")
         return state, about
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: the state of the run cannot be read ({said(error)}); choose another checkpoint.") from error
+        raise UserError(
+            f"{path}: the state of the run cannot be read ({said(error)}); choose another checkpoint."
+        ) from error
 
 
 def is_checkpoint(folder: Path) -> bool:
     """Return whether a folder is a checkpoint of this program, by its manifest, its resume state or else its name."""
-    return (folder / MANIFEST).is_file() or (folder / RESUME).is_dir() or (folder.is_dir() and _STEP.search(folder.name) is not None)
+    return (
+        (folder / MANIFEST).is_file()
+        or (folder / RESUME).is_dir()
+        or (folder.is_dir() and _STEP.search(folder.name) is not None)
+    )
 
 
 def model_problem(folder: Path) -> str | None:
@@ -214,8 +226,8 @@ def resume_problem(folder: Path) -> str | None:
 def find_last(logdir: Path, project: str, *, weights_only: bool = False) -> tuple[Path, list[str]]:
     """Return the newest whole checkpoint of a project, and what is wrong with newer ones.
 
-    It is the one of the highest step in the newest run that has one. Runs are ordered by the timestamp in their
-    folders' names, never by the file system's times.
+    It is the one of the highest step in the newest run that has one. Runs are ordered by the timestamp in
+    their folders' names, never by the file system's times.
 
     Args:
         logdir: the folder of the run folders.
@@ -225,9 +237,15 @@ def find_last(logdir: Path, project: str, *, weights_only: bool = False) -> tupl
     Raises:
         UserError: there is none.
     """
-    runs = sorted((path for path in logdir.glob(f"{glob.escape(project)}-*") if path.is_dir()), key=by_timestamp, reverse=True)
+    runs = sorted(
+        (path for path in logdir.glob(f"{glob.escape(project)}-*") if path.is_dir()),
+        key=by_timestamp,
+        reverse=True,
+    )
     none = f"findlast found no checkpoint of project {project!r} to resume in {logdir} ({len(runs)} runs looked at)"
-    return _newest(runs, f"{none}; name a model to start a new run.", weights_only=weights_only, project=project)
+    return _newest(
+        runs, f"{none}; name a model to start a new run.", weights_only=weights_only, project=project
+    )
 
 
 def newest_of(run: Path, *, weights_only: bool = False) -> tuple[Path, list[str]]:
@@ -248,7 +266,11 @@ def require_resumable(folder: Path) -> None:
     if (problem := resume_problem(folder)) is None:
         return
     run = folder.parent.parent
-    others = [other for other in _folders(run) if resume_problem(other) is None] if folder.parent.name == "ckpts" else []
+    others = (
+        [other for other in _folders(run) if resume_problem(other) is None]
+        if folder.parent.name == "ckpts"
+        else []
+    )
     resumable = [f"To resume its run from {others[0]}, set --resume_ckpt {others[0]}."] if others else []
     weights = [] if model_problem(folder) else [_start_from(folder)]
     raise UserError([f"resume_ckpt: {problem}.", *resumable, *weights])
@@ -257,8 +279,8 @@ def require_resumable(folder: Path) -> None:
 def checkpoints(run: Path) -> list[Path]:
     """Return a run's checkpoint folders, the highest step first, and last those whose step is unknown.
 
-    Of the same step, one that was due comes before one that was written because the run ended untimely or the loss was low: it owes
-    nothing.
+    Of the same step, one that was due comes before one that was written because the run ended untimely or the
+    loss was low: it owes nothing.
     """
     return [folder for folder in _folders(run) if (folder / MANIFEST).is_file()]
 
@@ -289,11 +311,12 @@ def single_files(folder: Path, run: str, *, best: bool = False, ema: bool = Fals
 def rotate(run: Path, options: SaveOptions, single_folder: Path) -> None:
     """Drop what older checkpoints no longer need, and older checkpoints: to be called when a newer one is whole.
 
-    Resume state goes beyond `keep_resume_n`, with it the folders that are kept for resuming only; models go beyond `keep_last_n`. What
-    `keep_best` made is counted by itself: its newest stays.
+    Resume state goes beyond `keep_resume_n`, with it the folders that are kept for resuming only; models go
+    beyond `keep_last_n`. What `keep_best` made is counted by itself: its newest stays.
 
     Raises:
-        OSError: something cannot be deleted, for instance because another program has it open; what is left is whole.
+        OSError: something cannot be deleted, for instance because another program has it open; what is left
+        is whole.
     """
     hidden, resumable = run / "ckpts", 0
     places = {False: -1, True: -1}
@@ -314,7 +337,9 @@ def rotate(run: Path, options: SaveOptions, single_folder: Path) -> None:
             drop(path)
 
 
-def _newest(runs: Sequence[Path], none: str, *, weights_only: bool, project: str | None = None) -> tuple[Path, list[str]]:
+def _newest(
+    runs: Sequence[Path], none: str, *, weights_only: bool, project: str | None = None
+) -> tuple[Path, list[str]]:
     """Return the newest whole checkpoint of several runs, the newest run first, and what is wrong with newer ones.
 
     Args:
@@ -327,14 +352,25 @@ def _newest(runs: Sequence[Path], none: str, *, weights_only: bool, project: str
         UserError: there is none.
     """
     # "demo-two" begins like "demo".
-    found = [folder for run in runs for folder in _folders(run) if project is None or _manifest(folder)["project"] in (project, None)]
+    found = [
+        folder
+        for run in runs
+        for folder in _folders(run)
+        if project is None or _manifest(folder)["project"] in (project, None)
+    ]
     damaged: list[str] = []
     for folder in found:
         if (problem := model_problem(folder) if weights_only else resume_problem(folder)) is None:
             return folder, damaged
         damaged.append(problem)
     whole = next((folder for folder in found if not weights_only and model_problem(folder) is None), None)
-    raise UserError([f"resume_ckpt: {none}", *(f"{problem}." for problem in damaged), *([_start_from(whole)] if whole else [])])
+    raise UserError(
+        [
+            f"resume_ckpt: {none}",
+            *(f"{problem}." for problem in damaged),
+            *([_start_from(whole)] if whole else []),
+        ]
+    )
 
 
 def _start_from(folder: Path) -> str:
@@ -345,16 +381,24 @@ def _folders(run: Path) -> list[Path]:
     """Return `checkpoints`, and among them folders named like one whose manifest is lost."""
     if is_free(run):  # a process that is replacing one now will do it itself
         restore(run / "ckpts")
-    found = [path for path in (run / "ckpts").glob("*/") if not path.name.startswith(".") and is_checkpoint(path)]
+    found = [
+        path for path in (run / "ckpts").glob("*/") if not path.name.startswith(".") and is_checkpoint(path)
+    ]
     untimely = ("interrupted-", "errored-", f"{BEST}-")
-    return sorted(found, key=lambda folder: (-_manifest(folder)["step"], folder.name.startswith(untimely), folder.name))
+    return sorted(
+        found, key=lambda folder: (-_manifest(folder)["step"], folder.name.startswith(untimely), folder.name)
+    )
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's place in its run; of a damaged manifest the step in the folder's name, -1 if it has none."""
     try:
         manifest = load_json(folder / MANIFEST, LARGEST_STATE)
-        return {"step": int(manifest["step"]), "project": manifest["project"], "kind": manifest.get("kind", "")}
+        return {
+            "step": int(manifest["step"]),
+            "project": manifest["project"],
+            "kind": manifest.get("kind", ""),
+        }
     except (OSError, ValueError, KeyError, TypeError):
         named = _STEP.search(folder.name)
         return {"step": int(named[1]) if named else -1, "project": None, "kind": ""}

@@ -69,7 +69,9 @@ def _acquire_patiently(folder: Path) -> IO[bytes] | None:
                     "write to one folder would lose each other's files."
                 ) from error
         except OSError as error:
-            raise UserError(f"{folder}: nothing can be written there ({error.strerror}); check disk and permissions.") from error
+            raise UserError(
+                f"{folder}: nothing can be written there ({error.strerror}); check disk and permissions."
+            ) from error
         time.sleep(_PATIENCE / 10)
 
 

@@ -28,7 +28,9 @@ def mark(run: Path) -> None:
         (run / MARKER).write_text(json.dumps(_MARK) + "\n", encoding="utf-8")
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{run / MARKER}: the file cannot be written ({reason}); check disk and permissions.") from error
+        raise UserError(
+            f"{run / MARKER}: the file cannot be written ({reason}); check disk and permissions."
+        ) from error
 
 
 def run_of(checkpoint: Path) -> Path | None:

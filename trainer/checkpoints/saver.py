@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from trainer.checkpoints.atomic import appearing, free_bytes, in_gib, writing_speed
-from trainer.checkpoints.format import EMA, KIND, RUN, STEP, SaveOptions, TrainState, checkpoints, rotate, save_checkpoint
+from trainer.checkpoints.format import (
+    EMA,
+    KIND,
+    RUN,
+    STEP,
+    SaveOptions,
+    TrainState,
+    checkpoints,
+    rotate,
+    save_checkpoint,
+)
 from trainer.errors import UserError
 from trainer.models.ema import SUFFIX
 
@@ -24,8 +34,8 @@ if TYPE_CHECKING:
     from trainer.optim import OptimizerOptions
 
 Kind = Literal["", "last", "interrupted", "errored", "best"]
-"""Why a checkpoint is written, the beginning of its name: on schedule, at the run's end, at a signal, at an error, at the lowest
-validation loss."""
+"""Why a checkpoint is written, the beginning of its name: on schedule, at the run's end, at a signal, at an
+error, at the lowest validation loss."""
 
 MOST_FAILURES = 3
 """Saves in a row that may fail before the run ends: training on would be for nothing."""
@@ -53,8 +63,8 @@ class Stateful(Protocol):
 class Saver:
     """Write a run's checkpoints, the resumable folder first and the single file after it, and rotate older ones.
 
-    A checkpoint that cannot be written is an event, and training goes on with the last good one in place; the third in a row ends the
-    run.
+    A checkpoint that cannot be written is an event, and training goes on with the last good one in place; the
+    third in a row ends the run.
 
     Args:
         options: what is written and kept.
@@ -66,11 +76,12 @@ class Saver:
         about: what a continued run has to agree with, and the configuration.
         metadata: further header fields of single files.
         say: takes a sentence for people.
-        ema: averaged weights, which are written too: as a single file with -ema in its name, or without single files as the folder ema
-            inside the checkpoint.
+        ema: averaged weights, which are written too: as a single file with -ema in its name, or without
+            single files as the folder ema inside the checkpoint.
         lora: where one is trained, which is written instead of the model.
         writes: false for processes that are not the first: they write nothing.
-        describe: writes what is published beside a checkpoint's model into its folder, where users may change it.
+        describe: writes what is published beside a checkpoint's model into its folder, where users may change
+        it.
         clock: returns seconds; a change of the computer's time does not matter to it.
     """
 
@@ -130,7 +141,8 @@ class Saver:
         """Write a checkpoint of the run as it stands and return what was written; before an untimely end only where this step has none.
 
         Raises:
-            SavingError: it is the third in a row that cannot be written, the last of the run, or the weights are not finite.
+            SavingError: it is the third in a row that cannot be written, the last of the run, or the weights
+            are not finite.
         """
         if not self._writes or (kind in ("interrupted", "errored") and self._last_step == self._state.step):
             return []
@@ -149,11 +161,15 @@ class Saver:
             self._failures, self._last_step = 0, self._state.step
             self._publish(written[0])
             seconds = time.perf_counter() - began
-            self._say(f"step {self._state.step}: saved {' and '.join(map(str, written))}; training waited {seconds:.1f} s")
+            self._say(
+                f"step {self._state.step}: saved {' and '.join(map(str, written))}; training waited {seconds:.1f} s"
+            )
             try:
                 rotate(self._run, self._options, self._single_folder)
             except OSError as error:
-                self._say(f"Note: an older checkpoint could not be deleted ({_reason(error)}); the next save tries again.")
+                self._say(
+                    f"Note: an older checkpoint could not be deleted ({_reason(error)}); the next save tries again."
+                )
         self._last_time = self._clock()
         return written
 
@@ -200,7 +216,13 @@ class Saver:
         written.append(folder)
         if self._options.writes_single:
             require_room(file.parent, self._model_bytes(single))
-            metadata = {**self._metadata, "modelspec.title": stem, RUN: self._run.name, STEP: str(state.step), KIND: kind}
+            metadata = {
+                **self._metadata,
+                "modelspec.title": stem,
+                RUN: self._run.name,
+                STEP: str(state.step),
+                KIND: kind,
+            }
             with appearing(file) as draft:
                 self._write_single(draft, single, metadata)
             written.append(file)
@@ -230,9 +252,14 @@ class Saver:
     def _failed(self, kind: Kind, error: Exception, written: list[Path]) -> None:
         self._failures += 1
         what = f"{written[0]} is saved, its single file" if written else "the checkpoint"
-        sentence = f"step {self._state.step}: {what} could not be written ({_reason(error)}); {self._last_good()}"
+        sentence = (
+            f"step {self._state.step}: {what} could not be written ({_reason(error)}); {self._last_good()}"
+        )
         if kind == "last":
-            raise SavingError(f"{sentence}; make room or choose another place, and go on with --resume_ckpt {self._run}.", exit_code=1)
+            raise SavingError(
+                f"{sentence}; make room or choose another place, and go on with --resume_ckpt {self._run}.",
+                exit_code=1,
+            )
         if self._failures >= MOST_FAILURES:
             raise SavingError(f"{sentence}; this was the third time in a row, so the run ends.", exit_code=1)
         self._say(f"Note: {sentence}; training goes on ({self._failures} of {MOST_FAILURES}).")
@@ -248,7 +275,12 @@ class Saver:
         found = []
         for name, network in (("unet", self._models.unet), ("text encoder", self._models.text_encoder)):
             # Minimum and maximum take no memory beside the weights, and NaN is both where there is one.
-            extremes = [end.float() for parameter in network.parameters() if parameter.requires_grad for end in parameter.aminmax()]
+            extremes = [
+                end.float()
+                for parameter in network.parameters()
+                if parameter.requires_grad
+                for end in parameter.aminmax()
+            ]
             if extremes and not torch.stack(extremes).isfinite().all():
                 found.append(name)
         return found
@@ -257,7 +289,12 @@ class Saver:
         """Return the bytes of all weights that are written, in `dtype` or each in its own."""
         networks = (self._models.unet, self._models.text_encoder, self._models.vae)
         everything = self._lora is None
-        weights = [parameter for network in networks for parameter in network.parameters() if everything or parameter.requires_grad]
+        weights = [
+            parameter
+            for network in networks
+            for parameter in network.parameters()
+            if everything or parameter.requires_grad
+        ]
         return sum(parameter.numel() * (dtype or parameter.dtype).itemsize for parameter in weights)
 
 
@@ -269,7 +306,9 @@ def require_room(folder: Path, size: int) -> None:
     """
     free = free_bytes(folder)
     if free < size + _SLACK:
-        raise OSError(errno.ENOSPC, f"{in_gib(size)} are needed and {in_gib(free)} are free on the disk of {folder}")
+        raise OSError(
+            errno.ENOSPC, f"{in_gib(size)} are needed and {in_gib(free)} are free on the disk of {folder}"
+        )
 
 
 @dataclass(frozen=True)
@@ -306,20 +345,32 @@ class DiskPlan:
         dropped = models < self.saves or resumable < models
         if options.keep_best:
             folders, models = folders + 1, models + 1
-        kept = folders * self.folder + models * self.single + resumable * self.resume + (self.checkpoint if dropped else 0)
+        kept = (
+            folders * self.folder
+            + models * self.single
+            + resumable * self.resume
+            + (self.checkpoint if dropped else 0)
+        )
         return kept + self.beside
 
     def rows(self, logdir: Path) -> list[tuple[str, str]]:
         """Return the plan in words, with the time that a save takes where a probe can be written and flushed."""
         minutes = self.options.ckpt_every_n_minutes
         more = f", and one every {minutes:g} minutes" if minutes else ""
-        sizes = [(self.folder, "the folder"), (self.single, "single files"), (self.resume, "to go on from it")]
+        sizes = [
+            (self.folder, "the folder"),
+            (self.single, "single files"),
+            (self.resume, "to go on from it"),
+        ]
         parts = " + ".join(f"{in_gib(size)} {what}" for size, what in sizes if size)
         free = free_bytes(logdir)
         full = "" if free > self.most else ": not enough"
         return [
             ("a checkpoint", f"{in_gib(self.checkpoint)}: {parts}; {self._time(logdir)}"),
-            ("disk", f"{in_gib(self.most)} for {self.saves} of them{more}, of {in_gib(free)} that are free{full}"),
+            (
+                "disk",
+                f"{in_gib(self.most)} for {self.saves} of them{more}, of {in_gib(free)} that are free{full}",
+            ),
         ]
 
     def _time(self, logdir: Path) -> str:

@@ -1,7 +1,8 @@
 """Keys of EveryDream2 and of other trainers that are not keys of this program.
 
-Everything that is not one of this program's own options stands in the tables below: what is accepted where it changes nothing, what is
-refused and with which alternative, what is merely old. A table's line goes when the option arrives.
+Everything that is not one of this program's own options stands in the tables below: what is accepted where it
+changes nothing, what is refused and with which alternative, what is merely old. A table's line goes when the
+option arrives.
 """
 
 from __future__ import annotations
@@ -38,9 +39,15 @@ RENAMED: Mapping[str, str] = {
 """Other names of keys of train.json: EveryDream2's of before it renamed them, and base_model."""
 
 _REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "load_settings_every_epoch": ((False,), 'stop the run, change the file and go on with "resume_ckpt": "findlast"'),
+    "load_settings_every_epoch": (
+        (False,),
+        'stop the run, change the file and go on with "resume_ckpt": "findlast"',
+    ),
     "plugins": (([], {}, ""), "plugins are not supported; remove it or set it to null"),
-    "rated_dataset": ((False,), "rated datasets are not supported; use multiply for images that should count more"),
+    "rated_dataset": (
+        (False,),
+        "rated datasets are not supported; use multiply for images that should count more",
+    ),
 }
 
 _IDLE: Mapping[str, tuple[tuple[Any, ...], str]] = {
@@ -141,22 +148,35 @@ _OTHER_OPTIMIZER_WORDS: Mapping[str, str] = {
 
 _OF_TEXT_ENCODER = ("learning_rate_te", "text_encoder_lr")
 
-SECTION_WORDS: Mapping[str, str] = {"te": "text_encoder_overrides", "text_encoder": "text_encoder_overrides", "unet": "base"}
+SECTION_WORDS: Mapping[str, str] = {
+    "te": "text_encoder_overrides",
+    "text_encoder": "text_encoder_overrides",
+    "unet": "base",
+}
 """What the optimizer file's sections are called elsewhere."""
 
 
 def foreign_schema() -> dict[str, dict[str, Any]]:
     """Return JSON Schemas of the foreign keys that train.json may hold, for editors."""
     found: dict[str, dict[str, Any]] = {
-        "amp": {"type": ["boolean", "null"], "description": "EveryDream2's switch of mixed precision; false is mixed_precision: no."},
-        "train_sampler": {"enum": [*_SAMPLERS, None], "description": "Accepted; training always uses ddpm's noise."},
+        "amp": {
+            "type": ["boolean", "null"],
+            "description": "EveryDream2's switch of mixed precision; false is mixed_precision: no.",
+        },
+        "train_sampler": {
+            "enum": [*_SAMPLERS, None],
+            "description": "Accepted; training always uses ddpm's noise.",
+        },
     }
     for name, (inert, instead) in _REFUSED.items():
         found[name] = {"enum": [*inert, None], "description": f"Not supported: {instead}."}
     for name, (_, master) in _IDLE.items():
         found[name] = {"description": f"Without effect unless {master} is set."}
     for name, instead in _OLD.items():
-        found[name] = {"description": "; ".join(filter(None, ("EveryDream2's key, without effect", instead))) + ".", "deprecated": True}
+        found[name] = {
+            "description": "; ".join(filter(None, ("EveryDream2's key, without effect", instead))) + ".",
+            "deprecated": True,
+        }
     for name, now in RENAMED.items():
         found[name] = {**train_keys()[now].json_schema(), "description": f"Another name of {now}."}
     return found
@@ -187,7 +207,10 @@ def translate(name: str, written: Written, report: Report) -> dict[str, Written]
     if name in _REFUSED:
         inert, instead = _REFUSED[name]
         if value is not None and not _among(value, inert):
-            report.error(place, f"{shown(value)} is not supported; {instead}" if "not supported" not in instead else instead)
+            report.error(
+                place,
+                f"{shown(value)} is not supported; {instead}" if "not supported" not in instead else instead,
+            )
         return {}
     if name in _IDLE:
         usual, master = _IDLE[name]

@@ -32,19 +32,35 @@ def train_schema() -> dict[str, Any]:
     """Return the JSON Schema of train.json."""
     keys = {name: key.json_schema() for name, key in train_keys().items()}
     (required,) = (name for name, key in train_keys().items() if key.required)
-    either = [{"required": [name]} for name in (required, *(old for old, now in RENAMED.items() if now == required))]
-    return {"$schema": _DIALECT, "title": "train.json", **closed_object({**keys, **foreign_schema()}), "anyOf": either}
+    either = [
+        {"required": [name]} for name in (required, *(old for old, now in RENAMED.items() if now == required))
+    ]
+    return {
+        "$schema": _DIALECT,
+        "title": "train.json",
+        **closed_object({**keys, **foreign_schema()}),
+        "anyOf": either,
+    }
 
 
 def optimizer_schema() -> dict[str, Any]:
     """Return the JSON Schema of an optimizer file."""
-    foreign = {name: {"description": "Used by none of this version's optimizers."} for name in UNUSED_OPTIMIZER}
+    foreign = {
+        name: {"description": "Used by none of this version's optimizers."} for name in UNUSED_OPTIMIZER
+    }
     own = {name: _section_key(users) for name, users in optimizer_keys().items()}
     section = closed_object(
-        {"optimizer": own.pop("optimizer"), **own, **{name: entry for name, entry in foreign.items() if name not in own}}
+        {
+            "optimizer": own.pop("optimizer"),
+            **own,
+            **{name: entry for name, entry in foreign.items() if name not in own},
+        }
     )
     top = {
-        BASE: {"$ref": "#/$defs/section", "description": "The UNet's optimizer, and the default of the text encoder's."},
+        BASE: {
+            "$ref": "#/$defs/section",
+            "description": "The UNet's optimizer, and the default of the text encoder's.",
+        },
         OVERRIDES: {
             "anyOf": [{"$ref": "#/$defs/section"}, {"type": "null"}],
             "description": "The text encoder's optimizer; what is absent or null comes from base.",
@@ -55,7 +71,13 @@ def optimizer_schema() -> dict[str, Any]:
         },
         **{name: key.json_schema() for name, key in keys_of(OptimizerFileOptions).items()},
     }
-    return {"$schema": _DIALECT, "title": "optimizer file", **closed_object(top), "required": [BASE], "$defs": {"section": section}}
+    return {
+        "$schema": _DIALECT,
+        "title": "optimizer file",
+        **closed_object(top),
+        "required": [BASE],
+        "$defs": {"section": section},
+    }
 
 
 def key_reference() -> str:
@@ -72,7 +94,13 @@ def key_reference() -> str:
         lines += ["", f"## train.json: {attribute}", "", _first_line(options), "", *_table_of(options)]
     lines += ["", "## train.json: the optimizer file", "", *_table_of(FileOptions)]
     names = ", ".join(optimizer_keys()["optimizer"])
-    lines += ["", f"## The optimizer file: {BASE} and {OVERRIDES}", "", f"`optimizer`: {chosen} One of {names}.", ""]
+    lines += [
+        "",
+        f"## The optimizer file: {BASE} and {OVERRIDES}",
+        "",
+        f"`optimizer`: {chosen} One of {names}.",
+        "",
+    ]
     lines += _table((next(iter(users.values())), described(users)) for users in section.values())
     for title, owner in ((FREEZING, FreezingOptions), ("beside its sections", OptimizerFileOptions)):
         lines += ["", f"## The optimizer file: {title}", "", _first_line(owner), "", *_table_of(owner)]
@@ -103,10 +131,17 @@ def _first_line(options: Any) -> str:
 def _section_key(users: dict[str, Key]) -> dict[str, Any]:
     """Return one key of a section: what any of the optimizers takes, and which optimizers use it."""
     if next(iter(users.values())).name == "optimizer":
-        return {"enum": [*users, None], "description": "The optimizer's name; null is adamw8bit, in text_encoder_overrides base's."}
+        return {
+            "enum": [*users, None],
+            "description": "The optimizer's name; null is adamw8bit, in text_encoder_overrides base's.",
+        }
     schemas = [key.json_schema() for key in users.values()]
     default = schemas[0]["default"]
     for schema in schemas:
         del schema["description"], schema["default"]
     kinds = list({str(schema): schema for schema in schemas}.values())
-    return {**(kinds[0] if len(kinds) == 1 else {"anyOf": kinds}), "description": described(users), "default": default}
+    return {
+        **(kinds[0] if len(kinds) == 1 else {"anyOf": kinds}),
+        "description": described(users),
+        "default": default,
+    }

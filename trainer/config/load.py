@@ -89,12 +89,18 @@ def load_config(argv: Sequence[str]) -> Loaded:
     report.files.append(file)
     document = _read(source, file, Place(COMMAND_LINE, None, "config"), report)
     if document and BASE in document.values and "resume_ckpt" not in document.values:
-        report.error(Place(file), "is an optimizer file, not a train.json; name it with --optimizer_config or in a train.json")
+        report.error(
+            Place(file),
+            "is an optimizer file, not a train.json; name it with --optimizer_config or in a train.json",
+        )
         document = None
     written = _written(document, source.parent, file, report) if document else {}
     written |= arguments.values
     if document and arguments.config is None and {"resume_ckpt", "data_root"} <= arguments.values.keys():
-        report.note(Place(file), "is read too, since --config names no other file; the command line wins over its keys")
+        report.note(
+            Place(file),
+            "is read too, since --config names no other file; the command line wins over its keys",
+        )
     drop_overridden(written)
     settings = _settings(written, document, Place(file), report)
     optimizers, optimizer_source = _optimizers(settings, source, report)
@@ -102,7 +108,10 @@ def load_config(argv: Sequence[str]) -> Loaded:
         prompts = read_sample_prompts(Path(settings["sample_prompts"]), report)
         every = prompts.generate_samples_every_n_steps if prompts else None
         if every and "sample_steps" in arguments.values and settings.values.get("sample_steps") != every:
-            report.note(settings.place("sample_steps"), f"is not used: generate_samples_every_n_steps of sample_prompts is {every}")
+            report.note(
+                settings.place("sample_steps"),
+                f"is not used: generate_samples_every_n_steps of sample_prompts is {every}",
+            )
     if settings.values.get("validation_config"):
         read_validation(Path(settings["validation_config"]), report)
     apply_rules(settings, report)
@@ -127,7 +136,9 @@ def _check_names(argv: Sequence[str]) -> None:
     try:
         place = str(Path.cwd())
     except FileNotFoundError as error:
-        raise UserError("the working directory has been deleted; change to a folder that is there.") from error
+        raise UserError(
+            "the working directory has been deleted; change to a folder that is there."
+        ) from error
     for name in (place, *argv):
         try:
             name.encode()
@@ -151,7 +162,9 @@ def _read(path: Path, file: str, named: Place, report: Report) -> Document | Non
     except FileNotFoundError:
         names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         close = closest(path.name, [name for name in names if name.endswith(".json")])
-        problem = f"file not found: {file}" + (f"; did you mean '{shown_path(path.parent / close)}'?" if close else "; see --config")
+        problem = f"file not found: {file}" + (
+            f"; did you mean '{shown_path(path.parent / close)}'?" if close else "; see --config"
+        )
     except OSError as error:
         problem = f"{file} cannot be read: {error.strerror}"
     report.error(named, problem)
@@ -170,7 +183,10 @@ def _written(document: Document, folder: Path, file: str, report: Report) -> dic
         if key in known:
             same = result.setdefault(key, entry)
             if same.value != value and {name, same.place.key} & RENAMED.keys():
-                report.error(entry.place, f"{shown(value)} contradicts {same.place.key}, which means the same; remove one of the two")
+                report.error(
+                    entry.place,
+                    f"{shown(value)} contradicts {same.place.key}, which means the same; remove one of the two",
+                )
             continue
         foreign = translate(name, entry, report)
         if foreign is None:
@@ -192,13 +208,21 @@ def _unknown_key(name: str) -> str:
     if inside := in_optimizer_file(name):
         return f"belongs in the optimizer file, as {inside}"
     word = other_word(name)
-    return "unknown key" + (f"; did you mean '{word}'?" if word else did_you_mean(name, train_keys()) or "; --help lists all")
+    return "unknown key" + (
+        f"; did you mean '{word}'?" if word else did_you_mean(name, train_keys()) or "; --help lists all"
+    )
 
 
-def _settings(written: dict[str, Written], document: Document | None, default: Place, report: Report) -> Settings:
+def _settings(
+    written: dict[str, Written], document: Document | None, default: Place, report: Report
+) -> Settings:
     """Check every value and input path; a key whose value is wrong is absent from the settings' values."""
     complete = document is not None and not document.hides_keys
-    unread = {RENAMED.get(str(path[0]), path[0]) for path in document.unread if len(path) == 1} if document else set()
+    unread = (
+        {RENAMED.get(str(path[0]), path[0]) for path in document.unread if len(path) == 1}
+        if document
+        else set()
+    )
     values: dict[str, Any] = {}
     given = {name: entry for name, entry in written.items() if entry.value is not None}
     for name, key in train_keys().items():
@@ -213,7 +237,9 @@ def _settings(written: dict[str, Written], document: Document | None, default: P
                 given[name] = replace(given[name], value=value)
         elif key.required:
             if complete and name not in unread:
-                report.error(default, f"{name} is missing: name the model to start from, for instance models/mini-sd")
+                report.error(
+                    default, f"{name} is missing: name the model to start from, for instance models/mini-sd"
+                )
         elif name not in unread and (complete or name not in _NAMES_FILES):
             values[name] = key.default
     settings = Settings(values, given, default)
@@ -227,7 +253,11 @@ def _hint(name: str, value: Any) -> str:
         return _FREEZE
     if name in ("optimizer_config", "sample_prompts", "validation_config") and isinstance(value, dict):
         return _IN_A_FILE
-    sides = re.fullmatch(r"(\d+)\s*[x,×]\s*(\d+)", value) if name == "resolution" and isinstance(value, str) else None
+    sides = (
+        re.fullmatch(r"(\d+)\s*[x,×]\s*(\d+)", value)
+        if name == "resolution" and isinstance(value, str)
+        else None
+    )
     if sides is None:
         return ""
     side = max(64, 64 * round((int(sides[1]) * int(sides[2])) ** 0.5 / 64))
@@ -247,7 +277,9 @@ def _object(key: Key, entry: Written, document: Document | None, report: Report)
         if is_documentation(name) or (key.name, name) in of_file.unread:
             continue
         if name not in known:
-            report.error(place, "unknown key" + (did_you_mean(name, known) or f"; accepted are {', '.join(known)}"))
+            report.error(
+                place, "unknown key" + (did_you_mean(name, known) or f"; accepted are {', '.join(known)}")
+            )
             fits = False
         elif value is not None:
             right, read = checked(known[name], value, place, report)
@@ -275,7 +307,9 @@ def _resolve_paths(values: dict[str, Any], settings: Settings, report: Report) -
         return
     root = values["data_root"]
     beside = Path.cwd() / settings.default.file
-    entry = settings.written.get("data_root") or Written(root, replace(settings.default, key="data_root"), beside.parent)
+    entry = settings.written.get("data_root") or Written(
+        root, replace(settings.default, key="data_root"), beside.parent
+    )
     if root == ():
         report.error(entry.place, "is an empty list; name at least one folder of images")
     roots = [root] if isinstance(root, str) else root
@@ -295,7 +329,11 @@ def _optimizers(settings: Settings, source: Path, report: Report) -> tuple[Optim
     )
     path = find(entry)
     if path is None or path.is_dir():
-        sentence = not_found(entry, "optimizer file") if path is None else f"{entry.value} is a folder; name the file"
+        sentence = (
+            not_found(entry, "optimizer file")
+            if path is None
+            else f"{entry.value} is a folder; name the file"
+        )
         if path is None and entry.value.lower() in optimizer_classes():
             sentence = f"{entry.value} is an optimizer, not a file; name a file such as optimizer.json whose base.optimizer it is"
         report.error(entry.place, sentence)
@@ -310,7 +348,11 @@ def _optimizers(settings: Settings, source: Path, report: Report) -> tuple[Optim
         return None, path
     taken = ("lr", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps")
     rates = Rates(
-        written={name: settings.written[name] for name in taken if name in settings.written and name in settings.values},
+        written={
+            name: settings.written[name]
+            for name in taken
+            if name in settings.written and name in settings.values
+        },
         unet=not settings.values.get("disable_unet_training"),
         text_encoder=not settings.values.get("disable_textenc_training"),
     )
@@ -318,7 +360,10 @@ def _optimizers(settings: Settings, source: Path, report: Report) -> tuple[Optim
 
 
 def _config(values: dict[str, Any], optimizers: OptimizerConfig) -> TrainConfig:
-    built = {section: options(**{name: values[name] for name in keys_of(options)}) for section, options in sections().items()}
+    built = {
+        section: options(**{name: values[name] for name in keys_of(options)})
+        for section, options in sections().items()
+    }
     return TrainConfig(**built, optimizers=optimizers)
 
 

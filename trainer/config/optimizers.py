@@ -9,7 +9,16 @@ from typing import Any
 
 from trainer.config.ed2 import NEVER_NAMES, SECTION_WORDS, UNUSED_OPTIMIZER, other_word
 from trainer.config.positions import Document
-from trainer.config.report import COMMAND_LINE, Place, Report, Written, checked, did_you_mean, shown, unknown_value
+from trainer.config.report import (
+    COMMAND_LINE,
+    Place,
+    Report,
+    Written,
+    checked,
+    did_you_mean,
+    shown,
+    unknown_value,
+)
 from trainer.config.schema import (
     DEFAULT_OPTIMIZER,
     FreezingOptions,
@@ -68,19 +77,41 @@ def read_optimizers(document: Document, file: str, rates: Rates, report: Report)
         return None
     options = _top(top, document, file, report)
     if BASE not in top and not document.issues:
-        report.error(Place(file), f"{BASE} is missing: the section that names the optimizer; {{}} takes every default")
+        report.error(
+            Place(file), f"{BASE} is missing: the section that names the optimizer; {{}} takes every default"
+        )
     base = _section(BASE, None, document, file, report)
     overrides = _section(OVERRIDES, base, document, file, report)
     freezing = _freezing(document, file, rates, report)
-    if base.optimizer is None or overrides.optimizer is None or len(report.errors) > before or document.issues:
+    if (
+        base.optimizer is None
+        or overrides.optimizer is None
+        or len(report.errors) > before
+        or document.issues
+    ):
         return None
     scale = options.text_encoder_lr_scale
     merged = _Section(OVERRIDES, overrides.optimizer, _inherit(base, overrides, report))
     if scale != 1 and ("lr" in overrides.values or not rates.text_encoder):
-        why = f"{OVERRIDES}.lr is set" if rates.text_encoder else "disable_textenc_training freezes the text encoder"
-        report.note(Place(file, document.lines[("text_encoder_lr_scale",)], "text_encoder_lr_scale"), f"has no effect: {why}")
+        why = (
+            f"{OVERRIDES}.lr is set"
+            if rates.text_encoder
+            else "disable_textenc_training freezes the text encoder"
+        )
+        report.note(
+            Place(file, document.lines[("text_encoder_lr_scale",)], "text_encoder_lr_scale"),
+            f"has no effect: {why}",
+        )
     lr = _base_lr(base, overrides, rates, Place(file, document.lines.get((BASE,)), f"{BASE}.lr"), report)
-    text_lr = _text_lr(base, overrides, lr, scale, rates, Place(file, document.lines.get((OVERRIDES,)), f"{OVERRIDES}.lr"), report)
+    text_lr = _text_lr(
+        base,
+        overrides,
+        lr,
+        scale,
+        rates,
+        Place(file, document.lines.get((OVERRIDES,)), f"{OVERRIDES}.lr"),
+        report,
+    )
     learn = {BASE: (base, lr)} if rates.unet else {}
     learn |= {OVERRIDES: (overrides, text_lr)} if rates.text_encoder else {}
     _idle_lr(learn, rates, file, report)
@@ -100,7 +131,8 @@ def _other_file(top: Mapping[str, Any], file: str, report: Report) -> bool:
     if BASE in top or not {"resume_ckpt", "data_root", "max_epochs", "optimizer_config"} & top.keys():
         return False
     report.error(
-        Place(file), f"is a train.json, not an optimizer file, which holds {BASE}, {OVERRIDES} and {FREEZING}; see optimizer_config"
+        Place(file),
+        f"is a train.json, not an optimizer file, which holds {BASE}, {OVERRIDES} and {FREEZING}; see optimizer_config",
     )
     return True
 
@@ -128,7 +160,11 @@ def _top(top: Mapping[str, Any], document: Document, file: str, report: Report) 
         else:
             report.error(
                 place,
-                "unknown key" + (did_you_mean(name, [BASE, OVERRIDES, FREEZING, *known]) or _accepted([BASE, OVERRIDES, FREEZING, *known])),
+                "unknown key"
+                + (
+                    did_you_mean(name, [BASE, OVERRIDES, FREEZING, *known])
+                    or _accepted([BASE, OVERRIDES, FREEZING, *known])
+                ),
             )
     return OptimizerFileOptions(**found)
 
@@ -136,7 +172,11 @@ def _top(top: Mapping[str, Any], document: Document, file: str, report: Report) 
 def _section(name: str, base: _Section | None, document: Document, file: str, report: Report) -> _Section:
     """Check one section's own values; `base` is the section it inherits from."""
     raw = document.values.get(name)
-    members = {key: value for key, value in raw.items() if not is_documentation(key)} if isinstance(raw, dict) else {}
+    members = (
+        {key: value for key, value in raw.items() if not is_documentation(key)}
+        if isinstance(raw, dict)
+        else {}
+    )
     places = {key: Place(file, document.lines[(name, key)], f"{name}.{key}") for key in members}
     unread = {key for key in members if (name, key) in document.unread}
     optimizer = base.optimizer if base else DEFAULT_OPTIMIZER
@@ -154,16 +194,26 @@ def _section(name: str, base: _Section | None, document: Document, file: str, re
                 report.note(places[key], f"has no effect: {optimizer or 'this optimizer'} does not use it")
         elif not users:
             word = other_word(key, optimizer=True)
-            close = f"; did you mean '{word}'?" if word else did_you_mean(key, optimizer_keys()) or _accepted(list(optimizer_keys()))
+            close = (
+                f"; did you mean '{word}'?"
+                if word
+                else did_you_mean(key, optimizer_keys()) or _accepted(list(optimizer_keys()))
+            )
             report.error(places[key], f"unknown key{close}")
         elif value is not None:
             if key == "growth_rate" and isinstance(value, str) and value.lower() in ("inf", "infinity"):
                 value = math.inf
             hint = _FREEZE[name] if key == "lr" and value == 0 else ""
-            right, read = checked(users.get(optimizer or "") or next(iter(users.values())), value, places[key], report, hint)
+            right, read = checked(
+                users.get(optimizer or "") or next(iter(users.values())), value, places[key], report, hint
+            )
             if right and optimizer and optimizer not in users:
-                if read not in [user.default for user in users.values()]:  # which asks for nothing, and fills EveryDream2's files
-                    report.note(places[key], f"has no effect: {optimizer} does not use it, only {_listed(users)}")
+                if read not in [
+                    user.default for user in users.values()
+                ]:  # which asks for nothing, and fills EveryDream2's files
+                    report.note(
+                        places[key], f"has no effect: {optimizer} does not use it, only {_listed(users)}"
+                    )
             elif right:
                 values[key] = Written(read, places[key])
     return _Section(name, optimizer, values)
@@ -195,11 +245,14 @@ def _freezing(document: Document, file: str, rates: Rates, report: Report) -> Fr
             found |= {name: read} if right else {}
     freezing = FreezingOptions(**found)
     if freezing.unfreeze_last_n_layers is not None and freezing.freeze_front_n_layers is not None:
-        place = Place(file, document.lines[(FREEZING, "freeze_front_n_layers")], f"{FREEZING}.freeze_front_n_layers")
+        place = Place(
+            file, document.lines[(FREEZING, "freeze_front_n_layers")], f"{FREEZING}.freeze_front_n_layers"
+        )
         report.note(place, "has no effect: unfreeze_last_n_layers is set and wins")
     if freezing != FreezingOptions() and not rates.text_encoder:
         report.note(
-            Place(file, document.lines[(FREEZING,)], FREEZING), "has no effect: disable_textenc_training freezes the whole text encoder"
+            Place(file, document.lines[(FREEZING,)], FREEZING),
+            "has no effect: disable_textenc_training freezes the whole text encoder",
         )
     return freezing
 
@@ -230,14 +283,17 @@ def _base_lr(base: _Section, own: _Section, rates: Rates, place: Place, report: 
     return _train_lr(rates, place, rates.unet or inherited, report)
 
 
-def _text_lr(base: _Section, own: _Section, base_lr: float, scale: float, rates: Rates, place: Place, report: Report) -> float:
+def _text_lr(
+    base: _Section, own: _Section, base_lr: float, scale: float, rates: Rates, place: Place, report: Report
+) -> float:
     if "lr" in own.values:
         if rates.text_encoder and not _adapts(own):
             _differs(own, "lr", rates, report)
         return own.values["lr"].value
     if _adapts(base) == _adapts(own):
         return base_lr * scale
-    # A rate and a multiplier of a found rate have nothing in common: 0.1 is usual for one and ruin for the other.
+    # A rate and a multiplier of a found rate have nothing in common: 0.1 is usual for one and ruin for the
+    # other.
     lr = 1.0 if _adapts(own) else _train_lr(rates, place, rates.text_encoder, report)
     if "lr" in base.values and rates.text_encoder:
         what = {True: "lr multiplies the rate that it finds", False: "lr is the rate"}
@@ -260,7 +316,8 @@ def _train_lr(rates: Rates, place: Place, learns: bool, report: Report) -> float
 def _idle_lr(learns: Mapping[str, tuple[_Section, float]], rates: Rates, file: str, report: Report) -> None:
     """Note an lr of the command line that no network takes, since D-Adaptation finds the rates of all.
 
-    train.json's is a fall-back for whichever optimizer file is swapped in, and silent where that file needs none.
+    train.json's is a fall-back for whichever optimizer file is swapped in, and silent where that file needs
+    none.
     """
     written = rates.written.get("lr")
     if written is None or written.place.file != COMMAND_LINE:
@@ -290,8 +347,13 @@ def _differs(section: _Section, key: str, rates: Rates, report: Report) -> None:
     own, train = section.values.get(key), rates.written.get(key)
     if own is None or train is None or own.value == train.value:
         return
-    if train.place.file == COMMAND_LINE or train.value not in (train_keys()[key].default, 0):  # files often hold the default
-        own_value, other = (value if isinstance(value, str) else f"{value:g}" for value in (own.value, train.value))
+    if train.place.file == COMMAND_LINE or train.value not in (
+        train_keys()[key].default,
+        0,
+    ):  # files often hold the default
+        own_value, other = (
+            value if isinstance(value, str) else f"{value:g}" for value in (own.value, train.value)
+        )
         report.note(own.place, f"{own_value} is used, not the {other} of {train.place.origin}")
 
 

@@ -49,7 +49,8 @@ class Arguments:
 def parse(argv: Sequence[str], report: Report) -> Arguments:
     """Return what `argv`, without the program's name, says; what cannot be understood is reported.
 
-    Names take - for _. A value is read as JSON where the key takes no text, and as text where it does, except null and lists.
+    Names take - for _. A value is read as JSON where the key takes no text, and as text where it does, except
+    null and lists.
     """
     result = Arguments()
     rest = list(argv)
@@ -60,7 +61,10 @@ def parse(argv: Sequence[str], report: Report) -> Arguments:
             continue
         if not word.startswith("--") or word == "--":
             close = " (did you mean --config " + word + "?)" if word.endswith(".json") else ""
-            report.error(Place(COMMAND_LINE), f"{word} is not an option{close}; options are written --key value, see --help")
+            report.error(
+                Place(COMMAND_LINE),
+                f"{word} is not an option{close}; options are written --key value, see --help",
+            )
             continue
         name, equals, attached = word[2:].partition("=")
         place = Place(COMMAND_LINE, None, name)
@@ -81,7 +85,9 @@ def parse(argv: Sequence[str], report: Report) -> Arguments:
                 value = spelled[given.lower()]
         elif equals:
             value = _value(key, attached)
-        elif key.name == "check" and not (rest and not rest[0].startswith("--") and not rest[0].endswith(".json")):
+        elif key.name == "check" and not (
+            rest and not rest[0].startswith("--") and not rest[0].endswith(".json")
+        ):
             value = "text"
         elif rest and not (rest[0].startswith("--") and rest[0] != "--"):
             value = _value(key, rest.pop(0))
@@ -96,7 +102,10 @@ def parse(argv: Sequence[str], report: Report) -> Arguments:
             result.values[key.name] = Written(value, place)
         else:
             result.values |= translate(key.name, Written(value, place), report) or {}
-    for name, sentence in (("contact_sheets", "is made by a check; add --check"), ("vram", "is for a check; add --check")):
+    for name, sentence in (
+        ("contact_sheets", "is made by a check; add --check"),
+        ("vram", "is for a check; add --check"),
+    ):
         if getattr(result, name) is not None and result.check is None:
             report.error(Place(COMMAND_LINE, None, name), sentence)
     return result
@@ -120,13 +129,19 @@ def help_text(width: int = 100) -> str:
     for key in train_keys().values():
         if isinstance(key.kind, type) and dataclasses.is_dataclass(key.kind):
             example = json.dumps({name: plain(inner.default) for name, inner in keys_of(key.kind).items()})
-            lines += ["", f"Keys inside {key.name} (on the command line --{key.name} '{example}'):", *_rows(key.kind, "", width)]
+            lines += [
+                "",
+                f"Keys inside {key.name} (on the command line --{key.name} '{example}'):",
+                *_rows(key.kind, "", width),
+            ]
     lines += ["", "Keys of the optimizer file's sections base and text_encoder_overrides:"]
     names = ", ".join(optimizer_classes())
     for name, users in optimizer_keys().items():
         key = next(iter(users.values()))
         if name == "optimizer":
-            lines += _row(replace(key, default=DEFAULT_OPTIMIZER), "", width, takes="text", words=f"One of {names}.")
+            lines += _row(
+                replace(key, default=DEFAULT_OPTIMIZER), "", width, takes="text", words=f"One of {names}."
+            )
         else:
             lines += _row(key, "", width, words=described(users))
     lines += ["", "Keys of its text_encoder_freezing:", *_rows(FreezingOptions, "", width)]
@@ -140,9 +155,16 @@ def _rows(options: type, dashes: str, width: int) -> list[str]:
 
 def _row(key: Key, dashes: str, width: int, *, takes: str = "", words: str = "") -> list[str]:
     default = plain(key.default) if not key.required else None
-    shown = "required" if key.required else f"default {default if isinstance(default, str) else json.dumps(default)}"
+    shown = (
+        "required"
+        if key.required
+        else f"default {default if isinstance(default, str) else json.dumps(default)}"
+    )
     text = textwrap.wrap(words or key.doc, width - 6, break_on_hyphens=False)
-    return [f"  {dashes}{key.name}: {takes or accepts(key.annotation)}; {shown}", *(f"      {line}" for line in text)]
+    return [
+        f"  {dashes}{key.name}: {takes or accepts(key.annotation)}; {shown}",
+        *(f"      {line}" for line in text),
+    ]
 
 
 def _find(name: str) -> tuple[Key | None, bool]:
@@ -164,7 +186,9 @@ def _unknown(name: str, report: Report) -> None:
         report.error(place, f"belongs in the optimizer file, as {inside}")
     else:
         close = other_word(key) or closest(key, ["help", *train_keys(), *keys_of(CommandOptions)])
-        report.error(place, f"unknown option; did you mean --{close}?" if close else "unknown option; --help lists all")
+        report.error(
+            place, f"unknown option; did you mean --{close}?" if close else "unknown option; --help lists all"
+        )
 
 
 def _value(key: Key, text: str) -> Any:

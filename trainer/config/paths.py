@@ -53,7 +53,10 @@ def resolve_model(written: Written, report: Report) -> str | None:
         return str(found)
     entries = sorted(found.iterdir()) if os.access(found, os.R_OK) else []
     runs = sorted((entry for entry in entries if (entry / "ckpts").is_dir()), key=by_timestamp, reverse=True)
-    inside = [entry.name for entry in [*runs, *(entry for entry in entries if (entry / "model_index.json").exists())]]
+    inside = [
+        entry.name
+        for entry in [*runs, *(entry for entry in entries if (entry / "model_index.json").exists())]
+    ]
     newest = ", its newest run" if runs else ""
     close = f"; did you mean '{written.value.rstrip('/')}/{inside[0]}'{newest}?" if inside else ""
     report.error(
@@ -67,7 +70,10 @@ def resolve_model(written: Written, report: Report) -> str | None:
 def resolve_average(written: Written, report: Report) -> str | None:
     """Return `ema_resume_model` with a path made absolute, and a hub id as it is; None after reporting what is wrong."""
     if written.value == FINDLAST:
-        report.error(written.place, "findlast needs no key: a run that goes on brings its averaged weights; set it to null")
+        report.error(
+            written.place,
+            "findlast needs no key: a run that goes on brings its averaged weights; set it to null",
+        )
         return None
     return resolve_model(written, report)
 
@@ -81,7 +87,10 @@ def resolve_vae(written: Written, report: Report) -> str | None:
         return _model_file(found, written.place, report)
     if (found / "config.json").exists() or (found / "vae" / "config.json").exists():
         return str(found)
-    report.error(written.place, f"no VAE in {written.value}: its folder holds config.json and weights, a model's folder holds them in vae/")
+    report.error(
+        written.place,
+        f"no VAE in {written.value}: its folder holds config.json and weights, a model's folder holds them in vae/",
+    )
     return None
 
 
@@ -94,7 +103,9 @@ def resolve_images(written: Written, report: Report) -> str | None:
     if path.is_file() and is_list:
         return str(path)
     if not path.is_dir():
-        accepted = f"name the folder that holds the images, or a list of them that ends in {', '.join(_IMAGE_LISTS)}"
+        accepted = (
+            f"name the folder that holds the images, or a list of them that ends in {', '.join(_IMAGE_LISTS)}"
+        )
         report.error(written.place, f"not a folder: {written.value}; {accepted}")
         return None
     for package in (path, path / "data"):
@@ -114,7 +125,8 @@ def resolve_prompts(written: Written, report: Report) -> str | None:
         return None
     if not path.is_file() or path.suffix.lower() not in _PROMPT_FILES:
         report.error(
-            written.place, f"must be a .txt or .json file of prompts; {written.value} is {'not one' if path.is_file() else 'a folder'}"
+            written.place,
+            f"must be a .txt or .json file of prompts; {written.value} is {'not one' if path.is_file() else 'a folder'}",
         )
         return None
     return str(path)
@@ -126,7 +138,10 @@ def resolve_json(written: Written, report: Report) -> str | None:
     if path is None:
         return None
     if not path.is_file() or path.suffix.lower() != ".json":
-        report.error(written.place, f"must be a .json file; {written.value} is {'not one' if path.is_file() else 'a folder'}")
+        report.error(
+            written.place,
+            f"must be a .json file; {written.value} is {'not one' if path.is_file() else 'a folder'}",
+        )
         return None
     return str(path)
 
@@ -152,7 +167,10 @@ def _found(written: Written, report: Report, kind: str) -> Path | None:
         return None
     if any(character < " " for character in value):
         shown = value.encode("unicode_escape").decode()
-        report.error(written.place, f"the path holds a control character ({shown}); write \\ of a Windows path as / or as \\\\")
+        report.error(
+            written.place,
+            f"the path holds a control character ({shown}); write \\ of a Windows path as / or as \\\\",
+        )
         return None
     path = find(written)
     if path is None:
@@ -170,9 +188,19 @@ def _model_path(written: Written, report: Report, what: str) -> Path | str | Non
         owner = Written(value.split("/")[0], written.place, written.folder)
         if find(owner) is None and owner.value.lower() not in _LOCAL:
             return value
-    if value.strip() and find(written) is None and "/" not in value and "\\" not in value and not value.lower().endswith(_MODEL_FILES):
+    if (
+        value.strip()
+        and find(written) is None
+        and "/" not in value
+        and "\\" not in value
+        and not value.lower().endswith(_MODEL_FILES)
+    ):
         sentence = not_found(written, "folder")
-        hint = "" if "did you mean" in sentence else f"; {what} is a folder, a .safetensors file or a hub id such as owner/name"
+        hint = (
+            ""
+            if "did you mean" in sentence
+            else f"; {what} is a folder, a .safetensors file or a hub id such as owner/name"
+        )
         report.error(written.place, sentence + hint)
         return None
     return _found(written, report, "file" if value.lower().endswith(_MODEL_FILES) else "folder")
@@ -207,7 +235,9 @@ def _exists(path: Path) -> bool:
 def _close(folder: Path, value: str) -> str:
     """Return "; did you mean ...?" with the first missing part of the path replaced by the closest name beside it."""
     parts = Path(value).parts
-    missing = next((i for i in range(len(parts)) if not _exists(_inside(folder, str(Path(*parts[: i + 1]))))), None)
+    missing = next(
+        (i for i in range(len(parts)) if not _exists(_inside(folder, str(Path(*parts[: i + 1]))))), None
+    )
     if missing is None:
         return ""
     try:

@@ -1,7 +1,8 @@
 """Read JSON strictly, and remember in which line every key and value stands.
 
-`json.loads` accepts NaN and duplicate keys in silence, stops at the first mistake and knows no line of a value. This reader notes
-a mistake, goes on with the next line where it can, and names each mistake in words a person editing by hand understands.
+`json.loads` accepts NaN and duplicate keys in silence, stops at the first mistake and knows no line of a
+value. This reader notes a mistake, goes on with the next line where it can, and names each mistake in words a
+person editing by hand understands.
 """
 
 from __future__ import annotations
@@ -25,7 +26,16 @@ _KEY = re.compile(r'"(?:[^"\\\n]|\\.)*"\s*:')
 _CURLY = "“”„‟"
 _DRIVE = re.compile(r"[A-Za-z]:\\(?!\\)|\\\\[A-Za-z][\w.-]{2,}\\(?!u[0-9A-Fa-f]{4})[A-Za-z]\w{2,}")
 _CONSTANTS = {"true": True, "false": False, "null": None}
-_MEANT = {"true": "true", "false": "false", "none": "null", "null": "null", "yes": "true", "no": "false", "on": "true", "off": "false"}
+_MEANT = {
+    "true": "true",
+    "false": "false",
+    "none": "null",
+    "null": "null",
+    "yes": "true",
+    "no": "false",
+    "on": "true",
+    "off": "false",
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,8 @@ class Document:
         values: the top-level object; a value that could not be read is None and named in `unread`.
         lines: the line of every key, and of every list item.
         unread: where the text is no value, so that nothing more can be said about it.
-        hides_keys: whether there may be keys that were not found, because the text around them makes no sense.
+        hides_keys: whether there may be keys that were not found, because the text around them makes no
+        sense.
         issues: what is wrong with the text, in order.
     """
 
@@ -59,7 +70,8 @@ class Document:
 def read_json(content: bytes) -> Document:
     """Return the object that a file's bytes spell in UTF-8, with or without a byte order mark; never raises for bad content.
 
-    Infinity is reported like NaN except as the value of `growth_rate`, where EveryDream2 writes it for "no limit".
+    Infinity is reported like NaN except as the value of `growth_rate`, where EveryDream2 writes it for "no
+    limit".
     """
     for mark, name in ((codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16")):
         if content.startswith(mark):
@@ -168,7 +180,9 @@ class _Reader:
             raise _Stop
         self.path = (*here, key)
         if key in values:
-            self._note(f"written twice, first in line {self.result.lines[self.path]}; keep one of the two", start)
+            self._note(
+                f"written twice, first in line {self.result.lines[self.path]}; keep one of the two", start
+            )
         else:
             self.result.lines[self.path] = self._line(start)
             self.result.unread.add(self.path)
@@ -231,7 +245,9 @@ class _Reader:
         if self._next() == ",":
             self.at += 1
             return self.at - 1
-        if self._next() in ("", closing) or (closing == "]" and (self._next() == "}" or _KEY.match(self.text, self.at))):
+        if self._next() in ("", closing) or (
+            closing == "]" and (self._next() == "}" or _KEY.match(self.text, self.at))
+        ):
             return None
         if self._next() == "]":
             self._note("a ] that closes nothing: remove it")
@@ -260,7 +276,9 @@ class _Reader:
             end += 2 if self.text[end] == "\\" else 1
         raw = self.text[start:end]
         if end >= line_end or _DRIVE.match(raw):
-            simple = self.text.find('"', start, line_end)  # in "C:\pictures\" the last backslash swallows the quote
+            simple = self.text.find(
+                '"', start, line_end
+            )  # in "C:\pictures\" the last backslash swallows the quote
             curly = re.compile(f"[{_CURLY}]").search(self.text, start, line_end)
             if simple >= 0 and "\\" in self.text[start:simple]:
                 self._backslash(self.text[start:simple])
@@ -306,7 +324,9 @@ class _Reader:
     def _backslash(self, raw: str) -> None:
         single = raw.replace("\\\\", "\\")
         slashes, doubled = single.replace("\\", "/"), single.replace("\\", "\\\\")
-        self._note(f'a single backslash is an escape in JSON; write / ("{_clip(slashes)}") or \\\\ ("{_clip(doubled)}")')
+        self._note(
+            f'a single backslash is an escape in JSON; write / ("{_clip(slashes)}") or \\\\ ("{_clip(doubled)}")'
+        )
 
     def _literal(self) -> Any:
         start, word = self.at, self._word()
@@ -320,7 +340,9 @@ class _Reader:
         if word == "Infinity" and self.path[-1:] == ("growth_rate",):
             return math.inf
         if word.lstrip("+-").lower() in ("infinity", "inf", "nan"):
-            self._note(f"{word} is not a number to train with; write a number, or null for the default", start)
+            self._note(
+                f"{word} is not a number to train with; write a number, or null for the default", start
+            )
         elif word.lower() in _MEANT:
             self._note(f"{word} is not JSON; write {_MEANT[word.lower()]}", start)
         elif number := _repaired(word):
@@ -330,7 +352,10 @@ class _Reader:
             rest = self._rest()
             self.at += len(rest)
             shown = _clip(rest.strip())
-            self._note(f'{shown} is neither a number nor true, false or null; text stands in double quotes: "{shown}"', start)
+            self._note(
+                f'{shown} is neither a number nor true, false or null; text stands in double quotes: "{shown}"',
+                start,
+            )
         return _BROKEN
 
     def _number(self, word: str) -> int | float | _Broken:
@@ -348,7 +373,9 @@ class _Reader:
         if not word:
             self._stop(f"found {self._next()} where a key in double quotes must stand")
         if word[0].isdigit():
-            self._stop(f"found {word} where a key must stand; a number takes a point, as in 1.5, and a list takes brackets: [0.9, 0.999]")
+            self._stop(
+                f"found {word} where a key must stand; a number takes a point, as in 1.5, and a list takes brackets: [0.9, 0.999]"
+            )
         self._stop(f'a key stands in double quotes: "{_clip(word)}"')
 
     def _space(self) -> None:
@@ -359,7 +386,9 @@ class _Reader:
             comment = next((mark for mark in ("//", "/*", "#") if self.text.startswith(mark, self.at)), None)
             if comment is None:
                 return
-            self._note('comments are not JSON: remove it, or write it as text under a key that starts with _, such as "_note"')
+            self._note(
+                'comments are not JSON: remove it, or write it as text under a key that starts with _, such as "_note"'
+            )
             if comment == "/*":
                 end = self.text.find("*/", self.at)
                 self.at = len(self.text) if end < 0 else end + 2

@@ -102,7 +102,9 @@ def checked(key: Key, value: Any, place: Place, report: Report, hint: str = "") 
         report.error(place, f"{shown(value)} is too large or too small a number to compute with{hint}")
     except ValidationError as error:
         for inner, sentence in _sentences(key, value, error):
-            where = place.key + "".join(f"[{index}]" if isinstance(index, int) else f".{index}" for index in inner)
+            where = place.key + "".join(
+                f"[{index}]" if isinstance(index, int) else f".{index}" for index in inner
+            )
             report.error(place.at(where), sentence + hint)
     return False, None
 
@@ -116,8 +118,12 @@ def _computable(value: Any) -> bool:
 
 def _sentences(key: Key, value: Any, error: ValidationError) -> list[tuple[tuple[int | str, ...], str]]:
     """Return what is wrong: the place inside the value, and a sentence."""
-    if len(key.variants) > 1:  # pydantic reports every member of a union; what is meant shows in whether it is a list
-        meant = [kind for kind in key.variants if (get_origin(_plain(kind)) is tuple) == isinstance(value, list)]
+    if (
+        len(key.variants) > 1
+    ):  # pydantic reports every member of a union; what is meant shows in whether it is a list
+        meant = [
+            kind for kind in key.variants if (get_origin(_plain(kind)) is tuple) == isinstance(value, list)
+        ]
         if len(meant) != 1:
             return [((), f"must be {accepts(key.annotation)}; got {shown(value)}")]
         try:
@@ -143,7 +149,9 @@ def _sentence(key: Key, value: Any, entry: Any) -> tuple[tuple[int | str, ...], 
         case "multiple_of":
             step = limits["multiple_of"]
             below = entry["input"] // step * step
-            nearest = f"the nearest are {below} and {below + step}" if below > 0 else f"the smallest is {step}"
+            nearest = (
+                f"the nearest are {below} and {below + step}" if below > 0 else f"the smallest is {step}"
+            )
             return entry["loc"], f"must be a multiple of {step}, got {got}; {nearest}"
         case "extra_forbidden":
             return entry["loc"], "unknown key"
@@ -160,7 +168,9 @@ def _sentence(key: Key, value: Any, entry: Any) -> tuple[tuple[int | str, ...], 
 def unknown_value(value: Any, choices: Sequence[Any]) -> str:
     """Return the sentence about a value that is none of `choices`."""
     close = did_you_mean(value, choices)
-    return f"unknown value {shown(value)}" + (close or f"; accepted are {', '.join(repr(choice) for choice in choices)}")
+    return f"unknown value {shown(value)}" + (
+        close or f"; accepted are {', '.join(repr(choice) for choice in choices)}"
+    )
 
 
 def did_you_mean(found: Any, known: Iterable[Any]) -> str:

@@ -23,7 +23,9 @@ def write_resolved(config: TrainConfig, folder: Path) -> None:
     """Write train.json and optimizer.json into `folder`: every key, input paths absolute; loading them gives an equal configuration."""
     for name, values in documents(config).items():
         with appearing(folder / name) as draft:
-            draft.write_text(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+            draft.write_text(
+                json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+            )
 
 
 def documents(config: TrainConfig) -> dict[str, dict[str, Any]]:
@@ -47,13 +49,20 @@ def flattened(config: TrainConfig) -> dict[str, Any]:
     train, optimizer = documents(config).values()
     flat = {name: value for name, value in train.items() if name != "_format"}
     for name, value in optimizer.items():
-        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+        flat |= (
+            {f"{name}.{key}": inner for key, inner in value.items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
     return flat
 
 
 def without_folders(config: TrainConfig) -> dict[str, str]:
     """Return both files as JSON texts for others to read: of absolute paths only the last name."""
-    return {name: json.dumps(_without_folders(values), allow_nan=False) for name, values in documents(config).items()}
+    return {
+        name: json.dumps(_without_folders(values), allow_nan=False)
+        for name, values in documents(config).items()
+    }
 
 
 def _without_folders(value: Any) -> Any:

@@ -29,7 +29,11 @@ FULL_SIZE = 500_000_000
 LONGEST_NAME = 150
 """Bytes; of the 255 that file systems allow, checkpoints add up to 80: their kind, epoch, step, ending and that of a draft."""
 
-_SAME = (("no_save_ckpt", "save_format"), ("disable_amp", "mixed_precision"), ("ema_decay_rate", "ema_strength_target"))
+_SAME = (
+    ("no_save_ckpt", "save_format"),
+    ("disable_amp", "mixed_precision"),
+    ("ema_decay_rate", "ema_strength_target"),
+)
 """Pairs of keys that set the same thing in two ways."""
 
 
@@ -88,7 +92,11 @@ def apply_optimizer_rules(settings: Settings, optimizers: OptimizerConfig, file:
     try:
         sections = {
             **({} if settings["disable_unet_training"] else {"base": optimizers.unet}),
-            **({} if settings["disable_textenc_training"] else {"text_encoder_overrides": optimizers.text_encoder}),
+            **(
+                {}
+                if settings["disable_textenc_training"]
+                else {"text_encoder_overrides": optimizers.text_encoder}
+            ),
         }
         _fused_backward(settings, sections, file, report)
         _compiled(settings, sections, report)
@@ -119,12 +127,16 @@ def check_rates(config: TrainConfig, trained_parameters: Mapping[str, int]) -> N
         trained_parameters: how many parameters of each network, "unet" and "text encoder", are trained.
 
     Raises:
-        UserError: more than 500 million parameters are trained and an optimizer that does not find its own rate has an lr above 1e-5.
+        UserError: more than 500 million parameters are trained and an optimizer that does not find its own
+        rate has an lr above 1e-5.
     """
     total = sum(trained_parameters.values())
     if config.rates.allow_high_lr or total <= FULL_SIZE:
         return
-    networks = {"unet": ("base", config.optimizers.unet), "text encoder": ("text_encoder_overrides", config.optimizers.text_encoder)}
+    networks = {
+        "unet": ("base", config.optimizers.unet),
+        "text encoder": ("text_encoder_overrides", config.optimizers.text_encoder),
+    }
     raise_for = [
         f"{config.optimizer_source.name}: {section}.lr: {options.optimizer} at {options.lr:g} ruins a model of this size "
         f"({total / 1e6:.0f} million trained parameters); set lr to {HIGH_LR:g} or less (1e-6 is usual) there or in "
@@ -140,9 +152,14 @@ def check_fused_backward(config: TrainConfig, precision: Precision | None = None
     """Refuse fused backward where the device brings fp16's scaler, or others train too.
 
     Raises:
-        UserError: an optimizer has fused_backward, and mixed_precision auto has become fp16, or there are several processes.
+        UserError: an optimizer has fused_backward, and mixed_precision auto has become fp16, or there are
+        several processes.
     """
-    fused = [options for options in (config.optimizers.unet, config.optimizers.text_encoder) if getattr(options, "fused_backward", False)]
+    fused = [
+        options
+        for options in (config.optimizers.unet, config.optimizers.text_encoder)
+        if getattr(options, "fused_backward", False)
+    ]
     if fused and processes > 1:
         raise UserError(
             f"{processes} processes were launched, which contradicts fused_backward: it updates the weights inside the backward pass, "
@@ -173,7 +190,9 @@ def check_schedules(config: TrainConfig, total_steps: int) -> list[str]:
     problems: list[str] = []
     trained = {
         "base": None if config.parts.disable_unet_training else config.optimizers.unet,
-        "text_encoder_overrides": None if config.parts.disable_textenc_training else config.optimizers.text_encoder,
+        "text_encoder_overrides": None
+        if config.parts.disable_textenc_training
+        else config.optimizers.text_encoder,
     }
     for section, options in trained.items():
         if options is None or options.lr_scheduler == "constant":
@@ -181,7 +200,9 @@ def check_schedules(config: TrainConfig, total_steps: int) -> list[str]:
         where = f"{config.optimizer_source.name}: {section}"
         factor = rate_factor(options, total_steps)
         # A course may touch 0 for one step, where it begins or starts again.
-        still = next((step for step in range(total_steps - 1) if factor(step) == 0 and factor(step + 1) == 0), None)
+        still = next(
+            (step for step in range(total_steps - 1) if factor(step) == 0 and factor(step + 1) == 0), None
+        )
         if still is not None:
             told = f"{where}: lr_scheduler {options.lr_scheduler} holds lr at 0 from step {still} on, of {total_steps} in all"
             advice = f"set lr_decay_steps to at least {total_steps}, or null for 1.5 times the run"
@@ -204,7 +225,10 @@ def _timesteps(settings: Settings, report: Report) -> None:
     start, end = settings["timestep_start"], settings["timestep_end"]
     if start >= end:
         place = settings.place("timestep_start", "timestep_end")
-        report.error(place, f"no timestep is left to train: timestep_start {start} must be less than timestep_end {end}")
+        report.error(
+            place,
+            f"no timestep is left to train: timestep_start {start} must be less than timestep_end {end}",
+        )
 
 
 def _clip_skip(settings: Settings, report: Report) -> None:
@@ -217,7 +241,10 @@ def _terminal_snr(settings: Settings, report: Report) -> None:
         return
     place = settings.place("enable_zero_terminal_snr")
     if settings["timestep_end"] < 1000:
-        report.note(place, f"has little effect: the last timestep is not trained, timestep_end is {settings['timestep_end']}")
+        report.note(
+            place,
+            f"has little effect: the last timestep is not trained, timestep_end is {settings['timestep_end']}",
+        )
     if settings["min_snr_gamma"] is not None:
         report.note(
             settings.place("min_snr_gamma"),
@@ -237,7 +264,9 @@ def _ema(settings: Settings, report: Report) -> None:
     if rate is None and strength is None:
         for name, usual in defaults.items():
             if settings[name] != usual:
-                report.note(settings.place(name), "has no effect without ema_decay_rate or ema_strength_target")
+                report.note(
+                    settings.place(name), "has no effect without ema_decay_rate or ema_strength_target"
+                )
     elif settings["ema_sample_nonema_model"] and not settings["ema_sample_ema_model"]:
         report.note(
             settings.place("ema_sample_nonema_model"),
@@ -250,14 +279,18 @@ def _validation(settings: Settings, report: Report) -> None:
         for key in ("keep_best", "stop_on_overfit"):
             if settings[key]:
                 report.error(
-                    settings.place(key), "needs a validation loss, and validation_config names no file; name one, or set it to false"
+                    settings.place(key),
+                    "needs a validation loss, and validation_config names no file; name one, or set it to false",
                 )
 
 
 def _nothing_trained(settings: Settings, report: Report) -> None:
     if settings["disable_textenc_training"] and settings["disable_unet_training"]:
         place = settings.place("disable_unet_training")
-        report.error(place, "nothing is left to train together with disable_textenc_training; set one of the two to false")
+        report.error(
+            place,
+            "nothing is left to train together with disable_textenc_training; set one of the two to false",
+        )
 
 
 def _precision(settings: Settings, report: Report) -> None:
@@ -270,10 +303,15 @@ def _precision(settings: Settings, report: Report) -> None:
 
 def _saving(settings: Settings, report: Report) -> None:
     single = settings["save_format"] != "diffusers" and not settings["no_save_ckpt"]
-    if settings["no_save_ckpt"] and settings["save_format"] != "diffusers" and "save_format" in settings.written:
+    if (
+        settings["no_save_ckpt"]
+        and settings["save_format"] != "diffusers"
+        and "save_format" in settings.written
+    ):
         wanted = settings["save_format"]
         report.error(
-            settings.place("save_format"), f"{wanted} contradicts no_save_ckpt: true, which is save_format diffusers; remove one of the two"
+            settings.place("save_format"),
+            f"{wanted} contradicts no_save_ckpt: true, which is save_format diffusers; remove one of the two",
         )
         return
     for key in ("save_full_precision", "save_ckpt_dir"):
@@ -285,9 +323,15 @@ def _keeping(settings: Settings, report: Report) -> None:
     resumable, models = settings["keep_resume_n"], settings["keep_last_n"]
     if models is not None and resumable > models and "keep_resume_n" in settings.written:
         place = settings.place("keep_resume_n", "keep_last_n")
-        report.error(place, f"{resumable} checkpoints to resume from need as many models: keep_last_n {models} must be at least that")
+        report.error(
+            place,
+            f"{resumable} checkpoints to resume from need as many models: keep_last_n {models} must be at least that",
+        )
     if settings["save_optimizer"] and "keep_resume_n" in settings.written:
-        report.note(settings.place("keep_resume_n"), "has no effect: save_optimizer keeps the state of every checkpoint")
+        report.note(
+            settings.place("keep_resume_n"),
+            "has no effect: save_optimizer keeps the state of every checkpoint",
+        )
 
 
 def _cadence(settings: Settings, report: Report) -> None:
@@ -296,13 +340,23 @@ def _cadence(settings: Settings, report: Report) -> None:
     if first and every is None:
         report.note(settings.place("save_ckpts_from_n_epochs"), "has no effect without save_every_n_epochs")
     elif first > epochs:
-        report.note(settings.place("save_ckpts_from_n_epochs"), f"the only checkpoint is the one at the end: max_epochs is {epochs}")
+        report.note(
+            settings.place("save_ckpts_from_n_epochs"),
+            f"the only checkpoint is the one at the end: max_epochs is {epochs}",
+        )
     elif every is not None and every > epochs:
-        report.note(settings.place("save_every_n_epochs"), f"the only checkpoint is the one at the end: max_epochs is {epochs}")
+        report.note(
+            settings.place("save_every_n_epochs"),
+            f"the only checkpoint is the one at the end: max_epochs is {epochs}",
+        )
 
 
-def _fused_backward(settings: Settings, sections: Mapping[str, OptimizerOptions], file: str, report: Report) -> None:
-    fused = " and ".join(name for name, options in sections.items() if getattr(options, "fused_backward", False))
+def _fused_backward(
+    settings: Settings, sections: Mapping[str, OptimizerOptions], file: str, report: Report
+) -> None:
+    fused = " and ".join(
+        name for name, options in sections.items() if getattr(options, "fused_backward", False)
+    )
     if not fused:
         return
     off = f"set fused_backward to false in {file} ({fused})"
@@ -327,7 +381,9 @@ def _fused_backward(settings: Settings, sections: Mapping[str, OptimizerOptions]
 
 
 def _compiled(settings: Settings, sections: Mapping[str, OptimizerOptions], report: Report) -> None:
-    if settings["compile"] and any(getattr(options, "fused_backward", False) for options in sections.values()):
+    if settings["compile"] and any(
+        getattr(options, "fused_backward", False) for options in sections.values()
+    ):
         report.note(
             settings.place("compile"),
             "a compiled backward pass hands over all gradients of a network at once, so fused_backward spares no memory with it",
@@ -336,14 +392,22 @@ def _compiled(settings: Settings, sections: Mapping[str, OptimizerOptions], repo
 
 def _high_rates(settings: Settings, sections: Mapping[str, OptimizerOptions], report: Report) -> None:
     if settings["allow_high_lr"] and all(options.adapts for options in sections.values()):
-        report.note(settings.place("allow_high_lr"), "has no effect: it allows rates chosen by hand, and D-Adaptation finds them")
+        report.note(
+            settings.place("allow_high_lr"),
+            "has no effect: it allows rates chosen by hand, and D-Adaptation finds them",
+        )
 
 
 def _clipping(settings: Settings, sections: Mapping[str, OptimizerOptions], report: Report) -> None:
-    finding = [options.optimizer for options in sections.values() if options.adapts and not getattr(options, "fused_backward", False)]
+    finding = [
+        options.optimizer
+        for options in sections.values()
+        if options.adapts and not getattr(options, "fused_backward", False)
+    ]
     if settings["clip_grad_norm"] is not None and finding:
         report.note(
-            settings.place("clip_grad_norm"), f"also changes d, which {finding[0]} estimates from the clipped gradients; null is usual"
+            settings.place("clip_grad_norm"),
+            f"also changes d, which {finding[0]} estimates from the clipped gradients; null is usual",
         )
 
 
@@ -353,7 +417,8 @@ def _weights(settings: Settings, sections: Mapping[str, OptimizerOptions], file:
     if settings["mixed_precision"] in ("fp16", "no") or settings["disable_amp"]:
         asked = "no" if settings["disable_amp"] else settings["mixed_precision"]
         report.error(
-            settings.place("weights_dtype"), f"bf16 contradicts mixed_precision: {asked}; use mixed_precision auto or bf16 with it"
+            settings.place("weights_dtype"),
+            f"bf16 contradicts mixed_precision: {asked}; use mixed_precision auto or bf16 with it",
         )
     for name, options in sections.items():
         if not options.rounds_bf16 and settings["lora"] is None:  # whose matrices stay in fp32
@@ -366,7 +431,11 @@ def _weights(settings: Settings, sections: Mapping[str, OptimizerOptions], file:
 
 
 def _lora_rates(
-    settings: Settings, sections: Mapping[str, OptimizerOptions], optimizers: OptimizerConfig, file: str, report: Report
+    settings: Settings,
+    sections: Mapping[str, OptimizerOptions],
+    optimizers: OptimizerConfig,
+    file: str,
+    report: Report,
 ) -> None:
     if settings["lora"] is None:
         return
@@ -377,12 +446,18 @@ def _lora_rates(
                 f"{options.lr:g} is a rate for training whole networks; a LoRA learns little at it, {LORA_LR:g} is usual",
             )
     if optimizers.freezing.freeze_embeddings is False and "text_encoder_overrides" in sections:
-        report.note(Place(file, None, "text_encoder_freezing.freeze_embeddings"), "has no effect: lora trains no embeddings")
+        report.note(
+            Place(file, None, "text_encoder_freezing.freeze_embeddings"),
+            "has no effect: lora trains no embeddings",
+        )
 
 
 def _tags(settings: Settings, report: Report) -> None:
     if settings["keep_tags"] and not settings["shuffle_tags"]:
-        report.note(settings.place("keep_tags"), "has no effect without shuffle_tags, but where a folder or an image sets that")
+        report.note(
+            settings.place("keep_tags"),
+            "has no effect without shuffle_tags, but where a folder or an image sets that",
+        )
 
 
 def _lora(settings: Settings, report: Report) -> None:
@@ -390,7 +465,8 @@ def _lora(settings: Settings, report: Report) -> None:
         return
     if settings["ema_resume_model"] is not None:
         report.error(
-            settings.place("ema_resume_model"), "contradicts lora: a model holds no LoRA that an average could begin from; set it to null"
+            settings.place("ema_resume_model"),
+            "contradicts lora: a model holds no LoRA that an average could begin from; set it to null",
         )
     if settings["enable_zero_terminal_snr"]:
         report.note(
@@ -401,7 +477,9 @@ def _lora(settings: Settings, report: Report) -> None:
 
 def _attention(settings: Settings, report: Report) -> None:
     if settings["attn_type"] == "xformers":
-        report.note(settings.place("attn_type"), "xformers is not used; torch's own attention (sdp) takes its place")
+        report.note(
+            settings.place("attn_type"), "xformers is not used; torch's own attention (sdp) takes its place"
+        )
 
 
 def _cache(settings: Settings, report: Report) -> None:
@@ -416,15 +494,22 @@ def _cache(settings: Settings, report: Report) -> None:
 
 def _wandb(settings: Settings, report: Report) -> None:
     if settings["wandb"] and importlib.util.find_spec("wandb") is None:
-        report.error(settings.place("wandb"), "true needs the package wandb, which is not installed: pip install wandb, or set it to false")
+        report.error(
+            settings.place("wandb"),
+            "true needs the package wandb, which is not installed: pip install wandb, or set it to false",
+        )
 
 
 def _names(settings: Settings, report: Report) -> None:
     for key in ("project_name", "run_name"):
         name = settings[key]
-        odd = next((letter for letter in name or "" if letter in '/\\:*?"<>|' or clean(letter) != letter), None)
+        odd = next(
+            (letter for letter in name or "" if letter in '/\\:*?"<>|' or clean(letter) != letter), None
+        )
         if odd is not None:
-            report.error(settings.place(key), f"becomes part of file names and must not hold {odd!r}; got '{name}'")
+            report.error(
+                settings.place(key), f"becomes part of file names and must not hold {odd!r}; got '{name}'"
+            )
     size = sum(len((settings[key] or "").encode()) for key in ("project_name", "run_name"))
     if size > LONGEST_NAME:
         report.error(

@@ -35,7 +35,8 @@ def read_sample_prompts(path: Path, report: Report) -> SamplePrompts | None:
     """Return what a file of prompts asks for; None after reporting what is wrong.
 
     Args:
-        path: a .txt file with one prompt a line, empty lines and lines that begin with # left out, or a .json file.
+        path: a .txt file with one prompt a line, empty lines and lines that begin with # left out, or a .json
+        file.
         report: is given the problems, and notes about what has no effect.
     """
     file = shown_path(path)
@@ -60,10 +61,14 @@ def _from_lines(content: bytes, file: str, report: Report) -> SamplePrompts:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        report.error(Place(file, line), f"byte 0x{content[error.start]:02x} is not UTF-8; save the file as UTF-8")
+        report.error(
+            Place(file, line), f"byte 0x{content[error.start]:02x} is not UTF-8; save the file as UTF-8"
+        )
         return SamplePrompts()
     lines = [line.strip() for line in text.splitlines()]
-    return SamplePrompts(samples=tuple(SamplePrompt(prompt=line) for line in lines if line and not line.startswith("#")))
+    return SamplePrompts(
+        samples=tuple(SamplePrompt(prompt=line) for line in lines if line and not line.startswith("#"))
+    )
 
 
 def _from_json(document: Document, file: str, report: Report) -> SamplePrompts:
@@ -77,20 +82,28 @@ def _from_json(document: Document, file: str, report: Report) -> SamplePrompts:
         for number, item in enumerate(items):
             inner = Place(file, document.lines.get((_SAMPLES, number)), f"{_SAMPLES}[{number}]")
             if isinstance(item, dict):
-                samples.append(SamplePrompt(**_values(SamplePrompt, item, (_SAMPLES, number), document, file, report)))
+                samples.append(
+                    SamplePrompt(**_values(SamplePrompt, item, (_SAMPLES, number), document, file, report))
+                )
             else:
                 report.error(inner, f'must be an object such as {{"prompt": "..."}}; got {shown(item)}')
     elif items is not None:
         report.error(place, f'must be a list of objects such as {{"prompt": "..."}}; got {shown(items)}')
     if values.get("scheduler") == "lms" and importlib.util.find_spec("scipy") is None:
         report.error(
-            Place(file, document.lines[("scheduler",)], "scheduler"), "lms needs the package scipy: pip install scipy, or choose another"
+            Place(file, document.lines[("scheduler",)], "scheduler"),
+            "lms needs the package scipy: pip install scipy, or choose another",
         )
     return SamplePrompts(**values, samples=tuple(samples))
 
 
 def _values(
-    options: type, written: dict[str, Any], inside: tuple[str | int, ...], document: Document, file: str, report: Report
+    options: type,
+    written: dict[str, Any],
+    inside: tuple[str | int, ...],
+    document: Document,
+    file: str,
+    report: Report,
 ) -> dict[str, Any]:
     """Return the keys of one object as fields of `options`, without `samples`; null is the default."""
     known = keys_of(options)
@@ -103,7 +116,9 @@ def _values(
         if inside and name in _UNUSED:
             report.note(place, f"has no effect; {_UNUSED[name]}")
         elif name not in known:
-            report.error(place, "unknown key" + (did_you_mean(name, known) or f"; accepted are {', '.join(known)}"))
+            report.error(
+                place, "unknown key" + (did_you_mean(name, known) or f"; accepted are {', '.join(known)}")
+            )
         elif name != _SAMPLES and value is not None:
             right, read = checked(known[name], value, place, report)
             values |= {name: read} if right else {}

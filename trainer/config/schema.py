@@ -1,7 +1,8 @@
 """What a run is configured by: the options of every part, and the keys that two JSON files spell them with.
 
-Nothing here lists a key twice. `train.json` is flat: its keys are the fields of the sections of `TrainConfig`, the dataclasses that
-stand beside the code they configure. The sections of an optimizer file are the fields of the members of `OptimizerOptions`.
+Nothing here lists a key twice. `train.json` is flat: its keys are the fields of the sections of
+`TrainConfig`, the dataclasses that stand beside the code they configure. The sections of an optimizer file
+are the fields of the members of `OptimizerOptions`.
 """
 
 from __future__ import annotations
@@ -56,15 +57,16 @@ class CommandOptions:
     """The file that describes the run."""
 
     check: Literal["text", "json"] | None = None
-    """Check everything, scan the images, print what they hold, what would be trained and where, and stop without loading weights; json
-    prints it for programs. The exit code is 1 where on_bad_image is error and there is one."""
+    """Check everything, scan the images, print what they hold, what would be trained and where, and stop
+    without loading weights; json prints it for programs. The exit code is 1 where on_bad_image is error and
+    there is one."""
 
     contact_sheets: str | None = None
     """With check, a folder for pictures that show, for each bucket, all images as they are cropped, over their captions."""
 
     vram: Annotated[float, Gt(0)] | None = None
-    """With check, the GiB of a graphics card, which need not be in this machine: whether the run fits it, and if not, what would make it
-    fit."""
+    """With check, the GiB of a graphics card, which need not be in this machine: whether the run fits it, and
+    if not, what would make it fit."""
 
     resume_weights_only: bool = False
     """Begin a new run, at step 0, from the weights of the checkpoint that resume_ckpt names, instead of continuing its run."""
@@ -81,8 +83,8 @@ class OptimizerFileOptions:
     """Log the norm of each network's gradient."""
 
     apply_grad_scaler_step_tweaks: bool = True
-    """fp16 only: let the loss scale grow by 2 every 25 steps at first and ever more gently from step 500 on, by 1.15 every 2000 in the end;
-    false doubles it every 2000 steps."""
+    """fp16 only: let the loss scale grow by 2 every 25 steps at first and ever more gently from step 500 on,
+    by 1.15 every 2000 in the end; false doubles it every 2000 steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +102,8 @@ class OptimizerConfig:
 class TrainConfig:
     """All options of a run, in the sections that its parts take.
 
-    Input paths are absolute, output paths as they were written. Two configurations are equal if they describe the same run;
-    `source` and `optimizer_source`, the files they were read from, do not count.
+    Input paths are absolute, output paths as they were written. Two configurations are equal if they describe
+    the same run; `source` and `optimizer_source`, the files they were read from, do not count.
     """
 
     model: ModelOptions
@@ -180,13 +182,19 @@ class Key:
 def sections() -> dict[str, Any]:
     """Return the classes whose fields are the keys of train.json, by the attribute of `TrainConfig` that holds them."""
     hints = get_type_hints(TrainConfig)
-    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint) and hint is not OptimizerConfig}
+    return {
+        name: hint
+        for name, hint in hints.items()
+        if dataclasses.is_dataclass(hint) and hint is not OptimizerConfig
+    }
 
 
 @cache
 def train_keys() -> dict[str, Key]:
     """Return the keys of train.json."""
-    return {key.name: key for options in (*sections().values(), FileOptions) for key in keys_of(options).values()}
+    return {
+        key.name: key for options in (*sections().values(), FileOptions) for key in keys_of(options).values()
+    }
 
 
 @cache
@@ -216,7 +224,11 @@ def described(users: Mapping[str, Key]) -> str:
         doc = "" if key.doc == first.doc else f"{key.doc} "
         default = "" if key.default == first.default else f"Default {json.dumps(plain(key.default))}."
         others.setdefault((doc, default), []).append(name)
-    words += [f"{', '.join(same)}: {doc}{default}".strip() for (doc, default), same in others.items() if doc or default]
+    words += [
+        f"{', '.join(same)}: {doc}{default}".strip()
+        for (doc, default), same in others.items()
+        if doc or default
+    ]
     return " ".join(words)
 
 
@@ -224,7 +236,10 @@ def described(users: Mapping[str, Key]) -> str:
 def keys_of(options: type) -> dict[str, Key]:
     """Return a key for every field of an options class."""
     hints = get_type_hints(options, include_extras=True)
-    return {entry.name: Key(entry.name, hints[entry.name], entry.default, options) for entry in dataclasses.fields(options)}
+    return {
+        entry.name: Key(entry.name, hints[entry.name], entry.default, options)
+        for entry in dataclasses.fields(options)
+    }
 
 
 @cache
@@ -252,7 +267,11 @@ def closed_object(properties: dict[str, Any]) -> dict[str, Any]:
     """Return the JSON Schema of an object that has these keys, text for readers, and no others."""
     return {
         "type": "object",
-        "properties": {"$schema": {"type": "string"}, "doc": {"description": "Text for readers."}, **properties},
+        "properties": {
+            "$schema": {"type": "string"},
+            "doc": {"description": "Text for readers."},
+            **properties,
+        },
         "patternProperties": {"^_": {"description": "Text for readers."}},
         "additionalProperties": False,
     }

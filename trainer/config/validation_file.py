@@ -65,7 +65,9 @@ def read_validation(path: Path, report: Report) -> ValidationFile | None:
             if value not in (None, False):
                 report.note(place, "has no effect; EveryDream2 reads it and never uses it")
         elif name not in known:
-            report.error(place, "unknown key" + (did_you_mean(written, known) or f"; accepted are {', '.join(known)}"))
+            report.error(
+                place, "unknown key" + (did_you_mean(written, known) or f"; accepted are {', '.join(known)}")
+            )
         elif value is not None and name in values:
             report.error(place, f"says the same as {places[name].key}; remove one of the two")
         elif value is not None:
@@ -82,19 +84,29 @@ def read_validation(path: Path, report: Report) -> ValidationFile | None:
 def _resolve_folders(values: dict[str, Any], places: dict[str, Place], path: Path, report: Report) -> None:
     root = values.get("manual_data_root")
     if root is not None and values.get("val_split_mode") == "manual":
-        values["manual_data_root"] = resolve_images(Written(root, places["manual_data_root"], path.parent), report)
+        values["manual_data_root"] = resolve_images(
+            Written(root, places["manual_data_root"], path.parent), report
+        )
     extra = values.get("extra_manual_datasets")
     if extra:
         place = places["extra_manual_datasets"]
-        entries = {name: Written(folder, replace(place, key=f"{place.key}.{name}"), path.parent) for name, folder in extra.items()}
-        values["extra_manual_datasets"] = {name: resolve_images(entry, report) for name, entry in entries.items()}
+        entries = {
+            name: Written(folder, replace(place, key=f"{place.key}.{name}"), path.parent)
+            for name, folder in extra.items()
+        }
+        values["extra_manual_datasets"] = {
+            name: resolve_images(entry, report) for name, entry in entries.items()
+        }
 
 
 def _check(found: ValidationFile, places: dict[str, Place], file: Place, report: Report) -> None:
     """Report what contradicts or does nothing."""
     mode = found.val_split_mode
     if found.validate_training and mode == "manual" and found.manual_data_root is None:
-        report.error(places["val_split_mode"], "manual needs manual_data_root, the folder of images to measure; name it")
+        report.error(
+            places["val_split_mode"],
+            "manual needs manual_data_root, the folder of images to measure; name it",
+        )
     idle = {"manual_data_root": "manual", "auto_split_proportion": "automatic"}
     for name, needed in idle.items():
         if (
@@ -103,5 +115,11 @@ def _check(found: ValidationFile, places: dict[str, Place], file: Place, report:
             and (name == "manual_data_root" or getattr(found, name) != ValidationFile().auto_split_proportion)
         ):
             report.note(places[name], f"has no effect: val_split_mode is {mode}")
-    if (not found.validate_training or mode == "none") and not found.extra_manual_datasets and not found.stabilize_training_loss:
-        report.note(file, "asks for no validation: nothing is measured but the fixed-noise loss of training images")
+    if (
+        (not found.validate_training or mode == "none")
+        and not found.extra_manual_datasets
+        and not found.stabilize_training_loss
+    ):
+        report.note(
+            file, "asks for no validation: nothing is measured but the fixed-noise loss of training images"
+        )

@@ -21,9 +21,10 @@ _REMEMBERED = 20_000
 class Tokenize:
     """Turn captions into tokens; a class, so that worker processes can be given it.
 
-    A text encoder reads one window of tokens: a start, 75 of the caption, an end. A longer caption is cut into pieces, each in a window
-    of its own, and always into `pieces` of them: what an image is trained with must not depend on the others in its batch, so a short
-    caption's further windows are those of the empty caption.
+    A text encoder reads one window of tokens: a start, 75 of the caption, an end. A longer caption is cut
+    into pieces, each in a window of its own, and always into `pieces` of them: what an image is trained with
+    must not depend on the others in its batch, so a short caption's further windows are those of the empty
+    caption.
     """
 
     tokenizer: Any
@@ -64,7 +65,11 @@ class Tokenize:
         size = self.tokenizer.model_max_length
         windows: list[int] = []
         for start in range(0, self.limit, size - 2):
-            window = [self.tokenizer.bos_token_id, *tokens[start : start + size - 2], self.tokenizer.eos_token_id]
+            window = [
+                self.tokenizer.bos_token_id,
+                *tokens[start : start + size - 2],
+                self.tokenizer.eos_token_id,
+            ]
             windows += window + [self.tokenizer.pad_token_id] * (size - len(window))
         return windows
 
@@ -77,7 +82,8 @@ def encode_text(text_encoder: Any, tokens_BT: Tensor, clip_skip: int = 0) -> Ten
     Args:
         text_encoder: a CLIPTextModel, possibly wrapped for several processes.
         tokens_BT: token numbers; T is a multiple of the encoder's window, 77 for CLIP.
-        clip_skip: n takes the n-th hidden state from the end, 0 the last, as 1 does; then the final layer norm.
+        clip_skip: n takes the n-th hidden state from the end, 0 the last, as 1 does; then the final layer
+        norm.
     """
     plain = getattr(text_encoder, "module", text_encoder)
     # Windows become further rows of the batch, and afterwards further positions of the context.

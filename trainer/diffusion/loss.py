@@ -12,10 +12,13 @@ if TYPE_CHECKING:
 LossType = Literal["mse", "huber", "mse_huber", "huber_mse"]
 
 
-def image_losses(prediction_BCHW: Tensor, target_BCHW: Tensor, t_B: Tensor, kind: LossType, timesteps: int = 1000) -> Tensor:
+def image_losses(
+    prediction_BCHW: Tensor, target_BCHW: Tensor, t_B: Tensor, kind: LossType, timesteps: int = 1000
+) -> Tensor:
     """Return loss_B in fp32, averaged over each image's elements.
 
-    With b = t / timesteps, mse_huber is b*MSE + (1-b)*Huber and huber_mse is b*Huber + (1-b)*MSE; Huber's delta is 1.
+    With b = t / timesteps, mse_huber is b*MSE + (1-b)*Huber and huber_mse is b*Huber + (1-b)*MSE; Huber's
+    delta is 1.
     """
     prediction_BCHW, target_BCHW = prediction_BCHW.float(), target_BCHW.float()
     mse_B = F.mse_loss(prediction_BCHW, target_BCHW, reduction="none").mean(dim=(1, 2, 3))

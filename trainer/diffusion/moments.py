@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def encode_pixels(vae: Any, pixels_BCHW: Tensor, autocast: Callable[[], AbstractContextManager[Any]]) -> Tensor:
+def encode_pixels(
+    vae: Any, pixels_BCHW: Tensor, autocast: Callable[[], AbstractContextManager[Any]]
+) -> Tensor:
     """Return mean and standard deviation of each image's latents, one after the other in C, in fp32.
 
     Args:

@@ -35,19 +35,20 @@ class ObjectiveOptions:
     """Offset noise: the share of noise that is constant over a channel, which lets the model learn dark and bright pictures."""
 
     pyramid_noise_discount: Annotated[float, Ge(0), Le(1)] | None = None
-    """Pyramid noise: add ever coarser noise, each level weighted by this factor once more, which moves whole areas of a picture; null or 0
-    adds none, 0.03 is EveryDream2's shipped value."""
+    """Pyramid noise: add ever coarser noise, each level weighted by this factor once more, which moves whole
+    areas of a picture; null or 0 adds none, 0.03 is EveryDream2's shipped value."""
 
     embedding_perturbation: Annotated[float, Ge(0)] = 0.0
     """Add noise of about this length to each token's vector of the encoded caption, so that captions are learned less by heart."""
 
     input_perturbation: Annotated[float, Ge(0), Le(1)] = 0.0
-    """Noise the latents with this much more noise than the UNet is asked to predict, as what it sees when it samples is never quite what
-    it has learned from (arXiv 2301.11706); 0.1 is usual."""
+    """Noise the latents with this much more noise than the UNet is asked to predict, as what it sees when it
+    samples is never quite what it has learned from (arXiv 2301.11706); 0.1 is usual."""
 
     enable_zero_terminal_snr: bool = False
-    """Rescale the noise schedule so that the last timestep is noise alone (arXiv 2305.08891), for v-prediction models only; the exported
-    scheduler says so, and samples use trailing timesteps and rescaled guidance. A model that was trained so needs no switch."""
+    """Rescale the noise schedule so that the last timestep is noise alone (arXiv 2305.08891), for
+    v-prediction models only; the exported scheduler says so, and samples use trailing timesteps and rescaled
+    guidance. A model that was trained so needs no switch."""
 
     timestep_start: Annotated[int, Ge(0), Le(999)] = 0
     """The first timestep that is trained."""
@@ -56,8 +57,8 @@ class ObjectiveOptions:
     """The end of the trained timesteps, itself not trained."""
 
     clip_skip: Annotated[int, Ge(0), Le(12)] = 0
-    """Which hidden state of the text encoder conditions the UNet, through the final layer norm: 0 or 1 the last,
-    2 the penultimate, n the n-th from the end, as in EveryDream2 and kohya's trainers."""
+    """Which hidden state of the text encoder conditions the UNet, through the final layer norm: 0 or 1 the
+    last, 2 the penultimate, n the n-th from the end, as in EveryDream2 and kohya's trainers."""
 
     @property
     def is_plain(self) -> bool:
@@ -76,7 +77,9 @@ class Networks:
     @property
     def plain(self) -> Networks:
         """The modules without what several processes wrap them in: for work that one process does alone."""
-        return Networks(*(getattr(network, "module", network) for network in (self.unet, self.text_encoder, self.vae)))
+        return Networks(
+            *(getattr(network, "module", network) for network in (self.unet, self.text_encoder, self.vae))
+        )
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,9 @@ class Inputs:
         """Copy everything to `device`, without waiting where the memory is pinned."""
         from trainer.transfer import to_device
 
-        moved: dict[str, Any] = {name: None if tensor is None else to_device(tensor, device) for name, tensor in vars(self).items()}
+        moved: dict[str, Any] = {
+            name: None if tensor is None else to_device(tensor, device) for name, tensor in vars(self).items()
+        }
         return Inputs(**moved)
 
     @classmethod
@@ -126,7 +131,9 @@ class Inputs:
         import torch
 
         fields = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
-        joined: dict[str, Any] = {name: None if tensors[0] is None else torch.cat(tensors) for name, tensors in fields.items()}
+        joined: dict[str, Any] = {
+            name: None if tensors[0] is None else torch.cat(tensors) for name, tensors in fields.items()
+        }
         return cls(**joined)
 
 
@@ -172,7 +179,12 @@ class Objective:
 
         places = [(batch.epoch, position) for position in batch.positions]
         timesteps = [
-            int(stream(self.seed, "timestep", *place).integers(self.options.timestep_start, self.options.timestep_end)) for place in places
+            int(
+                stream(self.seed, "timestep", *place).integers(
+                    self.options.timestep_start, self.options.timestep_end
+                )
+            )
+            for place in places
         ]
         return self.place(batch, places, timesteps)
 
@@ -193,25 +205,39 @@ class Objective:
         noises = [noise.gaussian(shape, self.seed, *place) for place in places]
         if self.options.pyramid_noise_discount:
             discount = self.options.pyramid_noise_discount
-            noises = [noise.pyramid(plain, discount, self.seed, *place) for plain, place in zip(noises, places, strict=True)]
+            noises = [
+                noise.pyramid(plain, discount, self.seed, *place)
+                for plain, place in zip(noises, places, strict=True)
+            ]
         if self.options.zero_frequency_noise_ratio > 0:
             strength = self.options.zero_frequency_noise_ratio
-            noises = [plain + noise.offset(shape, strength, self.seed, *place) for plain, place in zip(noises, places, strict=True)]
+            noises = [
+                plain + noise.offset(shape, strength, self.seed, *place)
+                for plain, place in zip(noises, places, strict=True)
+            ]
         perturbation = None
         if self.options.embedding_perturbation > 0:
             vectors = (batch.tokens_BT.shape[1], self.context_width)
             strength = self.options.embedding_perturbation
-            perturbation = torch.tensor(np.stack([noise.perturbation(vectors, strength, self.seed, *place) for place in places]))
+            perturbation = torch.tensor(
+                np.stack([noise.perturbation(vectors, strength, self.seed, *place) for place in places])
+            )
         unseen = None
         if self.options.input_perturbation > 0:
             strength = self.options.input_perturbation
-            unseen = torch.tensor(np.stack([noise.unseen(shape, strength, self.seed, *place) for place in places]))
-        posterior = [stream(self.seed, "latent", *place).standard_normal(shape, dtype=np.float32) for place in places]
+            unseen = torch.tensor(
+                np.stack([noise.unseen(shape, strength, self.seed, *place) for place in places])
+            )
+        posterior = [
+            stream(self.seed, "latent", *place).standard_normal(shape, dtype=np.float32) for place in places
+        ]
         return Inputs(
             pixels_BCHW=batch.pixels_BCHW,
             tokens_BT=batch.tokens_BT,
             scale_B=batch.loss_scale_B,
-            posterior_BCHW=torch.tensor(np.stack(posterior)),  # copied: numpy aligns its memory less than torch does
+            posterior_BCHW=torch.tensor(
+                np.stack(posterior)
+            ),  # copied: numpy aligns its memory less than torch does
             noise_BCHW=torch.tensor(np.stack(noises)),
             t_B=torch.tensor(timesteps, dtype=torch.int64),
             moments_BCHW=batch.moments_BCHW,
@@ -220,12 +246,20 @@ class Objective:
             unseen_BCHW=unseen,
         )
 
-    def losses(self, networks: Networks, inputs: Inputs, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Tensor:
+    def losses(
+        self,
+        networks: Networks,
+        inputs: Inputs,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> Tensor:
         """Return loss_B in fp32, weighted by timestep but not by image; nothing is read back to the host."""
         return self.judge(*self.predict(networks, inputs, autocast), inputs.t_B)
 
     def predict(
-        self, networks: Networks, inputs: Inputs, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self,
+        networks: Networks,
+        inputs: Inputs,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> tuple[Tensor, Tensor]:
         """Return what the UNet predicts of each image, and what it should have."""
         import torch
@@ -243,7 +277,9 @@ class Objective:
         latents_BCHW = (mean_BCHW + std_BCHW * inputs.posterior_BCHW) * self.scaling_factor
 
         t_B = inputs.t_B
-        mixed_BCHW = inputs.noise_BCHW if inputs.unseen_BCHW is None else inputs.noise_BCHW + inputs.unseen_BCHW
+        mixed_BCHW = (
+            inputs.noise_BCHW if inputs.unseen_BCHW is None else inputs.noise_BCHW + inputs.unseen_BCHW
+        )
         noisy_BCHW = self.schedule.noisy(latents_BCHW, mixed_BCHW, t_B)
         target_BCHW = self.schedule.target(latents_BCHW, inputs.noise_BCHW, t_B)
 
@@ -262,7 +298,11 @@ class Objective:
         from trainer.diffusion.loss import image_losses
         from trainer.diffusion.weighting import min_snr_weights
 
-        loss_B = image_losses(prediction_BCHW, target_BCHW, t_B, self.options.loss_type, self.schedule.timesteps)
+        loss_B = image_losses(
+            prediction_BCHW, target_BCHW, t_B, self.options.loss_type, self.schedule.timesteps
+        )
         if self.options.min_snr_gamma is not None:
-            loss_B = loss_B * min_snr_weights(self.schedule.snr(t_B), self.options.min_snr_gamma, self.schedule.prediction_kind)
+            loss_B = loss_B * min_snr_weights(
+                self.schedule.snr(t_B), self.options.min_snr_gamma, self.schedule.prediction_kind
+            )
         return loss_B

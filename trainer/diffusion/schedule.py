@@ -16,15 +16,17 @@ PREDICTION_KINDS = ("epsilon", "v_prediction")
 def with_zero_terminal_snr(scheduler_config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return a scheduler configuration whose last timestep is noise alone (Lin et al. 2024, arXiv 2305.08891, algorithm 1).
 
-    It also says how to sample from what is trained with it: trailing timesteps, the first of which is the last trained one, and a
-    scheduler of diffusers that knows the rescaled betas, which PNDM, the usual one of SD 1.5, does not.
+    It also says how to sample from what is trained with it: trailing timesteps, the first of which is the
+    last trained one, and a scheduler of diffusers that knows the rescaled betas, which PNDM, the usual one of
+    SD 1.5, does not.
 
     Args:
         scheduler_config: the model's.
         source: the model, as messages call it.
 
     Raises:
-        UserError: the model predicts the noise, from which nothing can be learned where there is nothing else.
+        UserError: the model predicts the noise, from which nothing can be learned where there is nothing
+        else.
     """
     from trainer.errors import UserError
 
@@ -34,14 +36,22 @@ def with_zero_terminal_snr(scheduler_config: Mapping[str, Any], source: str) -> 
             "the picture; set it to false, or name a v-prediction model."
         )
     said = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    defaults = [name for name in scheduler_config.get("_use_default_values", ()) if name not in said]  # diffusers would ignore these
+    defaults = [
+        name for name in scheduler_config.get("_use_default_values", ()) if name not in said
+    ]  # diffusers would ignore these
     rescaled = {**scheduler_config, **said, **({"_use_default_values": defaults} if defaults else {})}
     if scheduler_config.get("_class_name") not in _RESCALING:
         rescaled |= {"_class_name": "DDIMScheduler", "clip_sample": False}
     return rescaled
 
 
-_RESCALING = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler")
+_RESCALING = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+)
 """diffusers' schedulers that take rescale_betas_zero_snr, among those that a Stable Diffusion model is saved with."""
 
 
@@ -49,8 +59,8 @@ class NoiseSchedule:
     """diffusers' DDPM forward process with the base model's own betas (Ho et al. 2020, arXiv 2006.11239).
 
     Args:
-        scheduler_config: the model's scheduler configuration (betas, whether they are rescaled to a last timestep without signal, number
-            of timesteps, prediction type).
+        scheduler_config: the model's scheduler configuration (betas, whether they are rescaled to a last
+            timestep without signal, number of timesteps, prediction type).
 
     Raises:
         UserError: the prediction type is neither epsilon nor v_prediction.
@@ -70,7 +80,9 @@ class NoiseSchedule:
             "prediction_type",
             "rescale_betas_zero_snr",
         )
-        self._ddpm = DDPMScheduler(**{key: scheduler_config[key] for key in keys if scheduler_config.get(key) is not None})
+        self._ddpm = DDPMScheduler(
+            **{key: scheduler_config[key] for key in keys if scheduler_config.get(key) is not None}
+        )
         self.prediction_kind: str = str(scheduler_config.get("prediction_type") or "epsilon")
         self.timesteps: int = int(self._ddpm.config["num_train_timesteps"])
         if self.prediction_kind not in PREDICTION_KINDS:

@@ -26,12 +26,16 @@ def labelled_row(
 ) -> Image.Image:
     """Return pictures side by side, each under its label, over one caption as all of them.
 
-    Small pictures are enlarged by a whole factor, so that a 64 px model's can be judged by eye. Captions wrap.
+    Small pictures are enlarged by a whole factor, so that a 64 px model's can be judged by eye. Captions
+    wrap.
 
     Args:
-        pictures: pictures, or, in the place of one that could not be made, the reason. Those of a row have one size.
-        labels: a short text for each, of which the end is shown where it is too long; all empty leaves no room for them.
-        caption: what the row shows, in any script the font has (Latin, Greek, Cyrillic and more); other characters become boxes.
+        pictures: pictures, or, in the place of one that could not be made, the reason. Those of a row have
+        one size.
+        labels: a short text for each, of which the end is shown where it is too long; all empty leaves no
+        room for them.
+        caption: what the row shows, in any script the font has (Latin, Greek, Cyrillic and more); other
+        characters become boxes.
         size: (width, height) of the pictures, to show them as they are.
         most_lines: of the caption; an ellipsis stands for the rest.
     """
@@ -58,7 +62,10 @@ def labelled_row(
             for number, line in enumerate(_wrap(picture, font, width - 2 * gap, height // line_height)):
                 draw.text((x + gap, top + gap + number * line_height), line, fill=_INK, font=font)
         else:
-            row.paste(picture if factor == 1 else picture.resize((width, height), Image.Resampling.LANCZOS), (x, top))
+            row.paste(
+                picture if factor == 1 else picture.resize((width, height), Image.Resampling.LANCZOS),
+                (x, top),
+            )
     for number, line in enumerate(lines):
         draw.text((0, top + height + gap // 2 + number * line_height), line, fill=_INK, font=font)
     return row
@@ -69,14 +76,25 @@ def tiled(pictures: Sequence[Image.Image], *, columns: int, title: str) -> Image
     from PIL import Image, ImageDraw
 
     rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
-    widths = [max(row[column].width for row in rows if column < len(row)) for column in range(min(columns, len(pictures)))]
+    widths = [
+        max(row[column].width for row in rows if column < len(row))
+        for column in range(min(columns, len(pictures)))
+    ]
     size = max(16, sum(widths) // 60)
     gap = size
     top = round(size * 2.2)
     heights = [max(picture.height for picture in row) for row in rows]
-    grid = Image.new("RGB", (sum(widths) + gap * (len(widths) + 1), top + sum(heights) + gap * len(heights)), _PAPER)
+    grid = Image.new(
+        "RGB", (sum(widths) + gap * (len(widths) + 1), top + sum(heights) + gap * len(heights)), _PAPER
+    )
     font = _font(size)
-    ImageDraw.Draw(grid).text((gap, top / 2), (_wrap(title, font, grid.width - 2 * gap, 1) or [""])[0], fill=_INK, font=font, anchor="lm")
+    ImageDraw.Draw(grid).text(
+        (gap, top / 2),
+        (_wrap(title, font, grid.width - 2 * gap, 1) or [""])[0],
+        fill=_INK,
+        font=font,
+        anchor="lm",
+    )
     y = top
     for row, height in zip(rows, heights, strict=True):
         x = gap

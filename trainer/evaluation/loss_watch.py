@@ -1,7 +1,7 @@
 """Watching losses that can be compared over time: says in words what their curves may mean, and what they do not prove.
 
-Neither sentence is a verdict. In the experiment that this program was made for, the checkpoint after a rise of the loss drew the better
-pictures, so both end in looking at them.
+Neither sentence is a verdict. In the experiment that this program was made for, the checkpoint after a rise
+of the loss drew the better pictures, so both end in looking at them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class LossWatch:
 
     Args:
         adaptive: networks whose optimizer finds its rate, for the sentences.
-        held_out: what the validation loss is measured on, as a hash; a continued run that measures it on other images begins anew.
+        held_out: what the validation loss is measured on, as a hash; a continued run that measures it on
+        other images begins anew.
     """
 
     def __init__(self, adaptive: tuple[str, ...] = (), held_out: str = "") -> None:
@@ -63,7 +64,9 @@ class LossWatch:
         if math.isfinite(loss):
             self._batches.append(loss)
 
-    def look(self, *, step: int, fixed: float | None, validation: float | None, rates: Mapping[str, float]) -> list[str]:
+    def look(
+        self, *, step: int, fixed: float | None, validation: float | None, rates: Mapping[str, float]
+    ) -> list[str]:
         """Return what is to be said after an evaluation; each rise is told once.
 
         Args:
@@ -118,9 +121,16 @@ class LossWatch:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        self._validation = as_kind(_Low, state["validation"]) if state["validation"] and state["held_out"] == self._held_out else None
+        self._validation = (
+            as_kind(_Low, state["validation"])
+            if state["validation"] and state["held_out"] == self._held_out
+            else None
+        )
         self._fixed = as_kind(_Low, state["fixed"]) if state["fixed"] else None
-        self._batches, self._means = as_kind(list[float], state["batches"]), as_kind(list[float], state["means"])
+        self._batches, self._means = (
+            as_kind(list[float], state["batches"]),
+            as_kind(list[float], state["means"]),
+        )
 
 
 def _follow(low: _Low | None, now: _Low) -> _Low:

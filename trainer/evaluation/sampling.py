@@ -36,8 +36,8 @@ class SampleOptions:
     """Which pictures are drawn while training, and how often."""
 
     sample_prompts: str | None = None
-    """A .txt file with one prompt a line, or a .json file with prompts, seeds, guidance scales and more; null takes four captions
-    of the data."""
+    """A .txt file with one prompt a line, or a .json file with prompts, seeds, guidance scales and more; null
+    takes four captions of the data."""
 
     sample_steps: Annotated[int, Ge(1)] = 250
     """Draw samples every n optimizer steps, besides before the first and after the last."""
@@ -70,8 +70,8 @@ class SamplePrompt:
 class SamplePrompts:
     """The keys of a .json file of prompts. A .txt file sets the prompts only, and leaves the rest at these defaults.
 
-    The default draws every prompt at three guidance scales, as EveryDream2 does: 7 as people will use the model, 4, and 1.01, which shows
-    what the model itself has learned.
+    The default draws every prompt at three guidance scales, as EveryDream2 does: 7 as people will use the
+    model, 4, and 1.01, which shows what the model itself has learned.
     """
 
     resolution: Annotated[int, Ge(64), MultipleOf(8)] | None = None
@@ -129,8 +129,8 @@ class Samples:
 class Sampler:
     """Draw the same prompts from the same noise again and again, to watch a model learn.
 
-    Every picture has its own generator on the CPU: no other random number of the run is used, so training is the same to the bit with
-    and without samples, and a picture does not depend on what is drawn with it.
+    Every picture has its own generator on the CPU: no other random number of the run is used, so training is
+    the same to the bit with and without samples, and a picture does not depend on what is drawn with it.
 
     Args:
         prompts: what to draw and how.
@@ -160,7 +160,9 @@ class Sampler:
         self._captions = tuple(captions)
         self._clip_skip = clip_skip
         self._pieces = pieces
-        self.prompts: tuple[SamplePrompt, ...] = prompts.samples or tuple(SamplePrompt(prompt=text) for text in _four(self._captions))
+        self.prompts: tuple[SamplePrompt, ...] = prompts.samples or tuple(
+            SamplePrompt(prompt=text) for text in _four(self._captions)
+        )
         self._cut_prompts: set[str] = set()
 
     def draw(
@@ -179,7 +181,8 @@ class Sampler:
         """Draw all prompts with the networks as they are now.
 
         Args:
-            unet: not wrapped for several processes; like the other networks on `device`, and left in the mode it is in.
+            unet: not wrapped for several processes; like the other networks on `device`, and left in the mode
+            it is in.
             text_encoder: likewise.
             vae: likewise.
             tokenizer: of the text encoder.
@@ -191,12 +194,19 @@ class Sampler:
         """
         from trainer.evaluation.image_grid import labelled_row, tiled
 
-        jobs, drawn, problems = self._draw(unet, text_encoder, vae, tokenizer, scheduler_config, step, device, autocast, check)
+        jobs, drawn, problems = self._draw(
+            unet, text_encoder, vae, tokenizer, scheduler_config, step, device, autocast, check
+        )
         several = len(self._options.cfgs) > 1
         labels = [f"cfg {cfg:g}" if several else "" for cfg in self._options.cfgs]
-        rows = [labelled_row([drawn[job.place, cfg] for cfg in self._options.cfgs], labels, job.text) for job in jobs]
+        rows = [
+            labelled_row([drawn[job.place, cfg] for cfg in self._options.cfgs], labels, job.text)
+            for job in jobs
+        ]
         grid = tiled(rows, columns=1 if several else min(4, len(rows)), title=self._title(step))
-        return Samples(grid, tuple((self._tag(job), row) for job, row in zip(jobs, rows, strict=True)), tuple(problems))
+        return Samples(
+            grid, tuple((self._tag(job), row) for job, row in zip(jobs, rows, strict=True)), tuple(problems)
+        )
 
     def pictures(
         self,
@@ -210,7 +220,9 @@ class Sampler:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> dict[tuple[int, float], Image.Image | str]:
         """Return what `draw` would put on a grid, by the prompt's place and the guidance scale; a reason in the place of a failed one."""
-        return self._draw(unet, text_encoder, vae, tokenizer, scheduler_config, 0, device, autocast, lambda: None)[1]
+        return self._draw(
+            unet, text_encoder, vae, tokenizer, scheduler_config, 0, device, autocast, lambda: None
+        )[1]
 
     def largest(self) -> tuple[tuple[int, int], int]:
         """Return width and height of the largest pictures that are drawn together, and the rows of the UNet's batch for them."""
@@ -235,15 +247,23 @@ class Sampler:
         problems = self._cut(jobs, tokenizer)
         drawn: dict[tuple[int, float], Image.Image | str] = {}
         with _evaluating(unet, text_encoder, vae):
-            pipeline = pipeline_of(unet, text_encoder, vae, tokenizer, self._options.scheduler, scheduler_config)
+            pipeline = pipeline_of(
+                unet, text_encoder, vae, tokenizer, self._options.scheduler, scheduler_config
+            )
             # Without a terminal tqdm turns itself off where `disable` is None.
-            pipeline.set_progress_bar_config(disable=None if self._options.show_progress_bars else True, leave=False)
+            pipeline.set_progress_bar_config(
+                disable=None if self._options.show_progress_bars else True, leave=False
+            )
             for cfg in self._options.cfgs:
                 for batch in self._batches(jobs):
-                    for job, picture in zip(batch, self._survive(pipeline, batch, cfg, device, autocast, check), strict=True):
+                    for job, picture in zip(
+                        batch, self._survive(pipeline, batch, cfg, device, autocast, check), strict=True
+                    ):
                         drawn[job.place, cfg] = picture
                         if isinstance(picture, str):
-                            problems.append(f"sample '{_short(job.text)}' at cfg {cfg:g} could not be drawn: {picture}")
+                            problems.append(
+                                f"sample '{_short(job.text)}' at cfg {cfg:g} could not be drawn: {picture}"
+                            )
         return jobs, drawn, problems
 
     def _job(self, place: int, prompt: SamplePrompt, step: int) -> _Job:
@@ -251,12 +271,20 @@ class Sampler:
 
         text = prompt.prompt
         if prompt.random_caption and self._captions:
-            text = self._captions[stream(self._run_seed, "sample caption", step, place).integers(len(self._captions))]
+            text = self._captions[
+                stream(self._run_seed, "sample caption", step, place).integers(len(self._captions))
+            ]
         seeds = (prompt.seed, self._options.seed, self._run_seed)
         seed = next(seed for seed in seeds if seed is not None)
         if seed == -1:
             seed = int(stream(self._run_seed, "sample seed", step, place).integers(2**31))
-        return _Job(place, text, prompt.negative_prompt, seed, *(prompt.size or _size(self._resolution, prompt.aspect_ratio)))
+        return _Job(
+            place,
+            text,
+            prompt.negative_prompt,
+            seed,
+            *(prompt.size or _size(self._resolution, prompt.aspect_ratio)),
+        )
 
     def _cut(self, jobs: Sequence[_Job], tokenizer: CLIPTokenizer) -> list[str]:
         """Say once of each prompt that is longer than the text encoder reads that its end is not seen."""
@@ -301,7 +329,11 @@ class Sampler:
             torch.cuda.empty_cache()
         if len(batch) == 1:
             return [sentence]
-        return [picture for job in batch for picture in self._survive(pipeline, [job], cfg, device, autocast, check)]
+        return [
+            picture
+            for job in batch
+            for picture in self._survive(pipeline, [job], cfg, device, autocast, check)
+        ]
 
     def _pictures(
         self,
@@ -319,11 +351,15 @@ class Sampler:
         with torch.no_grad(), autocast():
             latents_BCHW = pipeline(
                 prompt_embeds=self._context(pipeline, [job.text for job in batch], device),
-                negative_prompt_embeds=self._context(pipeline, [job.negative for job in batch], device) if cfg > 1 else None,
+                negative_prompt_embeds=self._context(pipeline, [job.negative for job in batch], device)
+                if cfg > 1
+                else None,
                 width=batch[0].width,
                 height=batch[0].height,
                 guidance_scale=cfg,
-                guidance_rescale=_GUIDANCE_RESCALE if pipeline.scheduler.config.get("rescale_betas_zero_snr") else 0.0,
+                guidance_rescale=_GUIDANCE_RESCALE
+                if pipeline.scheduler.config.get("rescale_betas_zero_snr")
+                else 0.0,
                 num_inference_steps=self._options.num_inference_steps,
                 generator=generators,
                 output_type="latent",
@@ -399,7 +435,8 @@ def check_scheduler(prompts: SamplePrompts, scheduler_config: Mapping[str, Any])
     """Refuse a sampler that does not know the model's noise schedule, or cannot be built from its settings.
 
     Raises:
-        UserError: the schedule ends in noise alone, and the sampler would draw with another one; or the settings make no sense.
+        UserError: the schedule ends in noise alone, and the sampler would draw with another one; or the
+        settings make no sense.
     """
     if scheduler_config.get("rescale_betas_zero_snr") and prompts.scheduler not in _rescaling():
         raise UserError(
@@ -421,7 +458,10 @@ def check_scheduler(prompts: SamplePrompts, scheduler_config: Mapping[str, Any])
 def _rescaling() -> list[str]:
     from diffusers import schedulers
 
-    parameters = {name: inspect.signature(getattr(schedulers, kind).__init__).parameters for name, (kind, _) in _SCHEDULERS.items()}
+    parameters = {
+        name: inspect.signature(getattr(schedulers, kind).__init__).parameters
+        for name, (kind, _) in _SCHEDULERS.items()
+    }
     return [name for name, known in parameters.items() if "rescale_betas_zero_snr" in known]
 
 
@@ -469,7 +509,8 @@ def _sampler_of(scheduler: Scheduler, config: Mapping[str, Any]) -> Any:
     from diffusers import schedulers
 
     kind, settings = _SCHEDULERS[scheduler]
-    # Configurations written for PNDM lack clip_sample, and DDIM's default would clip latents, which reach far beyond -1..1.
+    # Configurations written for PNDM lack clip_sample, and DDIM's default would clip latents, which reach far
+    # beyond -1..1.
     settings = {"set_alpha_to_one": False, **config, "clip_sample": False, "thresholding": False, **settings}
     return getattr(schedulers, kind).from_config(settings)
 
@@ -477,7 +518,9 @@ def _sampler_of(scheduler: Scheduler, config: Mapping[str, Any]) -> Any:
 def _decode(vae: Any, latents_1CHW: Tensor) -> Image.Image:
     from PIL import Image
 
-    pixels_CHW = vae.decode(latents_1CHW.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0][0].float()
+    pixels_CHW = vae.decode(latents_1CHW.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0][
+        0
+    ].float()
     if not pixels_CHW.isfinite().all():
         raise ArithmeticError("the picture holds values that are not finite (NaN)")
     bytes_HWC = ((pixels_CHW.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)

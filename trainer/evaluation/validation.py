@@ -40,8 +40,8 @@ class ValidationOptions:
     """A .json file: which images are held out of training, and how often their loss is measured, as loss/val; null holds out none."""
 
     stop_on_overfit: bool = False
-    """Save and end the run when the validation loss has risen for three measurements while that of training images fell. Needs
-    validation_config."""
+    """Save and end the run when the validation loss has risen for three measurements while that of training
+    images fell. Needs validation_config."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,9 @@ class Split:
         return [f"{len(held.index.records):,} images as {held.tag}" for held in self.held_out]
 
 
-def split_images(file: ValidationFile, data: DataOptions, index: Index, remembered: Path, *, save: bool = True) -> Split:
+def split_images(
+    file: ValidationFile, data: DataOptions, index: Index, remembered: Path, *, save: bool = True
+) -> Split:
     """Return which images are trained and which are held out.
 
     Args:
@@ -135,9 +137,13 @@ def split_images(file: ValidationFile, data: DataOptions, index: Index, remember
         try:
             found[tag] = build_index(replace(data, data_root=root))
         except DataError as error:
-            raise DataError([problem.replace("data_root: ", f"validation ({tag}): ", 1) for problem in error.problems]) from error
+            raise DataError(
+                [problem.replace("data_root: ", f"validation ({tag}): ", 1) for problem in error.problems]
+            ) from error
         inside = {record.path.resolve() for record in found[tag].records}
-        shared = {identity for identity, record in enumerate(index.records) if record.path.resolve() in inside}
+        shared = {
+            identity for identity, record in enumerate(index.records) if record.path.resolve() in inside
+        }
         if shared:
             index, _ = take_out(index, shared)
             notes.append(f"{len(shared)} images of data_root are not trained: they are held out as {tag}")
@@ -146,12 +152,18 @@ def split_images(file: ValidationFile, data: DataOptions, index: Index, remember
         index, held = hold_out(index, contents, proportion=file.auto_split_proportion, seed=file.seed)
         found = {VALIDATION_LOSS: held, **found}
     if not any(record.multiply > 0 for record in index.records):
-        raise DataError("validation: every image of data_root is held out, and none is left to train on; name other folders")
+        raise DataError(
+            "validation: every image of data_root is held out, and none is left to train on; name other folders"
+        )
     sets = []
     for number, (tag, held) in enumerate(found.items()):
         memory = "split" if automatic and tag == VALIDATION_LOSS else f"val-{number}"
-        contents = contents_of(held.records, remembered / f"contents-{memory}.json", save=save and memory != "split")
-        keys = tuple((file.seed, int(contents.get(identity, "0")[:15], 16)) for identity in range(len(held.records)))
+        contents = contents_of(
+            held.records, remembered / f"contents-{memory}.json", save=save and memory != "split"
+        )
+        keys = tuple(
+            (file.seed, int(contents.get(identity, "0")[:15], 16)) for identity in range(len(held.records))
+        )
         sets.append(HeldOut(tag, held, keys))
     return Split(index, tuple(sets), tuple(notes))
 
@@ -179,11 +191,14 @@ class FixedLoss:
 
     Args:
         batches: the fixed images, uncropped by chance: no flips, no dropped captions.
-        objective: the training objective; its timestep range is divided into four equal parts, whose middles are measured.
+        objective: the training objective; its timestep range is divided into four equal parts, whose middles
+        are measured.
         keys: by record id, what keys an image's noise; the record id where it is None.
     """
 
-    def __init__(self, batches: Sequence[Batch], objective: Objective, keys: Sequence[tuple[int, ...]] | None = None) -> None:
+    def __init__(
+        self, batches: Sequence[Batch], objective: Objective, keys: Sequence[tuple[int, ...]] | None = None
+    ) -> None:
         start, end = objective.options.timestep_start, objective.options.timestep_end
         self._timesteps = [int(start + (end - start) * (part + 0.5) / TIMESTEPS) for part in range(TIMESTEPS)]
         self._batches = list(batches)
@@ -258,7 +273,9 @@ class Validation:
         return math.floor(after / self._every + slack) > math.floor(before / self._every + slack)
 
 
-def held_out_batches(images: Images, records: int, size: int, encode: Callable[[Batch], Batch]) -> list[Batch]:
+def held_out_batches(
+    images: Images, records: int, size: int, encode: Callable[[Batch], Batch]
+) -> list[Batch]:
     """Return images that are held out as batches of one bucket each.
 
     Args:
@@ -274,7 +291,11 @@ def held_out_batches(images: Images, records: int, size: int, encode: Callable[[
             moments = encoded.moments_BCHW
             assert moments is not None, "encoding makes moments"
             by_size.setdefault(moments.shape, []).append(encoded)
-    return [_joined(same[start : start + size]) for same in by_size.values() for start in range(0, len(same), size)]
+    return [
+        _joined(same[start : start + size])
+        for same in by_size.values()
+        for start in range(0, len(same), size)
+    ]
 
 
 def _joined(batches: Sequence[Batch]) -> Batch:
@@ -282,6 +303,8 @@ def _joined(batches: Sequence[Batch]) -> Batch:
 
     tensors = ("tokens_BT", "loss_scale_B", "moments_BCHW")
     tuples = ("positions", "records", "names", "captions")
-    joined: dict[str, Any] = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in tensors}
+    joined: dict[str, Any] = {
+        name: torch.cat([getattr(batch, name) for batch in batches]) for name in tensors
+    }
     joined |= {name: tuple(item for batch in batches for item in getattr(batch, name)) for name in tuples}
     return replace(batches[0], **joined)

@@ -1,8 +1,9 @@
 """Reading a single file in the original layout, without the hub and without any configuration beside it.
 
-What the file leaves out comes from its header where this program wrote it (`sd_dadapt.configs`, `sd_dadapt.tokenizer`), and
-otherwise from Stable Diffusion 1.5 as published, or 2.x where the UNet reads text of 2.x's width. Nothing in the tensors of SD 2.x tells
-epsilon from v-prediction, so where the file does not say it either, v-prediction is assumed and a note says so.
+What the file leaves out comes from its header where this program wrote it (`sd_dadapt.configs`,
+`sd_dadapt.tokenizer`), and otherwise from Stable Diffusion 1.5 as published, or 2.x where the UNet reads text
+of 2.x's width. Nothing in the tensors of SD 2.x tells epsilon from v-prediction, so where the file does not
+say it either, v-prediction is assumed and a note says so.
 """
 
 from __future__ import annotations
@@ -18,7 +19,15 @@ from trainer.errors import UserError
 from trainer.models import sd2
 from trainer.models.load import Models
 from trainer.models.networks import SD2, SD15, Configs, build, fill, first_line
-from trainer.models.single_file import OPEN_CLIP_PREFIX, SD2_WIDTH, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, from_original, layout
+from trainer.models.single_file import (
+    OPEN_CLIP_PREFIX,
+    SD2_WIDTH,
+    TEXT_PREFIX,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    from_original,
+    layout,
+)
 from trainer.models.tensor_file import TensorFile
 from trainer.models.tokenizer import END, clip_tokenizer, tokenizer_from_text
 
@@ -60,7 +69,9 @@ def read_file(path: Path, key: str, *, weights: bool) -> Models:
         raise UserError(f"{key}: {path} {problem}")
     configs = _configs(file)
     second = configs.unet.get("cross_attention_dim") == SD2_WIDTH
-    known = (prefix for prefix in (OPEN_CLIP_PREFIX, TEXT_PREFIX) if any(name.startswith(prefix) for name in file))
+    known = (
+        prefix for prefix in (OPEN_CLIP_PREFIX, TEXT_PREFIX) if any(name.startswith(prefix) for name in file)
+    )
     text_prefix = next(known, _BARE_TEXT_PREFIX)
     networks: dict[str, Any] = {}
     for network, prefix in (("unet", UNET_PREFIX), ("vae", VAE_PREFIX), ("text_encoder", text_prefix)):
@@ -68,13 +79,17 @@ def read_file(path: Path, key: str, *, weights: bool) -> Models:
         empty = build(network, config, _named(file))
         problem = _misfit(file, network, empty, prefix)
         if problem:
-            raise UserError(f"{key}: {path} is not a Stable Diffusion {2 if second else 1}.x model: of its {network}, {problem}.")
+            raise UserError(
+                f"{key}: {path} is not a Stable Diffusion {2 if second else 1}.x model: of its {network}, {problem}."
+            )
         if weights:
             fill(empty, from_original(file, network, empty.config, empty, prefix))
             empty.eval()
         networks[network] = empty
     if TOKENIZER in file.metadata:
-        tokenizer = tokenizer_from_text(file.metadata[TOKENIZER], f"{file.path}: the header field {TOKENIZER}")
+        tokenizer = tokenizer_from_text(
+            file.metadata[TOKENIZER], f"{file.path}: the header field {TOKENIZER}"
+        )
     else:
         tokenizer = clip_tokenizer(padding(configs.text_encoder.get("hidden_size")))
     notes = ()
@@ -83,7 +98,13 @@ def read_file(path: Path, key: str, *, weights: bool) -> Models:
             f"{key}: {path} does not say what it predicts; v-prediction is assumed, as of SD 2.x at 768 px, but models of 512 px predict "
             "noise: where you are not certain, name the model's diffusers folder, whose scheduler says it.",
         )
-    return Models(**networks, tokenizer=tokenizer, scheduler_config=dict(configs.scheduler), source=str(path), notes=notes)
+    return Models(
+        **networks,
+        tokenizer=tokenizer,
+        scheduler_config=dict(configs.scheduler),
+        source=str(path),
+        notes=notes,
+    )
 
 
 def read_vae_file(path: Path, key: str, base: Mapping[str, Any], *, weights: bool) -> AutoencoderKL:
@@ -92,7 +113,8 @@ def read_vae_file(path: Path, key: str, base: Mapping[str, Any], *, weights: boo
     Args:
         path: a .safetensors or .ckpt file.
         key: the option that named it, for messages.
-        base: the configuration of the VAE that it replaces, tried where the file says nothing and is not of SD 1.5's size.
+        base: the configuration of the VAE that it replaces, tried where the file says nothing and is not of
+        SD 1.5's size.
         weights: False gives a network on the meta device without reading any weight.
 
     Raises:
@@ -101,14 +123,20 @@ def read_vae_file(path: Path, key: str, base: Mapping[str, Any], *, weights: boo
     file = TensorFile(path)
     prefix = next((start for start in (VAE_PREFIX, "", "vae.") if start + _VAE_SIGN in file.shapes), None)
     if prefix is None:
-        raise UserError(f"{key}: {path} holds no VAE: there is no {_VAE_SIGN} in it; name a VAE's file or folder.")
+        raise UserError(
+            f"{key}: {path} holds no VAE: there is no {_VAE_SIGN} in it; name a VAE's file or folder."
+        )
     configs: list[Mapping[str, Any]] = [_configs(file).vae] if CONFIGS in file.metadata else [SD15.vae, base]
     problems = []
     for config in configs:
         empty = build("vae", config, _named(file))
         shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
-        if {name.removeprefix(prefix): shape for name, shape in file.shapes.items() if name.startswith(prefix)} == shapes:
-            state = {name: file[prefix + name].float() for name in shapes} if weights else None  # diffusers' own names
+        if {
+            name.removeprefix(prefix): shape for name, shape in file.shapes.items() if name.startswith(prefix)
+        } == shapes:
+            state = (
+                {name: file[prefix + name].float() for name in shapes} if weights else None
+            )  # diffusers' own names
         else:
             problem = _misfit(file, "vae", empty, prefix)
             if problem:
@@ -147,7 +175,10 @@ def what_else(file: TensorFile) -> str | None:
         return any(name.startswith(prefixes) for name in names)
 
     whole = "name a whole Stable Diffusion 1.x or 2.x checkpoint"
-    if any(".lora_" in name or "lora_down." in name or name.startswith(("lora_unet_", "lora_te")) for name in names):
+    if any(
+        ".lora_" in name or "lora_down." in name or name.startswith(("lora_unet_", "lora_te"))
+        for name in names
+    ):
         return f"is a LoRA, a small change to a model; merge it into its base with the tool that made it, or {whole}."
     if has("conditioner.embedders."):
         return f"is an SDXL model, which this program does not train; {whole}."
@@ -155,7 +186,12 @@ def what_else(file: TensorFile) -> str | None:
         return f"is the UNet of an SDXL model, which this program does not train; {whole}."
     if has("control_model.", "controlnet_"):
         return f"is a ControlNet; {whole}."
-    if has("model.diffusion_model.joint_blocks.", "model.diffusion_model.double_blocks.", "double_blocks.", "joint_blocks."):
+    if has(
+        "model.diffusion_model.joint_blocks.",
+        "model.diffusion_model.double_blocks.",
+        "double_blocks.",
+        "joint_blocks.",
+    ):
         return f"is a transformer model (SD 3, Flux or the like), which this program does not train; {whole}."
     if set(names) <= {"emb_params", "*"} or has("string_to_param"):
         return f"is a textual-inversion embedding; {whole}."
@@ -171,7 +207,9 @@ def what_else(file: TensorFile) -> str | None:
         return f"lacks {' and '.join(absent)}; {whole}."
     channels = names.get(UNET_PREFIX + "input_blocks.0.0.weight", (0, 4))[1]
     if channels != 4:
-        return f"is an inpainting or editing model (its UNet takes {channels} channels instead of 4); {whole}."
+        return (
+            f"is an inpainting or editing model (its UNet takes {channels} channels instead of 4); {whole}."
+        )
     if has(UNET_PREFIX + "label_emb."):
         return f"is an unCLIP model or another whose UNet needs more than text, which this program does not give it; {whole}."
     return None
@@ -181,7 +219,14 @@ def _reads(file: TensorFile) -> int | None:
     """Return the width of the text that the UNet in a file reads, as the shape of its first cross-attention says."""
     if CONFIGS in file.metadata:  # it says itself what it is
         return None
-    return next((shape[1] for name, shape in file.shapes.items() if name.startswith(UNET_PREFIX) and name.endswith(_READS_TEXT)), None)
+    return next(
+        (
+            shape[1]
+            for name, shape in file.shapes.items()
+            if name.startswith(UNET_PREFIX) and name.endswith(_READS_TEXT)
+        ),
+        None,
+    )
 
 
 def _configs(file: TensorFile) -> Configs:
@@ -192,10 +237,17 @@ def _configs(file: TensorFile) -> Configs:
                 raise ValueError("a configuration is not an object")
             return configs
         except (ValueError, TypeError, RecursionError) as error:
-            raise UserError(f"{_named(file)} is damaged ({first_line(error)}); export the file again.") from error
+            raise UserError(
+                f"{_named(file)} is damaged ({first_line(error)}); export the file again."
+            ) from error
     kind, _ = prediction(file)
     if _reads(file) != SD2_WIDTH:
-        return Configs(unet=SD15.unet, text_encoder=SD15.text_encoder, vae=SD15.vae, scheduler={**SD15.scheduler, "prediction_type": kind})
+        return Configs(
+            unet=SD15.unet,
+            text_encoder=SD15.text_encoder,
+            vae=SD15.vae,
+            scheduler={**SD15.scheduler, "prediction_type": kind},
+        )
     if kind == "v_prediction":
         return SD2
     unet, vae = {**SD2.unet, **sd2.BASE["unet"]}, {**SD2.vae, **sd2.BASE["vae"]}

@@ -34,17 +34,23 @@ def require_compiler(device: torch.device) -> None:
         x = numbers.detach()
         if numbers.grad is None or not torch.allclose(numbers.grad, 2 * x * (x * x).cos(), atol=1e-5):
             raise RuntimeError("it gives wrong results")
-    except Exception as error:  # a missing or broken compiler raises anything, from OSError to torch's InductorError
+    except (
+        Exception
+    ) as error:  # a missing or broken compiler raises anything, from OSError to torch's InductorError
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        needed = "Triton (see requirements.txt)" if device.type == "cuda" else "a C++ compiler (g++, clang or cl)"
-        raise UserError(f"compile: torch.compile does not work here ({reason}); install {needed} or set compile to false.") from error
+        needed = (
+            "Triton (see requirements.txt)" if device.type == "cuda" else "a C++ compiler (g++, clang or cl)"
+        )
+        raise UserError(
+            f"compile: torch.compile does not work here ({reason}); install {needed} or set compile to false."
+        ) from error
 
 
 def compile_networks(networks: Iterable[nn.Module]) -> None:
     """Have networks run through torch.compile, in place: their parameters keep their names.
 
-    Each shape is compiled by itself. One kernel for all shapes would depend on the order in which they came up, and so would the last
-    bits of a run that goes on.
+    Each shape is compiled by itself. One kernel for all shapes would depend on the order in which they came
+    up, and so would the last bits of a run that goes on.
     """
     import torch._dynamo
 

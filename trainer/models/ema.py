@@ -26,8 +26,8 @@ class EmaOptions:
     """Whether an exponential moving average of the weights is kept, and what is done with it."""
 
     ema_decay_rate: Annotated[float, Gt(0), Lt(1)] | None = None
-    """Keep averaged weights, exported beside the trained ones with -ema in their name: the share of them that stays at every update; null
-    keeps none."""
+    """Keep averaged weights, exported beside the trained ones with -ema in their name: the share of them that
+    stays at every update; null keeps none."""
 
     ema_strength_target: Annotated[float, Gt(0), Lt(1)] | None = None
     """The same, with the decay chosen so that this share of the weights at the start is left in the average at the run's end."""
@@ -45,8 +45,8 @@ class EmaOptions:
     """With ema_sample_ema_model, draw them from the trained weights too."""
 
     ema_resume_model: str | None = None
-    """A model to begin the average from instead of the one that is trained: a diffusers folder, a hub id or a single file. A run that
-    goes on brings its own."""
+    """A model to begin the average from instead of the one that is trained: a diffusers folder, a hub id or a
+    single file. A run that goes on brings its own."""
 
     @property
     def active(self) -> bool:
@@ -87,14 +87,17 @@ def plan_ema(options: EmaOptions, total_steps: int) -> str | None:
     updates = total_steps // options.ema_update_interval
     told = f"{updates:,} updates" if updates else "no update: the run is shorter"
     decay = decay_of(options, total_steps)
-    return f"decay {decay:.6g} every {options.ema_update_interval} steps ({told}), kept on {options.ema_device}"
+    return (
+        f"decay {decay:.6g} every {options.ema_update_interval} steps ({told}), kept on {options.ema_device}"
+    )
 
 
 class Ema:
     """The averages of all trained weights, in fp32.
 
-    An update is average = decay * average + (1 - decay) * weights, the same from the first to the last: EMAModel's own warm-up would
-    begin by forgetting the weights at the start, and a strength could not be aimed at.
+    An update is average = decay * average + (1 - decay) * weights, the same from the first to the last:
+    EMAModel's own warm-up would begin by forgetting the weights at the start, and a strength could not be
+    aimed at.
 
     Args:
         parameters: by network, what is trained.
@@ -103,7 +106,14 @@ class Ema:
         device: where the averages are kept.
     """
 
-    def __init__(self, parameters: Mapping[str, Sequence[nn.Parameter]], *, decay: float, interval: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Sequence[nn.Parameter]],
+        *,
+        decay: float,
+        interval: int,
+        device: torch.device,
+    ) -> None:
         import torch
         from diffusers.training_utils import EMAModel
 
@@ -173,7 +183,9 @@ class Ema:
             self._averages[network].optimization_step = saved["updates"]
 
 
-def weights_of(models: Models, names: Mapping[str, Sequence[tuple[str, Tensor]]], source: str) -> dict[str, list[Tensor]]:
+def weights_of(
+    models: Models, names: Mapping[str, Sequence[tuple[str, Tensor]]], source: str
+) -> dict[str, list[Tensor]]:
     """Return the weights of a model that stand where another's trained parameters do.
 
     Args:
@@ -188,7 +200,9 @@ def weights_of(models: Models, names: Mapping[str, Sequence[tuple[str, Tensor]]]
     found: dict[str, list[Tensor]] = {}
     for network, learning in names.items():
         there = dict(networks[network].named_parameters())
-        wrong = [name for name, parameter in learning if name not in there or there[name].shape != parameter.shape]
+        wrong = [
+            name for name, parameter in learning if name not in there or there[name].shape != parameter.shape
+        ]
         if wrong:
             raise UserError(
                 f"ema_resume_model: {source} is another kind of model: {len(wrong)} tensors of its {network} are missing or of other "

@@ -32,14 +32,20 @@ WEIGHTS = {
 
 _CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 _OWN = (*WEIGHTS, "tokenizer", "scheduler")
-_BESIDE = {"safety_checker": "stable_diffusion", "feature_extractor": "transformers", "image_encoder": "transformers"}
+_BESIDE = {
+    "safety_checker": "stable_diffusion",
+    "feature_extractor": "transformers",
+    "image_encoder": "transformers",
+}
 """The further parts that diffusers' StableDiffusionPipeline takes, and the library of each; others are not copied."""
 _RENAMED = {"CLIPFeatureExtractor": "CLIPImageProcessor"}
 """Classes of pipelines of 2022 that have another name since, with the same settings."""
 _RENAMED_TENSORS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_ATTENTION = re.compile(rf"(.*\.attentions\.\d+)\.({'|'.join(_RENAMED_TENSORS)})\.(weight|bias)")
 """The VAE's attention as diffusers named its tensors until 2023."""
-_IS_WEIGHTS = re.compile(r"\.(safetensors|bin|msgpack|h5|onnx|pt|ckpt)$|\.(bin|\w+\.safetensors)\.index(\.\w+)?\.json$")
+_IS_WEIGHTS = re.compile(
+    r"\.(safetensors|bin|msgpack|h5|onnx|pt|ckpt)$|\.(bin|\w+\.safetensors)\.index(\.\w+)?\.json$"
+)
 _PRECISION = {"": 0, "fp32": 1, "bf16": 2, "fp16": 3, "non_ema": 9}
 """Which variant of the weights is taken where a folder holds several: plain ones first, weights without averaging last."""
 
@@ -52,7 +58,9 @@ class Choice:
     files: tuple[str, ...]
 
 
-def read_folder(folder: Path, key: str, *, weights: bool, source: str | None = None, weights_follow: bool = False) -> Models:
+def read_folder(
+    folder: Path, key: str, *, weights: bool, source: str | None = None, weights_follow: bool = False
+) -> Models:
     """Load a diffusers folder.
 
     Args:
@@ -67,16 +75,27 @@ def read_folder(folder: Path, key: str, *, weights: bool, source: str | None = N
     """
     index = check_index(folder, key, source)
     networks = {
-        network: read_network(inside(folder, network), network, key, weights=weights, weights_follow=weights_follow) for network in WEIGHTS
+        network: read_network(
+            inside(folder, network), network, key, weights=weights, weights_follow=weights_follow
+        )
+        for network in WEIGHTS
     }
     beside = parts_beside(index, folder, key)
-    dropped = sorted(name for name in index if name not in (*_OWN, *beside) and re.fullmatch(r"\w+", name) and (folder / name).is_dir())
+    dropped = sorted(
+        name
+        for name in index
+        if name not in (*_OWN, *beside) and re.fullmatch(r"\w+", name) and (folder / name).is_dir()
+    )
     return Models(
         **networks,
         tokenizer=read_tokenizer(inside(folder, "tokenizer")),
         scheduler_config=read_json(inside(folder, "scheduler/scheduler_config.json"), key),
         source=source or str(folder),
-        notes=(f"{key}: checkpoints are without the base's {' and '.join(dropped)}, which diffusers does not know.",) if dropped else (),
+        notes=(
+            f"{key}: checkpoints are without the base's {' and '.join(dropped)}, which diffusers does not know.",
+        )
+        if dropped
+        else (),
         beside=beside,
         beside_from=folder,
     )
@@ -87,7 +106,9 @@ def read_vae_folder(folder: Path, key: str, *, weights: bool) -> AutoencoderKL:
     if (folder / INDEX).is_file():
         folder = inside(folder, "vae")
     if not (folder / "config.json").is_file():
-        raise UserError(f"{key}: {folder} is not a VAE's folder: it holds no config.json; name a folder with config.json and weights.")
+        raise UserError(
+            f"{key}: {folder} is not a VAE's folder: it holds no config.json; name a folder with config.json and weights."
+        )
     return read_network(folder, "vae", key, weights=weights)
 
 
@@ -105,7 +126,12 @@ def parts_beside(index: Mapping[str, Any], folder: Path, key: str) -> dict[str, 
     found = {}
     for name, library in _BESIDE.items():
         entry = index.get(name)
-        if not isinstance(entry, list) or len(entry) != 2 or entry[0] != library or not isinstance(entry[1], str):
+        if (
+            not isinstance(entry, list)
+            or len(entry) != 2
+            or entry[0] != library
+            or not isinstance(entry[1], str)
+        ):
             continue
         if entry[1].isidentifier() and (folder / name).is_dir():
             files_of_part(inside(folder, name))  # refuses a link before anything is trained
@@ -147,17 +173,27 @@ def read_network(folder: Path, network: str, key: str, *, weights: bool, weights
     files = files_inside(folder)
     config = read_json(folder / "config.json", key)
     names = config.get("architectures")
-    found = config.get("_class_name") or (names[0] if isinstance(names, list) and names else _CLASSES[network])
+    found = config.get("_class_name") or (
+        names[0] if isinstance(names, list) and names else _CLASSES[network]
+    )
     if found != _CLASSES[network]:
-        raise UserError(f"{key}: {folder} holds a {found}; {_CLASSES[network]} is the only class that is trained as {network}.")
+        raise UserError(
+            f"{key}: {folder} holds a {found}; {_CLASSES[network]} is the only class that is trained as {network}."
+        )
     choice = choose_weights([path.name for path in files if path.parent == folder], network)
     if choice is None and not weights_follow:
         stem = WEIGHTS[network][0]
-        raise UserError(f"{key}: {folder} holds no weights ({stem}.safetensors or the like); download the model again.")
+        raise UserError(
+            f"{key}: {folder} holds no weights ({stem}.safetensors or the like); download the model again."
+        )
     empty = build(network, config, f"{key}: {folder / 'config.json'}")
     if choice is None or not (weights or choice.safe):  # a .bin cannot be described without reading it whole
         return empty
-    tensors = {_current(name): (file, name) for file in map(TensorFile, (folder / name for name in choice.files)) for name in file}
+    tensors = {
+        _current(name): (file, name)
+        for file in map(TensorFile, (folder / name for name in choice.files))
+        for name in file
+    }
     shapes = {name: (_current(name), tuple(tensor.shape)) for name, tensor in empty.state_dict().items()}
     if missing := sorted(name for name, (known, _) in shapes.items() if known not in tensors):
         raise UserError(
@@ -167,14 +203,18 @@ def read_network(folder: Path, network: str, key: str, *, weights: bool, weights
         file, own = tensors[known]
         if file.shapes[own] != shape:
             problem = f"{name} is {file.shapes[own]} instead of {shape}"
-            raise UserError(f"{key}: {folder}: the weights do not fit config.json ({problem}); download the model again.")
+            raise UserError(
+                f"{key}: {folder}: the weights do not fit config.json ({problem}); download the model again."
+            )
         dtype = file.dtypes[own]
         if dtype is None or not dtype.is_floating_point:
             raise UserError(
                 f"{key}: {folder}: the weights are quantized ({name} is {dtype or 'of 8 bits'}); name the model in fp16 or fp32."
             )
     if weights:
-        fill(empty, {name: tensors[known][0][tensors[known][1]].float() for name, (known, _) in shapes.items()})
+        fill(
+            empty, {name: tensors[known][0][tensors[known][1]].float() for name, (known, _) in shapes.items()}
+        )
         empty.eval()
     return empty
 
@@ -182,7 +222,9 @@ def read_network(folder: Path, network: str, key: str, *, weights: bool, weights
 def _current(name: str) -> str:
     """Return the name that both old and new versions of a tensor's name become."""
     match = _OLD_ATTENTION.fullmatch(name)
-    return f"{match[1]}.{_RENAMED_TENSORS[match[2]]}.{match[3]}" if match else name.removeprefix("text_model.")
+    return (
+        f"{match[1]}.{_RENAMED_TENSORS[match[2]]}.{match[3]}" if match else name.removeprefix("text_model.")
+    )
 
 
 def choose_weights(names: Collection[str], network: str) -> Choice | None:
@@ -206,7 +248,9 @@ def read_json(path: Path, key: str) -> dict[str, Any]:
     try:
         content = load_json(path)
     except OSError as error:
-        raise UserError(f"{key}: {path} is missing or cannot be read ({error.strerror}); download the model again.") from error
+        raise UserError(
+            f"{key}: {path} is missing or cannot be read ({error.strerror}); download the model again."
+        ) from error
     except ValueError as error:
         raise UserError(f"{key}: {path} is not valid JSON ({error}); download the model again.") from error
     if not isinstance(content, dict):
@@ -222,7 +266,9 @@ def _what_else(folder: Path) -> str:
         inside = sorted(path.parent.name for path in folder.glob(f"*/{INDEX}"))
         if inside:
             return f"{folder} holds no {INDEX} itself, but {inside[0]} in it does; name {folder / inside[0]}."
-        files = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in (".safetensors", ".ckpt"))
+        files = sorted(
+            path.name for path in folder.iterdir() if path.suffix.lower() in (".safetensors", ".ckpt")
+        )
         if files:
             return f"{folder} holds no {INDEX}; to load a single file, name the file: {folder / files[0]}."
         if not any(folder.iterdir()):

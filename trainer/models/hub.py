@@ -41,14 +41,20 @@ def fetch_model(name: str, key: str, *, weights: bool, revision: str | None = No
     """
     files = _listed(name, key, revision)
     if INDEX not in files:
-        raise UserError(f"{key}: {name} on the hub is no diffusers model: it holds no {INDEX}; name another, or download its single file.")
+        raise UserError(
+            f"{key}: {name} on the hub is no diffusers model: it holds no {INDEX}; name another, or download its single file."
+        )
     settings = _downloaded(name, key, [*_SETTINGS], revision)
     check_index(settings, key, name)
     wanted = [*_SETTINGS]
     for network in WEIGHTS:
-        choice = choose_weights([file.removeprefix(f"{network}/") for file in files if file.startswith(f"{network}/")], network)
+        choice = choose_weights(
+            [file.removeprefix(f"{network}/") for file in files if file.startswith(f"{network}/")], network
+        )
         if choice is None:
-            raise UserError(f"{key}: {name} on the hub holds no weights of the {network}; name another model.")
+            raise UserError(
+                f"{key}: {name} on the hub holds no weights of the {network}; name another model."
+            )
         wanted += [f"{network}/{file}" for file in choice.files]
     return _downloaded(name, key, wanted, revision) if weights else settings
 
@@ -66,7 +72,9 @@ def fetch_vae(name: str, key: str) -> Path:
     inside = "vae/" if "vae/config.json" in files else ""
     choice = choose_weights([file.removeprefix(inside) for file in files if file.startswith(inside)], "vae")
     if choice is None or f"{inside}config.json" not in files:
-        raise UserError(f"{key}: {name} on the hub holds no VAE in diffusers' layout; name another, or download its single file.")
+        raise UserError(
+            f"{key}: {name} on the hub holds no VAE in diffusers' layout; name another, or download its single file."
+        )
     folder = _downloaded(name, key, [f"{inside}{file}" for file in ("config.json", *choice.files)])
     return folder / inside
 
@@ -86,14 +94,21 @@ def _cached(name: str, file: str, revision: str | None = None) -> Path | None:
 
 
 def _choice(folder: Path, network: str) -> object | None:
-    return choose_weights([path.name for path in folder.iterdir() if path.is_file()], network) if folder.is_dir() else None
+    return (
+        choose_weights([path.name for path in folder.iterdir() if path.is_file()], network)
+        if folder.is_dir()
+        else None
+    )
 
 
 def _listed(name: str, key: str, revision: str | None = None) -> Collection[str]:
     from huggingface_hub import HfApi
 
     try:
-        return {sibling.rfilename for sibling in HfApi().model_info(name, revision=revision, timeout=20).siblings or ()}
+        return {
+            sibling.rfilename
+            for sibling in HfApi().model_info(name, revision=revision, timeout=20).siblings or ()
+        }
     except Exception as error:  # several HTTP libraries' errors come through, by version and kind of failure
         raise _unavailable(name, key, error) from error
 
@@ -119,13 +134,21 @@ def _unavailable(name: str, key: str, error: Exception) -> UserError:
 
     local = f"or give {key} the path of a local diffusers folder or .safetensors file."
     if isinstance(error, GatedRepoError):
-        return UserError(f"{key}: {name} on the hub asks for consent: accept its terms on its page and run `hf auth login`, {local}")
+        return UserError(
+            f"{key}: {name} on the hub asks for consent: accept its terms on its page and run `hf auth login`, {local}"
+        )
     if isinstance(error, RepositoryNotFoundError):
-        return UserError(f"{key}: the hub knows no model {name} (or it is private: run `hf auth login`); correct the id, {local}")
+        return UserError(
+            f"{key}: the hub knows no model {name} (or it is private: run `hf auth login`); correct the id, {local}"
+        )
     if isinstance(error, RevisionNotFoundError):
-        return UserError(f"revision: {name} on the hub has no such revision; correct it, or set it to null for the main branch.")
+        return UserError(
+            f"revision: {name} on the hub has no such revision; correct it, or set it to null for the main branch."
+        )
     if isinstance(error, HFValidationError):
-        return UserError(f"{key}: {name} is neither a folder, a file nor a possible hub id; correct it, {local}")
+        return UserError(
+            f"{key}: {name} is neither a folder, a file nor a possible hub id; correct it, {local}"
+        )
     reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else _first_line(error)
     return HubUnreachable(
         f"{key}: {name} is not complete in the hub cache ({constants.HF_HUB_CACHE}) and cannot be downloaded ({reason}); "

@@ -20,9 +20,9 @@ class ModelOptions:
     """Which model is trained."""
 
     resume_ckpt: str
-    """The model to start from: a diffusers folder, a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5, a
-    .safetensors or .ckpt file in the original layout, a run folder or a checkpoint folder of this program, or findlast. base_model is
-    another name of this key."""
+    """The model to start from: a diffusers folder, a hub id such as
+    stable-diffusion-v1-5/stable-diffusion-v1-5, a .safetensors or .ckpt file in the original layout, a run
+    folder or a checkpoint folder of this program, or findlast. base_model is another name of this key."""
 
     revision: str | None = None
     """The commit, tag or branch of a model on the hub; null takes its main branch. A run records the commit and is resumed with it."""
@@ -36,7 +36,8 @@ class Models:
     """The parts of a Stable Diffusion pipeline.
 
     Attributes:
-        unet: predicts noise (or velocity) from latents (B, 4, H/8, W/8), timesteps (B,) and context (B, T, D).
+        unet: predicts noise (or velocity) from latents (B, 4, H/8, W/8), timesteps (B,) and context (B, T,
+        D).
         text_encoder: token ids (B, T) to hidden states (B, T, D).
         vae: pixels (B, 3, H, W) in -1..1 to latents and back.
         tokenizer: text to token ids, `model_max_length` of them.
@@ -44,9 +45,11 @@ class Models:
         source: where the weights came from, as it is shown to people.
         notes: sentences for people about what was assumed.
         assumed: whether nothing was at hand to describe, so that everything is Stable Diffusion 1.5's.
-        beside: library and class of the further parts of the base's pipeline, such as a safety checker, as its `model_index.json` has them.
+        beside: library and class of the further parts of the base's pipeline, such as a safety checker, as
+        its `model_index.json` has them.
         revision: the commit of a model from the hub.
-        beside_from: the folder that holds a folder of each. They are never loaded, and go into exported folders as they are.
+        beside_from: the folder that holds a folder of each. They are never loaded, and go into exported
+        folders as they are.
     """
 
     unet: UNet2DConditionModel
@@ -122,7 +125,9 @@ def _base(name: str, revision: str | None, *, weights: bool) -> Models:
         _check(described)  # before gigabytes are downloaded
         folder = fetch_model(name, key, weights=True, revision=revision)
         return replace(read_folder(folder, key, weights=True, source=name), revision=commit_of(folder))
-    return replace(described, notes=(f"{key}: {name} is not in the hub cache and is downloaded when training starts.",))
+    return replace(
+        described, notes=(f"{key}: {name} is not in the hub cache and is downloaded when training starts.",)
+    )
 
 
 def _replace_vae(models: Models, name: str, *, weights: bool) -> None:
@@ -153,7 +158,9 @@ def _replace_vae(models: Models, name: str, *, weights: bool) -> None:
         ("levels", len(before["block_out_channels"]), len(after["block_out_channels"])),
     ):
         if old != new:
-            raise UserError(f"{key}: {name} has {new} {what} where this model's own VAE has {old}; name a VAE made for this kind of model.")
+            raise UserError(
+                f"{key}: {name} has {new} {what} where this model's own VAE has {old}; name a VAE made for this kind of model."
+            )
 
 
 def _assumed(name: str) -> Models:
@@ -188,7 +195,11 @@ def _check(models: Models) -> None:
             f"{where}: the UNet takes {taken} channels and the VAE makes {made}; both must be 4 (inpainting and editing models are not "
             "trained); name a text-to-image model."
         )
-    extra = [part for part in ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type") if unet.get(part)]
+    extra = [
+        part
+        for part in ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
+        if unet.get(part)
+    ]
     if extra:
         raise UserError(
             f"{where}: the UNet needs more than text ({extra[0]}), which this program does not give it; name a Stable Diffusion 1.x or 2.x "
@@ -197,11 +208,15 @@ def _check(models: Models) -> None:
     width: Any = models.text_encoder.config.hidden_size
     read = unet["cross_attention_dim"]
     if read != width:
-        raise UserError(f"{where}: the text encoder is {width} wide and the UNet reads {read}; the parts are of different models.")
+        raise UserError(
+            f"{where}: the text encoder is {width} wide and the UNet reads {read}; the parts are of different models."
+        )
     entries: Any = models.text_encoder.config.vocab_size
     known = len(models.tokenizer)
     if known > entries:
-        raise UserError(f"{where}: the tokenizer has {known} entries and the text encoder {entries}; the parts are of different models.")
+        raise UserError(
+            f"{where}: the tokenizer has {known} entries and the text encoder {entries}; the parts are of different models."
+        )
     complete(models, where)
     try_model(models, where)
 
@@ -217,5 +232,11 @@ def _check_hub_id(name: str, key: str) -> None:
     """Raise UserError where a name can only be a path at which nothing is."""
     part = r"[A-Za-z0-9][\w.-]*"
     owner = Path(name.partition("/")[0])
-    if re.fullmatch(rf"{part}/{part}", name) is None or Path(name).suffix.lower() in (".safetensors", ".ckpt") or owner.is_dir():
-        raise UserError(f"{key}: there is no folder or file {name}; name a diffusers folder, a .safetensors file or a hub id (owner/name).")
+    if (
+        re.fullmatch(rf"{part}/{part}", name) is None
+        or Path(name).suffix.lower() in (".safetensors", ".ckpt")
+        or owner.is_dir()
+    ):
+        raise UserError(
+            f"{key}: there is no folder or file {name}; name a diffusers folder, a .safetensors file or a hub id (owner/name)."
+        )

@@ -96,12 +96,16 @@ def attach(network: nn.Module, options: LoraOptions) -> int:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
     except ImportError as error:
-        raise UserError(f"lora: peft does not load ({error}); install it with `pip install peft`, or set lora to null.") from error
+        raise UserError(
+            f"lora: peft does not load ({error}); install it with `pip install peft`, or set lora to null."
+        ) from error
 
     layers = [name for name, layer in network.named_modules() if _is_target(name, layer, options)]
     network.requires_grad_(False)
     if layers:
-        config = LoraConfig(r=options.rank, lora_alpha=options.strength, target_modules=layers, init_lora_weights=False)  # type: ignore[arg-type]
+        config = LoraConfig(
+            r=options.rank, lora_alpha=options.strength, target_modules=layers, init_lora_weights=False
+        )  # type: ignore[arg-type]
         with torch.random.fork_rng(devices=[]):  # peft draws what is overwritten here
             inject_adapter_in_model(config, network)
         for layer in network.modules():
@@ -117,8 +121,9 @@ def attach(network: nn.Module, options: LoraOptions) -> int:
 def begin(parts: TrainedParts, seed: int, values: Mapping[str, Tensor] | None = None) -> None:
     """Give the matrices their first values in fp32: what `read_adapter` returned, or new ones.
 
-    Of new ones A is uniform in +-1/sqrt(fan in), as linear layers begin, and B is 0, so that the model begins as it is. Each A depends
-    on the seed and the layer's name alone, neither on the other layers nor on the device.
+    Of new ones A is uniform in +-1/sqrt(fan in), as linear layers begin, and B is 0, so that the model begins
+    as it is. Each A depends on the seed and the layer's name alone, neither on the other layers nor on the
+    device.
     """
     import torch
 
@@ -148,7 +153,9 @@ def read_adapter(folder: Path, parts: TrainedParts, options: LoraOptions | None)
     file = TensorFile(inside(folder, LORA_FILE))
     where = f"resume_ckpt: {folder} holds a LoRA"
     if options is None:
-        raise UserError(f"{where}, and lora is null; set lora to the rank, alpha and targets that it was trained with.")
+        raise UserError(
+            f"{where}, and lora is null; set lora to the rank, alpha and targets that it was trained with."
+        )
     here = {in_file(name): (name, tuple(parameter.shape)) for name, parameter in named(parts).items()}
     if {name: shape for name, (_, shape) in here.items()} != file.shapes:
         raise UserError(
@@ -158,13 +165,19 @@ def read_adapter(folder: Path, parts: TrainedParts, options: LoraOptions | None)
     config = json.loads(file.metadata.get(ADAPTER_CONFIG, "{}"))
     alphas = {value for key, value in config.items() if key.endswith(".lora_alpha")}
     if alphas != {options.strength}:
-        raise UserError(f"{where} of alpha {', '.join(map(str, alphas))}, and lora.alpha is {options.strength:g} now; put it back.")
+        raise UserError(
+            f"{where} of alpha {', '.join(map(str, alphas))}, and lora.alpha is {options.strength:g} now; put it back."
+        )
     return {ours: file[name] for name, (ours, _) in here.items()}
 
 
 def in_file(name: str) -> str:
     """Return a matrix's name in diffusers' files: the text encoder's begin with text_model, which newer versions accept."""
-    return name.replace("text_encoder.", "text_encoder.text_model.", 1) if name.startswith("text_encoder.") else name
+    return (
+        name.replace("text_encoder.", "text_encoder.text_model.", 1)
+        if name.startswith("text_encoder.")
+        else name
+    )
 
 
 def base_of(models: Models, model: str, adapter: Path | None) -> Base:
@@ -196,7 +209,9 @@ def fingerprint(models: Models) -> str:
     for network in (models.unet, models.text_encoder):
         for name, tensor in network.state_dict().items():
             flat = tensor.reshape(-1)
-            places = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).round().long()
+            places = (
+                torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).round().long()
+            )
             found.update(f"{name} {tuple(tensor.shape)}".encode())
             found.update(flat[places].to("cpu", torch.float32).numpy().tobytes())
     return found.hexdigest()
@@ -215,7 +230,9 @@ def read_base(folder: Path) -> Base | None:
         if not Path(base.model).is_absolute() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base.model):
             raise ValueError(f"{base.model!r} is neither a hub id nor an absolute path")
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder / BASE_FILE}: the model under the LoRA cannot be read ({error}); choose another checkpoint.") from error
+        raise UserError(
+            f"{folder / BASE_FILE}: the model under the LoRA cannot be read ({error}); choose another checkpoint."
+        ) from error
     if Path(base.model).is_absolute() and not Path(base.model).exists():
         raise UserError(
             f"resume_ckpt: {folder} is a LoRA, and the model that it was trained on, {base.model}, is not there any more; put it back."
@@ -226,7 +243,11 @@ def read_base(folder: Path) -> Base | None:
 def _is_target(name: str, layer: nn.Module, options: LoraOptions) -> bool:
     import torch
 
-    if not isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)) or not layer.weight.requires_grad or not name.startswith(_BLOCKS):
+    if (
+        not isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
+        or not layer.weight.requires_grad
+        or not name.startswith(_BLOCKS)
+    ):
         return False
     return options.targets == "all" or name.endswith(tuple(f".{ending}" for ending in _ATTENTION))
 

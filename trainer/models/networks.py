@@ -57,10 +57,16 @@ def empty_vae(config: Mapping[str, Any]) -> AutoencoderKL:
 def empty_text_encoder(config: Mapping[str, Any]) -> CLIPTextModel:
     """Return the text encoder on the meta device: shapes without weights."""
     with torch.device("meta"):
-        return CLIPTextModel(CLIPTextConfig.from_dict({key: config[key] for key in _TEXT_KEYS if key in config}))
+        return CLIPTextModel(
+            CLIPTextConfig.from_dict({key: config[key] for key in _TEXT_KEYS if key in config})
+        )
 
 
-EMPTY: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {"unet": empty_unet, "vae": empty_vae, "text_encoder": empty_text_encoder}
+EMPTY: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    "unet": empty_unet,
+    "vae": empty_vae,
+    "text_encoder": empty_text_encoder,
+}
 
 
 def build(network: str, config: object, where: str) -> Any:
@@ -80,7 +86,9 @@ def build(network: str, config: object, where: str) -> Any:
             return EMPTY[network](config)
         except Exception as error:  # the libraries raise what a wrong value happens to lead to
             problem = first_line(error)
-    raise UserError(f"{where} describes no {network} that can be built ({problem}); download the model again.")
+    raise UserError(
+        f"{where} describes no {network} that can be built ({problem}); download the model again."
+    )
 
 
 def first_line(error: BaseException) -> str:
@@ -94,7 +102,11 @@ def _problem(config: object) -> str | None:
         return "it is not an object"
     layers = 1
     for key, value in config.items():
-        numbers = [number for number in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(number, (int, float))]
+        numbers = [
+            number
+            for number in (value if isinstance(value, (list, tuple)) else [value])
+            if isinstance(number, (int, float))
+        ]
         if any(not -_LARGEST <= number <= _LARGEST for number in numbers):  # NaN too
             return f"{key} is out of range"
         layers *= max((1, *numbers)) if key in _COUNTS else 1

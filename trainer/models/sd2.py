@@ -1,7 +1,7 @@
 """Stable Diffusion 2.x's configurations, as published with SD 2.1: what a checkpoint in the original layout leaves out.
 
-`UNET`, `VAE` and `SCHEDULER` are those of the model of 768 px, which predicts velocity; `BASE` is how the one of 512 px, which predicts
-noise, differs. The VAE is that of SD 1.5.
+`UNET`, `VAE` and `SCHEDULER` are those of the model of 768 px, which predicts velocity; `BASE` is how the one
+of 512 px, which predicts noise, differs. The VAE is that of SD 1.5.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ SCHEDULER: dict[str, Any] = {
     "prediction_type": "v_prediction",
 }
 
-BASE: dict[str, dict[str, Any]] = {"unet": {"sample_size": 64}, "vae": {"sample_size": 512}, "scheduler": sd15.SCHEDULER}
+BASE: dict[str, dict[str, Any]] = {
+    "unet": {"sample_size": 64},
+    "vae": {"sample_size": 512},
+    "scheduler": sd15.SCHEDULER,
+}
 """What the model of 512 px has instead, by part."""
 
 BASE_STEP = 875_000

@@ -1,8 +1,9 @@
 """The original (LDM) layout of a Stable Diffusion checkpoint: the same tensors as the diffusers networks under other names.
 
-In the original layout the UNet is one list of input blocks, a middle block and one list of output blocks, and the position of an
-attention or an upsampler depends on what stands before it. The names are therefore derived from the network's configuration
-(levels, layers per block, which levels have attention), so that any size converts, not only SD 1.5's four levels of two.
+In the original layout the UNet is one list of input blocks, a middle block and one list of output blocks, and
+the position of an attention or an upsampler depends on what stands before it. The names are therefore derived
+from the network's configuration (levels, layers per block, which levels have attention), so that any size
+converts, not only SD 1.5's four levels of two.
 
     diffusers                                 original
     unet   down_blocks.1.resnets.0.conv1      model.diffusion_model.input_blocks.4.0.in_layers.2
@@ -10,8 +11,9 @@ attention or an upsampler depends on what stands before it. The names are theref
     text   encoder.layers.0.mlp.fc1           cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1
            of SD 2.x                          cond_stage_model.model.transformer.resblocks.0.mlp.c_fc
 
-Nothing but names changes, and the shape of the VAE's attention weights: linear (o, i) here, 1x1 convolutions (o, i, 1, 1) there. The
-text encoder of SD 2.x is OpenCLIP's, which has the projections to queries, keys and values in one tensor, in this order.
+Nothing but names changes, and the shape of the VAE's attention weights: linear (o, i) here, 1x1 convolutions
+(o, i, 1, 1) there. The text encoder of SD 2.x is OpenCLIP's, which has the projections to queries, keys and
+values in one tensor, in this order.
 """
 
 from __future__ import annotations
@@ -134,12 +136,13 @@ def from_original(
     """Return one network's weights under their diffusers names; other networks' tensors are not touched.
 
     Args:
-        tensors: by original name; each is read when it is needed, so a lazy mapping over a file holds one tensor at a time.
+        tensors: by original name; each is read when it is needed, so a lazy mapping over a file holds one
+        tensor at a time.
         network: "unet", "vae" or "text_encoder".
         config: the network's configuration.
         empty: the network, for its names and shapes; the meta device will do.
-        prefix: what stands before the names in `tensors` instead of the original layout's own prefix; `OPEN_CLIP_PREFIX` means
-            OpenCLIP's names.
+        prefix: what stands before the names in `tensors` instead of the original layout's own prefix;
+            `OPEN_CLIP_PREFIX` means OpenCLIP's names.
         dtype: of the result.
     """
     shapes = _weights(empty)
@@ -149,7 +152,9 @@ def from_original(
     }
 
 
-def layout(network: str, config: Any, weights: Mapping[str, Shaped], prefix: str | None = None) -> dict[str, Place]:
+def layout(
+    network: str, config: Any, weights: Mapping[str, Shaped], prefix: str | None = None
+) -> dict[str, Place]:
     """Return where each of a network's tensors stands in the original layout.
 
     Args:
@@ -166,8 +171,14 @@ def layout(network: str, config: Any, weights: Mapping[str, Shaped], prefix: str
         if start is None:
             start = OPEN_CLIP_PREFIX if config.hidden_size == SD2_WIDTH else TEXT_PREFIX
         if start == OPEN_CLIP_PREFIX:
-            return {key: _open_clip(key.removeprefix("text_model."), tuple(tensor.shape)) for key, tensor in weights.items()}
-        return {key: Place(start + key.removeprefix("text_model."), tuple(tensor.shape)) for key, tensor in weights.items()}
+            return {
+                key: _open_clip(key.removeprefix("text_model."), tuple(tensor.shape))
+                for key, tensor in weights.items()
+            }
+        return {
+            key: Place(start + key.removeprefix("text_model."), tuple(tensor.shape))
+            for key, tensor in weights.items()
+        }
     modules = unet_modules(config) if network == "unet" else vae_modules(config)
     start = {"unet": UNET_PREFIX, "vae": VAE_PREFIX}[network] if prefix is None else prefix
     places = {}
@@ -210,8 +221,12 @@ def unet_modules(config: Any) -> Modules:
             names |= _resnet(f"up_blocks.{level}.resnets.{layer}", f"output_blocks.{block}.0")
             names[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{block}.1"
             block += 1
-        if level < levels - 1:  # the upsampler comes last in the level's last block: after the attention where there is one
-            names[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{block - 1}.{2 if attention else 1}.conv"
+        if (
+            level < levels - 1
+        ):  # the upsampler comes last in the level's last block: after the attention where there is one
+            names[f"up_blocks.{level}.upsamplers.0.conv"] = (
+                f"output_blocks.{block - 1}.{2 if attention else 1}.conv"
+            )
     return names
 
 
@@ -232,11 +247,17 @@ def vae_modules(config: Any) -> Modules:
             names[f"{half}.mid_block.attentions.0.{ours}"] = f"{half}.mid.attn_1.{theirs}"
     for level in range(levels):
         for layer in range(layers):
-            names |= _vae_resnet(f"encoder.down_blocks.{level}.resnets.{layer}", f"encoder.down.{level}.block.{layer}")
+            names |= _vae_resnet(
+                f"encoder.down_blocks.{level}.resnets.{layer}", f"encoder.down.{level}.block.{layer}"
+            )
         for layer in range(layers + 1):
-            names |= _vae_resnet(f"decoder.up_blocks.{level}.resnets.{layer}", f"decoder.up.{levels - 1 - level}.block.{layer}")
+            names |= _vae_resnet(
+                f"decoder.up_blocks.{level}.resnets.{layer}", f"decoder.up.{levels - 1 - level}.block.{layer}"
+            )
         names[f"encoder.down_blocks.{level}.downsamplers.0.conv"] = f"encoder.down.{level}.downsample.conv"
-        names[f"decoder.up_blocks.{level}.upsamplers.0.conv"] = f"decoder.up.{levels - 1 - level}.upsample.conv"
+        names[f"decoder.up_blocks.{level}.upsamplers.0.conv"] = (
+            f"decoder.up.{levels - 1 - level}.upsample.conv"
+        )
     return names
 
 

@@ -44,7 +44,8 @@ class TensorFile(Mapping[str, Tensor]):
     Attributes:
         path: the file.
         shapes: of each tensor.
-        dtypes: of each tensor; None where it is one that this program does not write, such as those of 8 bits.
+        dtypes: of each tensor; None where it is one that this program does not write, such as those of 8
+        bits.
         metadata: the text fields of a .safetensors header.
         global_step: the training steps that a .ckpt says it has had; None where it says nothing.
     """
@@ -53,7 +54,8 @@ class TensorFile(Mapping[str, Tensor]):
         """Open a file and read its list of tensors.
 
         Raises:
-            UserError: it cannot be read, is cut short, not such a file, or a .ckpt that cannot be read safely.
+            UserError: it cannot be read, is cut short, not such a file, or a .ckpt that cannot be read
+            safely.
         """
         self.path = path
         self.metadata: dict[str, str] = {}
@@ -62,14 +64,18 @@ class TensorFile(Mapping[str, Tensor]):
             self._open(path)
         except OSError as error:
             reason = error.strerror or str(error)
-            raise UserError(f"{path}: the file cannot be read ({reason}); check disk and permissions, or download it again.") from error
+            raise UserError(
+                f"{path}: the file cannot be read ({reason}); check disk and permissions, or download it again."
+            ) from error
 
     def _open(self, path: Path) -> None:
         if path.suffix.lower() in (".ckpt", ".bin"):
             tensors, self.global_step = _read_ckpt(path)
             self._tensors: Any = tensors
             self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-            self.dtypes: dict[str, torch.dtype | None] = {name: tensor.dtype for name, tensor in self._tensors.items()}
+            self.dtypes: dict[str, torch.dtype | None] = {
+                name: tensor.dtype for name, tensor in self._tensors.items()
+            }
         else:
             header = _read_header(path)
             self.metadata = header.pop("__metadata__")
@@ -81,7 +87,9 @@ class TensorFile(Mapping[str, Tensor]):
             try:
                 self._tensors = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, ValueError) as error:  # ValueError: its header is not UTF-8
-                raise UserError(f"{path}: the file is damaged ({_first_line(error)}); download or copy it again.") from error
+                raise UserError(
+                    f"{path}: the file is damaged ({_first_line(error)}); download or copy it again."
+                ) from error
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.shapes:
@@ -121,22 +129,29 @@ def write_tensors(
         read: returns a tensor by its name when it is written, and only then.
     """
     stored = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
-    # Readers compute on the mapped file, and matrix products are slower, and round differently, where a tensor does not start at a
-    # whole cache line: so the numbers begin at one, tensors of whole lines come first, and the rest by the width of their numbers.
+    # Readers compute on the mapped file, and matrix products are slower, and round differently, where a
+    # tensor does not start at a whole cache line: so the numbers begin at one, tensors of whole lines come
+    # first, and the rest by the width of their numbers.
     lines = {name: tensors[name].numel() * stored[name].itemsize % _LINE == 0 for name in tensors}
     order = sorted(tensors, key=lambda name: (not lines[name], -stored[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name in order:
         start, end = end, end + tensors[name].numel() * stored[name].itemsize
-        header[name] = {"dtype": _DTYPES[stored[name]], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": _DTYPES[stored[name]],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _LINE)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for name in order:
-            tensor = (read or tensors.__getitem__)(name).detach().to(device="cpu", dtype=stored[name]).contiguous()
+            tensor = (
+                (read or tensors.__getitem__)(name).detach().to(device="cpu", dtype=stored[name]).contiguous()
+            )
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
@@ -148,7 +163,9 @@ def _read_header(path: Path) -> dict[str, Any]:
         if start.startswith(b"version "):
             raise UserError(f"{path}: {_POINTER}")
         if start.startswith((b"PK\x03\x04", b"\x80\x02")):
-            raise UserError(f"{path}: this is a .ckpt file; give it that ending, and it is read without running what it holds.")
+            raise UserError(
+                f"{path}: this is a .ckpt file; give it that ending, and it is read without running what it holds."
+            )
         if start.lstrip()[:1] == b"<":
             raise UserError(f"{path}: this is a web page, not a model; download the file itself.")
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
@@ -159,16 +176,22 @@ def _read_header(path: Path) -> dict[str, Any]:
     try:
         header = json.loads(text)
         metadata = header.pop("__metadata__", None) or {}
-        valid = all(map(_is_entry, header.values())) and all(isinstance(text, str) for text in metadata.values())
+        valid = all(map(_is_entry, header.values())) and all(
+            isinstance(text, str) for text in metadata.values()
+        )
     except (ValueError, TypeError, AttributeError, RecursionError):
         valid = False
     if not valid:
         raise UserError(f"{path}: this is not a .safetensors file: it does not begin with a list of tensors.")
     promised = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if promised > size:
-        raise UserError(f"{path}: the file is cut short: it holds {size:,} of {promised:,} bytes; download or copy it again.")
+        raise UserError(
+            f"{path}: the file is cut short: it holds {size:,} of {promised:,} bytes; download or copy it again."
+        )
     if promised < size:
-        raise UserError(f"{path}: the file is damaged: it holds {size:,} bytes instead of {promised:,}; download or copy it again.")
+        raise UserError(
+            f"{path}: the file is damaged: it holds {size:,} bytes instead of {promised:,}; download or copy it again."
+        )
     return {**header, "__metadata__": metadata}
 
 
@@ -185,14 +208,17 @@ def _is_entry(entry: Any) -> bool:
 def _read_ckpt(path: Path) -> tuple[dict[str, Tensor], int | None]:
     """Return the tensors of a .ckpt, and its `global_step` if it has one; a pickle that wants to run code is refused, not run.
 
-    Lightning, which wrote Stable Diffusion's first files, put its own classes and numpy's numbers beside the weights. Nothing is made of
-    them here: empty stand-ins take their names, so neither library is called nor needed.
+    Lightning, which wrote Stable Diffusion's first files, put its own classes and numpy's numbers beside the
+    weights. Nothing is made of them here: empty stand-ins take their names, so neither library is called nor
+    needed.
     """
     stand_ins: list[Any] = [(_Nothing, name) for name in check_pickle(path)]
     try:
         with torch.serialization.safe_globals(stand_ins):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises UnpicklingError, EOFError, RuntimeError and others, by what is broken
+    except (
+        Exception
+    ) as error:  # torch raises UnpicklingError, EOFError, RuntimeError and others, by what is broken
         advice = "download or copy it again, or get the .safetensors version"
         damaged = f"{path}: the {path.suffix} file cannot be read as plain tensors ({_first_line(error)}); {advice}."
         raise UserError(hostile(path, error) or damaged) from error
@@ -200,14 +226,25 @@ def _read_ckpt(path: Path) -> tuple[dict[str, Tensor], int | None]:
     step = content.get("global_step")
     content = content.get("state_dict", content)
     named = content.items() if isinstance(content, dict) else ()
-    tensors = {name: tensor for name, tensor in named if isinstance(name, str) and isinstance(tensor, Tensor) and _is_plain(tensor)}
+    tensors = {
+        name: tensor
+        for name, tensor in named
+        if isinstance(name, str) and isinstance(tensor, Tensor) and _is_plain(tensor)
+    }
     if not tensors:
-        raise UserError(f"{path}: the {path.suffix} file holds no tensors; name a whole Stable Diffusion 1.x or 2.x checkpoint.")
+        raise UserError(
+            f"{path}: the {path.suffix} file holds no tensors; name a whole Stable Diffusion 1.x or 2.x checkpoint."
+        )
     return tensors, step if isinstance(step, int) else None
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized and not tensor.is_complex()
+    return (
+        tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+        and not tensor.is_complex()
+    )
 
 
 _BESIDE_WEIGHTS = ("pytorch_lightning.", "lightning.", "numpy.", "_codecs.encode")
@@ -237,7 +274,9 @@ def check_pickle(path: Path) -> list[str]:
     if problem := _no_pickle(path, start, packed=packed):
         raise UserError(f"{path}: {problem}")
     if inflated:  # torch stores without compression; a small file could fill the memory
-        raise UserError(f"{path}: its contents are compressed, which torch never does; get this file from a source that you trust.")
+        raise UserError(
+            f"{path}: its contents are compressed, which torch never does; get this file from a source that you trust."
+        )
     wanted = _foreign_names(path) if packed else []
     if strange := [name for name in wanted if not name.startswith(_BESIDE_WEIGHTS)]:
         raise UserError(_refusal(path, strange))

@@ -1,7 +1,7 @@
 """The tokenizer: read from a model, written for new and old readers alike, or CLIP's own, which comes with this program.
 
-A checkpoint in the original layout holds no tokenizer, and SD 1.x and 2.x all use the vocabulary of OpenAI's CLIP. It is shipped
-here (`clip_vocabulary/`, MIT licence), so that a single file loads without the hub.
+A checkpoint in the original layout holds no tokenizer, and SD 1.x and 2.x all use the vocabulary of OpenAI's
+CLIP. It is shipped here (`clip_vocabulary/`, MIT licence), so that a single file loads without the hub.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 TOKENS = 77
 """The length of CLIP's context, start and end token included."""
 
-_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 _LARGEST = 64 << 20
 """Bytes of one of them; CLIP's are of 4 MB at most."""
 _NUMBERS = ("bos_token_id", "eos_token_id", "pad_token_id", "model_max_length")
@@ -46,7 +53,9 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
     Raises:
         UserError: the files are missing or damaged, or a link leads outside the folder.
     """
-    there = {path.name: path for path in files_inside(folder) if path.parent == folder and path.name in _FILES}
+    there = {
+        path.name: path for path in files_inside(folder) if path.parent == folder and path.name in _FILES
+    }
     if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there.keys():
         raise UserError(
             f"{folder}: the tokenizer is missing: neither tokenizer.json nor vocab.json with merges.txt is there; "
@@ -55,7 +64,9 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
     try:
         files = {name: read_regular(path, _LARGEST) for name, path in there.items()}
     except OSError as error:
-        raise UserError(f"{folder}: the tokenizer cannot be read ({error.strerror}); download the model again.") from error
+        raise UserError(
+            f"{folder}: the tokenizer cannot be read ({error.strerror}); download the model again."
+        ) from error
     return _from_files(files, f"{folder}: the tokenizer")
 
 
@@ -64,10 +75,14 @@ def write_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _save(tokenizer, folder)
     model = _model(tokenizer)
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "vocab.json").write_text(
+        json.dumps(model["vocab"], ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    special = {name: str(getattr(tokenizer, name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    special = {
+        name: str(getattr(tokenizer, name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+    }
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
 
 
@@ -88,7 +103,10 @@ def tokenizer_to_text(tokenizer: CLIPTokenizer) -> str:
     """Return the tokenizer as compact JSON: its files by name."""
     with tempfile.TemporaryDirectory() as folder:
         _save(tokenizer, Path(folder))
-        files = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))}
+        files = {
+            path.name: json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(Path(folder).glob("*.json"))
+        }
     return json.dumps(files, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -99,7 +117,9 @@ def tokenizer_from_text(text: str, where: str = "the tokenizer") -> CLIPTokenize
         UserError: the text is damaged; the message calls it `where`.
     """
     try:
-        files = {name: json.dumps(content).encode() for name, content in json.loads(text).items() if name in _FILES}
+        files = {
+            name: json.dumps(content).encode() for name, content in json.loads(text).items() if name in _FILES
+        }
         if "tokenizer.json" not in files:
             raise ValueError("it holds no tokenizer.json")
     except (ValueError, AttributeError, RecursionError) as error:
@@ -115,11 +135,16 @@ def _from_files(files: Mapping[str, bytes], where: str) -> CLIPTokenizer:
     try:
         with tempfile.TemporaryDirectory() as folder:
             for name, content in files.items():
-                (Path(folder) / name).write_bytes(_plain(content) if name == "tokenizer_config.json" else content)
+                (Path(folder) / name).write_bytes(
+                    _plain(content) if name == "tokenizer_config.json" else content
+                )
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         if tokenizer.model_max_length > 1_000_000:  # the library's stand-in for "not said"
             tokenizer.model_max_length = TOKENS
-        if not all(type(getattr(tokenizer, name)) is int for name in _NUMBERS) or tokenizer.model_max_length < 3:
+        if (
+            not all(type(getattr(tokenizer, name)) is int for name in _NUMBERS)
+            or tokenizer.model_max_length < 3
+        ):
             raise ValueError("it lacks a start, an end, a padding or a length")
         tokenizer("a photo of a cat")
     except BaseException as error:  # the tokenizers library raises plain Exception, and panics outside of it
@@ -132,7 +157,9 @@ def _from_files(files: Mapping[str, bytes], where: str) -> CLIPTokenizer:
 def _plain(content: bytes) -> bytes:
     """Return tokenizer settings without those that name files or code."""
     settings = json.loads(content)
-    return json.dumps({key: value for key, value in settings.items() if not key.endswith("_file") and key != "auto_map"}).encode()
+    return json.dumps(
+        {key: value for key, value in settings.items() if not key.endswith("_file") and key != "auto_map"}
+    ).encode()
 
 
 @cache
@@ -141,9 +168,19 @@ def _clip_vocabulary() -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
     lines = gzip.decompress(_MERGES.read_bytes()).decode("utf-8").splitlines()
     merges = tuple((left, right) for left, _, right in (line.partition(" ") for line in lines))
     # Bytes that print stand for themselves and come first; the others are numbered from 256 on, as in GPT-2.
-    printing = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printing = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     characters = [chr(byte) for byte in printing] + [chr(256 + n) for n in range(256 - len(printing))]
-    pieces = [*characters, *(c + "</w>" for c in characters), *(left + right for left, right in merges), START, END]
+    pieces = [
+        *characters,
+        *(c + "</w>" for c in characters),
+        *(left + right for left, right in merges),
+        START,
+        END,
+    ]
     return {piece: number for number, piece in enumerate(pieces)}, merges
 
 

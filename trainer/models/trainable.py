@@ -30,8 +30,8 @@ class TrainableOptions:
     """Freeze the whole UNet."""
 
     lora: LoraOptions | None = None
-    """Train a LoRA, small matrices beside the layers, and leave the model as it is; {} takes every default, null trains the model
-    itself."""
+    """Train a LoRA, small matrices beside the layers, and leave the model as it is; {} takes every default,
+    null trains the model itself."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: much less memory for one more forward pass a step."""
@@ -40,8 +40,9 @@ class TrainableOptions:
     """Attention: sdp is torch's fused attention, slice computes it in slices with less memory; xformers is answered by sdp."""
 
     compile: bool = False
-    """Run the training passes of what learns through torch.compile: faster steps for some minutes of compiling whenever a size of images or
-    of a batch comes up for the first time. Samples and fixed-noise losses run without."""
+    """Run the training passes of what learns through torch.compile: faster steps for some minutes of
+    compiling whenever a size of images or of a batch comes up for the first time. Samples and fixed-noise
+    losses run without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,8 @@ class Part:
     Attributes:
         trained: parameters with requires_grad.
         total: all parameters.
-        what: which of them, in words for people: "everything", "nothing", "layers 4-12 of 12, final layer norm".
+        what: which of them, in words for people: "everything", "nothing", "layers 4-12 of 12, final layer
+        norm".
     """
 
     trained: int
@@ -92,41 +94,55 @@ class TrainedParts:
 def apply_freezing(models: Models, parts: TrainableOptions, freezing: FreezingOptions) -> TrainedParts:
     """Decide what learns: set requires_grad on every parameter, train mode on the networks that learn, eval mode on the others.
 
-    Also turns on gradient checkpointing and attention slicing where they are asked for. The VAE never learns. Works on networks of
-    the meta device too.
+    Also turns on gradient checkpointing and attention slicing where they are asked for. The VAE never learns.
+    Works on networks of the meta device too.
 
     Raises:
         UserError: a layer count that the text encoder does not have, or nothing left to learn.
     """
-    text_encoder_trains, what = _freeze_text_encoder(models.text_encoder, freezing, disabled=parts.disable_textenc_training)
+    text_encoder_trains, what = _freeze_text_encoder(
+        models.text_encoder, freezing, disabled=parts.disable_textenc_training
+    )
     unet_trains = not parts.disable_unet_training
     models.unet.requires_grad_(unet_trains)
     models.vae.requires_grad_(False)
     networks: dict[str, nn.Module] = {UNET: models.unet, TEXT_ENCODER: models.text_encoder}
     words = {UNET: "everything" if unet_trains else "nothing", TEXT_ENCODER: what}
     if parts.lora is not None:
-        words = {name: _in_words(parts.lora, attach(network, parts.lora)) for name, network in networks.items()}
+        words = {
+            name: _in_words(parts.lora, attach(network, parts.lora)) for name, network in networks.items()
+        }
         text_encoder_trains = words[TEXT_ENCODER] != "nothing"
     if not unet_trains and not text_encoder_trains:
         reason = "disable_textenc_training" if parts.disable_textenc_training else "text_encoder_freezing"
-        raise UserError(f"disable_unet_training and {reason} together leave nothing to train; let the UNet or text encoder layers train.")
+        raise UserError(
+            f"disable_unet_training and {reason} together leave nothing to train; let the UNet or text encoder layers train."
+        )
 
     models.vae.eval()
     models.unet.train(unet_trains)
     models.text_encoder.train(text_encoder_trains)
     if parts.gradient_checkpointing:
-        # The text encoder's gradient passes through the UNet, so the UNet's activations count even where it is frozen.
+        # The text encoder's gradient passes through the UNet, so the UNet's activations count even where it
+        # is frozen.
         models.unet.enable_gradient_checkpointing()
         if text_encoder_trains:
             models.text_encoder.activation_checkpointing_enable({"use_reentrant": False})
     if parts.attn_type == "slice":
         models.unet.set_attention_slice("auto")
 
-    learning = {name: [(key, p) for key, p in network.named_parameters() if p.requires_grad] for name, network in networks.items()}
+    learning = {
+        name: [(key, p) for key, p in network.named_parameters() if p.requires_grad]
+        for name, network in networks.items()
+    }
     return TrainedParts(
         parameters={name: parameters for name, parameters in learning.items() if parameters},
         counts={
-            name: Part(sum(p.numel() for _, p in learning[name]), sum(p.numel() for p in network.parameters()), words[name])
+            name: Part(
+                sum(p.numel() for _, p in learning[name]),
+                sum(p.numel() for p in network.parameters()),
+                words[name],
+            )
             for name, network in networks.items()
         },
     )
@@ -135,7 +151,9 @@ def apply_freezing(models: Models, parts: TrainableOptions, freezing: FreezingOp
 def _in_words(lora: LoraOptions, layers: int) -> str:
     """Return what learns of a network that has matrices beside `layers` layers."""
     kind = {"attention": "attention layers", "all": "layers"}[lora.targets]
-    return f"a LoRA of rank {lora.rank} and alpha {lora.strength:g} on {layers} {kind}" if layers else "nothing"
+    return (
+        f"a LoRA of rank {lora.rank} and alpha {lora.strength:g} on {layers} {kind}" if layers else "nothing"
+    )
 
 
 def _freeze_text_encoder(text_encoder: Any, freezing: FreezingOptions, *, disabled: bool) -> tuple[bool, str]:

@@ -26,12 +26,19 @@ def complete(models: Models, where: str) -> None:
     unet: Any = models.unet
     if models.scheduler_config.get("_class_name") is None:
         models.scheduler_config["_class_name"] = sd15.SCHEDULER["_class_name"]
-        models.notes += (f"{where} names no scheduler class; {sd15.SCHEDULER['_class_name']} is assumed, as of SD 1.5.",)
+        models.notes += (
+            f"{where} names no scheduler class; {sd15.SCHEDULER['_class_name']} is assumed, as of SD 1.5.",
+        )
     size = unet.config["sample_size"]
     if size is None:
         unet.register_to_config(sample_size=sd15.UNET["sample_size"])
-        models.notes += (f"{where} names no sample_size; {sd15.UNET['sample_size']} is assumed, as of SD 1.5.",)
-    elif not all(type(side) is int and side > 0 for side in (size if isinstance(size, (list, tuple)) and size else [size])):
+        models.notes += (
+            f"{where} names no sample_size; {sd15.UNET['sample_size']} is assumed, as of SD 1.5.",
+        )
+    elif not all(
+        type(side) is int and side > 0
+        for side in (size if isinstance(size, (list, tuple)) and size else [size])
+    ):
         raise UserError(f"{where}: the UNet's sample_size is {size!r}, not a number of latents; {_ADVICE}.")
 
 
@@ -51,14 +58,30 @@ def try_model(models: Models, where: str) -> None:
         )
     largest = max(models.tokenizer.get_vocab().values(), default=0)
     if largest >= entries:
-        raise UserError(f"{where}: the tokenizer's numbers reach {largest} and the text encoder has {entries} entries; {_ADVICE}.")
-    _attempt(f"{where}: captions cannot be tokenized", lambda: Tokenize(models.tokenizer)(["a photo of a cat"]))
+        raise UserError(
+            f"{where}: the tokenizer's numbers reach {largest} and the text encoder has {entries} entries; {_ADVICE}."
+        )
+    _attempt(
+        f"{where}: captions cannot be tokenized", lambda: Tokenize(models.tokenizer)(["a photo of a cat"])
+    )
     unet: Any = models.unet.config
     context = (1, length, text.hidden_size)
     side = 2 ** (len(unet["block_out_channels"]) + 1)
     latents = (1, unet["in_channels"], side, side)
-    _run("text encoder", models.text_encoder, where, lambda run: run(_empty(1, length, kind=torch.int64)).last_hidden_state, context)
-    _run("UNet", models.unet, where, lambda run: run(_empty(*latents), _empty(1, kind=torch.int64), _empty(*context)).sample, latents)
+    _run(
+        "text encoder",
+        models.text_encoder,
+        where,
+        lambda run: run(_empty(1, length, kind=torch.int64)).last_hidden_state,
+        context,
+    )
+    _run(
+        "UNet",
+        models.unet,
+        where,
+        lambda run: run(_empty(*latents), _empty(1, kind=torch.int64), _empty(*context)).sample,
+        latents,
+    )
     try_vae(models.vae, where)
 
 
@@ -68,7 +91,13 @@ def try_vae(vae: Any, where: str) -> None:
     if type(scale) not in (int, float) or not 0 < scale < 1e4:
         raise UserError(f"{where}: the VAE's scaling_factor is {scale!r}, not a positive number; {_ADVICE}.")
     images, latents = (1, 3, 4 * factor, 4 * factor), (1, vae.config["latent_channels"], 4, 4)
-    _run("VAE's encoder", _Call(vae, "encode"), where, lambda run: run(_empty(*images)).latent_dist.mode(), latents)
+    _run(
+        "VAE's encoder",
+        _Call(vae, "encode"),
+        where,
+        lambda run: run(_empty(*images)).latent_dist.mode(),
+        latents,
+    )
     _run("VAE's decoder", _Call(vae, "decode"), where, lambda run: run(_empty(*latents)).sample, images)
 
 
@@ -87,12 +116,20 @@ class _Call(nn.Module):
         return getattr(self.module, self.method)(*values)
 
 
-def _run(name: str, network: nn.Module, where: str, act: Callable[[Callable[..., Any]], Tensor], expected: tuple[int, ...]) -> None:
+def _run(
+    name: str,
+    network: nn.Module,
+    where: str,
+    act: Callable[[Callable[..., Any]], Tensor],
+    expected: tuple[int, ...],
+) -> None:
     """Run a network in training mode on the meta device, whatever device its weights are on."""
     tried = (name, repr(getattr(network, "module", network).config), expected)
     if tried in _PASSED:
         return
-    state = {key: tensor.to("meta") for key, tensor in (*network.named_parameters(), *network.named_buffers())}
+    state = {
+        key: tensor.to("meta") for key, tensor in (*network.named_parameters(), *network.named_buffers())
+    }
     before = network.training
 
     def run(*values: Tensor) -> Any:

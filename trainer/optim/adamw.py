@@ -43,7 +43,9 @@ class AdamWOptions(MomentOptions):
         """Return the optimizer over `params` at rate `lr`."""
         from torch.optim import AdamW
 
-        return AdamW(params, lr=lr, betas=self.betas, eps=self.epsilon, weight_decay=self.weight_decay, fused=True)
+        return AdamW(
+            params, lr=lr, betas=self.betas, eps=self.epsilon, weight_decay=self.weight_decay, fused=True
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +76,9 @@ class AdamW8bitFusedOptions(MomentOptions):
     """The optimizer's name."""
 
     fused_backward: bool = False
-    """Update each weight inside the backward pass and drop its gradient: the same steps without memory for gradients. Not with
-    grad_accum above 1, clip_grad_norm, fp16 or several processes, which need all gradients after backward."""
+    """Update each weight inside the backward pass and drop its gradient: the same steps without memory for
+    gradients. Not with grad_accum above 1, clip_grad_norm, fp16 or several processes, which need all
+    gradients after backward."""
 
     rounds_bf16: ClassVar[bool] = True
 
@@ -84,7 +87,12 @@ class AdamW8bitFusedOptions(MomentOptions):
         from trainer.optim.dadapt.optimizer import TiledAdamW
 
         return TiledAdamW(
-            params, lr=lr, betas=self.betas, eps=self.epsilon, weight_decay=self.weight_decay, fused_backward=self.fused_backward
+            params,
+            lr=lr,
+            betas=self.betas,
+            eps=self.epsilon,
+            weight_decay=self.weight_decay,
+            fused_backward=self.fused_backward,
         )
 
     def measure(self, optimizer: Optimizer) -> dict[str, Any]:

@@ -26,6 +26,8 @@ class DAdaptSGD(dadaptation.DAdaptSGD):
         """Update the parameters that have a gradient, their state, and d; return what `closure` returned."""
         loss = None if closure is None else closure()
         if any(group["lr"] > 0 for group in self.param_groups):
-            with suppress(ZeroDivisionError):  # raised before anything is written but the starting point and s = 0
+            with suppress(
+                ZeroDivisionError
+            ):  # raised before anything is written but the starting point and s = 0
                 super().step()
         return loss

@@ -38,8 +38,8 @@ def finish_gradients(
         clip: the norm to which each network's gradient is scaled down.
 
     Returns:
-        0-d device tensors: the 2-norms, and found_inf, 1.0 if any of them is not finite and 0.0 otherwise; None where there is no
-        gradient at all. Nothing is read back.
+        0-d device tensors: the 2-norms, and found_inf, 1.0 if any of them is not finite and 0.0 otherwise;
+        None where there is no gradient at all. Nothing is read back.
     """
     import torch
 

@@ -47,7 +47,11 @@ class OptimizerSet:
     """
 
     def __init__(
-        self, options: Mapping[str, OptimizerOptions], parameters: Mapping[str, Sequence[nn.Parameter]], *, total_steps: int
+        self,
+        options: Mapping[str, OptimizerOptions],
+        parameters: Mapping[str, Sequence[nn.Parameter]],
+        *,
+        total_steps: int,
     ) -> None:
         self.members: tuple[Member, ...] = tuple(
             Member(
@@ -65,8 +69,8 @@ class OptimizerSet:
         self._finite: Tensor | None = None
         self._half_made: Tensor | float = 0.0
         self.updating = False
-        """Whether a step has begun to change weights and state: until whoever counts steps has counted it and says so here, neither the
-        number of the step nor the next one is that of the weights."""
+        """Whether a step has begun to change weights and state: until whoever counts steps has counted it and
+        says so here, neither the number of the step nor the next one is that of the weights."""
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -99,9 +103,10 @@ class OptimizerSet:
     def step(self, found_inf: Tensor) -> None:
         """Update the weights, or leave weights and state of all networks as they are where `found_inf` is 1.
 
-        Optimizers that take the flag on the device are gated there. The kept 8-bit and D-Adaptation libraries cannot: with one of
-        them in the set the flag is read, one synchronisation a step. Those that step inside backward are called in any case, since
-        that ends their step. They have moved if the loss was finite: then the others' gradients count as "not finite" in `measures`.
+        Optimizers that take the flag on the device are gated there. The kept 8-bit and D-Adaptation libraries
+        cannot: with one of them in the set the flag is read, one synchronisation a step. Those that step
+        inside backward are called in any case, since that ends their step. They have moved if the loss was
+        finite: then the others' gradients count as "not finite" in `measures`.
         """
         skips = not all(member.gated for member in self.members) and bool(found_inf)
         self.updating = True
@@ -126,14 +131,17 @@ class OptimizerSet:
     def measures(self) -> dict[str, dict[str, Any]]:
         """Return by network what can be reported: `rate`, the rate that really acts; and of one that finds its own, what it found.
 
-        That is `d`, `d_hat` and `decayed`, the share of every weight that decay has taken since the run began. With fused backward
-        also `not finite`: how many gradients, or steps of a network that steps after backward, were left out of steps that others made.
+        That is `d`, `d_hat` and `decayed`, the share of every weight that decay has taken since the run
+        began. With fused backward also `not finite`: how many gradients, or steps of a network that steps
+        after backward, were left out of steps that others made.
         """
         found = {member.network: member.options.measure(member.optimizer) for member in self.members}
         for member in self.members if self.fused else ():
             found[member.network].setdefault("not finite", self._half_made)
         for network, total in self._decayed.items():
-            found[network]["decayed"] = 1 - (-total).exp()  # the product of all 1 - share, where shares are small
+            found[network]["decayed"] = (
+                1 - (-total).exp()
+            )  # the product of all 1 - share, where shares are small
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,7 +149,9 @@ class OptimizerSet:
         saved: dict[str, Any] = {}
         for member in self.members:
             state = member.optimizer.state_dict()
-            groups = [{key: group[key] for key in member.options.learned_keys} for group in state["param_groups"]]
+            groups = [
+                {key: group[key] for key in member.options.learned_keys} for group in state["param_groups"]
+            ]
             saved[member.network] = {
                 "optimizer": member.options.optimizer,
                 "state": state["state"],
@@ -174,12 +184,16 @@ class OptimizerSet:
                 for key, values in entry["state"].items()
             }
             kinds: dict[Any, set[type]] = {}
-            for name, value in (item for key, values in state.items() if isinstance(key, int) for item in values.items()):
+            for name, value in (
+                item for key, values in state.items() if isinstance(key, int) for item in values.items()
+            ):
                 kinds.setdefault(name, set()).add(type(value))
             if odd := [name for name, types in kinds.items() if len(types) > 1]:
                 raise ValueError(f"{odd[0]} is not of one kind in the state of the {member.network}")
             member.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self._decayed = {network: entry["decayed"] for network, entry in saved.items() if entry["decayed"] is not None}
+        self._decayed = {
+            network: entry["decayed"] for network, entry in saved.items() if entry["decayed"] is not None
+        }
 
 
 def _rate(options: OptimizerOptions) -> float:
@@ -191,8 +205,9 @@ def _rate(options: OptimizerOptions) -> float:
 def _laid_out_like(parameter: nn.Parameter, value: Any) -> Any:
     """Return saved state with the strides of its parameter wherever it has its shape.
 
-    Files hold tensors in logical order. Fused and 8-bit kernels walk parameter and state as plain memory, side by side, so state
-    beside channels-last weights must be channels last too; and sums are equal to the bit only in the same order.
+    Files hold tensors in logical order. Fused and 8-bit kernels walk parameter and state as plain memory,
+    side by side, so state beside channels-last weights must be channels last too; and sums are equal to the
+    bit only in the same order.
     """
     import torch
 
@@ -200,8 +215,14 @@ def _laid_out_like(parameter: nn.Parameter, value: Any) -> Any:
         return {key: _laid_out_like(parameter, item) for key, item in value.items()}
     if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape != parameter.shape:
         raise ValueError(f"state of {tuple(value.shape)} beside weights of {tuple(parameter.shape)}")
-    if isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
-        return torch.empty_strided(parameter.shape, parameter.stride(), dtype=value.dtype, device=value.device).copy_(value)
+    if (
+        isinstance(value, torch.Tensor)
+        and value.shape == parameter.shape
+        and value.stride() != parameter.stride()
+    ):
+        return torch.empty_strided(
+            parameter.shape, parameter.stride(), dtype=value.dtype, device=value.device
+        ).copy_(value)
     return value
 
 

@@ -25,7 +25,9 @@ class ProdigyOptions(AdaptedMomentOptions):
     optimizer: Literal["prodigy"] = "prodigy"
     """The optimizer's name."""
 
-    use_bias_correction: bool = True  # as Prodigy's authors advise for diffusion models, and the next key's true
+    use_bias_correction: bool = (
+        True  # as Prodigy's authors advise for diffusion models, and the next key's true
+    )
 
     safeguard_warmup: bool = True
     """Leave lr out of the denominator of d's estimate, so that a warm-up from 0 does not make d too large."""

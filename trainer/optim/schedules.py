@@ -12,7 +12,9 @@ from annotated_types import Ge, Gt
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-SchedulerName = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+SchedulerName = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +22,12 @@ class ScheduleOptions:
     """The learning rate and its course, shared by every optimizer."""
 
     lr: Annotated[float, Gt(0)] | None = None
-    """Learning rate; for D-Adaptation a multiplier of the rate it finds, 1.0 being the method's own (null: 1.0). Elsewhere null
-    takes train.json's lr, and 1e-6 without one."""
+    """Learning rate; for D-Adaptation a multiplier of the rate it finds, 1.0 being the method's own (null:
+    1.0). Elsewhere null takes train.json's lr, and 1e-6 without one."""
 
     lr_scheduler: SchedulerName | None = None
-    """The course of the rate, by diffusers' names; null takes train.json's, and constant without one. polynomial falls in
-    a straight line to 1e-7, or to a tenth of a rate below 1e-6."""
+    """The course of the rate, by diffusers' names; null takes train.json's, and constant without one.
+    polynomial falls in a straight line to 1e-7, or to a tenth of a rate below 1e-6."""
 
     lr_warmup_steps: Annotated[int, Ge(0)] | None = None
     """Optimizer steps over which the rate rises from 0; null is a fiftieth of lr_decay_steps, 0 none; constant ignores it."""
@@ -79,7 +81,8 @@ def rate_factor(options: ScheduleOptions, total_steps: int) -> Callable[[int], f
     """Return the factor on the learning rate as a pure function of the optimizer step, counted from 0 (diffusers' `get_scheduler`).
 
     Args:
-        options: name, warm-up and decay; null or 0 decay steps are 1.5 times `total_steps`, null warm-up is a fiftieth of them.
+        options: name, warm-up and decay; null or 0 decay steps are 1.5 times `total_steps`, null warm-up is a
+        fiftieth of them.
         total_steps: the optimizer steps of the run.
     """
     import torch
@@ -101,7 +104,11 @@ def warmup_steps(options: ScheduleOptions, total_steps: int) -> int:
     """Return the steps of warm-up that really happen in a run of `total_steps`."""
     if options.lr_scheduler in (None, "constant"):
         return 0
-    return math.ceil(_decay_steps(options, total_steps) / 50) if options.lr_warmup_steps is None else options.lr_warmup_steps
+    return (
+        math.ceil(_decay_steps(options, total_steps) / 50)
+        if options.lr_warmup_steps is None
+        else options.lr_warmup_steps
+    )
 
 
 def _decay_steps(options: ScheduleOptions, total_steps: int) -> int:

@@ -18,8 +18,8 @@ _LIKE_THE_WEIGHTS = ("state1", "state2")
 class _InMemoryOrder(Optimizer8bit):
     """Shows the library weights, gradients and state with their dimensions in the order of memory.
 
-    By itself it makes every weight contiguous in its first step, which undoes channels last, and leaves the state's strides as they
-    were, so that they no longer say how the state lies in memory.
+    By itself it makes every weight contiguous in its first step, which undoes channels last, and leaves the
+    state's strides as they were, so that they no longer say how the state lies in memory.
     """
 
     def update_step(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:

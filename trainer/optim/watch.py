@@ -85,7 +85,9 @@ class AdaptationWatch:
                 f"the weights have come, so d no longer grows; that is the usual end of the search, "
                 f"and if the loss rises too, lower {where}.lr.",
             )
-        while course.looks and course.looks[-1][0] >= step:  # of steps that were taken back, since nothing was trained in them
+        while (
+            course.looks and course.looks[-1][0] >= step
+        ):  # of steps that were taken back, since nothing was trained in them
             course.looks.pop()
         course.looks.append([step, d])
         while len(course.looks) > 1 and course.looks[1][0] <= step - PATIENCE:
@@ -93,11 +95,16 @@ class AdaptationWatch:
         self._follow(course, step, d, d0)
         if course.plateau and d >= RUNAWAY * course.plateau:
             brakes = {"d_max": f"{course.plateau:.2g}", "growth_rate": "1.02"}
-            known = [f"{where}.{key} to {value}" for key, value in brakes.items() if hasattr(self._options[network], key)]
+            known = [
+                f"{where}.{key} to {value}"
+                for key, value in brakes.items()
+                if hasattr(self._options[network], key)
+            ]
             say(
                 "runaway",
                 f"d of the {network} is {d:.3g}, ten times the {course.plateau:.3g} at which it had come to rest, and d never falls: look "
-                f"at the samples from before the rise, and " + (f"set {' or '.join(known)}." if known else f"lower {where}.lr."),
+                f"at the samples from before the rise, and "
+                + (f"set {' or '.join(known)}." if known else f"lower {where}.lr."),
             )
         return sentences
 
@@ -108,7 +115,8 @@ class AdaptationWatch:
     def unsettled(self, network: str) -> str | None:
         """Return why d of a network has not settled, as a clause; None where it has.
 
-        It has settled where it has left d0, has grown by no more than 1% over the last 100 optimizer steps, and is not held by d_max.
+        It has settled where it has left d0, has grown by no more than 1% over the last 100 optimizer steps,
+        and is not held by d_max.
         """
         looks, options, where = self._courses[network].looks, self._options[network], self._sections[network]
         if not looks:
@@ -116,11 +124,15 @@ class AdaptationWatch:
         (then, before), (now, d) = looks[0], looks[-1]
         d_max = getattr(options, "d_max", math.inf)
         if d <= options.d0:
-            return f"d of the {network} has not left d0 ({options.d0:g}) up to step {now}, the last one reported"
+            return (
+                f"d of the {network} has not left d0 ({options.d0:g}) up to step {now}, the last one reported"
+            )
         if d >= d_max * (1 - 1e-6):  # d_max is fp64, d may be fp32
             return f"d of the {network} is held by {where}.d_max ({d_max:g}): its rate was chosen, not found; raise d_max to find one"
         if now - then < PATIENCE or d > FLAT * before:
-            grown = f"it grew by {d / before - 1:.0%} over the last {now - then}" if before > 0 else "it is new"
+            grown = (
+                f"it grew by {d / before - 1:.0%} over the last {now - then}" if before > 0 else "it is new"
+            )
             return f"d of the {network} has not settled, growing by at most {FLAT - 1:.0%} over {PATIENCE} steps: {grown}, up to step {now}"
         return None
 
@@ -137,4 +149,6 @@ class AdaptationWatch:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        self._courses |= {network: as_kind(_Course, state[network]) for network in self._courses if network in state}
+        self._courses |= {
+            network: as_kind(_Course, state[network]) for network in self._courses if network in state
+        }

@@ -47,7 +47,8 @@ def check(
         weights_only: whether a checkpoint gives its weights to a new run instead of being continued.
         as_json: whether to print one JSON object, and nothing else on the standard output.
         contact_sheets: a folder for pictures of the data, which also finds damaged images.
-        vram: GiB of the card that the run is for, which need not be in this machine; None for the device of this machine.
+        vram: GiB of the card that the run is for, which need not be in this machine; None for the device of
+        this machine.
 
     Returns:
         The exit code: 1 if on_bad_image is error and some file cannot be used, else 0.
@@ -60,7 +61,9 @@ def check(
         findings = _examine(config, notes, weights_only, contact_sheets, vram)
     refused = bool(findings.data.bad) and config.data.on_bad_image == "error"
     if as_json:
-        lines = json.dumps(findings.as_json(usable=not refused), indent=1).replace("\x7f", "\\u007f").split("\n")
+        lines = (
+            json.dumps(findings.as_json(usable=not refused), indent=1).replace("\x7f", "\\u007f").split("\n")
+        )
     else:
         lines = findings.lines(refused=refused)
     say(*lines, stream=sys.stdout)
@@ -82,9 +85,22 @@ class _Findings:
     def lines(self, *, refused: bool) -> list[str]:
         """Return the findings as plain text."""
         sheets = [f"contact sheets: {len(self.sheets)} in {self.sheets[0].parent}"] if self.sheets else []
-        refusal = ["", f"on_bad_image is error: a run would be refused for {len(self.data.bad)} of the files."] if refused else []
+        refusal = (
+            ["", f"on_bad_image is error: a run would be refused for {len(self.data.bad)} of the files."]
+            if refused
+            else []
+        )
         told = [*(f"Note: {note}" for note in self.notes), *(f"Changed: {change}" for change in self.changed)]
-        return [*told, *self.data.lines(), *sheets, "", *aligned(self.plan), "", *self.memory.lines(), *refusal]
+        return [
+            *told,
+            *self.data.lines(),
+            *sheets,
+            "",
+            *aligned(self.plan),
+            "",
+            *self.memory.lines(),
+            *refusal,
+        ]
 
     def as_json(self, *, usable: bool) -> dict[str, Any]:
         """Return the findings as JSON holds them."""
@@ -101,7 +117,13 @@ class _Findings:
         }
 
 
-def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, contact_sheets: Path | None, vram: float | None) -> _Findings:
+def _examine(
+    config: TrainConfig,
+    notes: Sequence[str],
+    weights_only: bool,
+    contact_sheets: Path | None,
+    vram: float | None,
+) -> _Findings:
     from trainer.models.quiet import quiet_libraries
 
     quiet_libraries()  # before anything imports diffusers, which speaks as it loads
@@ -144,12 +166,21 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     index = split.train
     device = processes.device
     elsewhere = vram is not None and device.type != "cuda"
-    precision = imagined_precision(config.precision) if elsewhere else resolve_precision(config.precision, device)
+    precision = (
+        imagined_precision(config.precision) if elsewhere else resolve_precision(config.precision, device)
+    )
     check_fused_backward(config, precision)
     total_steps = count_steps(config, index, processes)
     models = describe_model(replace(config.model, resume_ckpt=start.model, revision=start.revision))
     config = replace(config, model=replace(config.model, revision=models.revision or start.revision))
-    notes = [*notes, *processes.notes, *start.notes, *split.notes, *check_schedules(config, total_steps), *models.notes]
+    notes = [
+        *notes,
+        *processes.notes,
+        *start.notes,
+        *split.notes,
+        *check_schedules(config, total_steps),
+        *models.notes,
+    ]
     set_noise_schedule(config, prompts, models)
     parts = apply_freezing(models, config.parts, config.optimizers.freezing)
     check_rates(config, {network: part.trained for network, part in parts.counts.items()})
@@ -166,10 +197,18 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
         read = replace(index, records=sound, bad=(*index.bad, *damaged))
         data = _report(config, read, processes, counting)
         files = f"{len(damaged)} damaged image{'s' if len(damaged) > 1 else ''}"
-        notes = [*notes, f"{files} will be skipped but counted in the steps: a step that would show one has fewer images"]
+        notes = [
+            *notes,
+            f"{files} will be skipped but counted in the steps: a step that would show one has fewer images",
+        ]
     first = make_loader(config, index, tokenize, processes, pin=False).steps_in(0)
     latents = plan_latents(
-        config.cache, config.data, read, models.vae.config, epochs=config.loop.max_epochs, processes=processes.on_machine
+        config.cache,
+        config.data,
+        read,
+        models.vae.config,
+        epochs=config.loop.max_epochs,
+        processes=processes.on_machine,
     )
     changed: Sequence[str] = ()
     if start.about is not None:
@@ -179,12 +218,25 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
     if start.adapter is not None:
         read_adapter(start.adapter, parts, config.parts.lora)
     batch = batch_line(config, processes)
-    about_run = (config, models.source, parts.counts, precision, first, total_steps, batch, latents, split.lines())
+    about_run = (
+        config,
+        models.source,
+        parts.counts,
+        precision,
+        first,
+        total_steps,
+        batch,
+        latents,
+        split.lines(),
+    )
     plan = plan_rows(*about_run, run=start.run)
     lora = config.parts.lora is not None  # of which checkpoints hold the matrices alone, in fp32
     disk = plan_disk(
         config.saving,
-        networks={network: (part.trained, part.trained if lora else part.total) for network, part in parts.counts.items()},
+        networks={
+            network: (part.trained, part.trained if lora else part.total)
+            for network, part in parts.counts.items()
+        },
         vae=0 if lora else sum(parameter.numel() for parameter in models.vae.parameters()),
         optimizers={"unet": config.optimizers.unet, "text encoder": config.optimizers.text_encoder},
         weights=torch.float32 if lora else precision.weights,
@@ -201,7 +253,13 @@ def _examine(config: TrainConfig, notes: Sequence[str], weights_only: bool, cont
         trains_text=parts.counts["text encoder"].trained > 0,
         held_out=(validation_file.batch_size or config.data.batch_size) if split.held_out else 0,
     )
-    memory = estimate(config, models, precision, work, holds=round(vram * 2**30) if vram is not None else size_of_device(precision))
+    memory = estimate(
+        config,
+        models,
+        precision,
+        work,
+        holds=round(vram * 2**30) if vram is not None else size_of_device(precision),
+    )
     return _Findings(notes, changed, data, sheets, first, total_steps, plan, memory)
 
 
@@ -234,17 +292,26 @@ def plan_rows(
     """
     averaged = plan_ema(config.ema, total_steps)
     loop, saving, samples = config.loop, config.saving, config.samples
-    optimizers: dict[str, OptimizerOptions] = {"unet": config.optimizers.unet, "text encoder": config.optimizers.text_encoder}
+    optimizers: dict[str, OptimizerOptions] = {
+        "unet": config.optimizers.unet,
+        "text encoder": config.optimizers.text_encoder,
+    }
     name = "-".join(part for part in (config.logging.project_name, config.logging.run_name) if part)
     lines = [("model", model)]
     for network, part in parts.items():
         learning = f"{_optimizer(optimizers[network])}; " if part.trained else ""
-        lines.append((network, f"{learning}trains {part.what}: {part.trained:,} of {part.total:,} parameters"))
+        lines.append(
+            (network, f"{learning}trains {part.what}: {part.trained:,} of {part.total:,} parameters")
+        )
     limits = [f"{loop.stop_after_steps}"] if loop.stop_after_steps else []
     limits += [f"{loop.max_train_time:g} minutes of training"] if loop.max_train_time else []
     stop = f", stopping after {' or '.join(limits)}" if limits else ""
     every = f"every {saving.save_every_n_epochs} epochs and " if saving.save_every_n_epochs else ""
-    folder, single = ("diffusers folder", "single .safetensors") if config.parts.lora is None else ("LoRA folder", "LoRA .safetensors")
+    folder, single = (
+        ("diffusers folder", "single .safetensors")
+        if config.parts.lora is None
+        else ("LoRA folder", "LoRA .safetensors")
+    )
     form = {"both": f"{folder} and {single}", "diffusers": folder, "single": single}
     lines += [
         ("steps", f"{total_steps:,} = {loop.max_epochs} epochs of {steps_of_epoch:,}{stop}"),
@@ -254,8 +321,14 @@ def plan_rows(
         *([("ema", averaged)] if averaged else []),
         ("precision", f"{precision.name} on {precision.device}"),
         ("seed", str(loop.seed)),
-        ("samples", f"every {samples.sample_steps} steps, from {samples.sample_prompts or 'four captions of the data'}"),
-        ("checkpoints", f"{every}at the end: {form['diffusers' if saving.no_save_ckpt else saving.save_format]}"),
+        (
+            "samples",
+            f"every {samples.sample_steps} steps, from {samples.sample_prompts or 'four captions of the data'}",
+        ),
+        (
+            "checkpoints",
+            f"{every}at the end: {form['diffusers' if saving.no_save_ckpt else saving.save_format]}",
+        ),
         ("outputs", shown_path(run or Path(config.logging.logdir) / f"{name}-<time>")),
     ]
     return lines
@@ -274,14 +347,24 @@ def aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
     return [f"{name:<13}{text}" for name, text in rows]
 
 
-def _report(config: TrainConfig, index: Index, processes: Processes, tokenize: Tokenize | None) -> DatasetReport:
+def _report(
+    config: TrainConfig, index: Index, processes: Processes, tokenize: Tokenize | None
+) -> DatasetReport:
     from data.report import report
     from trainer.run.build import images_per_step
 
-    return report(index, config.data, images_per_step=images_per_step(config, processes), tokens=tokenize, duplicates=True)
+    return report(
+        index,
+        config.data,
+        images_per_step=images_per_step(config, processes),
+        tokens=tokenize,
+        duplicates=True,
+    )
 
 
-def _draw(dataset: DatasetReport, index: Index, config: TrainConfig, folder: Path) -> tuple[list[Path], tuple[BadFile, ...]]:
+def _draw(
+    dataset: DatasetReport, index: Index, config: TrainConfig, folder: Path
+) -> tuple[list[Path], tuple[BadFile, ...]]:
     """Write the contact sheets; return their paths and the images that could not be decoded."""
     from trainer.planning.contact_sheets import ContactSheets
 

@@ -38,10 +38,13 @@ class ContactSheets:
     Args:
         records: the images.
         resolutions: of the training.
-        unseen: by the name of an image, the words at the end of its caption that the text encoder does not see.
+        unseen: by the name of an image, the words at the end of its caption that the text encoder does not
+        see.
     """
 
-    def __init__(self, records: Iterable[Record], resolutions: tuple[int, ...], unseen: Mapping[str, str]) -> None:
+    def __init__(
+        self, records: Iterable[Record], resolutions: tuple[int, ...], unseen: Mapping[str, str]
+    ) -> None:
         self._records = tuple(records)
         self._resolutions = tuple(dict.fromkeys(resolutions))
         self._unseen = unseen
@@ -59,16 +62,24 @@ class ContactSheets:
             for resolution in self._resolutions:
                 for bucket, records in self._buckets(resolution).items():
                     several = f"{resolution}-" if len(self._resolutions) > 1 else ""
-                    pages = [records[start : start + PER_SHEET] for start in range(0, len(records), PER_SHEET)]
+                    pages = [
+                        records[start : start + PER_SHEET] for start in range(0, len(records), PER_SHEET)
+                    ]
                     for page, shown in enumerate(pages, 1):
                         number = f"-{page}" if len(pages) > 1 else ""
                         path = folder / f"{several}{bucket[0]}x{bucket[1]}{number}.png"
-                        of = f", {(page - 1) * PER_SHEET + 1} to {(page - 1) * PER_SHEET + len(shown)}" if len(pages) > 1 else ""
+                        of = (
+                            f", {(page - 1) * PER_SHEET + 1} to {(page - 1) * PER_SHEET + len(shown)}"
+                            if len(pages) > 1
+                            else ""
+                        )
                         images = f"{len(records)} image{'s' if len(records) > 1 else ''}"
                         self._sheet(shown, bucket, f"{bucket[0]} x {bucket[1]}: {images}{of}").save(path)
                         yield path
         except OSError as error:
-            raise UserError(f"--contact_sheets: {folder} cannot be written to ({error.strerror or error}); name another folder.") from error
+            raise UserError(
+                f"--contact_sheets: {folder} cannot be written to ({error.strerror or error}); name another folder."
+            ) from error
 
     def _buckets(self, resolution: int) -> dict[Bucket, list[Record]]:
         from data.buckets import buckets, nearest
@@ -87,13 +98,21 @@ class ContactSheets:
         size = round(bucket[0] * scale), round(bucket[1] * scale)
         place = max(size[0], _NARROWEST), size[1]
         cells = [
-            labelled_row([self._picture(record, bucket, size, place)], [record.name], self._words(record), size=place, most_lines=_LINES)
+            labelled_row(
+                [self._picture(record, bucket, size, place)],
+                [record.name],
+                self._words(record),
+                size=place,
+                most_lines=_LINES,
+            )
             for record in records
         ]
         columns = min(len(cells), max(1, round(_WIDTH / max(cell.width for cell in cells))))
         return tiled(cells, columns=columns, title=title)
 
-    def _picture(self, record: Record, bucket: Bucket, size: tuple[int, int], place: tuple[int, int]) -> Image.Image | str:
+    def _picture(
+        self, record: Record, bucket: Bucket, size: tuple[int, int], place: tuple[int, int]
+    ) -> Image.Image | str:
         from PIL import Image
 
         from data.errors import FileError
@@ -106,7 +125,9 @@ class ContactSheets:
             self.bad.setdefault(record.name, BadFile(record.name, error.reason))
             return error.reason
         centred = Image.new("RGB", place, "white")
-        centred.paste(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS), ((place[0] - size[0]) // 2, 0))
+        centred.paste(
+            Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS), ((place[0] - size[0]) // 2, 0)
+        )
         return centred
 
     def _words(self, record: Record) -> str:

@@ -82,7 +82,9 @@ class Estimate:
             "cuda": f"assumed: the CUDA context and workspaces, and {SLACK:.0%} that the allocator holds unused",
             "cpu": "Python and its libraries",
         }[self.device]
-        others = "".join(f", {other.name} {other.total / unit:.1f}" for other in self.phases if other is not phase)
+        others = "".join(
+            f", {other.name} {other.total / unit:.1f}" for other in self.phases if other is not phase
+        )
         return [
             *lines,
             f"{'beside tensors':<22}{(self.peak - phase.total) / unit:>14.2f}  {beside}",
@@ -93,7 +95,9 @@ class Estimate:
     def as_json(self) -> dict[str, Any]:
         """Return the same as JSON holds it, in bytes."""
         phases = {
-            phase.name: {f"{kind}, {network}": size for (kind, network), size in phase.bytes_by_kind.items() if size}
+            phase.name: {
+                f"{kind}, {network}": size for (kind, network), size in phase.bytes_by_kind.items() if size
+            }
             for phase in self.phases
         }
         spared = [{"change": sentence, "peak": peak} for sentence, peak in self.spared]
@@ -107,7 +111,9 @@ class Estimate:
             return [f"fits into {of}"]
         lines = [f"does not fit into {of}; what would spare memory, the cheapest first:"]
         for sentence, peak in self.spared:
-            lines.append(f"  {sentence} Then {peak / _GIB:.1f} GiB{', which fits.' if peak <= self.holds else '.'}")
+            lines.append(
+                f"  {sentence} Then {peak / _GIB:.1f} GiB{', which fits.' if peak <= self.holds else '.'}"
+            )
         if not self.spared or self.spared[-1][1] > self.holds:
             lines.append("  Beyond that: a device with more memory.")
         return lines
@@ -120,7 +126,9 @@ _WORTH_IT = 0.99
 """A change is proposed if it leaves at most this share of the peak."""
 
 
-def estimate(config: TrainConfig, models: Models, precision: Precision, work: Work, *, holds: int | None) -> Estimate:
+def estimate(
+    config: TrainConfig, models: Models, precision: Precision, work: Work, *, holds: int | None
+) -> Estimate:
     """Return what a run will hold in memory at most, and if that is too much, what would spare some.
 
     Args:
@@ -156,7 +164,15 @@ def estimate(config: TrainConfig, models: Models, precision: Precision, work: Wo
     return replace(found, spared=spared)
 
 
-def work_of(config: TrainConfig, index: Index, sampler: Sampler, *, latents_kept: bool, trains_text: bool, held_out: int) -> Work:
+def work_of(
+    config: TrainConfig,
+    index: Index,
+    sampler: Sampler,
+    *,
+    latents_kept: bool,
+    trains_text: bool,
+    held_out: int,
+) -> Work:
     """Return what a run does, as its memory depends on it.
 
     Args:
@@ -176,7 +192,9 @@ def work_of(config: TrainConfig, index: Index, sampler: Sampler, *, latents_kept
         for resolution in config.data.resolutions:
             bucket = nearest(record.width, record.height, buckets(resolution))
             shown[bucket] = shown.get(bucket, 0.0) + record.multiply
-    most = {bucket: min(config.data.batch_size, math.ceil(times)) for bucket, times in shown.items() if times > 0}
+    most = {
+        bucket: min(config.data.batch_size, math.ceil(times)) for bucket, times in shown.items() if times > 0
+    }
     size, images = max(most.items(), key=lambda entry: entry[0][0] * entry[0][1] * entry[1])
     fixed = 1 if config.fixed_loss.fixed_loss_images else 0
     held = max(1, held_out // TIMESTEPS) if held_out else 0
@@ -255,16 +273,34 @@ def memory_table(run: Run) -> list[str]:
     rows = []
     held = 0
     networks = run.networks
-    for name, network in (("unet", networks.unet), ("text encoder", networks.text_encoder), ("vae", networks.vae)):
-        weights = [parameter for parameter in network.parameters() if parameter.device.type == run.precision.device.type]
+    for name, network in (
+        ("unet", networks.unet),
+        ("text encoder", networks.text_encoder),
+        ("vae", networks.vae),
+    ):
+        weights = [
+            parameter
+            for parameter in network.parameters()
+            if parameter.device.type == run.precision.device.type
+        ]
         parts = {
             "weights": _bytes(weights),
             "gradients": _bytes([parameter for parameter in weights if parameter.requires_grad]),
             "optimizer state": size_of_state(state[name]["state"]) if name in state else 0,
         }
         held += sum(parts.values())
-        rows.append((name, ", ".join(f"{what} {in_gib(size)}" for what, size in parts.items() if size) or "on the CPU"))
-    rows.append(("together", f"{in_gib(held)}; the rest of a step is activations, which grow with batch_size and resolution"))
+        rows.append(
+            (
+                name,
+                ", ".join(f"{what} {in_gib(size)}" for what, size in parts.items() if size) or "on the CPU",
+            )
+        )
+    rows.append(
+        (
+            "together",
+            f"{in_gib(held)}; the rest of a step is activations, which grow with batch_size and resolution",
+        )
+    )
     rows.append((str(run.precision.device), _of_device(run.precision.device)))
     return [f"  {name:<13}{text}" for name, text in rows]
 
@@ -283,7 +319,9 @@ def _checkpointing(config: TrainConfig) -> Change | None:
     if config.parts.gradient_checkpointing:
         return None
     told = "the same result for about a third more time, with the least memory for activations"
-    return f"Set gradient_checkpointing to true: {told}.", replace(config, parts=replace(config.parts, gradient_checkpointing=True))
+    return f"Set gradient_checkpointing to true: {told}.", replace(
+        config, parts=replace(config.parts, gradient_checkpointing=True)
+    )
 
 
 def _latents(config: TrainConfig) -> Change | None:
@@ -296,7 +334,9 @@ def _latents(config: TrainConfig) -> Change | None:
 def _average(config: TrainConfig) -> Change | None:
     if not config.ema.active or config.ema.ema_device == "cpu":
         return None
-    return "Set ema_device to cpu: the average is kept in main memory.", replace(config, ema=replace(config.ema, ema_device="cpu"))
+    return "Set ema_device to cpu: the average is kept in main memory.", replace(
+        config, ema=replace(config.ema, ema_device="cpu")
+    )
 
 
 def _accumulation(config: TrainConfig) -> Change | None:
@@ -305,7 +345,9 @@ def _accumulation(config: TrainConfig) -> Change | None:
         return None
     half = config.data.batch_size // 2
     accumulated = -(-config.data.batch_size * config.loop.grad_accum // half)
-    changed = replace(config, data=replace(config.data, batch_size=half), loop=replace(config.loop, grad_accum=accumulated))
+    changed = replace(
+        config, data=replace(config.data, batch_size=half), loop=replace(config.loop, grad_accum=accumulated)
+    )
     return f"Set batch_size to {half} and grad_accum to {accumulated}: the same images a step.", changed
 
 
@@ -314,19 +356,33 @@ def _eight_bits(config: TrainConfig) -> Change | None:
 
     if config.parts.lora is not None:  # which has next to no state
         return None
-    smaller = {"dadapt_adam": "dadapt_adam8bit", "dadapt_adam_reference": "dadapt_adam8bit", "adamw": "adamw8bit", "lion": "lion8bit"}
+    smaller = {
+        "dadapt_adam": "dadapt_adam8bit",
+        "dadapt_adam_reference": "dadapt_adam8bit",
+        "adamw": "adamw8bit",
+        "lion": "lion8bit",
+    }
     for section, options in _learning(config).items():
         if options.optimizer in smaller:
             name = smaller[options.optimizer]
             kind = optimizer_classes()[name]
             known = {field.name for field in fields(kind)} - {"optimizer"}
-            changed = _with(config, section, kind(**{key: value for key, value in vars(options).items() if key in known}))
-            return f"Set {section}.optimizer to {name} in {config.optimizer_source.name}: it keeps its state in 8 bits.", changed
+            changed = _with(
+                config, section, kind(**{key: value for key, value in vars(options).items() if key in known})
+            )
+            return (
+                f"Set {section}.optimizer to {name} in {config.optimizer_source.name}: it keeps its state in 8 bits.",
+                changed,
+            )
     return None
 
 
 def _fused_backward(config: TrainConfig) -> Change | None:
-    if config.loop.grad_accum > 1 or config.gradients.clip_grad_norm is not None or config.precision.mixed_precision == "fp16":
+    if (
+        config.loop.grad_accum > 1
+        or config.gradients.clip_grad_norm is not None
+        or config.precision.mixed_precision == "fp16"
+    ):
         return None
     if config.parts.lora is not None:  # which has next to no gradients
         return None
@@ -339,7 +395,9 @@ def _fused_backward(config: TrainConfig) -> Change | None:
 
 def _bf16_weights(config: TrainConfig) -> Change | None:
     computes = not config.precision.disable_amp and config.precision.mixed_precision in ("auto", "bf16")
-    rounded = config.parts.lora is not None or all(options.rounds_bf16 for options in _learning(config).values())
+    rounded = config.parts.lora is not None or all(
+        options.rounds_bf16 for options in _learning(config).values()
+    )
     if config.precision.weights_dtype == "bf16" or not computes or not rounded:
         return None
     changed = replace(config, precision=replace(config.precision, weights_dtype="bf16"))
@@ -350,13 +408,17 @@ def _fewer_images(config: TrainConfig) -> Change | None:
     if config.data.batch_size == 1:
         return None
     half = config.data.batch_size // 2
-    return f"Set batch_size to {half}: fewer images a step.", replace(config, data=replace(config.data, batch_size=half))
+    return f"Set batch_size to {half}: fewer images a step.", replace(
+        config, data=replace(config.data, batch_size=half)
+    )
 
 
 def _smaller_images(config: TrainConfig) -> Change | None:
     if max(config.data.resolutions) <= 512:
         return None
-    return "Set resolution to 512: fewer activations.", replace(config, data=replace(config.data, resolution=512))
+    return "Set resolution to 512: fewer activations.", replace(
+        config, data=replace(config.data, resolution=512)
+    )
 
 
 def _frozen_text_encoder(config: TrainConfig) -> Change | None:
@@ -370,7 +432,10 @@ def _lora(config: TrainConfig) -> Change | None:
     if config.parts.lora is not None or config.ema.ema_resume_model is not None:
         return None
     changed = replace(config, parts=replace(config.parts, lora=LoraOptions()))
-    return "Set lora to {}: matrices beside the layers learn, without gradients and state for the networks themselves.", changed
+    return (
+        "Set lora to {}: matrices beside the layers learn, without gradients and state for the networks themselves.",
+        changed,
+    )
 
 
 _CHANGES = (
@@ -384,7 +449,10 @@ _CHANGES = (
 def _learning(config: TrainConfig) -> dict[str, OptimizerOptions]:
     """Return the optimizers of what learns by their section in the optimizer file."""
     sections = {"base": config.optimizers.unet, "text_encoder_overrides": config.optimizers.text_encoder}
-    frozen = {"base": config.parts.disable_unet_training, "text_encoder_overrides": config.parts.disable_textenc_training}
+    frozen = {
+        "base": config.parts.disable_unet_training,
+        "text_encoder_overrides": config.parts.disable_textenc_training,
+    }
     return {section: options for section, options in sections.items() if not frozen[section]}
 
 
@@ -407,7 +475,9 @@ def _of_device(device: torch.device) -> str:
 
         free, total = torch.cuda.mem_get_info(device)
         most: Any = torch.cuda.max_memory_allocated(device)
-        return f"{in_gib(total)}, of which tensors held {in_gib(most)} at most and {in_gib(free)} are free now"
+        return (
+            f"{in_gib(total)}, of which tensors held {in_gib(most)} at most and {in_gib(free)} are free now"
+        )
     import psutil
 
     memory = psutil.virtual_memory()

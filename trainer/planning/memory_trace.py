@@ -1,11 +1,12 @@
 """What a run holds in memory, found by running its step, losses and samples on tensors without data.
 
-The networks, the objective and `train_step` are the run's own, on torch's meta device, where every operation makes its results with
-their sizes and nothing else. What CUDA does otherwise than the meta device is put in its place: autocast's casts and attention that
-keeps no matrix of weights. Optimizers of other libraries read numbers back, so of these a small real one is measured.
+The networks, the objective and `train_step` are the run's own, on torch's meta device, where every operation
+makes its results with their sizes and nothing else. What CUDA does otherwise than the meta device is put in
+its place: autocast's casts and attention that keeps no matrix of weights. Optimizers of other libraries read
+numbers back, so of these a small real one is measured.
 
-torch.distributed._tools.MemTracker counts in the same way, and comes to the same sum where it can: it fails on weights that are frozen,
-and tells neither networks apart nor copies of weights from activations.
+torch.distributed._tools.MemTracker counts in the same way, and comes to the same sum where it can: it fails
+on weights that are frozen, and tells neither networks apart nor copies of weights from activations.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ _MEASURED = 1 << 16
 
 
 _BITSANDBYTES = 20
-"""Bytes that bitsandbytes' optimizers take on the CPU for each element of the weight that they step, as torch.profiler saw it in version
-0.50; on CUDA its kernels work in place."""
+"""Bytes that bitsandbytes' optimizers take on the CPU for each element of the weight that they step, as
+torch.profiler saw it in version 0.50; on CUDA its kernels work in place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,11 @@ class _Trace:
         place(self._models, _META, channels_last=config.precision.channels_last, weights=precision.weights)
         for matrix in named(self._parts).values() if config.parts.lora is not None else ():
             matrix.data = matrix.data.float()
-        self._networks: dict[str, Any] = {UNET: self._models.unet, TEXT_ENCODER: self._models.text_encoder, VAE: self._models.vae}
+        self._networks: dict[str, Any] = {
+            UNET: self._models.unet,
+            TEXT_ENCODER: self._models.text_encoder,
+            VAE: self._models.vae,
+        }
         for name, part in (
             (UNET, self._models.unet),
             (TEXT_ENCODER, self._models.text_encoder),
@@ -147,7 +152,11 @@ class _Trace:
     def phases(self) -> list[Phase]:
         work = self._work
         found = []
-        waiting = [name for name, kept in ((VAE, work.latents_kept), (TEXT_ENCODER, work.contexts_kept)) if kept and self._on_cuda]
+        waiting = [
+            name
+            for name, kept in ((VAE, work.latents_kept), (TEXT_ENCODER, work.contexts_kept))
+            if kept and self._on_cuda
+        ]
         with self._ledger, self._device:
             if work.latents_kept:
                 found.append(self._phase("encoding latents", lambda: self._encode()))
@@ -179,25 +188,34 @@ class _Trace:
         """Return the run's optimizers with their state, those of libraries replaced by what takes as much memory."""
         from trainer.optim.optimizer_set import OptimizerSet
 
-        chosen: dict[str, OptimizerOptions] = {UNET: self._config.optimizers.unet, TEXT_ENCODER: self._config.optimizers.text_encoder}
-        options: dict[str, Any] = {
-            name: option if _traceable(option) else _like(option, self._precision) for name, option in chosen.items()
+        chosen: dict[str, OptimizerOptions] = {
+            UNET: self._config.optimizers.unet,
+            TEXT_ENCODER: self._config.optimizers.text_encoder,
         }
-        parameters = {name: [parameter for _, parameter in named] for name, named in self._parts.parameters.items()}
+        options: dict[str, Any] = {
+            name: option if _traceable(option) else _like(option, self._precision)
+            for name, option in chosen.items()
+        }
+        parameters = {
+            name: [parameter for _, parameter in named] for name, named in self._parts.parameters.items()
+        }
         optimizers = OptimizerSet(options, parameters, total_steps=1)
         for member in optimizers.members:
             if _traceable(chosen[member.network]) and self._on_cuda and not _compiles():
                 member.optimizer.compile = False  # type: ignore[attr-defined]
             member.optimizer.state_dict()  # makes the state
             kept = tree_leaves([dict(state) for state in member.optimizer.state.values()])
-            self._ledger.put([tensor for tensor in kept if isinstance(tensor, Tensor)], (STATE, member.network))
+            self._ledger.put(
+                [tensor for tensor in kept if isinstance(tensor, Tensor)], (STATE, member.network)
+            )
         return optimizers
 
     def _keep_averages(self) -> None:
         if not self._config.ema.active or (self._on_cuda and self._config.ema.ema_device == "cpu"):
             return
         self._averages = {
-            name: [torch.empty(parameter.shape, device=_META) for _, parameter in named] for name, named in self._parts.parameters.items()
+            name: [torch.empty(parameter.shape, device=_META) for _, parameter in named]
+            for name, named in self._parts.parameters.items()
         }
         for name, tensors in self._averages.items():
             self._ledger.put(tensors, (EMA, name))
@@ -207,7 +225,9 @@ class _Trace:
         from trainer.training.step import train_step
 
         train_step(
-            [self._inputs(self._work.images) for _ in range(min(2, self._config.loop.grad_accum))],  # the third is as the second
+            [
+                self._inputs(self._work.images) for _ in range(min(2, self._config.loop.grad_accum))
+            ],  # the third is as the second
             Networks(self._models.unet, self._models.text_encoder, self._models.vae),
             self._objective(),
             optimizers,
@@ -224,7 +244,9 @@ class _Trace:
             if not self._work.latents_kept:
                 self._encode()  # once for all timesteps
             networks = Networks(self._models.unet, self._models.text_encoder, self._models.vae)
-            self._objective().losses(networks, self._inputs(self._work.evaluated, encoded=True), self._device.autocast)
+            self._objective().losses(
+                networks, self._inputs(self._work.evaluated, encoded=True), self._device.autocast
+            )
 
     def _draw(self) -> None:
         assert self._work.sample is not None
@@ -232,7 +254,11 @@ class _Trace:
         rows = self._work.sampled
         vae: Any = self._models.vae
         with torch.no_grad(), self._device.autocast():
-            self._models.unet(torch.empty(rows, 4, height, width, device=_META), torch.zeros((), device=_META), self._context(rows))
+            self._models.unet(
+                torch.empty(rows, 4, height, width, device=_META),
+                torch.zeros((), device=_META),
+                self._context(rows),
+            )
             vae.decode(torch.empty(1, 4, height, width, device=_META), return_dict=False)
 
     def _objective(self) -> Any:
@@ -333,7 +359,11 @@ class _Ledger(TorchDispatchMode):
             self.network = name
 
         def leave(module: nn.Module, _: Any, output: Any) -> None:
-            made = [tensor for tensor in tree_leaves(tuple(output.values())) if isinstance(tensor, Tensor) and tensor.requires_grad]
+            made = [
+                tensor
+                for tensor in tree_leaves(tuple(output.values()))
+                if isinstance(tensor, Tensor) and tensor.requires_grad
+            ]
             for tensor in made if name == TEXT_ENCODER else ():
                 tensor.register_hook(enter)  # the gradient has come through the UNet
 
@@ -357,7 +387,8 @@ class _Ledger(TorchDispatchMode):
         self._total -= size
 
     def _look(self) -> None:
-        # What is marked as a gradient was counted as work before: at the same sum, what is known last is right.
+        # What is marked as a gradient was counted as work before: at the same sum, what is known last is
+        # right.
         if self._total >= self._peak:
             self._peak = self._total
             self.at_peak = dict(self._now)
@@ -405,14 +436,24 @@ class _AsOnDevice(TorchFunctionMode):
             args, kwargs = self._cast(args, torch.float32), self._cast(kwargs, torch.float32)
         if func is F.scaled_dot_product_attention:
             query, key, value = args[:3]
-            return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, query.requires_grad)[0]
+            return torch.ops.aten._scaled_dot_product_efficient_attention(
+                query, key, value, None, query.requires_grad
+            )[0]
         return func(*args, **kwargs)
 
     def _backward(self, loss: Tensor) -> None:
         """Go backwards with this mode on, for the passes that are computed again; torch turns it off inside its own functions."""
         engine: Any = torch.autograd.graph._engine_run_backward  # pyright: ignore[reportPrivateUsage]
         with self, self.autocast():
-            engine((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+            engine(
+                (loss,),
+                (torch.ones_like(loss),),
+                False,
+                False,
+                (),
+                allow_unreachable=True,
+                accumulate_grad=True,
+            )
 
     def _cast(self, values: Any, dtype: torch.dtype | None) -> Any:
         def cast(value: Any) -> Any:
@@ -447,7 +488,9 @@ class _Standing(Optimizer):
         self._options = options
         for group in self.param_groups:
             for parameter in group["params"]:
-                self.state[parameter]["state"] = torch.empty(options.keeps(parameter.numel()), dtype=torch.uint8, device=_META)
+                self.state[parameter]["state"] = torch.empty(
+                    options.keeps(parameter.numel()), dtype=torch.uint8, device=_META
+                )
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
@@ -460,8 +503,14 @@ def _traceable(options: OptimizerOptions) -> bool:
 
 
 def _like(options: OptimizerOptions, precision: Precision) -> _Alike:
-    # What is written in Python does the same everywhere; inside the kernels of torch and bitsandbytes nothing can be seen.
-    by_kernel = {"adamw": 0, "adamw8bit": _BITSANDBYTES, "lion": _BITSANDBYTES, "lion8bit": _BITSANDBYTES}.get(options.optimizer)
+    # What is written in Python does the same everywhere; inside the kernels of torch and bitsandbytes nothing
+    # can be seen.
+    by_kernel = {
+        "adamw": 0,
+        "adamw8bit": _BITSANDBYTES,
+        "lion": _BITSANDBYTES,
+        "lion8bit": _BITSANDBYTES,
+    }.get(options.optimizer)
     if by_kernel and precision.device.type == "cuda":
         by_kernel = 0
     plain = replace(options, lr=1.0, lr_scheduler="constant")
@@ -497,7 +546,12 @@ def _of_one_weight(options: OptimizerOptions, elements: int, dtype: torch.dtype)
         return sum(ledger.at_peak.values()) - before
 
     def state() -> list[Tensor]:
-        found = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        found = [
+            value
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        ]
         return list({tensor.untyped_storage()._cdata: tensor for tensor in found}.values())
 
     step()
@@ -511,7 +565,12 @@ def _copies(models: Models) -> Models:
 
     networks: tuple[Any, ...] = (models.unet, models.vae, models.text_encoder)
     unet, vae, text_encoder = (network.config for network in networks)
-    return replace(models, unet=empty_unet(unet), vae=empty_vae(vae), text_encoder=empty_text_encoder(text_encoder.to_dict()))
+    return replace(
+        models,
+        unet=empty_unet(unet),
+        vae=empty_vae(vae),
+        text_encoder=empty_text_encoder(text_encoder.to_dict()),
+    )
 
 
 def _tensors(network: nn.Module) -> list[Tensor]:

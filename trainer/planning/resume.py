@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.replacing import WINDOWS
-from trainer.checkpoints.format import RESUME, RUN, TrainState, find_last, is_checkpoint, newest_of, read_resume, require_resumable
+from trainer.checkpoints.format import (
+    RESUME,
+    RUN,
+    TrainState,
+    find_last,
+    is_checkpoint,
+    newest_of,
+    read_resume,
+    require_resumable,
+)
 from trainer.checkpoints.run_folder import run_of
 from trainer.config import FORMAT, clip_skip_of_format_1, flattened
 from trainer.errors import UserError, said
@@ -60,8 +69,8 @@ class Start:
 def find_start(config: TrainConfig, *, weights_only: bool) -> Start:
     """Return what resume_ckpt stands for.
 
-    A checkpoint folder, a run folder (its newest whole checkpoint) and `findlast` resume a run, or start a new one
-    from its weights if asked to; anything else is a base model.
+    A checkpoint folder, a run folder (its newest whole checkpoint) and `findlast` resume a run, or start a
+    new one from its weights if asked to; anything else is a base model.
 
     Raises:
         UserError: there is no checkpoint to resume, it is damaged, or it holds no resume state.
@@ -71,12 +80,16 @@ def find_start(config: TrainConfig, *, weights_only: bool) -> Start:
     damaged: list[str] = []
     noted: list[str] = []
     if named == "findlast":
-        folder, damaged = find_last(Path(config.logging.logdir), config.logging.project_name, weights_only=weights_only)
+        folder, damaged = find_last(
+            Path(config.logging.logdir), config.logging.project_name, weights_only=weights_only
+        )
     elif (folder / "ckpts").is_dir():
         folder, damaged = newest_of(folder, weights_only=weights_only)
     elif not is_checkpoint(folder):
         if config.model.revision is not None and folder.expanduser().exists():
-            raise UserError(f"revision: {named} is a file or folder, and only models on the hub have revisions; set it to null.")
+            raise UserError(
+                f"revision: {named} is a file or folder, and only models on the hub have revisions; set it to null."
+            )
         noted = [] if weights_only else _of_run(folder, Path(config.logging.logdir))
         weights_only = True
     elif not weights_only:
@@ -86,11 +99,18 @@ def find_start(config: TrainConfig, *, weights_only: bool) -> Start:
     whole = named if folder == Path(named) else str(folder)  # a hub id is no path
     model, adapter = (whole, None) if base is None else (base.model, folder)
     if weights_only:
-        return Start(model, revision=config.model.revision if base is None else base.revision, adapter=adapter, notes=notes)
+        return Start(
+            model,
+            revision=config.model.revision if base is None else base.revision,
+            adapter=adapter,
+            notes=notes,
+        )
     state, about = read_resume(folder)
     run = run_of(folder)
     if run is None:
-        notes.append(f"{folder} lies outside the folder of its run, so the resumed run gets a new one in {config.logging.logdir}")
+        notes.append(
+            f"{folder} lies outside the folder of its run, so the resumed run gets a new one in {config.logging.logdir}"
+        )
     revision = about["config"].get("revision") if base is None else base.revision
     return Start(model, folder, revision, run, state, adapter, about, [*notes, *_migrate(about)])
 
@@ -109,10 +129,20 @@ def restore_state(parts: Mapping[str, Stateful], checkpoint: Path) -> None:
     problem = ""
     try:
         saved = read_state(path.with_suffix(""))
-        problem = next((f"it holds none of the {name}" for name in ("optimizers", "meter") if name not in saved), "")
+        problem = next(
+            (f"it holds none of the {name}" for name in ("optimizers", "meter") if name not in saved), ""
+        )
         for name in parts.keys() & saved.keys():
             parts[name].load_state_dict(saved[name])
-    except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (
+        OSError,
+        SafetensorError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         problem = said(error)
     if problem:
         raise UserError(
@@ -141,11 +171,17 @@ def _of_run(file: Path, logdir: Path) -> list[str]:
     run = read_metadata(file).get(RUN) if file.is_file() and file.suffix.lower() == ".safetensors" else None
     if run is None:
         return []
-    folder = next((place for place in (file.parent.parent, logdir / run) if place.name == run and place.is_dir()), run)
-    return [f"resume_ckpt: {file.name} starts a new run from these weights; to resume theirs, name the run's folder, {folder}"]
+    folder = next(
+        (place for place in (file.parent.parent, logdir / run) if place.name == run and place.is_dir()), run
+    )
+    return [
+        f"resume_ckpt: {file.name} starts a new run from these weights; to resume theirs, name the run's folder, {folder}"
+    ]
 
 
-def describe(config: TrainConfig, index: Index, parts: TrainedParts, total_steps: int, processes: int) -> dict[str, Any]:
+def describe(
+    config: TrainConfig, index: Index, parts: TrainedParts, total_steps: int, processes: int
+) -> dict[str, Any]:
     """Return what a checkpoint remembers of its run's configuration.
 
     Args:
@@ -163,12 +199,17 @@ def describe(config: TrainConfig, index: Index, parts: TrainedParts, total_steps
             "seed": config.loop.seed,
             "data": index.fingerprint(),
             "images": len(index.records),
-            "resolution": config.data.resolution if isinstance(config.data.resolution, int) else list(config.data.resolution),
+            "resolution": config.data.resolution
+            if isinstance(config.data.resolution, int)
+            else list(config.data.resolution),
             "images per step": config.data.batch_size * config.loop.grad_accum * processes,
             "channels_last": config.precision.channels_last,  # state in 8 bits is kept in blocks along memory
             "compile": config.parts.compile,  # its last bits are others
             **{f"what learns of the {network}": part.what for network, part in parts.counts.items()},
-            **{f"the optimizer of the {network}": optimizers[network].optimizer for network in parts.parameters},
+            **{
+                f"the optimizer of the {network}": optimizers[network].optimizer
+                for network in parts.parameters
+            },
         },
         "config_format": FORMAT,
         "config": {**flattened(config), "processes": processes},
@@ -184,10 +225,14 @@ def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], checkpoint: 
         checkpoint: the checkpoint's folder.
 
     Raises:
-        UserError: the seed, the data, the batch, the trained parts or their optimizers differ from the checkpoint's.
+        UserError: the seed, the data, the batch, the trained parts or their optimizers differ from the
+        checkpoint's.
     """
     words = {"data": "the images or captions have changed"}
-    before, after = {"compile": False, **then["same"]}, now["same"]  # older checkpoints do not say that they were not compiled
+    before, after = (
+        {"compile": False, **then["same"]},
+        now["same"],
+    )  # older checkpoints do not say that they were not compiled
     differences = [
         words.get(key, f"{key} was {before.get(key, 'none')}, and is {after.get(key, 'none')} now")
         for key in dict.fromkeys([*after, *before])
@@ -195,7 +240,9 @@ def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], checkpoint: 
     ]
     if differences:
         raise UserError(
-            [f"resume_ckpt: {checkpoint} belongs to another run, which this configuration cannot continue; put these back, {_NEW_RUN}."]
+            [
+                f"resume_ckpt: {checkpoint} belongs to another run, which this configuration cannot continue; put these back, {_NEW_RUN}."
+            ]
             + [f"  {difference}" for difference in differences]
         )
 
@@ -210,13 +257,20 @@ def changes(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def resume_command(arguments: Sequence[str], folder: Path, *, changed: Mapping[str, str], launcher: Sequence[str] = ("python",)) -> str:
+def resume_command(
+    arguments: Sequence[str],
+    folder: Path,
+    *,
+    changed: Mapping[str, str],
+    launcher: Sequence[str] = ("python",),
+) -> str:
     """Return the command line that goes on with the run in `folder`.
 
     Args:
         arguments: this start's own, without the program's name.
         folder: the run's.
-        changed: keys of the configuration that would stop it again, with the values to give them; null lifts one.
+        changed: keys of the configuration that would stop it again, with the values to give them; null lifts
+        one.
         launcher: the words before train.py.
     """
     given: set[str] = set()

@@ -36,7 +36,12 @@ class Report:
         """Return the report as the end of a line."""
         parts = [f"loss {self.loss:.4g}"]
         if self.rates:
-            parts.append("lr " + " ".join(f"{_SHORT.get(network, network)} {rate:.2g}" for network, rate in self.rates.items()))
+            parts.append(
+                "lr "
+                + " ".join(
+                    f"{_SHORT.get(network, network)} {rate:.2g}" for network, rate in self.rates.items()
+                )
+            )
         if self.images_per_second is not None:
             parts.append(f"{self.images_per_second:.3g} images/s")
         if self.memory:
@@ -142,7 +147,11 @@ class Console:
         from tqdm import tqdm
 
         done = self._step - self._first
-        return tqdm.format_interval((time.monotonic() - self._began) / done * (self._total - self._step)) if done else "?"
+        return (
+            tqdm.format_interval((time.monotonic() - self._began) / done * (self._total - self._step))
+            if done
+            else "?"
+        )
 
     def _print(self, line: str) -> None:
         apart = nullcontext() if self._bar is None else self._bar.external_write_mode(file=self._stream)
@@ -158,4 +167,6 @@ class Console:
         except OSError as reason:
             if not self._warned:
                 self._warned = True
-                self._print(f"{self._path}: events are not recorded ({reason.strerror or reason}); training goes on")
+                self._print(
+                    f"{self._path}: events are not recorded ({reason.strerror or reason}); training goes on"
+                )

@@ -33,7 +33,9 @@ class Curves:
         """Keep the numbers of the curves."""
         for tag in values.keys() & self._points.keys():
             points = self._points[tag]
-            while points and points[-1][0] >= step:  # of steps that were taken back, since nothing was trained in them
+            while (
+                points and points[-1][0] >= step
+            ):  # of steps that were taken back, since nothing was trained in them
                 points.pop()
             points.append([step, float(values[tag])])
             if len(points) > MOST:
@@ -59,7 +61,9 @@ class Curves:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned; curves that are not drawn any more are dropped."""
         for tag in self._points:
-            self._points[tag] = [list(point) for point in as_kind(list[tuple[int, float]], state.get(tag, []))]
+            self._points[tag] = [
+                list(point) for point in as_kind(list[tuple[int, float]], state.get(tag, []))
+            ]
 
     @property
     def begun(self) -> bool:
@@ -74,12 +78,18 @@ class Curves:
         figure = Figure(figsize=(9, 6), dpi=100, layout="constrained")
         FigureCanvasAgg(figure)  # and no pyplot, whose state belongs to the whole process
         places: Any = figure.subplots(2, 1, sharex=True)
-        for place, title, curves in zip(places, ("loss", "rate that acts"), (self._losses, self._rates), strict=True):
+        for place, title, curves in zip(
+            places, ("loss", "rate that acts"), (self._losses, self._rates), strict=True
+        ):
             for tag, name in curves.items():
                 points = self.of(tag)
-                look = {"alpha": 0.35, "linewidth": 1, "zorder": 1} if tag == self._noisy else {"linewidth": 1.8}
+                look = (
+                    {"alpha": 0.35, "linewidth": 1, "zorder": 1} if tag == self._noisy else {"linewidth": 1.8}
+                )
                 if points:
-                    place.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 40 else "", **look)
+                    place.plot(
+                        *zip(*points, strict=True), label=name, marker="." if len(points) < 40 else "", **look
+                    )
             place.set_ylabel(title)
             place.grid(alpha=0.3)
             if place.lines:

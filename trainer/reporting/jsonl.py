@@ -22,8 +22,9 @@ METRICS = "metrics.jsonl"
 class JsonlLogger:
     """Append a line to metrics.jsonl for every report: {"step": 25, "loss/log_step": 0.12, ...}; pictures and texts are left out.
 
-    Numbers that are not finite are null, which JSON has instead. A line is whole and in the file when a call returns. When writing fails,
-    `warn` is told once, the numbers are lost and training goes on; every later call tries again.
+    Numbers that are not finite are null, which JSON has instead. A line is whole and in the file when a call
+    returns. When writing fails, `warn` is told once, the numbers are lost and training goes on; every later
+    call tries again.
 
     Args:
         folder: where the file goes; made if missing.
@@ -35,7 +36,14 @@ class JsonlLogger:
         UserError: the folder cannot be written to.
     """
 
-    def __init__(self, folder: Path, *, warn: Callable[[str], None], purge_step: int | None = None, last_report: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        warn: Callable[[str], None],
+        purge_step: int | None = None,
+        last_report: int = 0,
+    ) -> None:
         self._path = folder / METRICS
         self._warn = warn
         self._warned = self._closed = False
@@ -48,15 +56,27 @@ class JsonlLogger:
                 kept = [(step, line) for step, line in lines if step < purge_step]
                 with appearing(self._path) as draft:
                     draft.write_bytes(b"".join(line for _, line in kept))
-                damaged = sum(step == math.inf for step, _ in lines[:-1])  # a killed process cuts the last line off
+                damaged = sum(
+                    step == math.inf for step, _ in lines[:-1]
+                )  # a killed process cuts the last line off
                 last = max((int(step) for step, _ in kept), default=0)
-                gaps = [f"{damaged} damaged line{'s are' if damaged > 1 else ' is'} dropped"] if damaged else []
-                gaps += [f"the numbers of steps {last + 1} to {last_report} are missing"] if last < last_report else []
+                gaps = (
+                    [f"{damaged} damaged line{'s are' if damaged > 1 else ' is'} dropped"] if damaged else []
+                )
+                gaps += (
+                    [f"the numbers of steps {last + 1} to {last_report} are missing"]
+                    if last < last_report
+                    else []
+                )
                 if gaps:
-                    warn(f"{self._path}: {' and '.join(gaps)}; TensorBoard's event files are kept apart and may have them")
+                    warn(
+                        f"{self._path}: {' and '.join(gaps)}; TensorBoard's event files are kept apart and may have them"
+                    )
         except OSError as error:
             reason = error.strerror or error
-            raise UserError(f"{self._path}: the run's numbers cannot be written ({reason}); choose another logdir.") from error
+            raise UserError(
+                f"{self._path}: the run's numbers cannot be written ({reason}); choose another logdir."
+            ) from error
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Record numbers by tag."""
@@ -70,7 +90,9 @@ class JsonlLogger:
             if not self._warned:
                 self._warned = True
                 reason = error.strerror or str(error)
-                self._warn(f"{self._path}: numbers are not recorded ({reason}); training goes on, recording too as it can")
+                self._warn(
+                    f"{self._path}: numbers are not recorded ({reason}); training goes on, recording too as it can"
+                )
 
     def image(self, tag: str, picture: Image.Image, step: int) -> None:
         """Leave a picture to the other recorders; its file is in the run's folder."""

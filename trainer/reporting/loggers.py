@@ -84,7 +84,8 @@ def open_loggers(
         warn: is told, in one sentence, when recording fails; training goes on.
         networks: the trained networks, as their tags name them.
         adaptive: those of them that D-Adaptation trains.
-        first_step: when a run is continued, the first step that it records again; what the broken-off run recorded from there on is hidden.
+        first_step: when a run is continued, the first step that it records again; what the broken-off run
+        recorded from there on is hidden.
         last_report: the last step before it whose numbers were recorded.
         wandb_project: the project on Weights & Biases, None where nothing is recorded there.
 

@@ -22,15 +22,17 @@ MINUTES_PER_EPOCH = "performance/minutes per epoch"
 class Meter:
     """Collect what the steps measure without waiting for the device; only `read`, `read_epoch` and `state_dict` wait, once each.
 
-    Means leave out values that are not finite, so that one skipped step does not hide the others; if none is finite, the mean is NaN.
-    Sums are kept in float64.
+    Means leave out values that are not finite, so that one skipped step does not hide the others; if none is
+    finite, the mean is NaN. Sums are kept in float64.
 
     Args:
         epoch_tags: for averaged tags that are also averaged over the epoch, the tag of that mean.
         clock: returns seconds.
     """
 
-    def __init__(self, *, epoch_tags: Mapping[str, str], clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, *, epoch_tags: Mapping[str, str], clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._epoch_tags = dict(epoch_tags)
         self._clock = clock
         self._window: dict[str, tuple[Any, Any]] = {}
@@ -40,7 +42,9 @@ class Meter:
         self._start_window()
         self._epoch_since = self._since
 
-    def add(self, means: Mapping[str, Tensor], *, images: int, totals: Mapping[str, Tensor] | None = None) -> None:
+    def add(
+        self, means: Mapping[str, Tensor], *, images: int, totals: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Add one optimizer step.
 
         Args:
@@ -84,11 +88,14 @@ class Meter:
         """Return the means since the last read, the totals, and speed: images per second, and seconds of waiting for data a step.
 
         Args:
-            latest: further values by tag, 0-d tensors or numbers, that are returned as they are now; read in the same transfer.
+            latest: further values by tag, 0-d tensors or numbers, that are returned as they are now; read in
+            the same transfer.
         """
         singles = {**self._totals, **(latest or {})}
         *pairs, last = _numbers([*self._window.values(), tuple(singles.values())])
-        numbers = {tag: _mean(pair) for tag, pair in zip(self._window, pairs, strict=True)} | dict(zip(singles, last, strict=True))
+        numbers = {tag: _mean(pair) for tag, pair in zip(self._window, pairs, strict=True)} | dict(
+            zip(singles, last, strict=True)
+        )
         if self._steps:  # after the transfer, so that the device has finished the steps it is timed for
             seconds = self._clock() - self._since - self._paused
             numbers[IMAGES_PER_SECOND] = self._images / seconds if seconds > 0 else 0.0
@@ -99,7 +106,9 @@ class Meter:
 
     def read_epoch(self) -> dict[str, float]:
         """Return the epoch's means and its minutes of wall time, pauses included, and begin the next epoch."""
-        numbers = {tag: _mean(pair) for tag, pair in zip(self._epoch, _numbers([*self._epoch.values()]), strict=True)}
+        numbers = {
+            tag: _mean(pair) for tag, pair in zip(self._epoch, _numbers([*self._epoch.values()]), strict=True)
+        }
         now = self._clock()
         numbers[MINUTES_PER_EPOCH] = (self._epoch_seconds + now - self._epoch_since) / 60
         self._epoch, self._epoch_seconds, self._epoch_since = {}, 0.0, now

@@ -24,7 +24,11 @@ OPENRAIL = "creativeml-openrail-m"
 """The hub's name of Stable Diffusion 1's licence."""
 
 _UNDER_OPENRAIL = (
-    *("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5", "sd-legacy/stable-diffusion-v1-5"),
+    *(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "runwayml/stable-diffusion-v1-5",
+        "sd-legacy/stable-diffusion-v1-5",
+    ),
     *(f"CompVis/stable-diffusion-v1-{version}" for version in (1, 2, 3, 4)),
 )
 """Models of the hub that are known to be under it."""
@@ -75,7 +79,10 @@ def origin_of(model: str, revision: str | None = None) -> Origin:
         except (OSError, UserError):  # another kind of file; loading it says what is wrong, if anything is
             said = ""
         # A text for people, of which the hub takes none but its own names.
-        return Origin(path.stem, license=OPENRAIL if re.sub(r"[^a-z+]", "", said.lower()) == "creativemlopenrailm" else None)
+        return Origin(
+            path.stem,
+            license=OPENRAIL if re.sub(r"[^a-z+]", "", said.lower()) == "creativemlopenrailm" else None,
+        )
     return Origin(model, model, OPENRAIL if model in _UNDER_OPENRAIL else None, revision)
 
 
@@ -110,7 +117,12 @@ class Card:
         lora: bool,
     ) -> None:
         self._project, self._origin, self.curves, self._state = project, origin, curves, state
-        self._total, self._losses, self._rates, self._plan = total_steps, dict(losses), dict(rates), tuple(plan)
+        self._total, self._losses, self._rates, self._plan = (
+            total_steps,
+            dict(losses),
+            dict(rates),
+            tuple(plan),
+        )
         self._files, self._lora = dict(files), lora
 
     def state_dict(self) -> dict[str, Any]:
@@ -155,9 +167,17 @@ class Card:
         ]
         known: dict[str, Any] = {"license": origin.license} if origin.license else {}
         known |= {"base_model": origin.hub, "base_model_relation": kind} if origin.hub else {}
-        header = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **known).to_yaml().strip()
+        header = (
+            ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **known)
+            .to_yaml()
+            .strip()
+        )
         what = "A LoRA for" if self._lora else "Fine-tuned from"
-        began = f"[{origin.hub}](https://huggingface.co/{origin.hub})" if origin.hub == origin.name else _code(origin.name)
+        began = (
+            f"[{origin.hub}](https://huggingface.co/{origin.hub})"
+            if origin.hub == origin.name
+            else _code(origin.name)
+        )
         began += f" at revision {_code(origin.revision)}" if origin.revision else ""
         made_from = f", which was made from {origin.hub}" if origin.hub not in (None, origin.name) else ""
         rows = [f"| {_text(name)} | {_text(text)} |" for name, text in [*self._plan, *self._numbers()]]
@@ -194,7 +214,11 @@ class Card:
         base = self._origin.hub if self._origin.hub == self._origin.name else self._origin.name
         lines = ["from diffusers import StableDiffusionPipeline", ""]
         if not self._lora:
-            return [*lines, f'pipeline = StableDiffusionPipeline.from_pretrained("YOUR_NAME/{name}")', 'pipeline("...").images[0]']
+            return [
+                *lines,
+                f'pipeline = StableDiffusionPipeline.from_pretrained("YOUR_NAME/{name}")',
+                'pipeline("...").images[0]',
+            ]
         return [
             *lines,
             f"pipeline = StableDiffusionPipeline.from_pretrained({json.dumps(base)})",
@@ -209,7 +233,12 @@ class Card:
             if points:
                 (first, before), (last, now) = points[0], points[-1]
                 step, lowest = min(points, key=lambda point: point[1])
-                rows.append((name, f"{before:.4f} at step {first}, {now:.4f} at step {last}; lowest {lowest:.4f} at step {step}"))
+                rows.append(
+                    (
+                        name,
+                        f"{before:.4f} at step {first}, {now:.4f} at step {last}; lowest {lowest:.4f} at step {step}",
+                    )
+                )
         for network, tag in self._rates.items():
             points = self.curves.of(tag)
             if points:
@@ -232,7 +261,11 @@ class Card:
 
     def _newest_of(self, samples: Path) -> tuple[int, Path] | None:
         """Return step and path of the newest samples up to now, those of averaged weights where they alone were drawn."""
-        found = [(int(match[1]), not match[2], path) for path in samples.glob("gs*.png") if (match := _SAMPLES.fullmatch(path.name))]
+        found = [
+            (int(match[1]), not match[2], path)
+            for path in samples.glob("gs*.png")
+            if (match := _SAMPLES.fullmatch(path.name))
+        ]
         steps = [entry for entry in found if entry[0] <= self._state.step]
         return (max(steps)[0], max(steps)[2]) if steps else None
 

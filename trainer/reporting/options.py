@@ -25,5 +25,6 @@ class LogOptions:
     """Report losses, rates and speed every n optimizer steps; the first step is always reported."""
 
     wandb: bool = False
-    """Record the run on Weights & Biases too, in the project of project_name. Needs the package wandb, and either a login or
-    WANDB_MODE=offline, which keeps the record in the run's folder until wandb sync sends it."""
+    """Record the run on Weights & Biases too, in the project of project_name. Needs the package wandb, and
+    either a login or WANDB_MODE=offline, which keeps the record in the run's folder until wandb sync sends
+    it."""

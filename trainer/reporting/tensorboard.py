@@ -1,8 +1,9 @@
 """TensorBoard event files.
 
-The events are built by `torch.utils.tensorboard` and framed by tensorboard's own `RecordWriter`, but written here rather than by
-`SummaryWriter`: that one writes from a thread, which dies of a full disk with a traceback of its own and then makes whatever call
-comes next raise. A report is a few dozen small records, so nothing would be gained by a thread.
+The events are built by `torch.utils.tensorboard` and framed by tensorboard's own `RecordWriter`, but written
+here rather than by `SummaryWriter`: that one writes from a thread, which dies of a full disk with a traceback
+of its own and then makes whatever call comes next raise. A report is a few dozen small records, so nothing
+would be gained by a thread.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ Layout = dict[str, dict[str, list[Any]]]
 class TensorBoardLogger:
     """Record a run for TensorBoard.
 
-    What was given is in the file when a call returns. When writing fails (a full disk, a folder that was deleted), `warn` is told
-    once, the values are lost and training goes on; every later call tries again, so recording resumes when the disk does.
+    What was given is in the file when a call returns. When writing fails (a full disk, a folder that was
+    deleted), `warn` is told once, the values are lost and training goes on; every later call tries again, so
+    recording resumes when the disk does.
 
     Args:
         folder: where the event file goes; made if missing.
@@ -81,7 +83,9 @@ class TensorBoardLogger:
 
         png = io.BytesIO()
         picture.convert("RGB").save(png, "PNG")
-        image = Summary.Image(width=picture.width, height=picture.height, colorspace=3, encoded_image_string=png.getvalue())
+        image = Summary.Image(
+            width=picture.width, height=picture.height, colorspace=3, encoded_image_string=png.getvalue()
+        )
         self._record([Summary(value=[Summary.Value(tag=tag, image=image)])], step)
 
     def text(self, tag: str, text: str, step: int) -> None:
@@ -121,14 +125,23 @@ class TensorBoardLogger:
         now = time.time()
         events = [Event(wall_time=now, file_version="brain.Event:2")]
         if purge_step is not None:
-            events.append(Event(wall_time=now, step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+            events.append(
+                Event(wall_time=now, step=purge_step, session_log=SessionLog(status=SessionLog.START))
+            )
         events.append(Event(wall_time=now, summary=custom_scalars(self._layout)))
 
         self._folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads a folder's event files in the order of their names, also where the computer's clock has been put back.
-        newest = max((int(found[1]) for path in self._folder.iterdir() if (found := _EVENT_FILE.match(path.name))), default=0)
+        # TensorBoard reads a folder's event files in the order of their names, also where the computer's
+        # clock has been put back.
+        newest = max(
+            (int(found[1]) for path in self._folder.iterdir() if (found := _EVENT_FILE.match(path.name))),
+            default=0,
+        )
         stamp = max(int(now), newest + 1)
-        path = self._folder / f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}.{next(_file_numbers)}"
+        path = (
+            self._folder
+            / f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}.{next(_file_numbers)}"
+        )
         file = path.open("xb", buffering=0)
         try:
             _append(file, events)
@@ -141,7 +154,9 @@ class TensorBoardLogger:
     def _warn_once(self, reason: str) -> None:
         if not self._warned:
             self._warned = True
-            self._warn(f"{self._folder}: TensorBoard's events are not recorded ({reason}); training goes on, recording too as it can")
+            self._warn(
+                f"{self._folder}: TensorBoard's events are not recorded ({reason}); training goes on, recording too as it can"
+            )
 
 
 def layout(*, networks: Sequence[str], adaptive: Collection[str]) -> Layout:
@@ -156,10 +171,17 @@ def layout(*, networks: Sequence[str], adaptive: Collection[str]) -> Layout:
         "loss at fixed images, noise and timesteps": ["loss/stabilize-train", "loss/val"],
     }
     rates = {"rate that acts": [f"hyperparameter/lr {network}" for network in networks]}
-    dadapt = {"d, the estimated distance to the solution": [f"dadapt/d {network}" for network in networks if network in adaptive]}
+    dadapt = {
+        "d, the estimated distance to the solution": [
+            f"dadapt/d {network}" for network in networks if network in adaptive
+        ]
+    }
     for network in networks:
         if network in adaptive:
-            dadapt[f"{network}: d and the estimate that raises it"] = [f"dadapt/d {network}", f"dadapt/d_hat {network}"]
+            dadapt[f"{network}: d and the estimate that raises it"] = [
+                f"dadapt/d {network}",
+                f"dadapt/d_hat {network}",
+            ]
     gradients = {"gradient norm, before clipping": ["optimizer/unet_grad_norm", "optimizer/te_grad_norm"]}
     performance = {
         "images per second": ["performance/images per second"],
@@ -170,7 +192,9 @@ def layout(*, networks: Sequence[str], adaptive: Collection[str]) -> Layout:
     categories = {"losses": losses, "rates": rates, **({"D-Adaptation": dadapt} if adaptive else {})}
     categories |= {"gradients": gradients, "performance": performance}
     return {
-        category: {title: ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]] for title, tags in charts.items()}
+        category: {
+            title: ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]] for title, tags in charts.items()
+        }
         for category, charts in categories.items()
     }
 

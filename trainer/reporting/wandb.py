@@ -20,11 +20,12 @@ RUN_ID = "wandb-id.txt"
 class WandbLogger:
     """Record a run on Weights & Biases: numbers and pictures in its history, texts in its configuration.
 
-    A run that goes on is the same run there. W&B takes steps in rising order and leaves others out, so steps between a checkpoint and a
-    crash, which are made once more, stay there as they were made first.
+    A run that goes on is the same run there. W&B takes steps in rising order and leaves others out, so steps
+    between a checkpoint and a crash, which are made once more, stay there as they were made first.
 
     Args:
-        folder: the run's folder; its name is the run's, and W&B's own files go into the folder wandb inside it.
+        folder: the run's folder; its name is the run's, and W&B's own files go into the folder wandb inside
+        it.
         project: the project there.
         warn: is told of trouble in one sentence; training goes on.
 
@@ -41,9 +42,17 @@ class WandbLogger:
             import wandb
 
             self._wandb: Any = wandb
-            settings = wandb.Settings(console="off", silent=True)  # it would read along, and the run has a console of its own
+            settings = wandb.Settings(
+                console="off", silent=True
+            )  # it would read along, and the run has a console of its own
             self._run: Any = wandb.init(
-                project=project, name=folder.name, id=identity, dir=folder, resume="allow", settings=settings, reinit="create_new"
+                project=project,
+                name=folder.name,
+                id=identity,
+                dir=folder,
+                resume="allow",
+                settings=settings,
+                reinit="create_new",
             )
         except Exception as error:  # whatever a service or a network fails with
             reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -82,4 +91,6 @@ class WandbLogger:
         except Exception as error:  # a run must not end because a service does
             if not self._warned:
                 self._warned = True
-                self._warn(f"Weights & Biases has not taken everything ({' '.join(str(error).split())[:200]}); training goes on")
+                self._warn(
+                    f"Weights & Biases has not taken everything ({' '.join(str(error).split())[:200]}); training goes on"
+                )

@@ -16,8 +16,23 @@ from typing import TYPE_CHECKING, Any
 from trainer.checkpoints.lock import locked
 from trainer.checkpoints.run_folder import mark
 from trainer.errors import UserError, said
-from trainer.planning.memory import cheapest_key, estimate, is_out_of_memory, memory_table, size_of_device, work_of
-from trainer.planning.resume import Start, changes, check_same_run, describe, find_start, restore_state, resume_command
+from trainer.planning.memory import (
+    cheapest_key,
+    estimate,
+    is_out_of_memory,
+    memory_table,
+    size_of_device,
+    work_of,
+)
+from trainer.planning.resume import (
+    Start,
+    changes,
+    check_same_run,
+    describe,
+    find_start,
+    restore_state,
+    resume_command,
+)
 from trainer.training.ranks import Processes, connect
 
 if TYPE_CHECKING:
@@ -53,7 +68,14 @@ _NAMED = 20
 """Files that are named; the rest are counted."""
 
 
-def run_training(config: TrainConfig, notes: Sequence[str], *, weights_only: bool, arguments: Sequence[str], signals: StopSignals) -> None:
+def run_training(
+    config: TrainConfig,
+    notes: Sequence[str],
+    *,
+    weights_only: bool,
+    arguments: Sequence[str],
+    signals: StopSignals,
+) -> None:
     """Train as configured, from the first event to the last line that says where everything is; in several processes, with the others.
 
     Args:
@@ -74,7 +96,9 @@ def run_training(config: TrainConfig, notes: Sequence[str], *, weights_only: boo
     quiet_libraries()
     processes = connect(config.loop.gpuid, signals)
     with processes.together(), ExitStack() as ending:
-        _train(config, notes, processes, ending, weights_only=weights_only, arguments=arguments, signals=signals)
+        _train(
+            config, notes, processes, ending, weights_only=weights_only, arguments=arguments, signals=signals
+        )
 
 
 def _train(
@@ -102,7 +126,9 @@ def _train(
             raise UserError(_reader_killed(error)) from error
         if not is_out_of_memory(error):
             raise
-        raise UserError([f"Memory has run out before the first step ({said(error)}).", cheapest_key(config)]) from error
+        raise UserError(
+            [f"Memory has run out before the first step ({said(error)}).", cheapest_key(config)]
+        ) from error
     console.start(total_steps=run.cadence.total_steps, first_step=run.state.step)
     failed = False
     try:
@@ -121,9 +147,15 @@ def _train(
         run.loggers.close()
         changed = {"stop_after_steps": "null"} if config.loop.stop_after_steps is not None else {}
         changed |= {"max_train_time": "null"} if out_of_time(run) else {}
-        changed |= {} if run.state.step < run.cadence.total_steps or run.state.owed else {"max_epochs": str(2 * run.epochs)}
+        changed |= (
+            {}
+            if run.state.step < run.cadence.total_steps or run.state.owed
+            else {"max_epochs": str(2 * run.epochs)}
+        )
         if processes.main:
-            for sentence in closing(run, resume_command(arguments, run.folder, changed=changed, launcher=processes.launcher)):
+            for sentence in closing(
+                run, resume_command(arguments, run.folder, changed=changed, launcher=processes.launcher)
+            ):
                 console.event(sentence)
             for sentence in (
                 [] if failed or run.state.step == 0 else hand_over(run, config)
@@ -134,7 +166,9 @@ def _train(
 def _is_of_killed_reader(error: Exception) -> bool:
     """Return whether an error says that a process that reads images was killed. torch raises it wherever the main process is just then."""
     # Its words, and no class of its own; and those of a worker that finds no shared memory.
-    return isinstance(error, RuntimeError) and (str(error).startswith("DataLoader worker") or "shared memory" in str(error))
+    return isinstance(error, RuntimeError) and (
+        str(error).startswith("DataLoader worker") or "shared memory" in str(error)
+    )
 
 
 def _reader_killed(error: Exception) -> str:
@@ -163,7 +197,9 @@ def closing(run: Run, command: str) -> list[str]:
     if bad := run.loader.left_out:
         files = "1 file" if len(bad) == 1 else f"{len(bad)} files"
         more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
-        lines.append(f"Left out, for it could not be used: {files}: {', '.join(file.name for file in bad[:_NAMED])}{more}.")
+        lines.append(
+            f"Left out, for it could not be used: {files}: {', '.join(file.name for file in bad[:_NAMED])}{more}."
+        )
     if not any((folder / RESUME).is_dir() for folder in checkpoints(run.folder)):
         lines.append("No checkpoint was saved.")
     elif state.step < total or state.owed:
@@ -180,7 +216,13 @@ def closing(run: Run, command: str) -> list[str]:
 
 
 def build_run(
-    config: TrainConfig, console: Console, processes: Processes, ending: ExitStack, *, weights_only: bool, signals: StopSignals
+    config: TrainConfig,
+    console: Console,
+    processes: Processes,
+    ending: ExitStack,
+    *,
+    weights_only: bool,
+    signals: StopSignals,
 ) -> Run:
     """Load everything that a run needs and make, or go on in, its folder.
 
@@ -259,11 +301,19 @@ def build_run(
     plan_ema(config.ema, total_steps)  # refuses what cannot be reached, before anything loads
 
     if config.objective.enable_zero_terminal_snr:  # gigabytes later it would be refused all the same
-        set_noise_schedule(config, prompts, describe_model(replace(config.model, resume_ckpt=start.model, revision=start.revision)))
+        set_noise_schedule(
+            config,
+            prompts,
+            describe_model(replace(config.model, resume_ckpt=start.model, revision=start.revision)),
+        )
     models = load_models(replace(config.model, resume_ckpt=start.model, revision=start.revision))
-    config = replace(config, model=replace(config.model, revision=models.revision or start.revision))  # recorded with the run
+    config = replace(
+        config, model=replace(config.model, revision=models.revision or start.revision)
+    )  # recorded with the run
     set_noise_schedule(config, prompts, models)
-    base = base_of(models, start.model, start.adapter) if config.parts.lora is not None else None  # before anything is put on it
+    base = (
+        base_of(models, start.model, start.adapter) if config.parts.lora is not None else None
+    )  # before anything is put on it
     parts = apply_freezing(models, config.parts, config.optimizers.freezing)
     check_rates(config, {network: part.trained for network, part in parts.counts.items()})
     about = describe(config, index, parts, total_steps, processes.count)
@@ -279,7 +329,12 @@ def build_run(
     tokenize = make_tokenize(config, models.tokenizer)
     latent_plan = processes.first(
         lambda: plan_latents(
-            config.cache, config.data, index, models.vae.config, epochs=config.loop.max_epochs, processes=processes.on_machine
+            config.cache,
+            config.data,
+            index,
+            models.vae.config,
+            epochs=config.loop.max_epochs,
+            processes=processes.on_machine,
         )
     )
     with processes.first_before_others() if latent_plan.mode == "disk" else nullcontext():
@@ -301,16 +356,32 @@ def build_run(
         if captions is not None:
             captions += [record.caption.text for held in split.held_out for record in held.index.records]
         contexts = encode_captions(
-            captions, tokenize, models.text_encoder, precision, clip_skip=config.objective.clip_skip, processes=processes.on_machine
+            captions,
+            tokenize,
+            models.text_encoder,
+            precision,
+            clip_skip=config.objective.clip_skip,
+            processes=processes.on_machine,
         )
     held_size = validation_file.batch_size or config.data.batch_size
     nothing: tuple[list[Batch], list[BadFile]] = ([], [])  # the first process measures for all
     held_out = [
-        (held, *(read_held_out(config, held, tokenize, models, precision, size=held_size) if processes.main else nothing))
+        (
+            held,
+            *(
+                read_held_out(config, held, tokenize, models, precision, size=held_size)
+                if processes.main
+                else nothing
+            ),
+        )
         for held in split.held_out
     ]
     # Networks that nothing but samples needs any more wait on the CPU.
-    waiting: list[nn.Module] = [network for network, made in ((models.vae, latents), (models.text_encoder, contexts)) if made is not None]
+    waiting: list[nn.Module] = [
+        network
+        for network, made in ((models.vae, latents), (models.text_encoder, contexts))
+        if made is not None
+    ]
     for network in waiting:
         network.to("cpu")
 
@@ -320,18 +391,51 @@ def build_run(
     optimizers = make_optimizers(config, parts, total_steps)
     objective = make_objective(config, models, parts, contexts)
     meter = Meter(epoch_tags={LOSS: EPOCH_LOSS})
-    adaptive = {member.network: member.options for member in optimizers.members if isinstance(member.options, EstimateOptions)}
+    adaptive = {
+        member.network: member.options
+        for member in optimizers.members
+        if isinstance(member.options, EstimateOptions)
+    }
     watch = AdaptationWatch(adaptive, SECTIONS)
-    loss_watch = LossWatch(tuple(adaptive), " ".join(held.index.fingerprint() for held in split.held_out if held.tag == VALIDATION_LOSS))
+    loss_watch = LossWatch(
+        tuple(adaptive),
+        " ".join(held.index.fingerprint() for held in split.held_out if held.tag == VALIDATION_LOSS),
+    )
     sampler = choose_samples(config, prompts, index)
     state = start.state or TrainState()
-    ema = make_ema(config, parts, total_steps, device, begins=start.checkpoint is None) if processes.main else None
+    ema = (
+        make_ema(config, parts, total_steps, device, begins=start.checkpoint is None)
+        if processes.main
+        else None
+    )
     batch = batch_line(config, processes)
     steps_of_epoch, held_out_lines = loader.steps_in(0), split.lines()
-    about_run = (config, models.source, parts.counts, precision, steps_of_epoch, total_steps, batch, latent_plan, held_out_lines)
+    about_run = (
+        config,
+        models.source,
+        parts.counts,
+        precision,
+        steps_of_epoch,
+        total_steps,
+        batch,
+        latent_plan,
+        held_out_lines,
+    )
     plan = plan_rows(*about_run, run=start.run)
-    card = make_card(config, origin_of(start.model, config.model.revision), state, total_steps, list(optimizers.parameters), plan)
-    stateful: dict[str, Stateful] = {"optimizers": optimizers, "meter": meter, "watch": watch, "loss watch": loss_watch}
+    card = make_card(
+        config,
+        origin_of(start.model, config.model.revision),
+        state,
+        total_steps,
+        list(optimizers.parameters),
+        plan,
+    )
+    stateful: dict[str, Stateful] = {
+        "optimizers": optimizers,
+        "meter": meter,
+        "watch": watch,
+        "loss watch": loss_watch,
+    }
     stateful |= {"curves": card.curves, "card": card}
     if ema is not None:
         stateful["ema"] = ema
@@ -340,7 +444,9 @@ def build_run(
     if start.checkpoint is not None:
         restore_state(stateful, start.checkpoint)
         if 0 < loader.steps_in(state.epoch) <= state.step_in_epoch:
-            raise UserError(f"{start.checkpoint}: its counts are not those of a run on these images; choose another checkpoint.")
+            raise UserError(
+                f"{start.checkpoint}: its counts are not those of a run on these images; choose another checkpoint."
+            )
 
     folder = start.run or processes.first(lambda: make_folder(config))
     loggers, beside_notes = Loggers([]), []
@@ -384,7 +490,10 @@ def build_run(
             console.event(line)
     if start.about is not None:
         console.event(f"Going on after step {state.step} in {folder}.")
-        for sentence in [*changes(about, start.about), *rate_jumps(optimizers, state.step, total_steps, start.about["total_steps"])]:
+        for sentence in [
+            *changes(about, start.about),
+            *rate_jumps(optimizers, state.step, total_steps, start.about["total_steps"]),
+        ]:
             console.event(f"Changed: {sentence}")
 
     fixed = fixed_images(config, index, validation_file)
@@ -394,7 +503,9 @@ def build_run(
         state=state,
         networks=Networks(
             processes.wrap(models.unet) if UNET in parts.parameters else models.unet,
-            processes.wrap(models.text_encoder, unused) if TEXT_ENCODER in parts.parameters else models.text_encoder,
+            processes.wrap(models.text_encoder, unused)
+            if TEXT_ENCODER in parts.parameters
+            else models.text_encoder,
             models.vae,
         ),
         objective=objective,
@@ -419,9 +530,12 @@ def build_run(
         meter=meter,
         watch=watch,
         ema=ema,
-        fixed_loss=FixedLoss(loader.images.plain(fixed) if processes.main else [], objective) if fixed else None,
+        fixed_loss=FixedLoss(loader.images.plain(fixed) if processes.main else [], objective)
+        if fixed
+        else None,
         validation=Validation(
-            {held.tag: FixedLoss(batches, objective, held.keys) for held, batches, _ in held_out}, validation_file.every_n_epochs
+            {held.tag: FixedLoss(batches, objective, held.keys) for held, batches, _ in held_out},
+            validation_file.every_n_epochs,
         ),
         loss_watch=loss_watch,
         stop_on_overfit=config.validation.stop_on_overfit,
@@ -456,7 +570,12 @@ def build_run(
 
 
 def make_card(
-    config: TrainConfig, origin: Origin, state: TrainState, total_steps: int, networks: Sequence[str], plan: Sequence[tuple[str, str]]
+    config: TrainConfig,
+    origin: Origin,
+    state: TrainState,
+    total_steps: int,
+    networks: Sequence[str],
+    plan: Sequence[tuple[str, str]],
 ) -> Card:
     """Return what writes the model card of each checkpoint, with the curves that it draws.
 
@@ -479,18 +598,28 @@ def make_card(
     return Card(
         project=config.logging.project_name,
         origin=origin,
-        curves=Curves({**losses, LOSS: "loss of the batches"}, {tag: network for network, tag in rates.items()}, noisy=LOSS),
+        curves=Curves(
+            {**losses, LOSS: "loss of the batches"},
+            {tag: network for network, tag in rates.items()},
+            noisy=LOSS,
+        ),
         state=state,
         total_steps=total_steps,
         losses=losses,
         rates=rates,
-        plan=[(name, text) for name, text in plan if name in ("unet", "text encoder", "batch", "ema", "precision", "seed")],
+        plan=[
+            (name, text)
+            for name, text in plan
+            if name in ("unet", "text encoder", "batch", "ema", "precision", "seed")
+        ],
         files=without_folders(config),
         lora=config.parts.lora is not None,
     )
 
 
-def tell_data(config: TrainConfig, index: Index, tokenize: Tokenize, console: Console, images_per_step: int) -> None:
+def tell_data(
+    config: TrainConfig, index: Index, tokenize: Tokenize, console: Console, images_per_step: int
+) -> None:
     """Say what is remarkable about the images, and which files are left out."""
     from data.report import report
 
@@ -536,7 +665,9 @@ def read_prompts(config: TrainConfig) -> tuple[TrainConfig, SamplePrompts]:
     """
     from trainer.config.sample_file import load_sample_prompts
 
-    prompts = load_sample_prompts(Path(config.samples.sample_prompts) if config.samples.sample_prompts else None)
+    prompts = load_sample_prompts(
+        Path(config.samples.sample_prompts) if config.samples.sample_prompts else None
+    )
     steps = prompts.generate_samples_every_n_steps or config.samples.sample_steps
     return replace(config, samples=replace(config.samples, sample_steps=steps)), prompts
 
@@ -567,8 +698,8 @@ def set_noise_schedule(config: TrainConfig, prompts: SamplePrompts, models: Mode
     """Give the model the noise schedule that it is trained with, sampled with and saved with.
 
     Raises:
-        UserError: the configuration asks for one that does not go with what the model predicts, or samples with a sampler that does not
-            know it.
+        UserError: the configuration asks for one that does not go with what the model predicts, or samples
+            with a sampler that does not know it.
     """
     from trainer.diffusion.schedule import with_zero_terminal_snr
     from trainer.evaluation.sampling import check_scheduler
@@ -583,13 +714,16 @@ def place(models: Models, device: torch.device, *, channels_last: bool, weights:
 
     UNet and text encoder are kept in the format `weights`, the VAE in fp32.
 
-    Loaded tensors may be windows on a mapped file, at any address. Kernels add up in another order where an address is not aligned,
-    so a continued run would differ from an unbroken one in the last bits; and a mapped file cannot be replaced on Windows.
+    Loaded tensors may be windows on a mapped file, at any address. Kernels add up in another order where an
+    address is not aligned, so a continued run would differ from an unbroken one in the last bits; and a
+    mapped file cannot be replaced on Windows.
     """
     import torch
 
     for network in (models.unet, models.text_encoder):
-        torch.nn.Module.to(network, weights)  # diffusers' own method warns of modules to keep in fp32, of which there are none
+        torch.nn.Module.to(
+            network, weights
+        )  # diffusers' own method warns of modules to keep in fp32, of which there are none
     for network in (models.unet, models.vae):
         network.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)  # type: ignore[call-overload]
     models.text_encoder.to(device)  # type: ignore[arg-type]
@@ -620,7 +754,9 @@ def skipped_layers(models: Models, clip_skip: int) -> list[str]:
     """Return the names of the text encoder's parameters that clip_skip leaves without effect: those of its last layers."""
     last = int(models.text_encoder.config.num_hidden_layers)
     layers = tuple(f"encoder.layers.{number}." for number in range(last + 1 - max(clip_skip, 1), last))
-    return [name for name, _ in models.text_encoder.named_parameters() if any(layer in name for layer in layers)]
+    return [
+        name for name, _ in models.text_encoder.named_parameters() if any(layer in name for layer in layers)
+    ]
 
 
 def read_validation_file(config: TrainConfig) -> ValidationFile:
@@ -634,14 +770,21 @@ def read_validation_file(config: TrainConfig) -> ValidationFile:
     named = config.validation.validation_config
     file = load_validation(Path(named) if named else None)
     wanted = [
-        key for key, value in (("keep_best", config.saving.keep_best), ("stop_on_overfit", config.validation.stop_on_overfit)) if value
+        key
+        for key, value in (
+            ("keep_best", config.saving.keep_best),
+            ("stop_on_overfit", config.validation.stop_on_overfit),
+        )
+        if value
     ]
     if wanted and (not file.validate_training or file.val_split_mode == "none"):
         raise UserError(
             f"{' and '.join(wanted)}: there is no loss/val, since validation_config sets validate_training to false or val_split_mode to "
             "none; change that, or set what needs it to false."
         )
-    if "stop_on_overfit" in wanted and not (config.fixed_loss.fixed_loss_images or file.stabilize_training_loss):
+    if "stop_on_overfit" in wanted and not (
+        config.fixed_loss.fixed_loss_images or file.stabilize_training_loss
+    ):
         raise UserError(
             "stop_on_overfit: fixed_loss_images is 0, and without the fixed-noise loss of training images overfitting cannot be told; set "
             "it to 16 again, or stop_on_overfit to false."
@@ -672,19 +815,29 @@ def read_held_out(
 
     def encode(batch: Batch) -> Batch:
         assert batch.pixels_BCHW is not None, "images of a reader without latents"
-        moments = encode_pixels(models.vae, to_device(batch.pixels_BCHW, precision.device), precision.autocast).cpu()
+        moments = encode_pixels(
+            models.vae, to_device(batch.pixels_BCHW, precision.device), precision.autocast
+        ).cpu()
         return replace(batch, pixels_BCHW=None, moments_BCHW=moments)
 
     images = Images(held.index, config.data, tokenize=tokenize, seed=config.loop.seed)
     batches = held_out_batches(images, len(held.index.records), max(1, size // TIMESTEPS), encode)
     bad = list(images.bad.values())
     if not batches:
-        raise UserError([f"validation_config: none of the images for {held.tag} can be read.", *map(str, bad[:10])])
+        raise UserError(
+            [f"validation_config: none of the images for {held.tag} can be read.", *map(str, bad[:10])]
+        )
     return batches, bad
 
 
 def make_loader(
-    config: TrainConfig, index: Index, tokenize: Tokenize, processes: Processes, *, pin: bool, latents: Latents | None = None
+    config: TrainConfig,
+    index: Index,
+    tokenize: Tokenize,
+    processes: Processes,
+    *,
+    pin: bool,
+    latents: Latents | None = None,
 ) -> StepLoader:
     """Return the reader of this process's share of the run's images, or of what was encoded of them."""
     from data.loader import StepLoader
@@ -719,7 +872,9 @@ def count_steps(config: TrainConfig, index: Index, processes: Processes) -> int:
         images_per_step=images_per_step(config, processes),
     )
     if total == 0:
-        raise DataError(f"data_root: in {config.loop.max_epochs} epochs no image is due: raise its multiply, or max_epochs")
+        raise DataError(
+            f"data_root: in {config.loop.max_epochs} epochs no image is due: raise its multiply, or max_epochs"
+        )
     return total
 
 
@@ -734,7 +889,9 @@ def make_optimizers(config: TrainConfig, parts: TrainedParts, total_steps: int) 
     )
 
 
-def make_ema(config: TrainConfig, parts: TrainedParts, total_steps: int, device: torch.device, *, begins: bool) -> Ema | None:
+def make_ema(
+    config: TrainConfig, parts: TrainedParts, total_steps: int, device: torch.device, *, begins: bool
+) -> Ema | None:
     """Return the averages of what learns, or None where none are asked for.
 
     Args:
@@ -762,12 +919,16 @@ def make_ema(config: TrainConfig, parts: TrainedParts, total_steps: int, device:
         device=torch.device("cpu") if options.ema_device == "cpu" else device,
     )
     if options.ema_resume_model is not None and begins:
-        models = load_models(replace(config.model, resume_ckpt=options.ema_resume_model, revision=None, vae=None))
+        models = load_models(
+            replace(config.model, resume_ckpt=options.ema_resume_model, revision=None, vae=None)
+        )
         ema.begin_from(weights_of(models, parts.parameters, options.ema_resume_model))
     return ema
 
 
-def make_objective(config: TrainConfig, models: Models, parts: TrainedParts, contexts: Contexts | None = None) -> Objective:
+def make_objective(
+    config: TrainConfig, models: Models, parts: TrainedParts, contexts: Contexts | None = None
+) -> Objective:
     """Return the objective, fitted to the model's VAE and noise schedule."""
     from trainer.diffusion.objective import Objective
     from trainer.diffusion.schedule import NoiseSchedule
@@ -815,7 +976,9 @@ def make_folder(config: TrainConfig) -> Path:
         except FileExistsError:
             time.sleep(0.2)  # another run began in the same second
         except OSError as error:
-            raise UserError(f"logdir: no run folder can be made in {logdir} ({error.strerror}); choose another logdir.") from error
+            raise UserError(
+                f"logdir: no run folder can be made in {logdir} ({error.strerror}); choose another logdir."
+            ) from error
 
 
 def drop_unbegun(folder: Path, state: TrainState) -> None:
@@ -830,8 +993,8 @@ def drop_unbegun(folder: Path, state: TrainState) -> None:
 def keep_beside(models: Models, folder: Path) -> list[str]:
     """Copy the base's further parts, a safety checker for instance, into the run's folder, where every checkpoint finds them.
 
-    The base may be a checkpoint that this run deletes, and a second name for a file is sure to work in one folder. Returns a sentence
-    where that cannot be done; checkpoints are without them then.
+    The base may be a checkpoint that this run deletes, and a second name for a file is sure to work in one
+    folder. Returns a sentence where that cannot be done; checkpoints are without them then.
     """
     from trainer.checkpoints.atomic import appearing
     from trainer.checkpoints.export import copy_beside
@@ -846,7 +1009,9 @@ def keep_beside(models: Models, folder: Path) -> list[str]:
                 copy_beside(models, draft)
     except OSError as error:
         models.beside = {}
-        return [f"the base's {names} could not be copied ({error.strerror or error}), so checkpoints are without"]
+        return [
+            f"the base's {names} could not be copied ({error.strerror or error}), so checkpoints are without"
+        ]
     models.beside_from = place
     return []
 
@@ -893,7 +1058,9 @@ def make_sampler(
         try:
             run.console.event(f"step {step}: samples in {samples.save(run.folder / 'samples', step, suffix)}")
         except OSError as error:
-            run.console.event(f"Note: the samples of step {step} could not be saved ({error.strerror or error}); training goes on.")
+            run.console.event(
+                f"Note: the samples of step {step} could not be saved ({error.strerror or error}); training goes on."
+            )
         for tag, picture in samples.rows:
             run.loggers.image(f"{tag} ({suffix})" if suffix else tag, picture, step)
 

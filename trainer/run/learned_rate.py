@@ -26,7 +26,8 @@ FOUND = "optimizer.found.json"
 def hand_over(run: Run, config: TrainConfig) -> list[str]:
     """Write the optimizer file of the rates that a run has found into its folder, in the place of an older one, and say so in a sentence.
 
-    The sentence is the reason where there is no such file; there is none at all where no optimizer of the run finds its rate.
+    The sentence is the reason where there is no such file; there is none at all where no optimizer of the run
+    finds its rate.
 
     Args:
         run: at its end, or wherever it was stopped.
@@ -38,21 +39,52 @@ def hand_over(run: Run, config: TrainConfig) -> list[str]:
     path = run.folder / FOUND
     try:
         path.unlink(missing_ok=True)  # of an earlier stop, at which d may have been another
-        if reasons := [reason for network in run.watch.networks if (reason := _reason(network, learning[network], run.watch))]:
+        if reasons := [
+            reason
+            for network in run.watch.networks
+            if (reason := _reason(network, learning[network], run.watch))
+        ]:
             return [f"No {FOUND}: {'; '.join(reasons)}."]
         half = config.precision.weights_dtype == "bf16" and config.parts.lora is None
-        found = {network: _as_adamw(learning[network], run.watch.d(network), half) for network in run.watch.networks}
-        handed = replace(config, optimizers=replace(config.optimizers, **{_FIELD[network]: options for network, options in found.items()}))
+        found = {
+            network: _as_adamw(learning[network], run.watch.d(network), half)
+            for network in run.watch.networks
+        }
+        handed = replace(
+            config,
+            optimizers=replace(
+                config.optimizers, **{_FIELD[network]: options for network, options in found.items()}
+            ),
+        )
         rates = " and ".join(f"{options.lr:g} for the {network}" for network, options in found.items())
-        held = [network for network in found if (found[network].lr or 0) >= _rounded(getattr(learning[network], "rate_max", math.inf))]
-        caps = f" That of the {' and the '.join(held)} is rate_max, which held it below what was found." if held else ""
+        held = [
+            network
+            for network in found
+            if (found[network].lr or 0) >= _rounded(getattr(learning[network], "rate_max", math.inf))
+        ]
+        caps = (
+            f" That of the {' and the '.join(held)} is rate_max, which held it below what was found."
+            if held
+            else ""
+        )
         doc = f"AdamW in 8 bits at the rates that D-Adaptation found in {run.folder.name} up to step {run.state.step}: {rates}.{caps}"
         with appearing(path) as draft:
-            text = json.dumps({"doc": doc, **documents(handed)["optimizer.json"]}, indent=2, ensure_ascii=False, allow_nan=False)
+            text = json.dumps(
+                {"doc": doc, **documents(handed)["optimizer.json"]},
+                indent=2,
+                ensure_ascii=False,
+                allow_nan=False,
+            )
             draft.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         return [f"No {FOUND}: it could not be written ({error.strerror or error})."]
-    needs = _needs(handed, {network: sum(p.numel() for p in parameters) for network, parameters in run.optimizers.parameters.items()})
+    needs = _needs(
+        handed,
+        {
+            network: sum(p.numel() for p in parameters)
+            for network, parameters in run.optimizers.parameters.items()
+        },
+    )
     return [f"Found rate:  {path}: AdamW in 8 bits at {rates}{needs}{'.' + caps if caps else ''}"]
 
 
@@ -69,12 +101,18 @@ def _reason(network: str, options: OptimizerOptions, watch: AdaptationWatch) -> 
 def _as_adamw(options: Any, d: float, half: bool) -> AdamW8bitOptions | AdamW8bitFusedOptions:
     """Return AdamW in 8 bits whose steps, schedule and decay are those that an Adam with estimate `d` has come to.
 
-    It is the one that takes no more memory than the run: with fused backward, or with bf16 weights if `half`, this program's own.
+    It is the one that takes no more memory than the run: with fused backward, or with bf16 weights if `half`,
+    this program's own.
     """
     fused = getattr(options, "fused_backward", False)
     scale: float = getattr(options, "layer_scale", 1.0)
-    same = {entry.name: getattr(options, entry.name) for entry in fields(AdamW8bitOptions) if entry.name != "optimizer"}
-    # Decay shrinks weights by weight_decay * d*lr a step, which layer_scale leaves alone; AdamW has none that is added to the gradient.
+    same = {
+        entry.name: getattr(options, entry.name)
+        for entry in fields(AdamW8bitOptions)
+        if entry.name != "optimizer"
+    }
+    # Decay shrinks weights by weight_decay * d*lr a step, which layer_scale leaves alone; AdamW has none that
+    # is added to the gradient.
     rate = min(d * (options.lr or 1.0) * scale, getattr(options, "rate_max", math.inf))
     decay = options.weight_decay / scale if options.decouple else 0.0
     same |= {"lr": _rounded(rate), "weight_decay": float(f"{decay:.6g}")}

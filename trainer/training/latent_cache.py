@@ -40,9 +40,9 @@ class CacheOptions:
     """What is kept of what frozen networks compute."""
 
     cache_latents: Literal["auto", "disk", "memory", "no"] = "auto"
-    """Encode each image once, before training, and the captions too where the text encoder is frozen: memory keeps that for this run,
-    disk keeps latents for later runs as well, no encodes anew in every step; auto is memory where it takes at most a quarter of what
-    is free and crop_jitter is 0, else no."""
+    """Encode each image once, before training, and the captions too where the text encoder is frozen: memory
+    keeps that for this run, disk keeps latents for later runs as well, no encodes anew in every step; auto is
+    memory where it takes at most a quarter of what is free and crop_jitter is 0, else no."""
 
     cache_dir: str | None = None
     """The folder of what later runs use again (latents, and the index of a large data set); null is the folder cache in logdir."""
@@ -77,7 +77,15 @@ class LatentPlan:
         return f"encoded once, before training: {len(self.entries):,} of {self.size / 2**20:,.1f} MiB, kept {place}"
 
 
-def plan_latents(options: CacheOptions, data: DataOptions, index: Index, vae_config: Any, *, epochs: int, processes: int = 1) -> LatentPlan:
+def plan_latents(
+    options: CacheOptions,
+    data: DataOptions,
+    index: Index,
+    vae_config: Any,
+    *,
+    epochs: int,
+    processes: int = 1,
+) -> LatentPlan:
     """Decide how the latents of a run are kept.
 
     Args:
@@ -115,11 +123,19 @@ def plan_latents(options: CacheOptions, data: DataOptions, index: Index, vae_con
 
 
 def encode_images(
-    plan: LatentPlan, index: Index, data: DataOptions, vae: Any, precision: Precision, *, folder: Path, tell: Callable[[str], None]
+    plan: LatentPlan,
+    index: Index,
+    data: DataOptions,
+    vae: Any,
+    precision: Precision,
+    *,
+    folder: Path,
+    tell: Callable[[str], None],
 ) -> Latents | None:
     """Encode what the plan asks for and is not there from an earlier run, one image at a time.
 
-    An image's moments therefore depend on nothing but the image and the network. Files that cannot be read are passed on as such.
+    An image's moments therefore depend on nothing but the image and the network. Files that cannot be read
+    are passed on as such.
 
     Args:
         plan: what to encode.
@@ -131,7 +147,8 @@ def encode_images(
         tell: is told what happens, in sentences.
 
     Raises:
-        UserError: the disk is too small or cannot be written to, or the VAE returns values that are not finite.
+        UserError: the disk is too small or cannot be written to, or the VAE returns values that are not
+        finite.
     """
     from data.latents import DiskLatents, MemoryLatents, contents_of
 
@@ -152,9 +169,13 @@ def encode_images(
     if plan.mode == "disk":
         _check_disk(folder, size)
     if len(missing) < len(plan.entries):
-        tell(f"Latents of {len(plan.entries) - len(missing):,} of {len(plan.entries):,} images are in {place} already.")
+        tell(
+            f"Latents of {len(plan.entries) - len(missing):,} of {len(plan.entries):,} images are in {place} already."
+        )
     if isinstance(latents, DiskLatents) and latents.damaged:
-        tell(f"Deleted {latents.damaged:,} damaged or outdated files of cached latents in {place}; their images are encoded again.")
+        tell(
+            f"Deleted {latents.damaged:,} damaged or outdated files of cached latents in {place}; their images are encoded again."
+        )
     if missing:
         tell(f"Encoding {len(missing):,} images once: {size / 2**20:,.1f} MiB of latents, kept in {place}.")
     try:
@@ -193,7 +214,14 @@ def encode_captions(
     if size * len(captions) > _free_memory() // processes // SHARE:
         return None
     contexts = Contexts()
-    contexts.add(captions, tokenize, text_encoder, clip_skip=clip_skip, device=precision.device, autocast=precision.autocast)
+    contexts.add(
+        captions,
+        tokenize,
+        text_encoder,
+        clip_skip=clip_skip,
+        device=precision.device,
+        autocast=precision.autocast,
+    )
     return contexts
 
 
@@ -202,9 +230,17 @@ def identity(vae: Any, precision: Precision) -> str:
     import torch
 
     settings = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    layout = [parameter.is_contiguous(memory_format=torch.channels_last) for parameter in vae.parameters() if parameter.dim() == 4]
+    layout = [
+        parameter.is_contiguous(memory_format=torch.channels_last)
+        for parameter in vae.parameters()
+        if parameter.dim() == 4
+    ]
     digest = hashlib.blake2b(digest_size=12)
-    digest.update(json.dumps([settings, precision.device.type, precision.name, all(layout)], sort_keys=True, default=str).encode())
+    digest.update(
+        json.dumps(
+            [settings, precision.device.type, precision.name, all(layout)], sort_keys=True, default=str
+        ).encode()
+    )
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -231,7 +267,9 @@ def _encode(
             if crop.pixels_1CHW is None:
                 latents.bad[crop.entry.record] = crop.bad
                 continue
-            moments_1CHW = encode_pixels(vae, to_device(crop.pixels_1CHW, precision.device), precision.autocast).cpu()
+            moments_1CHW = encode_pixels(
+                vae, to_device(crop.pixels_1CHW, precision.device), precision.autocast
+            ).cpu()
             if not moments_1CHW.isfinite().all():
                 name = index.records[crop.entry.record].name
                 raise UserError(

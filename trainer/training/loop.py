@@ -63,8 +63,9 @@ class LoopOptions:
     """Save a checkpoint and stop with exit code 0 when the run has made this many optimizer steps in all, counted from its beginning."""
 
     max_train_time: Annotated[float, Gt(0)] | None = None
-    """Save a checkpoint and stop with exit code 0 after the first step with which the run has trained for this many minutes in all, over
-    all its starts; time for loading, samples, validation and checkpoints does not count."""
+    """Save a checkpoint and stop with exit code 0 after the first step with which the run has trained for
+    this many minutes in all, over all its starts; time for loading, samples, validation and checkpoints does
+    not count."""
 
     gpuid: Annotated[int, Ge(0)] = 0
     """Which CUDA device to train on; of several processes each takes the one of its number on its machine."""
@@ -123,12 +124,13 @@ class Run:
 def train(run: Run) -> None:
     """Train until the run's end or its early stop.
 
-    Where something else ends it, a checkpoint is saved first, so that the steps made since the last one are kept.
+    Where something else ends it, a checkpoint is saved first, so that the steps made since the last one are
+    kept.
 
     Raises:
         Interrupted: a signal has asked the run to end.
-        UserError: the loss has not been finite for a long time, no image can be read any more, a process that reads them was killed,
-            or checkpoints cannot be saved.
+        UserError: the loss has not been finite for a long time, no image can be read any more, a process that
+            reads them was killed, or checkpoints cannot be saved.
     """
     from data.errors import DataError
     from trainer.checkpoints.saver import SavingError
@@ -137,7 +139,9 @@ def train(run: Run) -> None:
     if run.state.step == 0:  # nothing can be lost yet, so a signal ends the run wherever it is
         run.state.owed = [VALIDATION, *([SAMPLES] if run.sample_first else [])]
         settle(run)
-    with run.signals.deferred():  # the saving too: where another process has died, a signal follows from whoever launched both
+    with (
+        run.signals.deferred()
+    ):  # the saving too: where another process has died, a signal follows from whoever launched both
         try:
             make_steps(run)
         except Interrupted:
@@ -147,7 +151,9 @@ def train(run: Run) -> None:
         except SavingError:
             raise
         except Exception as error:
-            if run.fed is not None:  # nothing has been trained since: these steps can be made when the images are back
+            if (
+                run.fed is not None
+            ):  # nothing has been trained since: these steps can be made when the images are back
                 vars(run.state).update(vars(run.fed))
             save_after(error, run)
             if isinstance(error, DataError):
@@ -191,7 +197,11 @@ def make_steps(run: Run) -> None:
                         processes=run.processes.count,
                     )
                     run.processes.mean_(result.loss)
-                norms = {NORM_TAGS[name]: norm for name, norm in result.norms.items()} if run.log_grad_norm else {}
+                norms = (
+                    {NORM_TAGS[name]: norm for name, norm in result.norms.items()}
+                    if run.log_grad_norm
+                    else {}
+                )
                 run.meter.add({LOSS: result.loss, **norms}, images=images, totals={SKIPPED: result.skipped})
             run.fed = None if images else run.fed or replace(state)
             if run.fed is not None and state.step - run.fed.step >= MOST_UNREAD:
@@ -210,7 +220,9 @@ def make_steps(run: Run) -> None:
             run.console.step(epoch=epoch + 1, epochs=run.epochs, step=state.step)
 
             epoch_ends = state.epoch > epoch
-            due = run.cadence.due(state.step, epoch=epoch + 1, epoch_ends=epoch_ends, last_fixed_loss=state.last_fixed_loss)
+            due = run.cadence.due(
+                state.step, epoch=epoch + 1, epoch_ends=epoch_ends, last_fixed_loss=state.last_fixed_loss
+            )
             if due.report:
                 report(run)
             if epoch_ends:
@@ -256,7 +268,9 @@ def settle(run: Run) -> None:
             case "fixed loss" | "validation" as what:
                 evaluate(run, validation=what == VALIDATION)
             case "best":
-                state.owed = state.owed[1:]  # before it is saved: a run that goes on from it does not save it again
+                state.owed = state.owed[
+                    1:
+                ]  # before it is saved: a run that goes on from it does not save it again
                 check_processes(run)
                 check_gradients(run)
                 with run.meter.paused():
@@ -279,7 +293,9 @@ def save_after(error: Exception, run: Run) -> None:
     import torch
 
     if run.optimizers.updating:
-        run.console.event("Note: it happened while weights were updated, so no checkpoint is saved of this step.")
+        run.console.event(
+            "Note: it happened while weights were updated, so no checkpoint is saved of this step."
+        )
         return
     run.optimizers.zero_grad()  # where memory has run out, saving needs some too
     if run.precision.device.type == "cuda":
@@ -287,7 +303,10 @@ def save_after(error: Exception, run: Run) -> None:
     try:
         check_gradients(run)
         run.saver.save("errored")
-    except (UserError, RuntimeError) as second:  # a broken device fails again, and the first error is the one to be told
+    except (
+        UserError,
+        RuntimeError,
+    ) as second:  # a broken device fails again, and the first error is the one to be told
         run.console.event(f"Note: no checkpoint could be saved after the error ({second}).")
 
 
@@ -295,7 +314,8 @@ def report(run: Run) -> None:
     """Read the numbers since the last report, the only time that the host waits for the device, and record and show them.
 
     Raises:
-        UserError: no step has been finite for `MOST_SKIPPED` steps, or a fused backward met a gradient that was not.
+        UserError: no step has been finite for `MOST_SKIPPED` steps, or a fused backward met a gradient that
+        was not.
     """
     from trainer.reporting.console import Report
     from trainer.reporting.metrics import IMAGES_PER_SECOND, memory_in_use
@@ -349,7 +369,9 @@ def check_progress(run: Run, skipped: int) -> None:
             f"{state.step} in all)."
         )
     if state.step - state.last_finite >= MOST_SKIPPED:
-        images = [f"{name} at {t}" for names, t_B in run.latest for name, t in zip(names, t_B.tolist(), strict=True)]
+        images = [
+            f"{name} at {t}" for names, t_B in run.latest for name, t in zip(names, t_B.tolist(), strict=True)
+        ]
         more = f" and {len(images) - 8} more" if len(images) > 8 else ""
         raise UserError(
             f"no step has had finite gradients since step {state.last_finite} (now at step {state.step}), so no weight has changed since; "
@@ -370,7 +392,9 @@ def check_processes(run: Run) -> None:
     state = run.state
     numbers = {"the step": state.step, "the epoch": state.epoch, "the images": state.images}
     for network, measures in run.optimizers.measures().items():
-        numbers |= {f"{name} of the {network}": float(measures[name]) for name in ("d", "rate") if name in measures}
+        numbers |= {
+            f"{name} of the {network}": float(measures[name]) for name in ("d", "rate") if name in measures
+        }
     if different := run.processes.difference(numbers):
         run.optimizers.updating = True  # nobody can say whose weights are right: nothing to save
         raise UserError(
@@ -428,7 +452,8 @@ def evaluate(run: Run, *, validation: bool) -> None:
     with run.meter.paused(), run.apart():
         found = run.processes.first(
             lambda: {
-                tag: loss.measure(networks, run.precision.autocast, run.precision.device, run.signals.check) for tag, loss in losses.items()
+                tag: loss.measure(networks, run.precision.autocast, run.precision.device, run.signals.check)
+                for tag, loss in losses.items()
             }
         )
     run.state.last_fixed_loss = run.state.step
@@ -439,7 +464,9 @@ def evaluate(run: Run, *, validation: bool) -> None:
         numbers[GAP] = found[VALIDATION_LOSS].loss - found[FIXED_LOSS].loss
     run.loggers.scalars(numbers, run.state.step)
     words = {FIXED_LOSS: "fixed-noise loss", VALIDATION_LOSS: "validation loss"}
-    told = ", ".join(f"{words.get(tag, tag.removeprefix('loss/'))} {measured.loss:.4f}" for tag, measured in found.items())
+    told = ", ".join(
+        f"{words.get(tag, tag.removeprefix('loss/'))} {measured.loss:.4f}" for tag, measured in found.items()
+    )
     run.console.event(f"step {run.state.step}: {told}")
     judge(run, found.get(FIXED_LOSS), found.get(VALIDATION_LOSS))
 
@@ -449,7 +476,9 @@ def judge(run: Run, fixed: Measured | None, validation: Measured | None) -> None
     state, watch = run.state, run.loss_watch
     rates = {network: float(measures["rate"]) for network, measures in run.optimizers.measures().items()}
     before = watch.overfitting_since
-    sentences = watch.look(step=state.step, fixed=fixed and fixed.loss, validation=validation and validation.loss, rates=rates)
+    sentences = watch.look(
+        step=state.step, fixed=fixed and fixed.loss, validation=validation and validation.loss, rates=rates
+    )
     for sentence in sentences:
         run.console.event(sentence)
     if run.saver.keeps_best and validation is not None and watch.best == state.step > 0:

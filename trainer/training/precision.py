@@ -10,7 +10,13 @@ if TYPE_CHECKING:
     import torch
 
 
-_SCALE_GROWTH = ((4000, (1.15, 2000)), (2000, (1.3, 500)), (1000, (1.6, 200)), (500, (1.8, 100)), (0, (2.0, 25)))
+_SCALE_GROWTH = (
+    (4000, (1.15, 2000)),
+    (2000, (1.3, 500)),
+    (1000, (1.6, 200)),
+    (500, (1.8, 100)),
+    (0, (2.0, 25)),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +27,8 @@ class PrecisionOptions:
     """Autocast type: auto is bf16 where the device computes it natively, else fp16 on CUDA, and no on the CPU."""
 
     weights_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Format in which UNet and text encoder are kept. bf16 halves weights and gradients; D-Adaptation Adam rounds them stochastically,
-    so that small steps are not lost. Computes in bf16."""
+    """Format in which UNet and text encoder are kept. bf16 halves weights and gradients; D-Adaptation Adam
+    rounds them stochastically, so that small steps are not lost. Computes in bf16."""
 
     disable_amp: bool = False
     """Compute in fp32; the same as mixed_precision: no."""
@@ -59,12 +65,17 @@ class Precision:
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which the networks compute.
 
-        Without the cache of cast weights: every weight is used once in a forward pass, so the cache would spare nothing and, under
-        gradient checkpointing, hold a second copy of all weights until the end of the pass.
+        Without the cache of cast weights: every weight is used once in a forward pass, so the cache would
+        spare nothing and, under gradient checkpointing, hold a second copy of all weights until the end of
+        the pass.
         """
         import torch
 
-        return nullcontext() if self.dtype is None else torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
+        return (
+            nullcontext()
+            if self.dtype is None
+            else torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
+        )
 
     @property
     def name(self) -> str:
@@ -83,7 +94,8 @@ def scale_growth(step: int) -> tuple[float, int]:
 def resolve_precision(options: PrecisionOptions, device: torch.device) -> Precision:
     """Decide the precision on `device`; on CUDA also allow TF32 for what stays in fp32.
 
-    Emulated bf16, which torch reports as supported on cards such as the T4, does not count: fp16 is many times faster there.
+    Emulated bf16, which torch reports as supported on cards such as the T4, does not count: fp16 is many
+    times faster there.
 
     Raises:
         UserError: fp16 on the CPU, or bf16 on a card without it.
@@ -99,10 +111,14 @@ def resolve_precision(options: PrecisionOptions, device: torch.device) -> Precis
     if kind == "auto":
         kind = "no" if device.type != "cuda" else "bf16" if native_bf16 else "fp16"
     if kind == "fp16" and device.type != "cuda":
-        raise UserError("mixed_precision: fp16 needs a CUDA device and this run is on the CPU; use auto, bf16 or no.")
+        raise UserError(
+            "mixed_precision: fp16 needs a CUDA device and this run is on the CPU; use auto, bf16 or no."
+        )
     if kind == "bf16" and device.type == "cuda" and not native_bf16:
         name = torch.cuda.get_device_name(device)
-        raise UserError(f"mixed_precision: {name} does not compute bf16 natively; use auto or fp16, and weights_dtype fp32.")
+        raise UserError(
+            f"mixed_precision: {name} does not compute bf16 natively; use auto or fp16, and weights_dtype fp32."
+        )
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[kind]
@@ -116,4 +132,9 @@ def imagined_precision(options: PrecisionOptions) -> Precision:
 
     kind = "no" if options.disable_amp else options.mixed_precision
     dtype = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[kind]
-    return Precision(torch.device("cuda"), dtype, None, torch.bfloat16 if options.weights_dtype == "bf16" else torch.float32)
+    return Precision(
+        torch.device("cuda"),
+        dtype,
+        None,
+        torch.bfloat16 if options.weights_dtype == "bf16" else torch.float32,
+    )

@@ -1,10 +1,12 @@
 """The processes that train as one: which of them this is, where they wait for each other, and how all end when one does.
 
-Launched by accelerate or torchrun, one process for each device. Every process runs the same program on the same plan; the networks that
-learn are wrapped by torch's DistributedDataParallel, which averages gradients, and the first process alone writes and speaks. With one
-process everything here is the same with nobody to ask.
+Launched by accelerate or torchrun, one process for each device. Every process runs the same program on the
+same plan; the networks that learn are wrapped by torch's DistributedDataParallel, which averages gradients,
+and the first process alone writes and speaks. With one process everything here is the same with nobody to
+ask.
 
-Nothing waits for a device here: what processes tell each other travels through a group of their own on the CPU (gloo).
+Nothing waits for a device here: what processes tell each other travels through a group of their own on the
+CPU (gloo).
 """
 
 from __future__ import annotations
@@ -62,7 +64,11 @@ class _Failure:
 
     def error(self) -> BaseException:
         """Return what the process that is told raises."""
-        return Interrupted(self.signal) if self.signal is not None else UserError(self.problems, exit_code=self.exit_code)
+        return (
+            Interrupted(self.signal)
+            if self.signal is not None
+            else UserError(self.problems, exit_code=self.exit_code)
+        )
 
 
 class Processes:
@@ -118,7 +124,9 @@ class Processes:
         """The words before train.py in a command line that launches as many; between machines it needs the address of one, too."""
         machines = self.count // self.on_machine
         nodes = ["--nnodes", str(machines)] if machines > 1 else []
-        return ["python"] if self.count == 1 else ["torchrun", *nodes, "--nproc_per_node", str(self.on_machine)]
+        return (
+            ["python"] if self.count == 1 else ["torchrun", *nodes, "--nproc_per_node", str(self.on_machine)]
+        )
 
     def gather(self, value: T) -> list[T]:
         """Return every process's value, by rank. All wait here for all, and learn here that one of them has failed.
@@ -230,7 +238,8 @@ class Processes:
         They have to: whoever launched them ends all others as one is gone, and the first may still be saving.
 
         Raises:
-            ToldElsewhere: in all processes but the first, in the place of what the first or this one has told.
+            ToldElsewhere: in all processes but the first, in the place of what the first or this one has
+            told.
         """
         try:
             yield
@@ -263,7 +272,12 @@ class Processes:
         if isinstance(error, (UserError, DataError)):
             problems = [f"process {self.rank}: {problem}" for problem in error.problems]
             return _Failure(tuple(problems), getattr(error, "exit_code", 2))
-        return _Failure((f"process {self.rank} has failed ({type(error).__name__}: {error}); its own output says where.",), 1)
+        return _Failure(
+            (
+                f"process {self.rank} has failed ({type(error).__name__}: {error}); its own output says where.",
+            ),
+            1,
+        )
 
     def _exchange(self, value: Any) -> list[Any]:
         import torch.distributed as dist
@@ -313,11 +327,13 @@ def connect(gpuid: int, signals: StopSignals) -> Processes:
     """Return this process among those that were launched, connected with the others.
 
     Args:
-        gpuid: the CUDA device of a process that trains alone; of several, each takes that of its number on its machine.
+        gpuid: the CUDA device of a process that trains alone; of several, each takes that of its number on
+        its machine.
         signals: ask this process to end.
 
     Raises:
-        UserError: there are fewer devices than processes or none of that number, or accelerate was asked to shard the model.
+        UserError: there are fewer devices than processes or none of that number, or accelerate was asked to
+        shard the model.
     """
     import torch
     from accelerate import PartialState
@@ -337,7 +353,9 @@ def connect(gpuid: int, signals: StopSignals) -> Processes:
             f"{count} processes were launched, and devices of type {device.type} cannot train together; start one, with python train.py."
         )
     if gpuid and device.type == "cuda":
-        notes.append(f"gpuid {gpuid} is not used: of several processes each takes the CUDA device of its number on its machine")
+        notes.append(
+            f"gpuid {gpuid} is not used: of several processes each takes the CUDA device of its number on its machine"
+        )
     signals.quiet = state.process_index > 0
     return Processes(
         rank=state.process_index,
@@ -371,7 +389,9 @@ def _own_device(gpuid: int, notes: list[str]) -> torch.device:
 
     count = torch.cuda.device_count()
     if count and gpuid >= count:
-        raise UserError(f"gpuid: {gpuid} was asked for, and this machine has {count} CUDA device(s), numbered from 0; choose one of those.")
+        raise UserError(
+            f"gpuid: {gpuid} was asked for, and this machine has {count} CUDA device(s), numbered from 0; choose one of those."
+        )
     if count and not _flag("ACCELERATE_USE_CPU"):
         torch.cuda.set_device(gpuid)
         return torch.device("cuda", gpuid)

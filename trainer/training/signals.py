@@ -31,9 +31,10 @@ class Interrupted(BaseException):
 class StopSignals:
     """Turn SIGINT, SIGTERM and what else asks a process to end into `Interrupted`, while the `with` block runs.
 
-    Outside `deferred`, where nothing can be lost (imports, loading, caching), it is raised where the program happens to be. Inside, the
-    first signal is only noted, and `check` raises it at places that are safe. A signal more than `TOGETHER` seconds later ends the
-    process at once wherever it is: what is being written then stays behind under a hidden name, and everything else is whole.
+    Outside `deferred`, where nothing can be lost (imports, loading, caching), it is raised where the program
+    happens to be. Inside, the first signal is only noted, and `check` raises it at places that are safe. A
+    signal more than `TOGETHER` seconds later ends the process at once wherever it is: what is being written
+    then stays behind under a hidden name, and everything else is whole.
 
     Only the main thread receives signals; anywhere else the block changes nothing.
     """
@@ -117,7 +118,9 @@ class StopSignals:
         if not self._deferred:
             raise Interrupted(number)
         if not self.quiet:
-            _say(f"\n{name}: stopping after this step and saving a checkpoint; another one, a second later, stops at once, without.\n")
+            _say(
+                f"\n{name}: stopping after this step and saving a checkpoint; another one, a second later, stops at once, without.\n"
+            )
 
 
 def _numbers() -> list[int]:

@@ -51,8 +51,8 @@ def train_step(
         micro_batches: this process's share of the step, on the device.
         step: the optimizer step, counted from 0, for the learning rates.
         images: images of the step over all processes.
-        nominal: images of a full step, None for `images`. Every image counts 1/nominal: no more in a bucket's last short step
-            than elsewhere.
+        nominal: images of a full step, None for `images`. Every image counts 1/nominal: no more in a bucket's
+            last short step than elsewhere.
         autocast: the context in which the networks compute.
         scaler: fp16's loss scaler.
         clip: norm to clip each network's gradient to.
@@ -74,7 +74,9 @@ def train_step(
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None, "a step has at least one micro-batch"
 
-    norms, found_inf = finish_gradients(optimizers.parameters, optimizers.optimizers, scaler=scaler, clip=clip)
+    norms, found_inf = finish_gradients(
+        optimizers.parameters, optimizers.optimizers, scaler=scaler, clip=clip
+    )
     if found_inf is None or optimizers.fused:  # what was updated inside backward was gated by the loss
         not_finite = (~total.isfinite()).float()
         found_inf = not_finite if found_inf is None else found_inf.maximum(not_finite)

@@ -32,7 +32,17 @@ def test_no_bucket_could_be_larger_at_its_width(resolution):
 
 def test_the_table_of_512():
     wide = [bucket for bucket in buckets(512) if bucket[0] >= bucket[1]]
-    assert wide == [(512, 512), (576, 448), (640, 384), (704, 320), (768, 320), (832, 256), (896, 256), (960, 256), (1024, 256)]
+    assert wide == [
+        (512, 512),
+        (576, 448),
+        (640, 384),
+        (704, 320),
+        (768, 320),
+        (832, 256),
+        (896, 256),
+        (960, 256),
+        (1024, 256),
+    ]
 
 
 def test_64_has_only_the_square():
@@ -53,7 +63,13 @@ def test_nearest_is_nearest_by_log_ratio(resolution, width, height):
 
 @pytest.mark.parametrize(
     ("size", "bucket"),
-    [((4000, 3000), (576, 448)), ((3000, 4000), (448, 576)), ((1920, 1080), (640, 384)), ((10000, 100), (1024, 256)), ((7, 7), (512, 512))],
+    [
+        ((4000, 3000), (576, 448)),
+        ((3000, 4000), (448, 576)),
+        ((1920, 1080), (640, 384)),
+        ((10000, 100), (1024, 256)),
+        ((7, 7), (512, 512)),
+    ],
 )
 def test_nearest_by_example(size, bucket):
     assert nearest(*size, buckets(512)) == bucket

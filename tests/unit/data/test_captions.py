@@ -136,14 +136,21 @@ def test_dropout_does_not_disturb_the_order_of_the_others():
 
 
 def test_a_place_always_draws_the_same():
-    assert [shown(CAPTION, n, shuffle_tags=True) for n in range(9)] == [shown(CAPTION, n, shuffle_tags=True) for n in range(9)]
+    assert [shown(CAPTION, n, shuffle_tags=True) for n in range(9)] == [
+        shown(CAPTION, n, shuffle_tags=True) for n in range(9)
+    ]
 
 
 def test_each_showing_draws_one_of_several_captions():
     caption = Caption("one", others=(Caption("two", (Tag("a"), Tag("b"))), Caption("three")))
     drawn = Counter(shown(caption, position) for position in range(600))
     assert set(drawn) == {"one", "two, a, b", "three"} and min(drawn.values()) > 150
-    assert {shown(caption, position, shuffle_tags=True) for position in range(60)} == {"one", "two, a, b", "two, b, a", "three"}
+    assert {shown(caption, position, shuffle_tags=True) for position in range(60)} == {
+        "one",
+        "two, a, b",
+        "two, b, a",
+        "three",
+    }
     for position in range(50):
         assert shown(caption, position, cond_dropout=0.5) in ("", shown(caption, position))
 
@@ -172,4 +179,7 @@ def test_which_tags_are_left_off_changes_when_they_are_shuffled():
 
 
 def test_a_thousand_tags_are_cut_in_no_time():
-    assert Caption("main", tuple(Tag(f"tag {number}") for number in range(20_000)), longest=50).text.count(",") == 6
+    assert (
+        Caption("main", tuple(Tag(f"tag {number}") for number in range(20_000)), longest=50).text.count(",")
+        == 6
+    )

@@ -44,7 +44,9 @@ def write(path, content):
 
 
 def index_of(*roots, **options):
-    return build_index(DataOptions(data_root=tuple(map(str, roots)) if len(roots) > 1 else str(roots[0]), **options))
+    return build_index(
+        DataOptions(data_root=tuple(map(str, roots)) if len(roots) > 1 else str(roots[0]), **options)
+    )
 
 
 def only(*roots, **options):
@@ -56,7 +58,8 @@ def texts(index):
     return {record.name: record.caption.text for record in index.records}
 
 
-# --- which words win, from the strongest to the weakest -------------------------------------------------------------------------------
+# --- which words win, from the strongest to the weakest
+# -------------------------------------------------------------------------------
 
 CHAIN = (
     ("a_1.yaml", "main_prompt: from yaml\n", "from yaml"),
@@ -82,7 +85,9 @@ def test_each_source_of_words_wins_over_all_below_it(root, rank):
     assert only(root.parent).caption.text == CHAIN[rank][2]
 
 
-@pytest.mark.parametrize(("file", "content", "words"), [row for row in CHAIN if row[0] not in ("a_1.caption", "a_1.txt")])
+@pytest.mark.parametrize(
+    ("file", "content", "words"), [row for row in CHAIN if row[0] not in ("a_1.caption", "a_1.txt")]
+)
 def test_an_empty_text_file_leaves_the_words_to_others(root, file, content, words):
     picture(root / "a_1.png")
     write(root / "a_1.caption", "\n")
@@ -135,7 +140,8 @@ def test_kohyas_repeats_are_weaker_than_all_of_them(tmp_path):
     assert only(tmp_path).multiply == 2.0
 
 
-# --- every setting, everywhere --------------------------------------------------------------------------------------------------------
+# --- every setting, everywhere
+# --------------------------------------------------------------------------------------------------------
 
 ALL = {
     "multiply": (1.5, 1.5),
@@ -148,12 +154,17 @@ ALL = {
 }
 
 
-@pytest.mark.parametrize("file", ["a.yaml", "a.yml", "a.json", "local.yaml", "global.yml", "metadata.jsonl", "metadata.csv"])
+@pytest.mark.parametrize(
+    "file", ["a.yaml", "a.yml", "a.json", "local.yaml", "global.yml", "metadata.jsonl", "metadata.csv"]
+)
 def test_every_setting_can_stand_in_every_file_of_keys(root, file):
     picture(root / "a.png")
     values = {key: written for key, (written, _) in ALL.items()}
     if file.endswith(".csv"):
-        write(root / file, "file_name," + ",".join(values) + "\na.png," + ",".join(map(str, values.values())) + "\n")
+        write(
+            root / file,
+            "file_name," + ",".join(values) + "\na.png," + ",".join(map(str, values.values())) + "\n",
+        )
     elif file.endswith(".jsonl"):
         write(root / file, {"file_name": "a.png", **values})
     elif file.endswith(".json"):
@@ -185,15 +196,24 @@ def test_a_folder_s_files_stay_in_their_folder_and_global_reaches_below(root):
     write(root / "local.yaml", "flip_p: 0.5\n")
     write(root / "global.yaml", "loss_scale: 0.3\n")
     write(root / "kittens/global.yaml", "loss_scale: 0.7\n")
-    found = {record.name: (record.multiply, record.flip_p, record.loss_scale) for record in index_of(root).records}
-    assert found == {"a.png": (2.0, 0.5, 0.3), "kittens/b.png": (1.0, None, 0.7), "kittens/deep/c.png": (1.0, None, 0.7)}
+    found = {
+        record.name: (record.multiply, record.flip_p, record.loss_scale) for record in index_of(root).records
+    }
+    assert found == {
+        "a.png": (2.0, 0.5, 0.3),
+        "kittens/b.png": (1.0, None, 0.7),
+        "kittens/deep/c.png": (1.0, None, 0.7),
+    }
 
 
 def test_multiply_0_leaves_a_folder_out(root):
     picture(root / "a.png")
     picture(root / "out/b.png")
     write(root / "out/multiply.txt", "0")
-    assert {record.name: record.multiply for record in index_of(root).records} == {"a.png": 1.0, "out/b.png": 0.0}
+    assert {record.name: record.multiply for record in index_of(root).records} == {
+        "a.png": 1.0,
+        "out/b.png": 0.0,
+    }
 
 
 def test_a_regularisation_root_has_its_own_multiply_and_loss_scale(tmp_path):
@@ -211,13 +231,17 @@ def test_eds_default_batch_is_no_batch_of_its_own(root):
     assert only(root).batch_id == ""
 
 
-# --- words ----------------------------------------------------------------------------------------------------------------------------
+# --- words
+# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def test_tags_of_all_levels_are_added_once_and_heavier_ones_come_first(root):
     picture(root / "a.png")
     write(root / "a.txt", "a cat, sitting, black")
-    write(root / "a.yaml", "tags:\n  - tag: low angle\n    weight: 2\n  - sitting\n  - tag: blurred\n    weight: 0.5\n")
+    write(
+        root / "a.yaml",
+        "tags:\n  - tag: low angle\n    weight: 2\n  - sitting\n  - tag: blurred\n    weight: 0.5\n",
+    )
     write(root / "local.yaml", "tags: [indoors, black]\n")
     write(root / "global.yaml", "tags: photo\n")
     assert only(root).caption.text == "a cat, low angle, sitting, black, indoors, photo, blurred"
@@ -233,7 +257,10 @@ def test_eds_yaml(root):
     index = index_of(root)
     (record,) = index.records
     assert record.caption.main == "A portrait of Cloud"
-    assert [(tag.text, tag.weight) for tag in record.caption.tags] == [("holding sword", 1.5), ("low angle shot", 1.0)]
+    assert [(tag.text, tag.weight) for tag in record.caption.tags] == [
+        ("holding sword", 1.5),
+        ("low angle shot", 1.0),
+    ]
     assert record.caption.text == "A portrait of Cloud, holding sword"  # a third piece would make 50 letters
     assert [notice.text.split(":")[0] for notice in index.notices] == ["rating has no effect"]
 
@@ -258,8 +285,16 @@ def test_tags_of_an_image_stand_alone_where_it_has_no_main_prompt(root):
 @pytest.mark.parametrize(
     ("limits", "rows", "said"),
     [
-        ((100, 3), 4 * "x\n", "has more than 3 rows that cannot be used; metadata.jsonl:4 was the last one read"),
-        ((5, 3), 6 * '{"file_name": "a.png"}\n', "has more than 5 rows; metadata.jsonl:6 was the last one read"),
+        (
+            (100, 3),
+            4 * "x\n",
+            "has more than 3 rows that cannot be used; metadata.jsonl:4 was the last one read",
+        ),
+        (
+            (5, 3),
+            6 * '{"file_name": "a.png"}\n',
+            "has more than 5 rows; metadata.jsonl:6 was the last one read",
+        ),
     ],
 )
 def test_lists_of_nothing_are_not_read_to_their_end(root, monkeypatch, limits, rows, said):
@@ -275,10 +310,14 @@ def test_aliases_repeat_what_is_written_and_do_not_multiply(root):
     picture(root / "a.png")
     write(root / "a.yaml", "main_prompt: &it a cat\ntags: [&b {tag: small, weight: 2}, *it]\n")
     assert only(root).caption.text == "a cat, small, a cat"
-    nested = "".join(f"x{level}: &l{level} [{', '.join([f'*l{level - 1}'] * 100)}]\n" for level in range(1, 6))
+    nested = "".join(
+        f"x{level}: &l{level} [{', '.join([f'*l{level - 1}'] * 100)}]\n" for level in range(1, 6)
+    )
     for bomb in ('tags: [&a "' + 50_000 * "x" + '"' + 10_000 * ", *a" + "]\n", f"x0: &l0 [a]\n{nested}"):
         write(root / "a.yaml", bomb)
-        with pytest.raises(FileError, match=r"a\.yaml:\d: aliases repeat more than 128 KiB; write fewer of them"):
+        with pytest.raises(
+            FileError, match=r"a\.yaml:\d: aliases repeat more than 128 KiB; write fewer of them"
+        ):
             read_yaml(root / "a.yaml", ".yaml")
 
 
@@ -287,7 +326,9 @@ def test_halves_of_surrogate_pairs_become_words_that_can_be_tokenized(root):
     picture(root / os.fsdecode(b"caf\xe9.png"))
     for name in "abc":
         picture(root / f"{name}.png")
-    (root / "a.json").write_text('{"caption": "half \\ud83d", "tags": ["\\udc00 tag"], "batch_id": "\\ud83d"}')
+    (root / "a.json").write_text(
+        '{"caption": "half \\ud83d", "tags": ["\\udc00 tag"], "batch_id": "\\ud83d"}'
+    )
     (root / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "\\udfff and \\ud83d\\ude00"}\n')
     (root / "c.yaml").write_text("tags: [x]\n")
     tokens = Tokenize(clip_tokenizer())([record.caption.text for record in index_of(root).records])
@@ -302,7 +343,13 @@ def test_halves_of_surrogate_pairs_become_words_that_can_be_tokenized(root):
 
 def test_yaml_scalars_are_the_words_that_were_written(root):
     picture(root / "a.png")
-    for written, read in (("no", "no"), ("2024-01-01", "2024-01-01"), ("1e3", "1e3"), ("'null'", "null"), ("12", "12")):
+    for written, read in (
+        ("no", "no"),
+        ("2024-01-01", "2024-01-01"),
+        ("1e3", "1e3"),
+        ("'null'", "null"),
+        ("12", "12"),
+    ):
         write(root / "a.yaml", f"caption: {written}\nloss_scale: 1e-1\nshuffle_tags: yes\n")
         assert (only(root).caption.text, only(root).loss_scale, only(root).shuffle_tags) == (read, 0.1, True)
     for nothing in ("", "~", "null"):
@@ -325,7 +372,11 @@ def test_a_prefix_comes_before_every_caption(root):
         if words is not None:
             write(root / f"{name}.txt", words)
     index = index_of(root, caption_prefix="sks style,")
-    assert texts(index) == {"a.png": "sks style, a cat, sitting", "b.png": "sks style,", "c.png": "sks style, c"}
+    assert texts(index) == {
+        "a.png": "sks style, a cat, sitting",
+        "b.png": "sks style,",
+        "c.png": "sks style, c",
+    }
     assert [record.caption.empty for record in index.records] == [False, True, False]
     assert index.fingerprint() != index_of(root).fingerprint()
 
@@ -346,7 +397,10 @@ def test_lines_are_captions_of_their_own_when_asked(root):
 def test_a_list_of_captions_needs_no_asking(root, file):
     picture(root / "a.png")
     captions = ["a cat, black", "a pet"]
-    write(root / file, {"file_name": "a.png", "text": captions} if file.endswith("jsonl") else {"caption": captions})
+    write(
+        root / file,
+        {"file_name": "a.png", "text": captions} if file.endswith("jsonl") else {"caption": captions},
+    )
     assert [caption.text for caption in only(root).caption.versions] == captions
 
 
@@ -356,7 +410,9 @@ def test_two_text_files_for_one_image_are_remarked(root):
     write(root / "a.txt", "the second")
     index = index_of(root)
     assert texts(index) == {"a.png": "the first"}
-    assert list(map(str, index.notices)) == ["a.txt: it is not used: the .caption file of the same image has the caption"]
+    assert list(map(str, index.notices)) == [
+        "a.txt: it is not used: the .caption file of the same image has the caption"
+    ]
 
 
 def test_what_a_downloader_left_is_not_added_to_a_caption(root):
@@ -366,7 +422,9 @@ def test_what_a_downloader_left_is_not_added_to_a_caption(root):
     write(root / "a.txt", "a portrait")
     index = index_of(root)
     assert (texts(index), index.records[0].loss_scale) == ({"a.png": "a portrait"}, 0.5)
-    assert "a.json: its words are not used: the .txt file of the same image has the caption" in map(str, index.notices)
+    assert "a.json: its words are not used: the .txt file of the same image has the caption" in map(
+        str, index.notices
+    )
 
 
 def test_a_caption_that_looks_like_a_path_is_a_caption(root):
@@ -384,10 +442,13 @@ def test_files_of_the_folder_are_no_sidecars(root):
     write(root / "multiply.txt", "2")
     write(root / "local.yaml", "loss_scale: 0.5\n")
     index = index_of(root)
-    assert [(record.caption.source, record.multiply, record.loss_scale) for record in index.records] == [("file name", 2.0, 0.5)] * 2
+    assert [(record.caption.source, record.multiply, record.loss_scale) for record in index.records] == [
+        ("file name", 2.0, 0.5)
+    ] * 2
 
 
-# --- what is wrong, and where ---------------------------------------------------------------------------------------------------------
+# --- what is wrong, and where
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -399,15 +460,30 @@ def test_files_of_the_folder_are_no_sidecars(root):
         ("cond_dropout: .nan\n", "a.yaml:1: cond_dropout: must be a number from 0 to 1; got '.nan'"),
         ("loss_scale: 1e999\n", "a.yaml:1: loss_scale: must be a number, at least 0; got '1e999'"),
         ("keep_tags: 1.5\n", "a.yaml:1: keep_tags: must be a whole number, at least 0; got '1.5'"),
-        ("max_caption_length: 0\n", "a.yaml:1: max_caption_length: must be a whole number, at least 1; got '0'"),
+        (
+            "max_caption_length: 0\n",
+            "a.yaml:1: max_caption_length: must be a whole number, at least 1; got '0'",
+        ),
         ("shuffle_tags: maybe\n", "a.yaml:1: shuffle_tags: must be true or false; got 'maybe'"),
         ("batch_id: []\n", "a.yaml:1: batch_id: must be a name; got a list"),
         ("tags: {cat: 1}\n", "a.yaml:1: tags: must be a list of tags; got an object"),
         ("tags: [[cat]]\n", "a.yaml:1: tags: each must be a text or hold a tag and a weight; got a list"),
-        ("tags: [{tag: cat, weight: big}]\n", "a.yaml:1: tags: the weight of 'cat' must be a number, at least 0; got 'big'"),
-        ("caption: {a: b}\n", "a.yaml:1: caption: must be text, or a list of texts of which one is drawn each time; got an object"),
-        ("multiply: x\nflip_p: y\n", "a.yaml:1: multiply: must be a number from 0 to 10000; got 'x'; a.yaml:2: flip_p: must be a number"),
-        ("caption: a: b\n", "a.yaml:1: is not YAML (mapping values are not allowed in this context); put a text that holds a colon"),
+        (
+            "tags: [{tag: cat, weight: big}]\n",
+            "a.yaml:1: tags: the weight of 'cat' must be a number, at least 0; got 'big'",
+        ),
+        (
+            "caption: {a: b}\n",
+            "a.yaml:1: caption: must be text, or a list of texts of which one is drawn each time; got an object",
+        ),
+        (
+            "multiply: x\nflip_p: y\n",
+            "a.yaml:1: multiply: must be a number from 0 to 10000; got 'x'; a.yaml:2: flip_p: must be a number",
+        ),
+        (
+            "caption: a: b\n",
+            "a.yaml:1: is not YAML (mapping values are not allowed in this context); put a text that holds a colon",
+        ),
         ("caption: 'a\n\n", "a.yaml:"),
         ("a cat, sitting\n", "a.yaml:1: must hold keys and values such as main_prompt: a cat"),
         ("- a\n- b\n", "a.yaml:1: must hold keys and values such as main_prompt: a cat"),
@@ -415,8 +491,14 @@ def test_files_of_the_folder_are_no_sidecars(root):
         ("multiply: 1\n---\nmultiply: 2\n", "a.yaml:2: a second document begins here; keep one"),
         ("caption: *nowhere\n", "a.yaml:1: nothing above is marked &nowhere"),
         ("? [a, b]\n: c\n", "a.yaml:1: a key must be a word"),
-        ("caption: !!python/object/apply:os.system ['true']\n", "a.yaml:1: the tag tag:yaml.org,2002:python/object/apply:os.system is"),
-        ("caption: !!python/name:os.system\n", "a.yaml:1: the tag tag:yaml.org,2002:python/name:os.system is not accepted; remove it"),
+        (
+            "caption: !!python/object/apply:os.system ['true']\n",
+            "a.yaml:1: the tag tag:yaml.org,2002:python/object/apply:os.system is",
+        ),
+        (
+            "caption: !!python/name:os.system\n",
+            "a.yaml:1: the tag tag:yaml.org,2002:python/name:os.system is not accepted; remove it",
+        ),
         ("caption: !secret x\n", "a.yaml:1: the tag !secret is not accepted; remove it"),
         ("tags: " + "[" * 30 + "]" * 30 + "\n", "a.yaml:1: brackets or indents are nested more than 8 deep"),
         ("caption: " + "[" * 60_000, "a.yaml:1: brackets or indents are nested more than 8 deep"),
@@ -442,10 +524,19 @@ def test_a_sidecar_that_cannot_be_used_costs_its_image_and_is_named_once_with_it
         ('["a"]', 'a.json: must hold keys and values, such as {"caption": "a cat"}'),
         ('{"multiply": true}', "a.json: multiply: must be a number from 0 to 10000; got true"),
         ('{"multiply": 1e400}', "a.json: multiply: must be a number from 0 to 10000; got inf"),
-        ('{"multiply": ' + "9" * 5000 + "}", "a.json:1: holds JSON that is nested too deep or has a number that is too long"),
+        (
+            '{"multiply": ' + "9" * 5000 + "}",
+            "a.json:1: holds JSON that is nested too deep or has a number that is too long",
+        ),
         ('{"caption": ' + "[" * 200_000, "a.json:1: holds JSON that is nested too deep"),
-        ('{"caption": 5}', "a.json: caption: must be text, or a list of texts of which one is drawn each time; got 5"),
-        ('{"caption": []}', "a.json: caption: must be text, or a list of texts of which one is drawn each time; got a list"),
+        (
+            '{"caption": 5}',
+            "a.json: caption: must be text, or a list of texts of which one is drawn each time; got 5",
+        ),
+        (
+            '{"caption": []}',
+            "a.json: caption: must be text, or a list of texts of which one is drawn each time; got a list",
+        ),
         ('{"tags": ["a", 1]}', "a.json: tags: each must be a text or hold a tag and a weight; got 1"),
     ],
 )
@@ -469,9 +560,21 @@ def test_an_image_and_its_sidecar_may_both_be_wrong(root):
 @pytest.mark.parametrize(
     ("file", "content", "bad"),
     [
-        ("multiply.txt", "twice", "cats/multiply.txt: must be a number from 0 to 10000; got 'twice'; 2 images are left out for it"),
-        ("multiply.txt", "", "cats/multiply.txt: must be a number from 0 to 10000; got ''; 2 images are left out for it"),
-        ("local.yaml", "\nflip_p: 7\n", "cats/local.yaml:2: flip_p: must be a number from 0 to 1; got '7'; 2 images are left out for it"),
+        (
+            "multiply.txt",
+            "twice",
+            "cats/multiply.txt: must be a number from 0 to 10000; got 'twice'; 2 images are left out for it",
+        ),
+        (
+            "multiply.txt",
+            "",
+            "cats/multiply.txt: must be a number from 0 to 10000; got ''; 2 images are left out for it",
+        ),
+        (
+            "local.yaml",
+            "\nflip_p: 7\n",
+            "cats/local.yaml:2: flip_p: must be a number from 0 to 1; got '7'; 2 images are left out for it",
+        ),
         (
             "global.yaml",
             "a: b: c\n",
@@ -529,7 +632,10 @@ def test_refusing_bad_files_names_them_all(root):
     with pytest.raises(DataError) as caught:
         refuse_bad(index_of(root))
     first, *files = caught.value.problems
-    assert first == 'data_root: 15 files cannot be used, and on_bad_image is "error"; mend or remove them, or set it to "skip"'
+    assert (
+        first
+        == 'data_root: 15 files cannot be used, and on_bad_image is "error"; mend or remove them, or set it to "skip"'
+    )
     assert files == [f"bad {number}.png: it is empty (0 bytes)" for number in range(15)]
     for number in range(15):
         (root / f"bad {number}.png").unlink()
@@ -558,7 +664,8 @@ def test_multiply_0_for_everything_is_refused(root):
         index_of(root)
 
 
-# --- lists ----------------------------------------------------------------------------------------------------------------------------
+# --- lists
+# ----------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", ["image", "file_name", "image_path", "path"])
@@ -566,7 +673,10 @@ def test_multiply_0_for_everything_is_refused(root):
 def test_a_list_of_images_is_a_data_root(tmp_path, suffix, key):
     picture(tmp_path / "pictures/a.png")
     picture(tmp_path / "elsewhere/b.png")
-    rows = [{key: "pictures/a.png", "caption": "a cat, black"}, {key: str(tmp_path / "elsewhere/b.png"), "caption": 'it is "b"'}]
+    rows = [
+        {key: "pictures/a.png", "caption": "a cat, black"},
+        {key: str(tmp_path / "elsewhere/b.png"), "caption": 'it is "b"'},
+    ]
     contents = {
         ".json": json.dumps(rows),
         ".jsonl": "\n".join(map(json.dumps, rows)) + "\n\n",
@@ -594,7 +704,10 @@ def test_a_list_s_row_wins_over_the_files_beside_the_image_which_fill_in(tmp_pat
     for name in "ab":
         write(tmp_path / f"{name}.yaml", "caption: beside\nloss_scale: 0.5\n")
     write(tmp_path / "multiply.txt", "3")
-    write(tmp_path / "list.json", [{"image": "a.png", "caption": "listed", "loss_scale": 0.1}, {"image": "b.png"}])
+    write(
+        tmp_path / "list.json",
+        [{"image": "a.png", "caption": "listed", "loss_scale": 0.1}, {"image": "b.png"}],
+    )
     index = index_of(tmp_path / "list.json")
     assert [(record.caption.text, record.loss_scale, record.multiply) for record in index.records] == [
         ("listed", 0.1, 1.0),
@@ -612,7 +725,10 @@ def test_a_list_beside_a_folder(tmp_path):
     picture(tmp_path / "mine/a.png")
     picture(tmp_path / "other/b.png")
     write(tmp_path / "list.jsonl", {"file_name": "other/b.png", "text": "listed"})
-    assert texts(index_of(tmp_path / "mine", tmp_path / "list.jsonl")) == {"mine/a.png": "a", "other/b.png": "listed"}
+    assert texts(index_of(tmp_path / "mine", tmp_path / "list.jsonl")) == {
+        "mine/a.png": "a",
+        "other/b.png": "listed",
+    }
 
 
 def test_rows_that_cannot_be_used_are_named_with_their_line(tmp_path):
@@ -698,7 +814,9 @@ def test_metadata_of_a_folder(tmp_path):
 
 def test_of_two_rows_for_one_image_the_last_is_used_and_the_others_are_named(tmp_path):
     picture(tmp_path / "train/a.png")
-    rows = [{"file_name": name, "text": str(number)} for number, name in enumerate(("a.png", "./a.png", "a.png"))]
+    rows = [
+        {"file_name": name, "text": str(number)} for number, name in enumerate(("a.png", "./a.png", "a.png"))
+    ]
     write(tmp_path / "train/metadata.jsonl", "\n".join(map(json.dumps, rows)))
     index = index_of(tmp_path)
     assert texts(index) == {"train/a.png": "2"}
@@ -710,12 +828,20 @@ def test_parquet_as_metadata_and_as_a_root(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     for name in ("a.png", "sub/b.png", "c.png"):
         picture(tmp_path / "train" / name)
-    columns = {"file_name": ["a.png", "sub/b.png", None], "text": ["a cat", None, "x"], "loss_scale": [None, 0.5, math.nan]}
+    columns = {
+        "file_name": ["a.png", "sub/b.png", None],
+        "text": ["a cat", None, "x"],
+        "loss_scale": [None, 0.5, math.nan],
+    }
     parquet.write_table(pyarrow.table(columns), tmp_path / "train/metadata.parquet")
     index = index_of(tmp_path / "train")
     assert texts(index) == {"a.png": "a cat", "c.png": "c", "sub/b.png": "b"}
-    assert [record.loss_scale for record in index.records] == [1.0, 1.0, 0.5] and index.records[0].caption.source == "metadata.parquet"
-    assert [str(file) for file in index.bad] == ["metadata.parquet: row 3: names no image; a row needs a file_name"]
+    assert [record.loss_scale for record in index.records] == [1.0, 1.0, 0.5] and index.records[
+        0
+    ].caption.source == "metadata.parquet"
+    assert [str(file) for file in index.bad] == [
+        "metadata.parquet: row 3: names no image; a row needs a file_name"
+    ]
     assert texts(index_of(tmp_path / "train/metadata.parquet")) == {"a.png": "a cat", "sub/b.png": "b"}
 
 
@@ -728,7 +854,9 @@ def test_parquet_that_cannot_be_read_leaves_its_images_out_and_says_why(tmp_path
         "Parquet is read with the package pyarrow: pip install pyarrow, or save the list as metadata.jsonl",
     ):
         (bad,) = index_of(tmp_path).bad
-        assert str(bad).startswith(f"train/metadata.parquet: {reason}") and bad.reason.endswith("; 1 image is left out for it")
+        assert str(bad).startswith(f"train/metadata.parquet: {reason}") and bad.reason.endswith(
+            "; 1 image is left out for it"
+        )
         monkeypatch.setitem(sys.modules, "pyarrow", None)
 
 
@@ -747,13 +875,16 @@ def test_a_bad_row_of_metadata_costs_its_image(tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="needs names that other systems change")
 def test_names_in_lists_may_be_spelled_as_other_systems_do(tmp_path):
     picture(tmp_path / "sub/é.png")
-    write(tmp_path / "metadata.jsonl", {"file_name": "sub\\e\u0301.png", "text": "decomposed, with a backslash"})
+    write(
+        tmp_path / "metadata.jsonl", {"file_name": "sub\\e\u0301.png", "text": "decomposed, with a backslash"}
+    )
     assert texts(index_of(tmp_path)) == {"sub/é.png": "decomposed, with a backslash"}
     write(tmp_path / "list.jsonl", {"file_name": "sub\\é.png", "text": "x"})
     assert texts(index_of(tmp_path / "list.jsonl")) == {"sub/é.png": "x"}
 
 
-# --- kohya's folders ------------------------------------------------------------------------------------------------------------------
+# --- kohya's folders
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def test_kohyas_folders_are_read_and_said(tmp_path):
@@ -774,7 +905,9 @@ def test_kohyas_folders_are_read_and_said(tmp_path):
     ]
 
 
-def test_in_kohyas_folders_the_words_before_the_first_comma_are_a_tag_and_the_first_line_is_the_caption(tmp_path):
+def test_in_kohyas_folders_the_words_before_the_first_comma_are_a_tag_and_the_first_line_is_the_caption(
+    tmp_path,
+):
     """sd-scripts: keep_tokens N keeps the first N pieces, 0 none; of a .txt the first line is read, all of them as wildcards."""
     picture(tmp_path / "10_sks dog/deep/a.png")
     write(tmp_path / "10_sks dog/deep/a.txt", "one, two, three, four\nfive, six\n")
@@ -784,10 +917,16 @@ def test_in_kohyas_folders_the_words_before_the_first_comma_are_a_tag_and_the_fi
     assert "its first line is the caption, as in kohya's scripts" in "".join(map(str, index.notices))
     draws = np.random.default_rng(0)
     for kept, starts in ((0, {()}), (1, {("one",)}), (2, {("one", "two")})):
-        shown = [render(record.caption, draws, cond_dropout=0, shuffle_tags=True, keep_tags=kept).split(", ") for _ in range(60)]
+        shown = [
+            render(record.caption, draws, cond_dropout=0, shuffle_tags=True, keep_tags=kept).split(", ")
+            for _ in range(60)
+        ]
         assert {tuple(pieces[:kept]) for pieces in shown} == starts
         assert {pieces[kept] for pieces in shown} == set(["one", "two", "three", "four"][kept:])
-    assert {caption.text for caption in only(tmp_path, caption_lines=True).caption.versions} == {"one, two, three, four", "five, six"}
+    assert {caption.text for caption in only(tmp_path, caption_lines=True).caption.versions} == {
+        "one, two, three, four",
+        "five, six",
+    }
     picture(tmp_path / "more/a.png")
     write(tmp_path / "more/a.txt", "one, two\nthree")
     found = {record.name: record.caption for record in index_of(tmp_path).records}
@@ -830,19 +969,29 @@ def test_the_readme_has_every_key_file_and_source():
     begins = text.index("\n## Your pictures\n") + 1
     section = text[begins : text.index("\n## ", begins)]
     files = [name for name in FOLDER_FILES if not name.endswith("yml")]
-    assert [name for name in (*SETTINGS_BY_KEY, *WORDS, "tags", *files, *METADATA, *FILE_KEYS[:2]) if f"`{name}`" not in section] == []
-    places = [section.index(f"`{name}`") for name in ("cat.yaml", "cat.yml", "cat.caption", "cat.txt", "cat.json", "metadata.jsonl")]
+    assert [
+        name
+        for name in (*SETTINGS_BY_KEY, *WORDS, "tags", *files, *METADATA, *FILE_KEYS[:2])
+        if f"`{name}`" not in section
+    ] == []
+    places = [
+        section.index(f"`{name}`")
+        for name in ("cat.yaml", "cat.yml", "cat.caption", "cat.txt", "cat.json", "metadata.jsonl")
+    ]
     assert places == sorted(places)
 
 
-# --- anything at all ------------------------------------------------------------------------------------------------------------------
+# --- anything at all
+# ------------------------------------------------------------------------------------------------------------------
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )
-keys = st.sampled_from(["caption", "main_prompt", "text", "tags", "rating", "max_caption_length", *ALL]) | st.text(max_size=6)
+keys = st.sampled_from(
+    ["caption", "main_prompt", "text", "tags", "rating", "max_caption_length", *ALL]
+) | st.text(max_size=6)
 
 
 @given(st.dictionaries(keys, json_values, max_size=5))

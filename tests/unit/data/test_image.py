@@ -34,7 +34,12 @@ def near(found, wanted, tolerance=3):
 @pytest.mark.parametrize("suffix", ["png", "bmp", "webp", "gif", "avif", "tif", "jpg", "jfif"])
 def test_formats(tmp_path, suffix):
     path = tmp_path / f"picture.{suffix}"
-    exact = {"webp": {"lossless": True}, "avif": {"quality": 100}, "jpg": {"quality": 95}, "jfif": {"quality": 95, "format": "JPEG"}}
+    exact = {
+        "webp": {"lossless": True},
+        "avif": {"quality": 100},
+        "jpg": {"quality": 95},
+        "jfif": {"quality": 95, "format": "JPEG"},
+    }
     corners().save(path, **exact.get(suffix, {}))
     assert displayed_size(path) == (96, 64)
     pixels = read_pixels(path, (96, 64))
@@ -81,7 +86,11 @@ def test_a_crop_is_placed_in_the_upright_image(tmp_path, orientation):
     for size in ((64, 64), (96, 32)):  # cut off at the sides; above and below
         whole = np.asarray(corners((96, 64)))
         right, below = 96 - size[0], 64 - size[1]
-        for crop, (left, top) in {(0, 0): (0, 0), (1, 1): (right, below), (0.25, 0.75): (right // 4, below * 3 // 4)}.items():
+        for crop, (left, top) in {
+            (0, 0): (0, 0),
+            (1, 1): (right, below),
+            (0.25, 0.75): (right // 4, below * 3 // 4),
+        }.items():
             pixels = read_pixels(path, size, crop=crop)
             assert near(pixels, whole[top : top + size[1], left : left + size[0]]), (size, crop)
             mirrored = read_pixels(path, size, crop=crop, flip=True)
@@ -99,7 +108,9 @@ def test_heic_with_its_plug_in(tmp_path, orientation, name):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     # Saving turns the tag into HEIF's own rotation, which is what telephones write.
-    STORED[orientation](corners((96, 64))).save(tmp_path / name, format="HEIF", exif=exif.tobytes(), quality=95)
+    STORED[orientation](corners((96, 64))).save(
+        tmp_path / name, format="HEIF", exif=exif.tobytes(), quality=95
+    )
     assert displayed_size(tmp_path / name) == (96, 64)
     assert near(seen_corners(read_pixels(tmp_path / name, (96, 64))), [RED, GREEN, BLUE, WHITE], tolerance=20)
 
@@ -126,20 +137,33 @@ SHORT_TAG = b"Exif\0\0II*\0" + struct.pack("<IHHHII", 8, 1, 0x10F, 2, 500, 90) +
 
 
 @pytest.mark.parametrize(
-    "exif", [b"Exif\0\0", SHORT_TAG, b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0MM\0*\xff\xff\xff\xff"]
+    "exif",
+    [
+        b"Exif\0\0",
+        SHORT_TAG,
+        b"Exif\0\0garbage",
+        b"Exif\0\0II*\0\x08\0\0\0\xff\xff",
+        b"Exif\0\0MM\0*\xff\xff\xff\xff",
+    ],
 )
 def test_malformed_exif_costs_only_the_rotation(tmp_path, exif):
     corners().save(tmp_path / "picture.jpg", exif=exif, quality=95)
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         assert displayed_size(tmp_path / "picture.jpg") == (96, 64)
-        assert near(seen_corners(read_pixels(tmp_path / "picture.jpg", (96, 64))), [RED, GREEN, BLUE, WHITE], tolerance=20)
+        assert near(
+            seen_corners(read_pixels(tmp_path / "picture.jpg", (96, 64))),
+            [RED, GREEN, BLUE, WHITE],
+            tolerance=20,
+        )
     assert not shown
 
 
 def test_flip_mirrors_left_to_right(tmp_path):
     corners().save(tmp_path / "picture.png")
-    assert near(seen_corners(read_pixels(tmp_path / "picture.png", (96, 64), flip=True)), [GREEN, RED, WHITE, BLUE])
+    assert near(
+        seen_corners(read_pixels(tmp_path / "picture.png", (96, 64), flip=True)), [GREEN, RED, WHITE, BLUE]
+    )
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -149,7 +173,11 @@ def test_transparency_is_white_whatever_colour_it_hides(tmp_path, mode):
     picture.paste((0, 0, 0, 128), (0, 48, 64, 64))
     picture.convert(mode).save(tmp_path / "picture.png")
     pixels = read_pixels(tmp_path / "picture.png", (64, 64))
-    assert near(pixels[10, 10], (0, 0, 0)) and near(pixels[40, 40], WHITE) and near(pixels[60, 60], (127, 127, 127))
+    assert (
+        near(pixels[10, 10], (0, 0, 0))
+        and near(pixels[40, 40], WHITE)
+        and near(pixels[60, 60], (127, 127, 127))
+    )
 
 
 def test_scaling_brings_no_hidden_colour_to_the_edges(tmp_path):
@@ -172,7 +200,9 @@ def test_a_transparent_colour_is_white(tmp_path, mode):
     assert near(pixels[10, 10], WHITE if mode == "L" else RED) and near(pixels[50, 50], WHITE)
 
 
-@pytest.mark.parametrize(("mode", "suffix"), [("1", "png"), ("L", "png"), ("I;16", "png"), ("I;16", "tif"), ("I;16B", "tif")])
+@pytest.mark.parametrize(
+    ("mode", "suffix"), [("1", "png"), ("L", "png"), ("I;16", "png"), ("I;16", "tif"), ("I;16B", "tif")]
+)
 def test_greys(tmp_path, mode, suffix):
     top, bottom = (255, 0) if mode in "1L" else (65535, 128 * 257)
     picture = Image.new(mode, (64, 64), bottom)
@@ -188,7 +218,8 @@ def chunk(kind, data):
 
 
 @pytest.mark.parametrize(
-    ("colour_type", "values"), [(2, (40_000, 20_000, 65_535)), (6, (40_000, 20_000, 65_535, 65_535)), (4, (30_000, 65_535))]
+    ("colour_type", "values"),
+    [(2, (40_000, 20_000, 65_535)), (6, (40_000, 20_000, 65_535, 65_535)), (4, (30_000, 65_535))],
 )
 def test_colours_of_16_bits(tmp_path, colour_type, values):
     rows = (b"\0" + struct.pack(f">{len(values)}H", *values) * 64) * 64
@@ -199,7 +230,11 @@ def test_colours_of_16_bits(tmp_path, colour_type, values):
     ]
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
     wanted = values[:3] if colour_type != 4 else values[:1] * 3
-    assert near(read_pixels(tmp_path / "picture.png", (64, 64))[30, 30], [value // 257 for value in wanted], tolerance=1)
+    assert near(
+        read_pixels(tmp_path / "picture.png", (64, 64))[30, 30],
+        [value // 257 for value in wanted],
+        tolerance=1,
+    )
 
 
 def cmyk_profile():
@@ -224,7 +259,17 @@ def cmyk_profile():
     for name, content in tags.items():
         directory += name + struct.pack(">II", start + len(body), len(content))
         body += content + bytes(-len(content) % 4)
-    head = struct.pack(">I4sI4s4s4s12s4s", start + len(body), bytes(4), 0x02400000, b"prtr", b"CMYK", b"Lab ", bytes(12), b"acsp")
+    head = struct.pack(
+        ">I4sI4s4s4s12s4s",
+        start + len(body),
+        bytes(4),
+        0x02400000,
+        b"prtr",
+        b"CMYK",
+        b"Lab ",
+        bytes(12),
+        b"acsp",
+    )
     head += bytes(68 - len(head)) + struct.pack(">3I", 0xF6D6, 0x10000, 0xD32D)
     return head + bytes(128 - len(head)) + directory + body
 
@@ -251,8 +296,12 @@ def test_a_colour_profile_is_honoured(tmp_path):
     grey.paste((200, 40, 40), (0, 0, 64, 32))
     grey.save(tmp_path / "picture.png", icc_profile=wide)
     pixels = read_pixels(tmp_path / "picture.png", (64, 64))
-    assert near(pixels[10, 10], (40, 200, 40), tolerance=12), "red and green of this profile have changed places"
-    for place, profile in enumerate((b"not a profile", linear.tobytes())):  # damaged, and of another kind than the pixels
+    assert near(pixels[10, 10], (40, 200, 40), tolerance=12), (
+        "red and green of this profile have changed places"
+    )
+    for place, profile in enumerate(
+        (b"not a profile", linear.tobytes())
+    ):  # damaged, and of another kind than the pixels
         grey.save(tmp_path / f"{place}.png", icc_profile=profile)
         assert near(read_pixels(tmp_path / f"{place}.png", (64, 64))[10, 10], (200, 40, 40))
 
@@ -291,7 +340,11 @@ def test_making_smaller_is_antialiased(tmp_path):
 
 def test_making_larger(tmp_path):
     corners((16, 16)).save(tmp_path / "picture.png")
-    assert near(seen_corners(read_pixels(tmp_path / "picture.png", (128, 64))), [RED, GREEN, BLUE, WHITE], tolerance=30)
+    assert near(
+        seen_corners(read_pixels(tmp_path / "picture.png", (128, 64))),
+        [RED, GREEN, BLUE, WHITE],
+        tolerance=30,
+    )
 
 
 @pytest.mark.parametrize("size", [(333, 777), (1001, 999), (640, 641), (2000, 65)])
@@ -300,14 +353,21 @@ def test_a_big_jpeg_is_decoded_small_without_a_shift(tmp_path, size):
     ramp = np.linspace(0, 255, size[0])[None, :] * 0.5 + np.linspace(0, 255, size[1])[:, None] * 0.5
     Image.fromarray(ramp.astype(np.uint8)).convert("RGB").save(tmp_path / "picture.jpg", quality=98)
     Image.open(tmp_path / "picture.jpg").save(tmp_path / "picture.png")
-    small, full = (read_pixels(tmp_path / f"picture.{suffix}", (64, 64)).astype(int) for suffix in ("jpg", "png"))
+    small, full = (
+        read_pixels(tmp_path / f"picture.{suffix}", (64, 64)).astype(int) for suffix in ("jpg", "png")
+    )
     assert np.abs(small - full).max() <= 3 and abs((small - full).mean()) < 0.5
 
 
 def bomb(path, side):
     """A PNG header that claims side x side pixels, with a few bytes of data."""
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(64))) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(64)))
+        + chunk(b"IEND", b"")
+    )
 
 
 SIDES = {  # where the header holds width and height, and how
@@ -406,7 +466,10 @@ def test_odd_tiffs_write_nothing_to_the_standard_error(tmp_path):
         Image.effect_noise((64, 64), 50).convert("RGB").save(files[-1], compression=compression)
         content = bytearray(files[-1].read_bytes())
         directory = int.from_bytes(content[4:8], "little")
-        entries = {int.from_bytes(content[at : at + 2], "little"): at for at in range(directory + 2, directory + 2 + 12 * 8, 12)}
+        entries = {
+            int.from_bytes(content[at : at + 2], "little"): at
+            for at in range(directory + 2, directory + 2 + 12 * 8, 12)
+        }
         content[8:40] = b"\x5a" * 32  # the beginning of the pixels
         files.append(tmp_path / f"pixels_{compression}.tif")
         files[-1].write_bytes(content)

@@ -7,21 +7,43 @@ import pytest
 
 import data
 
-ALLOWED = {"numpy", "torch", "PIL", "pillow_heif", "pyarrow", "yaml", "annotated_types", "safetensors", "data"}
+ALLOWED = {
+    "numpy",
+    "torch",
+    "PIL",
+    "pillow_heif",
+    "pyarrow",
+    "yaml",
+    "annotated_types",
+    "safetensors",
+    "data",
+}
 
 
 def loaded_by(statement):
     """Names of the top-level modules in memory after a statement in a fresh interpreter."""
     code = f"import sys; {statement}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
-    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    return set(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
 
 
 def test_everything_in_data_loads_without_the_trainer_and_its_libraries():
     modules = "data.loader, data.dataset, data.batch, data.index, data.plan, data.report"
-    assert not loaded_by(f"import {modules}") & {"trainer", "diffusers", "transformers", "pydantic", "accelerate"}
+    assert not loaded_by(f"import {modules}") & {
+        "trainer",
+        "diffusers",
+        "transformers",
+        "pydantic",
+        "accelerate",
+    }
 
 
-@pytest.mark.parametrize("statement", ["from data.dataset import DataOptions", "import data.index, data.plan, data.report"])
+@pytest.mark.parametrize(
+    "statement", ["from data.dataset import DataOptions", "import data.index, data.plan, data.report"]
+)
 def test_options_index_plan_and_report_need_no_torch(statement):
     assert not loaded_by(statement) & {"torch", "trainer", "diffusers", "transformers", "pydantic"}
 

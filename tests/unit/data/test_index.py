@@ -10,7 +10,9 @@ from data.dataset import DataOptions
 from data.errors import DataError
 from data.index import build_index
 
-posix = pytest.mark.skipif(os.name != "posix", reason="links, pipes and such names are for file systems of POSIX")
+posix = pytest.mark.skipif(
+    os.name != "posix", reason="links, pipes and such names are for file systems of POSIX"
+)
 
 
 def picture(path, size=(64, 48)):
@@ -43,13 +45,28 @@ def test_records_say_what_and_where(tmp_path):
 def test_numbers_of_thousands_of_digits_are_sorted_too(tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     rows = [{"file_name": f"{number}.png", "text": "x"} for number in ("9", "1" * 5000, "08", "2")]
-    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(row) for row in [{"file_name": "a.png"}, *rows]))
+    (tmp_path / "list.jsonl").write_text(
+        "\n".join(json.dumps(row) for row in [{"file_name": "a.png"}, *rows])
+    )
     index = build_index(DataOptions(data_root=str(tmp_path / "list.jsonl"), resolution=64))
     assert [file.name for file in index.bad] == ["2.png", "08.png", "9.png", "1" * 5000 + ".png"]
 
 
 def test_natural_order_and_all_extensions(tmp_path):
-    files = ["2.PNG", "10.png", "1.png", "b/1.jpg", "a/1.jpg", "x.jpeg", "x.webp", "x.bmp", "x.gif", "x.tif", "x.tiff", "x.avif"]
+    files = [
+        "2.PNG",
+        "10.png",
+        "1.png",
+        "b/1.jpg",
+        "a/1.jpg",
+        "x.jpeg",
+        "x.webp",
+        "x.bmp",
+        "x.gif",
+        "x.tif",
+        "x.tiff",
+        "x.avif",
+    ]
     for file in files:
         picture(tmp_path / file)
     (tmp_path / "x.jfif").write_bytes((tmp_path / "x.jpeg").read_bytes())
@@ -127,7 +144,9 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
 
 
 @posix
-@pytest.mark.parametrize("name", ["ünï côde 猫.png", "with\nnewline.png", "a" * 250 + ".png", "quote'\".png", "%s {x}.png"])
+@pytest.mark.parametrize(
+    "name", ["ünï côde 猫.png", "with\nnewline.png", "a" * 250 + ".png", "quote'\".png", "%s {x}.png"]
+)
 def test_odd_names(tmp_path, name):
     picture(tmp_path / name)
     (tmp_path / name).with_suffix(".txt").write_text("words")
@@ -192,7 +211,9 @@ def problems(*roots):
 
 def test_a_missing_root(tmp_path):
     (tmp_path / "input").mkdir()
-    assert problems(tmp_path / "inptu") == (f"data_root: folder not found: {tmp_path / 'inptu'}; did you mean 'input'?",)
+    assert problems(tmp_path / "inptu") == (
+        f"data_root: folder not found: {tmp_path / 'inptu'}; did you mean 'input'?",
+    )
     assert "create it and put captioned images there" in problems(tmp_path / "elsewhere/deeper")[0]
 
 
@@ -207,7 +228,10 @@ def test_a_root_that_is_a_file(tmp_path):
 def test_a_root_without_images(tmp_path):
     (tmp_path / "a.txt").write_text("caption")
     (problem,) = problems(tmp_path)
-    assert problem.startswith(f"data_root: no images in {tmp_path} or its sub-folders") and "jpg, jpeg, png" in problem
+    assert (
+        problem.startswith(f"data_root: no images in {tmp_path} or its sub-folders")
+        and "jpg, jpeg, png" in problem
+    )
 
 
 def test_a_root_with_nothing_but_bad_files(tmp_path):

@@ -30,7 +30,9 @@ def folder(tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     for number in range(5):
-        Image.new("RGB", (128, 128) if number < 3 else (256, 64), (40 * number, 9, 200)).save(images / f"{number}.png", compress_level=0)
+        Image.new("RGB", (128, 128) if number < 3 else (256, 64), (40 * number, 9, 200)).save(
+            images / f"{number}.png", compress_level=0
+        )
         os.utime(images / f"{number}.png", (1e9, 1e9))
     return images
 
@@ -157,7 +159,9 @@ def test_a_file_with_a_flipped_bit_is_encoded_again(folder, tmp_path, monkeypatc
     content = bytearray(spoilt.read_bytes())
     content[-1] ^= 64
     spoilt.write_bytes(content)
-    (store / "0.safetensors").write_bytes(content)  # not named for its content, as earlier versions wrote them
+    (store / "0.safetensors").write_bytes(
+        content
+    )  # not named for its content, as earlier versions wrote them
     again = disk(store, folder)
     lost = again.missing(wanted)
     assert 1 <= len(lost) < len(wanted) and again.damaged == 1 and not spoilt.exists()
@@ -280,7 +284,9 @@ def test_a_file_of_this_moment_is_hashed_again(folder, tmp_path):
     index = build_index(options_of(folder))
     contents_of(index.records, tmp_path / "contents.json")
     (folder / "0.png").write_bytes((folder / "0.png").read_bytes() + b"x")
-    remembered = json.loads((tmp_path / "contents.json").read_text()) if (tmp_path / "contents.json").exists() else {}
+    remembered = (
+        json.loads((tmp_path / "contents.json").read_text()) if (tmp_path / "contents.json").exists() else {}
+    )
     assert str(folder / "0.png") not in remembered
 
 
@@ -289,7 +295,9 @@ def test_crops_are_read_once_for_both_flips(folder, monkeypatch):
     from data import loader as loader_module
 
     real = loader_module.read_pixels
-    monkeypatch.setattr(loader_module, "read_pixels", lambda path, size: read.append(path.name) or real(path, size))
+    monkeypatch.setattr(
+        loader_module, "read_pixels", lambda path, size: read.append(path.name) or real(path, size)
+    )
     half = Image.new("RGB", (128, 128))
     half.paste((255, 255, 255), (0, 0, 64, 128))
     half.save(folder / "0.png")
@@ -315,7 +323,10 @@ def tokenize(captions):
     return torch.tensor([[len(caption)] for caption in captions])
 
 
-@pytest.mark.parametrize(("kind", "workers", "start"), [("memory", 2, None), ("disk", 0, None), ("disk", 2, None), ("disk", 1, "spawn")])
+@pytest.mark.parametrize(
+    ("kind", "workers", "start"),
+    [("memory", 2, None), ("disk", 0, None), ("disk", 2, None), ("disk", 1, "spawn")],
+)
 def test_batches_hold_the_latents_of_what_they_would_have_shown(folder, tmp_path, kind, workers, start):
     options = options_of(folder, batch_size=2, flip_p=0.5, num_workers=workers)
     index = build_index(options)
@@ -349,12 +360,22 @@ def test_batches_hold_the_latents_of_what_they_would_have_shown(folder, tmp_path
                 assert value == record + 10 * flipped
     assert flips == {False, True}
     assert [str(file) for file in kept.bad] == (["2.png: it is damaged"] if kind == "memory" else [])
-    assert [batch.moments_BCHW.shape for batch in kept.images.plain([0, 3])] == [(1, 8, 16, 16), (1, 8, 8, 32)]
+    assert [batch.moments_BCHW.shape for batch in kept.images.plain([0, 3])] == [
+        (1, 8, 16, 16),
+        (1, 8, 8, 32),
+    ]
 
 
 def test_a_step_without_any_latents_is_a_filler(folder):
     options = options_of(folder, batch_size=2)
-    loader = StepLoader(build_index(options), options, tokenize=tokenize, seed=3, images_per_step=2, latents=MemoryLatents(SHAPE))
+    loader = StepLoader(
+        build_index(options),
+        options,
+        tokenize=tokenize,
+        seed=3,
+        images_per_step=2,
+        latents=MemoryLatents(SHAPE),
+    )
     (batch,) = next(iter(loader.steps(0)))
     assert batch.filler and batch.loss_scale_B.tolist() == [0.0] and batch.moments_BCHW.shape[:2] == (1, 8)
 
@@ -365,10 +386,16 @@ def test_the_captions_that_training_can_show(folder):
     index = build_index(options_of(folder))
     assert shown_captions(index, options_of(folder)) == ["a cat", "a dog, big, old", ""]
     assert shown_captions(index, options_of(folder, shuffle_tags=True)) is None
-    assert shown_captions(index, options_of(folder, shuffle_tags=True, keep_tags=1)) == ["a cat", "a dog, big, old", ""]
+    assert shown_captions(index, options_of(folder, shuffle_tags=True, keep_tags=1)) == [
+        "a cat",
+        "a dog, big, old",
+        "",
+    ]
 
 
 def test_the_store_needs_no_trainer():
     code = "import sys, data.latents; print(sorted({'trainer', 'torch', 'safetensors'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[3])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[3]
+    )
     assert done.stdout.strip() == "[]", done.stderr

@@ -26,15 +26,28 @@ def folder(tmp_path):
     """Eleven images, eight square and three wide, with grey levels and captions of their own."""
     for number in range(11):
         wide = number >= 8
-        ramp = np.tile(np.linspace(0, 20 * number, 128 if wide else 64), (64 if not wide else 32, 1)).astype(np.uint8)
-        Image.fromarray(ramp).convert("RGB").resize((256, 64) if wide else (128, 128)).save(tmp_path / f"{number}.png")
+        ramp = np.tile(np.linspace(0, 20 * number, 128 if wide else 64), (64 if not wide else 32, 1)).astype(
+            np.uint8
+        )
+        Image.fromarray(ramp).convert("RGB").resize((256, 64) if wide else (128, 128)).save(
+            tmp_path / f"{number}.png"
+        )
         (tmp_path / f"{number}.txt").write_text(f"image {number}, a, b, c, d")
     return tmp_path
 
 
 def options_of(folder, **changes):
     varied = {"flip_p": 0.5, "cond_dropout": 0.2, "shuffle_tags": True}
-    return DataOptions(**{"data_root": str(folder), "resolution": 128, "batch_size": 2, "num_workers": 0, **varied, **changes})
+    return DataOptions(
+        **{
+            "data_root": str(folder),
+            "resolution": 128,
+            "batch_size": 2,
+            "num_workers": 0,
+            **varied,
+            **changes,
+        }
+    )
 
 
 def loader_of(folder, *, images_per_step=4, rank=0, world=1, start_method=None, **changes):
@@ -54,7 +67,13 @@ def loader_of(folder, *, images_per_step=4, rank=0, world=1, start_method=None, 
 def contents(steps):
     """All that is in batches, comparable."""
     return [
-        [{name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in vars(batch).items()} for batch in step]
+        [
+            {
+                name: value.tolist() if isinstance(value, torch.Tensor) else value
+                for name, value in vars(batch).items()
+            }
+            for batch in step
+        ]
         for step in steps
     ]
 
@@ -62,7 +81,12 @@ def contents(steps):
 def images(steps):
     """Each image by itself, whatever the cut into micro-batches."""
     return [
-        (batch.pixels_BCHW[place].numpy().tobytes(), batch.positions[place], batch.names[place], batch.captions[place])
+        (
+            batch.pixels_BCHW[place].numpy().tobytes(),
+            batch.positions[place],
+            batch.names[place],
+            batch.captions[place],
+        )
         for step in steps
         for batch in step
         for place in range(len(batch))
@@ -82,9 +106,14 @@ def test_batches_follow_the_plan(folder):
             assert batch.pixels_BCHW.shape == (len(batch), 3, planned.bucket[1], planned.bucket[0])
             assert batch.pixels_BCHW.dtype == torch.float32 and batch.pixels_BCHW.is_contiguous()
             assert batch.pixels_BCHW.min() >= -1 and batch.pixels_BCHW.max() <= 1
-            assert torch.equal(batch.tokens_BT, tokenize(list(batch.captions))) and batch.tokens_BT.dtype == torch.int64
+            assert (
+                torch.equal(batch.tokens_BT, tokenize(list(batch.captions)))
+                and batch.tokens_BT.dtype == torch.int64
+            )
             assert batch.loss_scale_B.tolist() == [1.0] * len(batch)
-    assert sorted(name for step in steps for batch in step for name in batch.names) == sorted(f"{n}.png" for n in range(11))
+    assert sorted(name for step in steps for batch in step for name in batch.names) == sorted(
+        f"{n}.png" for n in range(11)
+    )
 
 
 def test_pixels_span_minus_one_to_one():
@@ -111,9 +140,13 @@ def test_workers_live_from_epoch_to_epoch(folder):
     assert multiprocessing.active_children() == workers != []
 
 
-def test_a_worker_that_finds_no_shared_memory_says_so_instead_of_leaving_the_trainer_waiting(folder, monkeypatch):
+def test_a_worker_that_finds_no_shared_memory_says_so_instead_of_leaving_the_trainer_waiting(
+    folder, monkeypatch
+):
     def full(_):
-        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+        )
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     loader = loader_of(folder, num_workers=1, start_method="fork")
@@ -147,7 +180,10 @@ def test_resuming_skips_steps_of_the_plan(folder):
 @pytest.mark.parametrize(("batch_size", "world"), [(4, 1), (1, 1), (1, 4), (2, 2), (1, 2), (2, 3)])
 def test_micro_batches_and_processes_change_no_image(folder, batch_size, world):
     whole = [images([step]) for step in loader_of(folder, batch_size=4).steps(0)]
-    ranks = [list(loader_of(folder, batch_size=batch_size, rank=rank, world=world).steps(0)) for rank in range(world)]
+    ranks = [
+        list(loader_of(folder, batch_size=batch_size, rank=rank, world=world).steps(0))
+        for rank in range(world)
+    ]
     assert {len(steps) for steps in ranks} == {len(whole)}
     for step, parts in zip(whole, zip(*ranks, strict=True), strict=True):
         assert [image for part in parts for image in images([part])] == step
@@ -175,7 +211,8 @@ def test_crop_jitter_moves_the_crop_and_nothing_else(folder):
     still = images(loader_of(folder).steps(0))
     jittered = loader_of(folder, crop_jitter=1.0)
     moved = images(jittered.steps(0))
-    # The square images fit their bucket, the wide ones are cropped in no direction either: their ratio is the bucket's.
+    # The square images fit their bucket, the wide ones are cropped in no direction either: their ratio is the
+    # bucket's.
     assert still == moved
     for number in range(8):
         ramp = np.tile(np.linspace(0, 255, 200), (128, 1)).astype(np.uint8)
@@ -271,7 +308,10 @@ def test_an_epoch_without_a_readable_image_is_an_error(folder):
     list(loader.steps(0, first_step=2))  # the rest of a resumed epoch says nothing about the other images
     with pytest.raises(DataError) as caught:
         list(loader.steps(0))
-    assert caught.value.problems[0] == "none of the images can be read any more" and "No such file" in caught.value.problems[1]
+    assert (
+        caught.value.problems[0] == "none of the images can be read any more"
+        and "No such file" in caught.value.problems[1]
+    )
 
 
 def test_the_loader_leaves_the_global_generators_alone(folder):

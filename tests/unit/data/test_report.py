@@ -52,8 +52,13 @@ def test_findings():
     assert (found.images, found.excluded, found.missing, found.empty) == (5, 1, ("c.png",), ("d.png",))
     (long,) = found.long
     assert (long.name, long.tokens, long.cut) == ("e.png", 80, "w75 w76 w77 w78 w79")
-    assert [(use.bucket, use.images, use.upscaled) for use in found.buckets] == [((512, 512), 4, 1), ((704, 320), 1, 0)]
-    assert [(image.name, image.size, image.bucket) for image in found.enlarged] == [("c.png", (256, 256), (512, 512))]
+    assert [(use.bucket, use.images, use.upscaled) for use in found.buckets] == [
+        ((512, 512), 4, 1),
+        ((704, 320), 1, 0),
+    ]
+    assert [(image.name, image.size, image.bucket) for image in found.enlarged] == [
+        ("c.png", (256, 256), (512, 512))
+    ]
     square, wide = found.buckets
     assert square.cropped == 0
     assert abs(wide.cropped - (1 - (1024 * 1024 * 320 / 704) / (1024 * 512))) < 1e-9
@@ -83,7 +88,10 @@ def test_lines():
 def test_several_resolutions_share_an_epoch():
     index = Index((record("a.png", multiply=3), record("b.png", 1024, 1024)), (), (Path(),))
     found = report_of(index, resolution=(512, 768, 512, 768))
-    assert [(use.resolution, use.images, use.an_epoch, use.upscaled) for use in found.buckets] == [(512, 2, 2.0, 0), (768, 2, 2.0, 1)]
+    assert [(use.resolution, use.images, use.an_epoch, use.upscaled) for use in found.buckets] == [
+        (512, 2, 2.0, 0),
+        (768, 2, 2.0, 1),
+    ]
     assert [image.name for image in found.enlarged] == ["a.png"]
     assert found.lines()[0] == "images: 2 in .; 4 are shown in an epoch"
     assert found.lines()[-3:] == [
@@ -95,13 +103,22 @@ def test_several_resolutions_share_an_epoch():
 
 def test_without_a_tokenizer_lengths_are_not_reported():
     found = report_of(INDEX)
-    assert found.token_limit is None and not any("tokens" in line for line in (*found.lines(), *found.notes()))
+    assert found.token_limit is None and not any(
+        "tokens" in line for line in (*found.lines(), *found.notes())
+    )
 
 
 def test_each_caption_of_an_image_is_measured():
     both = Caption("short", others=(Caption(LONG), Caption("")))
-    found = report_of(Index((Record(folder=Path(), file="a", name="a", width=9, height=9, caption=both),), (), (Path(),)), tokens=Words())
-    assert [long.name for long in found.long] == ["a, caption 2"] and found.empty == ("a",) and found.several == 1
+    found = report_of(
+        Index((Record(folder=Path(), file="a", name="a", width=9, height=9, caption=both),), (), (Path(),)),
+        tokens=Words(),
+    )
+    assert (
+        [long.name for long in found.long] == ["a, caption 2"]
+        and found.empty == ("a",)
+        and found.several == 1
+    )
 
 
 def test_letters_that_are_several_tokens_are_counted():
@@ -109,7 +126,15 @@ def test_letters_that_are_several_tokens_are_counted():
         def counts(self, texts):
             return [len(text.encode()) for text in texts]
 
-    index = Index((record("a.png", caption="猫" * 30), record("b.png", caption="x" * 75), record("c.png", caption="x" * 76)), (), (Path(),))
+    index = Index(
+        (
+            record("a.png", caption="猫" * 30),
+            record("b.png", caption="x" * 75),
+            record("c.png", caption="x" * 76),
+        ),
+        (),
+        (Path(),),
+    )
     assert [long.name for long in report_of(index, tokens=Bytes()).long] == ["a.png", "c.png"]
 
 
@@ -147,7 +172,14 @@ def test_long_lists_are_cut_and_counted():
 
 @pytest.mark.parametrize(
     ("multiply", "shown"),
-    [(12_345.5, "37036"), (10_000.0, "30000"), (333.0, "999"), (0.25, "0.75"), (333.5, "1000"), (1 / 9, "0.3333")],
+    [
+        (12_345.5, "37036"),
+        (10_000.0, "30000"),
+        (333.0, "999"),
+        (0.25, "0.75"),
+        (333.5, "1000"),
+        (1 / 9, "0.3333"),
+    ],
 )
 def test_counts_are_not_rounded_to_powers_of_ten(multiply, shown):
     index = Index(tuple(record(f"{number}.png", multiply=multiply) for number in range(3)), (), (Path(),))
@@ -175,7 +207,13 @@ def test_a_picture_a_little_too_large_counts_as_cropped():
 def copies(tmp_path):
     """Files of equal sizes: two copies, one that differs in the middle and one that differs beyond what is compared first."""
     long = bytes(200_000)
-    contents = {"a.png": long, "b.png": long[:100_001] + b"x" + long[100_002:], "c.png": long, "d.png": long[:-1] + b"x", "e.png": b"short"}
+    contents = {
+        "a.png": long,
+        "b.png": long[:100_001] + b"x" + long[100_002:],
+        "c.png": long,
+        "d.png": long[:-1] + b"x",
+        "e.png": b"short",
+    }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     return [record(name, folder=tmp_path) for name in contents]

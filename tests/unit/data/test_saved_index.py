@@ -74,7 +74,10 @@ CHANGES = {
     "a folder's file": lambda root: (root / "sub" / "multiply.txt").write_text("2"),
     "a mended image": lambda root: Image.new("RGB", (9, 9)).save(root / "bad.png"),
     "permissions": lambda root: (root / "b.jpg").chmod(0o600),
-    "a new folder": lambda root: ((root / "new").mkdir(), Image.new("RGB", (9, 9)).save(root / "new" / "x.png")),
+    "a new folder": lambda root: (
+        (root / "new").mkdir(),
+        Image.new("RGB", (9, 9)).save(root / "new" / "x.png"),
+    ),
 }
 
 
@@ -123,7 +126,9 @@ def test_a_damaged_file_is_not_used(data, scans, tmp_path):
     remembered_index(data, tmp_path / "cache")
     (path,) = (tmp_path / "cache").iterdir()
     whole = path.read_bytes()
-    for place, damaged in enumerate((whole[:-1], whole[:40], b"", b"\n", b"{}\n", whole[:200] + b"?" + whole[201:])):
+    for place, damaged in enumerate(
+        (whole[:-1], whole[:40], b"", b"\n", b"{}\n", whole[:200] + b"?" + whole[201:])
+    ):
         path.write_bytes(damaged)
         assert remembered_index(data, tmp_path / "cache") == build_index(data)
         assert len(scans) == place + 2
@@ -137,7 +142,9 @@ class Harm:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("content", [lambda path: pickle.dumps(Harm(str(path))), lambda path: pickle.dumps({"no": "index"})])
+@pytest.mark.parametrize(
+    "content", [lambda path: pickle.dumps(Harm(str(path))), lambda path: pickle.dumps({"no": "index"})]
+)
 def test_a_file_from_elsewhere_runs_nothing(data, scans, tmp_path, content):
     remembered_index(data, tmp_path / "cache")
     (path,) = (tmp_path / "cache").iterdir()

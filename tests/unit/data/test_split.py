@@ -13,7 +13,15 @@ from data.split import hold_out, take_out
 
 def index_of(contents, multiply=1.0):
     records = tuple(
-        Record(folder=Path("x"), file=f"{i}.png", name=f"{i}.png", width=64, height=64, caption=Caption("a", (), "x"), multiply=multiply)
+        Record(
+            folder=Path("x"),
+            file=f"{i}.png",
+            name=f"{i}.png",
+            width=64,
+            height=64,
+            caption=Caption("a", (), "x"),
+            multiply=multiply,
+        )
         for i, _ in enumerate(contents)
     )
     return Index(records, (), (Path("x"),))
@@ -24,7 +32,9 @@ def sides(contents, proportion=0.15, seed=555):
     index = index_of(contents)
     train, held = hold_out(index, dict(enumerate(contents)), proportion=proportion, seed=seed)
     by_name = {record.name: content for record, content in zip(index.records, contents, strict=True)}
-    return [by_name[record.name] for record in train.records], [by_name[record.name] for record in held.records]
+    return [by_name[record.name] for record in train.records], [
+        by_name[record.name] for record in held.records
+    ]
 
 
 CONTENTS = [f"content {number}" for number in range(400)]
@@ -78,5 +88,7 @@ def test_two_equal_images_cannot_be_split():
 def test_the_fingerprint_of_what_is_trained_changes_with_what_is_held_out():
     index = index_of("abc")
     train, held = take_out(index, {1})
-    assert [record.name for record in train.records] == ["0.png", "2.png"] and [record.name for record in held.records] == ["1.png"]
+    assert [record.name for record in train.records] == ["0.png", "2.png"] and [
+        record.name for record in held.records
+    ] == ["1.png"]
     assert len({index.fingerprint(), train.fingerprint(), held.fingerprint()}) == 3

@@ -137,7 +137,10 @@ def test_a_stage_goes_on_after_an_interruption_as_if_nothing_had_happened(work, 
         folder.mkdir()
         for name in ("tokenizer", "text.pt", "latents.pt"):
             (folder / name).symlink_to(work / name)
-        done = [train_unet(folder, UnetOptions(steps=4, batch=2), LatentOptions(scenes=16), stop) for stop in stops]
+        done = [
+            train_unet(folder, UnetOptions(steps=4, batch=2), LatentOptions(scenes=16), stop)
+            for stop in stops
+        ]
         assert done[-1] and not any(done[:-1])
         results.append(torch.load(folder / "unet.pt", weights_only=True))
     straight, interrupted = (r["parts"] for r in results)
@@ -152,7 +155,9 @@ def test_the_autoencoder_stage_resumes_too(work, tmp_path):
     options = VaeOptions(steps=2, batch=2)
     assert not train_vae(tmp_path, options, stop_at=1)
     assert train_vae(tmp_path, options)
-    straight, resumed = (torch.load(f / "vae.pt", weights_only=True)["parts"]["vae"] for f in (work, tmp_path))
+    straight, resumed = (
+        torch.load(f / "vae.pt", weights_only=True)["parts"]["vae"] for f in (work, tmp_path)
+    )
     assert all(torch.equal(v, resumed[k]) for k, v in straight.items())
 
 
@@ -170,12 +175,19 @@ def test_the_model_loads_with_the_classes_and_schedule_of_sd_1_5():
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(MODEL, dtype=torch.float32, local_files_only=True)
-    names = [type(part).__name__ for part in (pipeline.unet, pipeline.text_encoder, pipeline.tokenizer, pipeline.vae)]
+    names = [
+        type(part).__name__
+        for part in (pipeline.unet, pipeline.text_encoder, pipeline.tokenizer, pipeline.vae)
+    ]
     assert names == ["UNet2DConditionModel", "CLIPTextModel", "CLIPTokenizer", "AutoencoderKL"]
     assert pipeline.text_encoder.config.num_hidden_layers == 12
     assert pipeline.safety_checker is None
     schedule = pipeline.scheduler.config
-    assert (schedule.beta_start, schedule.beta_end, schedule.beta_schedule) == (0.00085, 0.012, "scaled_linear")
+    assert (schedule.beta_start, schedule.beta_end, schedule.beta_schedule) == (
+        0.00085,
+        0.012,
+        "scaled_linear",
+    )
     assert (schedule.num_train_timesteps, schedule.prediction_type) == (1000, "epsilon")
     assert schedule["clip_sample"] is False  # DDIM made from this configuration would clip latents otherwise
     assert pipeline.unet.dtype == torch.float32

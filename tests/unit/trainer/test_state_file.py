@@ -55,7 +55,9 @@ def test_what_cannot_be_saved_is_named(tmp_path):
 
 def _flat(value, name=""):
     if isinstance(value, dict):
-        return {key: item for part, inner in value.items() for key, item in _flat(inner, f"{name}.{part}").items()}
+        return {
+            key: item for part, inner in value.items() for key, item in _flat(inner, f"{name}.{part}").items()
+        }
     if isinstance(value, (list, tuple)):
         return _flat(dict(enumerate(value)), name)
     return {name: value}

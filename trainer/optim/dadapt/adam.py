@@ -1,6 +1,7 @@
 """Adam with D-Adaptation (Defazio & Mishchenko 2023, arXiv 2301.07733) in one pass over the parameters, without host syncs.
 
-With g the gradient, r the group's layer_scale, bc the bias correction or 1, q = sqrt(beta2) and dlr = min(d * lr * bc, rate_max), a step is
+With g the gradient, r the group's layer_scale, bc the bias correction or 1, q = sqrt(beta2) and dlr = min(d *
+lr * bc, rate_max), a step is
 
     num += r * dlr * <g, s / (sqrt(v) + eps)>           the old s, v and d
     m    = beta1 * m + r * dlr * (1 - beta1) * g
@@ -9,17 +10,19 @@ With g the gradient, r the group's layer_scale, bc the bias correction or 1, q =
     l1  += r * |s|_1
     p    = p - decay * dlr * p - m / (sqrt(v) + eps)    decay: decoupled; coupled, decay * p is added to g first
 
-and, after all parameters, W = q * W + (1 - q) * num, d_hat = W / ((1 - q) * l1), d = max(d, min(d_hat, d * growth_rate, d_max)).
+and, after all parameters, W = q * W + (1 - q) * num, d_hat = W / ((1 - q) * l1), d = max(d, min(d_hat, d *
+growth_rate, d_max)).
 
-Nothing in the update uses the new d. So every parameter is visited once, whenever its gradient is there, even inside backward; only
-the two sums wait for the end of the step. They are kept for each tile of a parameter and added in a fixed order, so they do not depend
-on the order in which the parameters came.
+Nothing in the update uses the new d. So every parameter is visited once, whenever its gradient is there, even
+inside backward; only the two sums wait for the end of the step. They are kept for each tile of a parameter
+and added in a fixed order, so they do not depend on the order in which the parameters came.
 
-Only num and l1 need s, and their ratio survives sampling: s may be kept for one element drawn in each `every`; both sums are then
-multiplied by `every`.
+Only num and l1 need s, and their ratio survives sampling: s may be kept for one element drawn in each
+`every`; both sums are then multiplied by `every`.
 
-Two rules of the published optimizer are kept: a parameter without a gradient takes no part in a step; and where l1 stays 0 (no gradient
-but zeros ever since the start) the step leaves the parameters, k, W and d alone. A step at lr 0 changes nothing.
+Two rules of the published optimizer are kept: a parameter without a gradient takes no part in a step; and
+where l1 stays 0 (no gradient but zeros ever since the start) the step leaves the parameters, k, W and d
+alone. A step at lr 0 changes nothing.
 """
 
 from __future__ import annotations
@@ -62,7 +65,9 @@ def _as_is(_: str, value: Tensor) -> Tensor:
     return value
 
 
-def estimate(g: Tensor, s: Tensor, v: Tensor, c: Coefficients, settle: Settle = _as_is) -> tuple[Tensor, Tensor]:
+def estimate(
+    g: Tensor, s: Tensor, v: Tensor, c: Coefficients, settle: Settle = _as_is
+) -> tuple[Tensor, Tensor]:
     """Update s in place by the gradient g, v being the old second moment; return it, and g * s / (sqrt(v) + eps) of before.
 
     `settle` is shown each result by name before it is used further, and returns what to use.
@@ -71,7 +76,9 @@ def estimate(g: Tensor, s: Tensor, v: Tensor, c: Coefficients, settle: Settle = 
     return settle("s", s.mul_(c.keep_s).addcmul_(g, c.gain_s)), products
 
 
-def advance(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Coefficients, settle: Settle = _as_is) -> tuple[Tensor, Tensor, Tensor]:
+def advance(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Coefficients, settle: Settle = _as_is
+) -> tuple[Tensor, Tensor, Tensor]:
     """Update weights and moments in place by the gradient g, and return them."""
     m = settle("m", m.mul_(c.keep_m).addcmul_(g, c.gain_m))
     v = settle("v", v.mul_(c.keep_v).addcmul_(g * c.gain_v, g))
@@ -84,14 +91,26 @@ def _root(v: Tensor) -> Tensor:
     return v.sqrt() if torch.compiler.is_compiling() or v.device.type != "cpu" else v.rsqrt().reciprocal_()
 
 
-def adapt(scalars: Mapping[str, Tensor], num: Tensor, l1: Tensor, shared: Mapping[str, Any]) -> dict[str, Tensor]:
+def adapt(
+    scalars: Mapping[str, Tensor], num: Tensor, l1: Tensor, shared: Mapping[str, Any]
+) -> dict[str, Tensor]:
     """Return W, d_hat, d, l1 and k after a step with these sums, and under "learns" whether they count: 0-d tensors.
 
-    An overflow of the sums must not reach d, from which nothing comes back: such a step counts as one that learned nothing.
+    An overflow of the sums must not reach d, from which nothing comes back: such a step counts as one that
+    learned nothing.
     """
     root = math.sqrt(shared["betas"][1])
     w = root * scalars["numerator_weighted"] + (1 - root) * num
     d_hat = w / ((1 - root) * l1)
-    d = torch.maximum(scalars["d"], (scalars["d"] * shared["growth_rate"]).clamp(max=shared["d_max"]).minimum(d_hat))
+    d = torch.maximum(
+        scalars["d"], (scalars["d"] * shared["growth_rate"]).clamp(max=shared["d_max"]).minimum(d_hat)
+    )
     learns = (l1 > 0) & d_hat.isfinite()
-    return {"numerator_weighted": w, "d_hat": d_hat, "d": d, "l1": l1, "k": scalars["k"] + 1, "learns": learns}
+    return {
+        "numerator_weighted": w,
+        "d_hat": d_hat,
+        "d": d,
+        "l1": l1,
+        "k": scalars["k"] + 1,
+        "learns": learns,
+    }

@@ -42,7 +42,11 @@ class TritonEngine:
         self.slots = torch.zeros(bank.tiles, 4, dtype=torch.float32, device=device)
         none = torch.zeros(1, dtype=torch.uint8, device=device)
         held = [bank.held.get(name, (none, none)) for name in ("exp_avg", "exp_avg_sq", "s")]
-        self._state = [data for data, _ in held] + [exponents if exponents.numel() else none for _, exponents in held] + [self.slots]
+        self._state = (
+            [data for data, _ in held]
+            + [exponents if exponents.numel() else none for _, exponents in held]
+            + [self.slots]
+        )
         self._shape = {"EVERY": bank.every, "BITS": bank.bits, "TILE": TILE, "BLOCK": BLOCK}
         self._handles: dict[str, Any] = {}
 
@@ -71,9 +75,14 @@ class TritonEngine:
             for arrival, g in zip(arrivals, gradients, strict=True):
                 addresses[self._at[arrival.segment]] = [arrival.parameter.data_ptr(), g.data_ptr()]
         sent = to_device(torch.tensor(addresses, dtype=torch.int64), self.bank.device)
-        dtype = {"DTYPE": _language().bfloat16 if self.bank.weights == torch.bfloat16 else _language().float32}
+        dtype = {
+            "DTYPE": _language().bfloat16 if self.bank.weights == torch.bfloat16 else _language().float32
+        }
         self._launch(
-            "step_all", self.used, (self._table, sent, self._owner, self._coefficients, self._step, *self._state), {**dtype, **self._shape}
+            "step_all",
+            self.used,
+            (self._table, sent, self._owner, self._coefficients, self._step, *self._state),
+            {**dtype, **self._shape},
         )
         torch.autograd.graph.increment_version([arrival.parameter for arrival in arrivals])
 
@@ -89,7 +98,9 @@ class TritonEngine:
             return g
         return torch.empty_like(p).copy_(g)
 
-    def _launch(self, name: str, programs: int, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> None:
+    def _launch(
+        self, name: str, programs: int, arguments: tuple[Any, ...], constants: Mapping[str, Any]
+    ) -> None:
         self.launches += 1
         if self.bank.device.type != "meta":
             launch(self._handles, name, programs, arguments, constants)
@@ -98,12 +109,14 @@ class TritonEngine:
 _use_handles = True
 
 
-def launch(handles: dict[str, Any], name: str, programs: int, arguments: Sequence[Any], constants: Mapping[str, Any]) -> None:
+def launch(
+    handles: dict[str, Any], name: str, programs: int, arguments: Sequence[Any], constants: Mapping[str, Any]
+) -> None:
     """Launch a kernel of triton_kernel.py.
 
     Args:
-        handles: kernels that were launched with arguments of the same kinds before, whose handle is used again: a fraction of the time
-            on the host.
+        handles: kernels that were launched with arguments of the same kinds before, whose handle is used
+            again: a fraction of the time on the host.
     """
     if name in handles:
         handles[name][(programs, 1, 1)](*arguments, *constants.values())
@@ -141,7 +154,10 @@ def works(device: torch.device, weights: torch.dtype, bits: int, every: int) -> 
         except Exception as error:  # no Triton, no compiler for its launcher, an old GPU: anything
             _tried[key] = False
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            warnings.warn(f"the optimizer's Triton kernel does not work here ({reason}): it runs without it, slower", stacklevel=2)
+            warnings.warn(
+                f"the optimizer's Triton kernel does not work here ({reason}): it runs without it, slower",
+                stacklevel=2,
+            )
     return _tried[key]
 
 
@@ -171,22 +187,35 @@ def _compare(device: torch.device, weights: torch.dtype, bits: int, every: int) 
     values = [0.9, 1e-4, 0.999, 1e-3, 0.9995, 5e-7, 1e-8, 1e-5, 1.0, 0.0, 1.0, 1.0, 1.0]
     table[0, : len(values)] = torch.tensor(values, device=device)
     draws = torch.Generator().manual_seed(0)
-    starts, *steps = ([torch.randn(size, generator=draws).to(device, weights) for size in sizes] for _ in range(4))
+    starts, *steps = (
+        [torch.randn(size, generator=draws).to(device, weights) for size in sizes] for _ in range(4)
+    )
     found: list[list[Tensor]] = []
     for way in (True, False):
         bank = Bank(device, weights, 6, bits, every)
-        bank.segments += [Segment(number, 0, bank, first[number], size, (0,)) for number, size in enumerate(sizes)]
+        bank.segments += [
+            Segment(number, 0, bank, first[number], size, (0,)) for number, size in enumerate(sizes)
+        ]
         engine = TritonEngine(bank, table) if way else TorchEngine(bank, False, [1.0])
         params = [start.clone() for start in starts]
         for step, gradients in enumerate(steps):
             engine.begin(step, False, False)
-            arrivals = [Arrival(*each, None, table[0, : len(values)]) for each in zip(bank.segments, params, gradients, strict=True)]
-            for together in (arrivals,) if step else ([each] for each in arrivals):  # one launch for each, and one for all
+            arrivals = [
+                Arrival(*each, None, table[0, : len(values)])
+                for each in zip(bank.segments, params, gradients, strict=True)
+            ]
+            for together in (
+                (arrivals,) if step else ([each] for each in arrivals)
+            ):  # one launch for each, and one for all
                 engine.advance(together)
         state = [bank.load(name, 0, 5).view(-1) for name in bank.held]
         found.append([*(p.float() for p in params), *state, engine.totals()[: 2 if every else 0]])
     for number, (ours, theirs) in enumerate(zip(*found, strict=True)):
         # A last bit decides now and then to which of two neighbours something is rounded.
-        apart = (ours - theirs).abs() > 1e-5 * theirs.abs() + 1e-6 * theirs.abs().sum() / max(theirs.numel(), 1)
+        apart = (ours - theirs).abs() > 1e-5 * theirs.abs() + 1e-6 * theirs.abs().sum() / max(
+            theirs.numel(), 1
+        )
         if theirs.numel() and (apart.float().mean() > 0.01 or not ours.isfinite().all()):
-            raise RuntimeError(f"result {number} differs from that of torch in {apart.float().mean().item():.1%} of its elements")
+            raise RuntimeError(
+                f"result {number} differs from that of torch in {apart.float().mean().item():.1%} of its elements"
+            )

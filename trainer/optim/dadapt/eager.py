@@ -14,12 +14,13 @@ from trainer.optim.dadapt.quantized import BLOCK, noise, to_bf16
 from trainer.optim.dadapt.state import TILE, Bank, Segment, tiles_of
 
 PACK_TILES = 256
-"""Tiles of a compiled call that are worth its overhead of some 60 microseconds: half a million elements. Smaller parameters are copied
-into one buffer for a call, larger ones are worked on in place."""
+"""Tiles of a compiled call that are worth its overhead of some 60 microseconds: half a million elements.
+Smaller parameters are copied into one buffer for a call, larger ones are worked on in place."""
 
 _CACHED_TILES = 15
-"""Tiles that the eager path works on at a time on the CPU: few enough for the cache, enough to hide each call. Torch spreads calls on
-32768 elements or more over its threads, which costs more than it saves on so few, and by orders of magnitude where a core is busy."""
+"""Tiles that the eager path works on at a time on the CPU: few enough for the cache, enough to hide each
+call. Torch spreads calls on 32768 elements or more over its threads, which costs more than it saves on so
+few, and by orders of magnitude where a core is busy."""
 
 _BLOCKS = TILE // BLOCK
 
@@ -46,9 +47,16 @@ class TorchEngine:
 
     def __init__(self, bank: Bank, compile: bool, weights_of: Sequence[float]) -> None:
         self.bank, self._weights_of = bank, weights_of
-        possible = compile and bank.device.type == "cpu" and bank.dtype == torch.float32 and (bank.bits == 8 or bank.every < 2)
+        possible = (
+            compile
+            and bank.device.type == "cpu"
+            and bank.dtype == torch.float32
+            and (bank.bits == 8 or bank.every < 2)
+        )
         self.kernel = compiled_kernel(bank.bits, bank.every, bank.weights) if possible else None
-        self._num, self._l1 = (torch.zeros(bank.tiles, dtype=torch.float64, device=bank.device) for _ in range(2))
+        self._num, self._l1 = (
+            torch.zeros(bank.tiles, dtype=torch.float64, device=bank.device) for _ in range(2)
+        )
         self._stage: list[Tensor] = []
 
     @property
@@ -89,7 +97,13 @@ class TorchEngine:
             if whole:
                 done = whole * TILE
                 p, g = (flat[:done].view(whole, TILE) for flat in (weights, gradient.to(weights.dtype)))
-                self._rows(segment.first, p, g, None if arrival.live is None else arrival.live.expand(whole, 1), arrival.table)
+                self._rows(
+                    segment.first,
+                    p,
+                    g,
+                    None if arrival.live is None else arrival.live.expand(whole, 1),
+                    arrival.table,
+                )
             if segment.numel > whole * TILE:
                 self._staged(segment.first + whole, [arrival], whole * TILE)
 
@@ -100,7 +114,11 @@ class TorchEngine:
             own = [segment for segment in self.bank.segments if segment.group == number]
             if own:
                 here = slice(own[0].first, own[-1].first + own[-1].tiles)
-                total += weight * max(self.bank.every, 1) * torch.stack([self._num[here].sum(), self._l1[here].sum()])
+                total += (
+                    weight
+                    * max(self.bank.every, 1)
+                    * torch.stack([self._num[here].sum(), self._l1[here].sum()])
+                )
         return total
 
     def l1_of(self, segment: Segment) -> Tensor:
@@ -117,10 +135,15 @@ class TorchEngine:
 
     def _staged(self, first: int, pack: Sequence[Arrival], done: int = 0) -> None:
         """Advance parameters with neighbouring state, from tile `first` and their element `done` on, on copies of them."""
-        pieces = [(a.segment.first + done // TILE - first, a, a.segment.flat(a.parameter)[done:]) for a in pack]
+        pieces = [
+            (a.segment.first + done // TILE - first, a, a.segment.flat(a.parameter)[done:]) for a in pack
+        ]
         tiles = max(2, pieces[-1][0] + tiles_of(len(pieces[-1][2])))
         if not self._stage:
-            self._stage = [torch.zeros(PACK_TILES + 1, TILE, dtype=self.bank.weights, device=self.bank.device) for _ in range(2)]
+            self._stage = [
+                torch.zeros(PACK_TILES + 1, TILE, dtype=self.bank.weights, device=self.bank.device)
+                for _ in range(2)
+            ]
         p, g = (buffer[:tiles].zero_() for buffer in self._stage)
         live = torch.zeros(tiles, 1, dtype=torch.bool, device=self.bank.device)
         for row, arrival, weights in pieces:
@@ -138,7 +161,13 @@ class TorchEngine:
             size = _CACHED_TILES if self.bank.device.type == "cpu" else PACK_TILES
             for start in range(0, len(p), size):
                 here = slice(start, start + size)
-                self._eagerly(first + start, p[here], g[here], None if live is None else live[here], Coefficients(*table.unbind()))
+                self._eagerly(
+                    first + start,
+                    p[here],
+                    g[here],
+                    None if live is None else live[here],
+                    Coefficients(*table.unbind()),
+                )
             return
         live = torch.ones(len(p), 1, dtype=torch.bool) if live is None else live
         num, l1 = self.kernel.advance(self.bank, first, p, g, live, table, self._noise)
@@ -197,7 +226,10 @@ def _packed(arrivals: Sequence[Arrival]) -> Iterator[list[Arrival]]:
         segment = arrival.segment
         if segment.numel == 0:
             continue
-        if pack and (arrival.table is not pack[0].table or segment.first + segment.tiles - pack[0].segment.first > PACK_TILES):
+        if pack and (
+            arrival.table is not pack[0].table
+            or segment.first + segment.tiles - pack[0].segment.first > PACK_TILES
+        ):
             yield pack
             pack = []
         if is_large(segment.numel):

@@ -48,11 +48,21 @@ def check_group(group: Mapping[str, Any], first: Mapping[str, Any], state_bits: 
         raise ValueError(f"d_max is {group['d_max']}, below d0, {group['d0']}, where d starts")
     for key in _SHARED:
         if group[key] != first[key]:
-            raise ValueError(f"{key} is {group[key]} in one group and {first[key]} in another; all groups share it")
+            raise ValueError(
+                f"{key} is {group[key]} in one group and {first[key]} in another; all groups share it"
+            )
     for parameter in group["params"]:
         if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
-            raise ValueError(f"a parameter is {parameter.dtype}; DAdaptAdam trains fp32, fp64 and bf16 parameters")
-        if not parameter.permute(sorted(range(parameter.dim()), key=parameter.stride, reverse=True)).is_contiguous():
-            raise ValueError(f"a parameter of shape {tuple(parameter.shape)} does not fill its memory, in which its state is laid out")
+            raise ValueError(
+                f"a parameter is {parameter.dtype}; DAdaptAdam trains fp32, fp64 and bf16 parameters"
+            )
+        if not parameter.permute(
+            sorted(range(parameter.dim()), key=parameter.stride, reverse=True)
+        ).is_contiguous():
+            raise ValueError(
+                f"a parameter of shape {tuple(parameter.shape)} does not fill its memory, in which its state is laid out"
+            )
         if parameter.dtype == torch.float64 and state_bits == 8:
-            raise ValueError("a parameter is torch.float64, whose state cannot be kept in 8 bits; use state_bits=32")
+            raise ValueError(
+                "a parameter is torch.float64, whose state cannot be kept in 8 bits; use state_bits=32"
+            )

@@ -15,42 +15,50 @@ from trainer.optim.dadapt.tiled import TiledAdam
 class DAdaptAdam(TiledAdam):
     """Adam whose rate is d * lr, d being a lower bound of the distance to the solution that only grows.
 
-    A drop-in for `dadaptation.DAdaptAdam`, with the same defaults. Scalars live in fp64 on the parameters' device and are read by
-    nobody but the caller: `group["d"]`, `group["k"]` and `group["numerator_weighted"]` are tensors inside and become numbers when
-    they are looked up. State is kept in fp32 (fp64 for fp64 parameters, or 8 bits) whatever the parameters' precision. bf16 parameters
-    are rounded stochastically, since most steps are smaller than what separates two of their values; weights decay before, in fp32.
-    Rounding draws from the number of the step and the place of the element alone. (Against keeping the lower 16 bits in the state, which
-    trains as fp32 does: two bytes less for a parameter, steps 5 to 20% shorter, and 0.3% more loss on a regression of steps far below
-    that spacing, where rounding to nearest gives 370% more. On the embedded model both end at the loss of fp32.)
+    A drop-in for `dadaptation.DAdaptAdam`, with the same defaults. Scalars live in fp64 on the parameters'
+    device and are read by nobody but the caller: `group["d"]`, `group["k"]` and `group["numerator_weighted"]`
+    are tensors inside and become numbers when they are looked up. State is kept in fp32 (fp64 for fp64
+    parameters, or 8 bits) whatever the parameters' precision. bf16 parameters are rounded stochastically,
+    since most steps are smaller than what separates two of their values; weights decay before, in fp32.
+    Rounding draws from the number of the step and the place of the element alone. (Against keeping the lower
+    16 bits in the state, which trains as fp32 does: two bytes less for a parameter, steps 5 to 20% shorter,
+    and 0.3% more loss on a regression of steps far below that spacing, where rounding to nearest gives 370%
+    more. On the embedded model both end at the loss of fp32.)
 
     Args:
-        params: parameters, or groups of them. A group may have its own `eps`, `weight_decay` and `layer_scale`, a fixed factor
-            on its rate; everything else holds for all groups.
+        params: parameters, or groups of them. A group may have its own `eps`, `weight_decay` and
+            `layer_scale`, a fixed factor on its rate; everything else holds for all groups.
         lr: a factor on d. 1.0 is the method's own.
         betas: decays of the running means of the gradient and of its square.
         eps: added to the root of the second moment.
-        weight_decay: decay of the weights: each step by weight_decay * d * lr if decoupled, else added to the gradient.
+        weight_decay: decay of the weights: each step by weight_decay * d * lr if decoupled, else added to the
+        gradient.
         decouple: decay the weights beside the gradient, as AdamW does.
         use_bias_correction: correct the moments' start at zero, as Adam does.
         d0: where d starts.
         growth_rate: the most that d may grow by in one step, as a factor.
         d_max: d does not grow beyond this.
         rate_max: d * lr * bias correction acts as at most this, while d goes on.
-        compile: on a CPU, run through torch.compile, True or False; on a GPU, False goes without the Triton kernel. None compiles from
-            sixteen million parameters on, with 8 bits from a million, below which the 12 s it takes before the first step (measured; torch
-            keeps the result on disk) are not won back soon. Where it does not work, or for fp64, the step runs eagerly, which gives the
-            same results but for the last bits. Which way it was is saved with the state, and with None a loaded state decides.
+        compile: on a CPU, run through torch.compile, True or False; on a GPU, False goes without the Triton
+            kernel. None compiles from sixteen million parameters on, with 8 bits from a million, below which
+            the 12 s it takes before the first step (measured; torch keeps the result on disk) are not won
+            back soon. Where it does not work, or for fp64, the step runs eagerly, which gives the same
+            results but for the last bits. Which way it was is saved with the state, and with None a loaded
+            state decides.
         state_bits: 32, or 8 for one byte for each kept number (trainer.optim.dadapt.quantized).
-        every: keep s of every element (1), or of one drawn in each `every`, in parameters of `SMALL`
-            elements or more. None is 1 with 32 bits, 12 bytes for a parameter, and 16 with 8, 2.07 instead of 3.01.
-        fused_backward: update each parameter inside `loss.backward()`, as its gradient is complete, and drop the gradient, so that
-            the gradients never exist together. `step()` closes the step: it moves d. Bit-equal to the plain step. One backward a step:
-            gradient accumulation, clipping by a norm over all parameters, a loss scaler and gradients averaged over processes all need
-            the gradients after backward. Rates are set before backward. A gradient that is not finite then gates its own parameter
-            only, and is counted in `not_finite`; the whole step can be gated before backward by `gate`.
+        every: keep s of every element (1), or of one drawn in each `every`, in parameters of `SMALL` elements
+            or more. None is 1 with 32 bits, 12 bytes for a parameter, and 16 with 8, 2.07 instead of 3.01.
+        fused_backward: update each parameter inside `loss.backward()`, as its gradient is complete, and drop
+            the gradient, so that the gradients never exist together. `step()` closes the step: it moves d.
+            Bit-equal to the plain step. One backward a step: gradient accumulation, clipping by a norm over
+            all parameters, a loss scaler and gradients averaged over processes all need the gradients after
+            backward. Rates are set before backward. A gradient that is not finite then gates its own
+            parameter only, and is counted in `not_finite`; the whole step can be gated before backward by
+            `gate`.
 
     Raises:
-        ValueError: an argument is out of range, groups differ in what they must share, or a parameter is neither fp32, fp64 nor bf16.
+        ValueError: an argument is out of range, groups differ in what they must share, or a parameter is
+        neither fp32, fp64 nor bf16.
     """
 
     def __init__(
@@ -77,7 +85,9 @@ class DAdaptAdam(TiledAdam):
             "d": d0, "k": 0, "numerator_weighted": 0.0,
         }  # fmt: skip
         every = (16 if state_bits == 8 else 1) if every is None else every
-        super().__init__(params, defaults, bits=state_bits, every=every, fused_backward=fused_backward, compile=compile)
+        super().__init__(
+            params, defaults, bits=state_bits, every=every, fused_backward=fused_backward, compile=compile
+        )
 
     @property
     def d(self) -> Tensor:
@@ -109,7 +119,9 @@ class DAdaptAdam(TiledAdam):
             keep_m=beta1, keep_v=beta2, gain_v=1 - beta2, keep_s=q, eps=group["eps"], unscale=1.0,
             coupled=0.0 if group["decouple"] else decay, gate=1.0, weight=group["layer_scale"], out=1.0,
         )  # fmt: skip
-        by_rate = _row(gain_m=(1 - beta1) * group["layer_scale"], gain_s=1 - q, decay=decay if group["decouple"] else 0.0)
+        by_rate = _row(
+            gain_m=(1 - beta1) * group["layer_scale"], gain_s=1 - q, decay=decay if group["decouple"] else 0.0
+        )
         return [fixed, by_rate, _row(), _row()]
 
 
@@ -147,11 +159,15 @@ class TiledAdamW(TiledAdam):
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "layer_scale": 1.0, "decouple": True,
             "use_bias_correction": True, "growth_rate": 1.0, "d0": 1.0, "d_max": 1.0, "rate_max": math.inf, "d": 1.0, "k": 0, "l1": 1.0,
         }  # fmt: skip
-        super().__init__(params, defaults, bits=state_bits, every=0, fused_backward=fused_backward, compile=compile)
+        super().__init__(
+            params, defaults, bits=state_bits, every=0, fused_backward=fused_backward, compile=compile
+        )
 
     def rows(self, group: Mapping[str, Any]) -> list[Any]:  # noqa: D102
         beta1, beta2 = group["betas"]
-        fixed = _row(keep_m=beta1, gain_m=1 - beta1, keep_v=beta2, gain_v=1 - beta2, unscale=1.0, gate=1.0, weight=1.0)
+        fixed = _row(
+            keep_m=beta1, gain_m=1 - beta1, keep_v=beta2, gain_v=1 - beta2, unscale=1.0, gate=1.0, weight=1.0
+        )
         return [fixed, _row(out=1.0), _row(decay=group["weight_decay"]), _row(eps=group["eps"])]
 
 

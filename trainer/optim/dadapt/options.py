@@ -65,7 +65,11 @@ class AdaptedMomentOptions(MomentOptions, GrowthOptions):
     def correction(self, steps: int) -> float:
         """Return the factor of the bias correction on the rate of the step after `steps` others; 1 without it."""
         beta1, beta2 = self.betas
-        return math.sqrt(1 - beta2 ** (steps + 1)) / (1 - beta1 ** (steps + 1)) if self.use_bias_correction else 1.0
+        return (
+            math.sqrt(1 - beta2 ** (steps + 1)) / (1 - beta1 ** (steps + 1))
+            if self.use_bias_correction
+            else 1.0
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +102,9 @@ class DAdaptAdamOptions(AdaptationOptions):
     """The rate d*lr*layer_scale acts as at most this, while d itself goes on estimating: a safety net that d_max, which stops d, is not."""
 
     fused_backward: bool = False
-    """Update each weight inside the backward pass and drop its gradient: the same steps without memory for gradients. Not with
-    grad_accum above 1, clip_grad_norm, fp16 or several processes, which need all gradients after backward."""
+    """Update each weight inside the backward pass and drop its gradient: the same steps without memory for
+    gradients. Not with grad_accum above 1, clip_grad_norm, fp16 or several processes, which need all
+    gradients after backward."""
 
     state_bits: ClassVar[int] = 32
     rounds_bf16: ClassVar[bool] = True
@@ -131,7 +136,8 @@ class DAdaptAdamOptions(AdaptationOptions):
     def measure(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return `d`, the estimate `d_hat` that d follows upwards, `rate`, and `d*lr`, the same uncapped; 0-d device tensors.
 
-        With fused backward also `not finite`, how many gradients were left out since the run began or went on.
+        With fused backward also `not finite`, how many gradients were left out since the run began or went
+        on.
         """
         free = optimizer.rate(capped=False) * self.layer_scale  # type: ignore[attr-defined]
         found = {"rate": self.rate(optimizer), "d*lr": free, "d": optimizer.d, "d_hat": optimizer.d_hat}  # type: ignore[attr-defined]
@@ -212,7 +218,11 @@ class DAdaptLionOptions(SignOptions, EstimateOptions):
 
     def measure(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return `d`, the estimate `d_hat` that d follows upwards, and `rate`, which really acts."""
-        return {"rate": self.rate(optimizer), "d": optimizer.param_groups[0]["d"], "d_hat": _estimate(optimizer)}
+        return {
+            "rate": self.rate(optimizer),
+            "d": optimizer.param_groups[0]["d"],
+            "d_hat": _estimate(optimizer),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +250,14 @@ class DAdaptSGDOptions(GrowthOptions):
             from trainer.optim.dadapt_sgd import DAdaptSGD
         except ImportError as error:
             raise does_not_load(self.optimizer, "dadaptation", error, "dadapt_adam") from error
-        return DAdaptSGD(params, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay, d0=self.d0, growth_rate=self.growth_rate)
+        return DAdaptSGD(
+            params,
+            lr=lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            d0=self.d0,
+            growth_rate=self.growth_rate,
+        )
 
     def rate(self, optimizer: Optimizer) -> float:
         """Return d * lr over the norm of the first gradient, the rate of the coming step; 0 before the first."""
@@ -265,4 +282,9 @@ def _estimate(optimizer: Optimizer) -> float:
 def _sum_over_s(optimizer: Optimizer, of: Callable[[Tensor], Tensor]) -> float:
     import torch
 
-    return float(sum((of(state["s"]).sum(dtype=torch.float64) for state in optimizer.state.values() if "s" in state), start=0.0))
+    return float(
+        sum(
+            (of(state["s"]).sum(dtype=torch.float64) for state in optimizer.state.values() if "s" in state),
+            start=0.0,
+        )
+    )

@@ -2,13 +2,15 @@
 
 State takes one byte for each element, and one for the exponent of each block of `BLOCK` elements.
 
-A code k of n levels stands for y(k / n) * 2^e, where e is the block's exponent and y is the fourth power with straight lines between
-the powers of two: the bits of a float, read as an integer, are its logarithm in straight pieces, and four times that is the fourth
-power's. So neither direction needs a root or a table, only shifts and additions. Steps are 1 to 3% of the value in the upper four
-octaves of an unsigned block (3 to 6% signed), twice that in the next four, and so on down to 2^-32 (2^-28) of 2^e.
+A code k of n levels stands for y(k / n) * 2^e, where e is the block's exponent and y is the fourth power with
+straight lines between the powers of two: the bits of a float, read as an integer, are its logarithm in
+straight pieces, and four times that is the fourth power's. So neither direction needs a root or a table, only
+shifts and additions. Steps are 1 to 3% of the value in the upper four octaves of an unsigned block (3 to 6%
+signed), twice that in the next four, and so on down to 2^-32 (2^-28) of 2^e.
 
-Rounding is stochastic, since a running mean with beta 0.999 moves by less than a step at a time and would never leave its code. The
-straight pieces make it unbiased: between neighbouring codes above 2^-20 of the largest value, the mean of what is stored is the value.
+Rounding is stochastic, since a running mean with beta 0.999 moves by less than a step at a time and would
+never leave its code. The straight pieces make it unbiased: between neighbouring codes above 2^-20 of the
+largest value, the mean of what is stored is the value.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ def decode(codes: Tensor, exponents: Tensor) -> Tensor:
     signed = codes.dtype == torch.int8
     unit = stored((exponents.to(torch.int32) << _FRACTION).view(torch.float32))
     level = codes.to(torch.float32)
-    bits = (level.abs() if signed else level).view(torch.int32).sub(_offset(signed)).clamp_(min=0)  # below 0 for the code 0 alone
+    bits = (
+        (level.abs() if signed else level).view(torch.int32).sub(_offset(signed)).clamp_(min=0)
+    )  # below 0 for the code 0 alone
     size = (bits << 2).view(torch.float32).mul_(unit)
     return _signed(size, level) if signed else size
 
@@ -53,11 +57,12 @@ def encode(values: Tensor, noise: Tensor, signed: bool) -> tuple[Tensor, Tensor]
     Args:
         values: what to store, finite; not negative if unsigned.
         noise: uniform in [0, 1 - 2^-17] for stochastic rounding; 0.5 rounds to nearest.
-        signed: whether the codes are for int8, -127 to 127, or for uint8, 1 to 255: an unsigned 0 becomes the smallest value, since
-            first moments are divided by the roots of second ones.
+        signed: whether the codes are for int8, -127 to 127, or for uint8, 1 to 255: an unsigned 0 becomes the
+            smallest value, since first moments are divided by the roots of second ones.
     """
     size = values.abs() if signed else values
-    # The largest code stands for 31/32 (unsigned 63/64) of the unit: with the largest value a little below it, no code is too large.
+    # The largest code stands for 31/32 (unsigned 63/64) of the unit: with the largest value a little below
+    # it, no code is too large.
     bound = size.amax(-1, keepdim=True) * ((32 / 31 if signed else 64 / 63) * (1 + 2e-5))
     exponents = stored(((bound.view(torch.int32) >> _FRACTION) + 1).clamp(min=_SMALLEST_EXPONENT))
     part = size * stored(((2 * _BIAS - exponents) << _FRACTION).view(torch.float32))
@@ -78,7 +83,9 @@ def _signed(size: Tensor, like: Tensor) -> Tensor:
 def to_bf16(values: Tensor, noise: Tensor) -> Tensor:
     """Return fp32 values rounded to bf16, to one of its two neighbours as noise, uniform in [0, 1), decides: on average unchanged."""
     steps = (noise * (1 << 16)).to(torch.int32)
-    return ((values.view(torch.int32) + steps) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)  # bf16 is the upper 16 bits of fp32
+    return (
+        ((values.view(torch.int32) + steps) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+    )  # bf16 is the upper 16 bits of fp32
 
 
 def stored(value: Tensor) -> Tensor:
@@ -95,15 +102,18 @@ _COLUMNS = 0x6A09E667
 def noise(step: int, first: int, blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the step's noise as two parts, fp32: (blocks, 1) from block `first` on, and (2, 1, BLOCK), for codes and for bf16 weights.
 
-    The fractional part of their sum is uniform in [0, 1), and that of any two elements independent. All are multiples of 2^-16, but for
-    half of it in the second: their sums are exact, so that every device and every order agrees.
+    The fractional part of their sum is uniform in [0, 1), and that of any two elements independent. All are
+    multiples of 2^-16, but for half of it in the second: their sums are exact, so that every device and every
+    order agrees.
     """
     if device.type == "meta":
         return torch.empty(blocks, 1, device=device), torch.empty(2, 1, BLOCK, device=device)
     key = int(mixed(torch.tensor(step & _WORD)))
     by_block = mixed(torch.arange(first, first + blocks, device=device) ^ key) >> 16
     by_column = mixed((torch.arange(2 * BLOCK, device=device) + (key ^ _COLUMNS)) & _WORD) >> 16
-    return by_block.to(torch.float32).view(-1, 1) * 2**-16, by_column.to(torch.float32).view(2, 1, BLOCK) * 2**-16 + 2**-17
+    return by_block.to(torch.float32).view(-1, 1) * 2**-16, by_column.to(torch.float32).view(
+        2, 1, BLOCK
+    ) * 2**-16 + 2**-17
 
 
 def mixed(x: Tensor) -> Tensor:

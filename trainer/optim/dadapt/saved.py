@@ -17,11 +17,13 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "s")
 Own = Sequence[tuple[Segment, Tensor, Mapping[str, Tensor]]]
 
 
-def restore(own: Own, state: Mapping[Any, Any], scalars: Mapping[str, Tensor], adaptation: Mapping[str, Any]) -> None:
+def restore(
+    own: Own, state: Mapping[Any, Any], scalars: Mapping[str, Tensor], adaptation: Mapping[str, Any]
+) -> None:
     """Copy saved state into an optimizer's own tensors.
 
-    State in 8 bits of versions without `tiled` has an s for every element, and blocks in the order of indices: it is converted, as a
-    warning says.
+    State in 8 bits of versions without `tiled` has an s for every element, and blocks in the order of
+    indices: it is converted, as a warning says.
 
     Args:
         own: where each parameter's state is, the parameter, and its state by name.
@@ -40,11 +42,15 @@ def restore(own: Own, state: Mapping[Any, Any], scalars: Mapping[str, Tensor], a
     copies = [(f"adaptation.{key}", target, adaptation[key]) for key, target in scalars.items()]
     for number, (_, parameter, kept) in enumerate(own):
         if converts:
-            targets = {name: state[number][name].new_empty(parameter.shape, device="meta") for name in _MOMENTS}
+            targets = {
+                name: state[number][name].new_empty(parameter.shape, device="meta") for name in _MOMENTS
+            }
         else:
             targets = dict(kept)
             if set(kept) != set(state[number]):
-                raise ValueError(f"the state of parameter {number} has {sorted(state[number])}, this optimizer keeps {sorted(kept)}")
+                raise ValueError(
+                    f"the state of parameter {number} has {sorted(state[number])}, this optimizer keeps {sorted(kept)}"
+                )
         copies += [(f"{number}.{key}", target, state[number][key]) for key, target in targets.items()]
     for name, target, source in copies:
         if target.shape != source.shape or target.dtype != source.dtype:
@@ -70,7 +76,11 @@ def _convert(segment: Segment, parameter: Tensor, saved: Mapping[str, Tensor]) -
     values: dict[str, Tensor] = {}
     for name in _MOMENTS:
         codes = torch.nn.functional.pad(saved[name].reshape(-1), (0, -segment.numel % BLOCK)).view(-1, BLOCK)
-        whole = decode(codes, saved[f"{name}_exponent"].view(-1, 1)).view(-1)[: segment.numel].view(parameter.shape)
+        whole = (
+            decode(codes, saved[f"{name}_exponent"].view(-1, 1))
+            .view(-1)[: segment.numel]
+            .view(parameter.shape)
+        )
         flat = torch.nn.functional.pad(segment.flat(whole), (0, -segment.numel % TILE))
         values[name] = flat.view(-1, TILE).to(bank.device)
     if bank.every > 1:

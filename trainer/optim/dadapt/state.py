@@ -1,7 +1,8 @@
 """Optimizer state of all parameters in a few blocks of memory, in tiles of `TILE` elements, as the kernels want it.
 
-Tiles follow the order of the elements in memory, not that of their indices, so weights that are channels last need no copy.
-Only the state is flat: views of one storage as parameters would be parted silently by the next `.to(memory_format=...)`.
+Tiles follow the order of the elements in memory, not that of their indices, so weights that are channels last
+need no copy. Only the state is flat: views of one storage as parameters would be parted silently by the next
+`.to(memory_format=...)`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class Bank:
         names |= {"s": (True, self.few)} if every else {}
         for name, (signed, width) in names.items():
             kind = self.dtype if bits != 8 else torch.int8 if signed else torch.uint8
-            exponents = torch.zeros(tiles, -(-width // BLOCK) if bits == 8 else 0, dtype=torch.uint8, device=device)
+            exponents = torch.zeros(
+                tiles, -(-width // BLOCK) if bits == 8 else 0, dtype=torch.uint8, device=device
+            )
             self.held[name] = torch.zeros(tiles, width, dtype=kind, device=device), exponents
 
     def load(self, name: str, first: int, tiles: int, live: Tensor | None = None) -> Tensor:
@@ -108,9 +111,13 @@ class Segment:
         for name, (data, exponents) in self.bank.held.items():
             here = slice(self.first, self.first + self.tiles)
             whole = data.shape[1] == TILE
-            views[name] = self.shaped(data[here].view(-1)[: self.numel], shape) if whole else data[here].view(-1)
+            views[name] = (
+                self.shaped(data[here].view(-1)[: self.numel], shape) if whole else data[here].view(-1)
+            )
             if self.bank.bits == 8:
-                views[f"{name}_exponent"] = exponents[here].view(-1)[: -(-self.numel // BLOCK) if whole else None]
+                views[f"{name}_exponent"] = exponents[here].view(-1)[
+                    : -(-self.numel // BLOCK) if whole else None
+                ]
         return views
 
 
@@ -119,7 +126,9 @@ class Layout:
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], bits: int, every: int) -> None:
         members: dict[tuple[Any, ...], list[tuple[int, int, Tensor]]] = {}
-        parameters = [(number, parameter) for number, group in enumerate(groups) for parameter in group["params"]]
+        parameters = [
+            (number, parameter) for number, group in enumerate(groups) for parameter in group["params"]
+        ]
         for index, (number, parameter) in enumerate(parameters):
             small = parameter.numel() < SMALL
             key = parameter.device, parameter.dtype, min(every, 1) if small else every, small
@@ -134,7 +143,9 @@ class Layout:
                 bank.segments.append(Segment(index, number, bank, first, p.numel(), order))
                 first += tiles_of(p.numel())
             self.banks.append(bank)
-        self.segments = sorted((segment for bank in self.banks for segment in bank.segments), key=lambda segment: segment.index)
+        self.segments = sorted(
+            (segment for bank in self.banks for segment in bank.segments), key=lambda segment: segment.index
+        )
         self.device: torch.device = parameters[0][1].device
 
 

@@ -34,9 +34,10 @@ _UNSCALE = Coefficients._fields.index("unscale")
 class TiledAdam(FusedBackward, Optimizer):
     """An Adam whose state lies in tiles, advanced by one kernel on a GPU, and by torch elsewhere.
 
-    Gradients that are not finite: if `found_inf` (and `grad_scale`) are set on the optimizer before `step()`, as torch's GradScaler
-    does for optimizers with `_step_supports_amp_scaling`, they decide; otherwise the step looks for itself. Either way the whole step
-    then changes neither parameters nor state. The answer stays on the device. A gradient whose 2-norm overflows counts as not finite.
+    Gradients that are not finite: if `found_inf` (and `grad_scale`) are set on the optimizer before `step()`,
+    as torch's GradScaler does for optimizers with `_step_supports_amp_scaling`, they decide; otherwise the
+    step looks for itself. Either way the whole step then changes neither parameters nor state. The answer
+    stays on the device. A gradient whose 2-norm overflows counts as not finite.
     """
 
     _step_supports_amp_scaling = True
@@ -44,7 +45,14 @@ class TiledAdam(FusedBackward, Optimizer):
     """Whether it finds its rate."""
 
     def __init__(
-        self, params: Iterable[Any], defaults: dict[str, Any], *, bits: int, every: int, fused_backward: bool, compile: bool | None
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        *,
+        bits: int,
+        every: int,
+        fused_backward: bool,
+        compile: bool | None,
     ) -> None:
         if not defaults["lr"] > 0:
             raise ValueError(f"lr is {defaults['lr']}; it must be above 0")
@@ -80,7 +88,9 @@ class TiledAdam(FusedBackward, Optimizer):
     def launches(self) -> int:
         """Launches of own kernels so far."""
         self._ready()
-        return self._launches + sum(engine.launches for engine in self._engines.values() if isinstance(engine, TritonEngine))
+        return self._launches + sum(
+            engine.launches for engine in self._engines.values() if isinstance(engine, TritonEngine)
+        )
 
     # ---- the step ----
 
@@ -103,7 +113,9 @@ class TiledAdam(FusedBackward, Optimizer):
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if self.fused_backward:
             if scale is not None:
-                raise RuntimeError("fused backward cannot undo a loss scale after backward: use bf16 or fp32, or the plain step")
+                raise RuntimeError(
+                    "fused backward cannot undo a loss scale after backward: use bf16 or fp32, or the plain step"
+                )
             for _, parameter in work:  # gradients that did not come from a backward pass
                 self.arrive(parameter)
         elif work:
@@ -113,7 +125,9 @@ class TiledAdam(FusedBackward, Optimizer):
             blocked = found_inf.to(layout.device)
             if not self._host or not blocked:
                 self._pass = self._begin(blocked, scale)
-                self._pass.waiting = [self._arrival(segment, p, p.grad) for segment, p in work if p.grad is not None]
+                self._pass.waiting = [
+                    self._arrival(segment, p, p.grad) for segment, p in work if p.grad is not None
+                ]
         if self._pass is not None:
             self._close(self._pass, found_inf)
         self._pass = self._gate = None
@@ -122,7 +136,9 @@ class TiledAdam(FusedBackward, Optimizer):
     def _begin(self, blocked: Tensor | None, scale: Tensor | None = None) -> Pass:
         rates = {group["lr"] for group in self.param_groups}
         if len(rates) > 1 or min(rates) < 0:
-            raise ValueError(f"the groups have the rates {sorted(rates)}; there is one d, so every lr is the same: use layer_scale instead")
+            raise ValueError(
+                f"the groups have the rates {sorted(rates)}; there is one d, so every lr is the same: use layer_scale instead"
+            )
         lr, device = rates.pop(), self._ready().device
         coupled = any(group["weight_decay"] != 0 and not group["decouple"] for group in self.param_groups)
         for engine in self._engines.values():
@@ -132,7 +148,11 @@ class TiledAdam(FusedBackward, Optimizer):
         scale = self._one if scale is None else scale.to(device, torch.float32)
         hyper, s = self._hyper(lr), self._scalars
         if self._on_kernel:
-            self._launched("begin", len(self.param_groups), (hyper, s["d"], s["k"], s["l1"], blocked, scale, self._dlr, self._coefficients))
+            self._launched(
+                "begin",
+                len(self.param_groups),
+                (hyper, s["d"], s["k"], s["l1"], blocked, scale, self._dlr, self._coefficients),
+            )
             return Pass(lr, blocked)
         rate, root, dlr = self._rates(hyper)
         rows = hyper[8:].view(-1, 4, 16)
@@ -148,10 +168,15 @@ class TiledAdam(FusedBackward, Optimizer):
         width = len(Coefficients._fields)
         now = Pass(lr, blocked)
         for bank in self._engines:
-            now.tables[bank] = [row[:width].to(bank.dtype) for row in values], [row[:width].to(bank.dtype) for row in resting]
+            now.tables[bank] = (
+                [row[:width].to(bank.dtype) for row in values],
+                [row[:width].to(bank.dtype) for row in resting],
+            )
         return now
 
-    def _arrival(self, segment: Segment, parameter: Tensor, gradient: Tensor, live: Tensor | None = None) -> Arrival:
+    def _arrival(
+        self, segment: Segment, parameter: Tensor, gradient: Tensor, live: Tensor | None = None
+    ) -> Arrival:
         """Return what an engine advances. On the host a parameter that has never moved decays at the end, if any moves."""
         now = self._pass
         assert now is not None
@@ -167,7 +192,9 @@ class TiledAdam(FusedBackward, Optimizer):
     def _close(self, now: Pass, found_inf: Tensor | None) -> None:
         """Advance what has waited, then add up the sums in their fixed order and move what is learned."""
         if now.lr != self.param_groups[0]["lr"]:
-            raise RuntimeError("lr was changed between backward and step(): with fused backward it is set before backward")
+            raise RuntimeError(
+                "lr was changed between backward and step(): with fused backward it is set before backward"
+            )
         if now.lr == 0:
             return
         for bank, engine in self._engines.items():
@@ -181,11 +208,20 @@ class TiledAdam(FusedBackward, Optimizer):
                 sums += more
             self._squares = sums[2]
             learned = (s["d"], s["numerator_weighted"], s["d_hat"], s["l1"], s["k"], self._not_finite)
-            self._launched("finish", 1, (self._hyper(now.lr), sums, self._dlr, blocked, *learned), {"ADAPTS": self.adapts})
+            self._launched(
+                "finish",
+                1,
+                (self._hyper(now.lr), sums, self._dlr, blocked, *learned),
+                {"ADAPTS": self.adapts},
+            )
             return
         num = torch.stack([total[0] for total in totals]).sum() * self._dlr
         l1 = torch.stack([total[1] for total in totals]).sum()
-        new = adapt(s, num, l1, self.param_groups[0]) if self.adapts else {"k": s["k"] + 1, "learns": torch.ones_like(l1, dtype=torch.bool)}
+        new = (
+            adapt(s, num, l1, self.param_groups[0])
+            if self.adapts
+            else {"k": s["k"] + 1, "learns": torch.ones_like(l1, dtype=torch.bool)}
+        )
         learns = new.pop("learns") & (blocked == 0)
         if now.undecided and bool(l1 > 0):
             for segment, parameter in now.undecided:
@@ -209,15 +245,20 @@ class TiledAdam(FusedBackward, Optimizer):
         for group in saved["param_groups"]:
             for key in LEARNED:
                 group.pop(key, None)
-        saved["state"]["adaptation"] = {**self._scalars, "steps": self._steps, "compiled": self.compiled, "tiled": True}
+        saved["state"]["adaptation"] = {
+            **self._scalars,
+            "steps": self._steps,
+            "compiled": self.compiled,
+            "tiled": True,
+        }
         return saved
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
         """Restore the state bit for bit, in the precision it was saved in. Hyper-parameters stay those of this optimizer.
 
-        State in 8 bits from before s was kept for drawn elements alone is converted. A warning says so, and if steps cannot go on the
-        way they were computed, compiled or not.
+        State in 8 bits from before s was kept for drawn elements alone is converted. A warning says so, and
+        if steps cannot go on the way they were computed, compiled or not.
 
         Raises:
             ValueError: the state is of other parameters or of another precision.
@@ -225,7 +266,9 @@ class TiledAdam(FusedBackward, Optimizer):
         layout = self._ready()
         state = dict(state_dict["state"])
         adaptation = state.pop("adaptation")
-        restore([(segment, p, self.state[p]) for segment, p in self._segments()], state, self._scalars, adaptation)
+        restore(
+            [(segment, p, self.state[p]) for segment, p in self._segments()], state, self._scalars, adaptation
+        )
         self._steps = adaptation["steps"]
         saved = adaptation["compiled"]
         if self.compile is None and self.compiled != saved and not self._on_kernel:
@@ -249,8 +292,17 @@ class TiledAdam(FusedBackward, Optimizer):
             for segment, parameter in self._segments():
                 self.state[parameter] = segment.views(parameter.shape)
             first = dict(self.param_groups[0])
-            kinds = {"d": torch.float64, "k": torch.int64, "numerator_weighted": torch.float64, "d_hat": torch.float64, "l1": torch.float64}
-            self._scalars = {key: torch.full((), first.get(key, 0), dtype=kind, device=device) for key, kind in kinds.items()}
+            kinds = {
+                "d": torch.float64,
+                "k": torch.int64,
+                "numerator_weighted": torch.float64,
+                "d_hat": torch.float64,
+                "l1": torch.float64,
+            }
+            self._scalars = {
+                key: torch.full((), first.get(key, 0), dtype=kind, device=device)
+                for key, kind in kinds.items()
+            }
             self._not_finite = torch.zeros((), dtype=torch.int64, device=device)
             self._squares, self._dlr = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
             self._never, self._one = torch.zeros((), device=device), torch.ones((), device=device)
@@ -270,7 +322,11 @@ class TiledAdam(FusedBackward, Optimizer):
         self._engines: dict[Bank, TorchEngine | TritonEngine] = {}
         weights = [group["layer_scale"] for group in self.param_groups]
         for bank in layout.banks:
-            possible = self.compile is not False and bank.device.type in KERNEL_DEVICES and bank.dtype == torch.float32
+            possible = (
+                self.compile is not False
+                and bank.device.type in KERNEL_DEVICES
+                and bank.dtype == torch.float32
+            )
             if possible and works(bank.device, bank.weights, bank.bits, bank.every):
                 self._engines[bank] = TritonEngine(bank, self._coefficients)
             else:
@@ -279,9 +335,15 @@ class TiledAdam(FusedBackward, Optimizer):
 
     def _look_who_moved(self) -> None:
         """Find the parameters with s != 0, which is looked up on the host alone: elsewhere nothing decays in the first step."""
-        self._moved = {segment.index for segment, p in self._segments() if self._host and self.adapts and self.state[p]["s"].any()}
+        self._moved = {
+            segment.index
+            for segment, p in self._segments()
+            if self._host and self.adapts and self.state[p]["s"].any()
+        }
 
-    def _launched(self, name: str, programs: int, arguments: tuple[Any, ...], constants: Mapping[str, Any] | None = None) -> None:
+    def _launched(
+        self, name: str, programs: int, arguments: tuple[Any, ...], constants: Mapping[str, Any] | None = None
+    ) -> None:
         self._launches += 1
         if self._never.device.type != "meta":
             launch(self._handles, name, programs, arguments, constants or {})
@@ -302,15 +364,26 @@ class TiledAdam(FusedBackward, Optimizer):
     def _hyper(self, lr: float) -> Tensor:
         """Return 8 numbers of all groups, and for each 4 rows of 16: coefficients, and what they gain by dlr, d * lr and the root; fp64.
 
-        The numbers: lr, rate_max, logarithms of beta1 and beta2 (-inf where nothing is corrected), sqrt(beta2), growth_rate, d_max.
+        The numbers: lr, rate_max, logarithms of beta1 and beta2 (-inf where nothing is corrected),
+        sqrt(beta2), growth_rate, d_max.
         """
         first = self.param_groups[0]
         beta1, beta2 = first["betas"]
         corrects = first["use_bias_correction"]
         logarithms = [math.log(beta) if corrects and beta else -math.inf for beta in (beta1, beta2)]
-        values = [lr, first["rate_max"], *logarithms, math.sqrt(beta2), first["growth_rate"], first["d_max"], 0.0]
+        values = [
+            lr,
+            first["rate_max"],
+            *logarithms,
+            math.sqrt(beta2),
+            first["growth_rate"],
+            first["d_max"],
+            0.0,
+        ]
         for group in self.param_groups:
-            rows: list[list[float]] = [[getattr(c, name, 0.0) for name in Coefficients._fields] for c in self.rows(group)]
+            rows: list[list[float]] = [
+                [getattr(c, name, 0.0) for name in Coefficients._fields] for c in self.rows(group)
+            ]
             values += [value for row in rows for value in [*row, *[0.0] * (16 - len(row))]]
         if self._hypers is None or self._hypers[0] != values:
             device = self._never.device

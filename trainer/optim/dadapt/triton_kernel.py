@@ -1,8 +1,9 @@
 """The step of D-Adaptation Adam, and of AdamW, on a GPU: one Triton kernel for tensors of any shape and memory format.
 
-A program advances one tile of TILE elements of one tensor, neighbours in memory. State lies flat, tile after tile, and every tensor
-begins a new one. So the number of a tile says where its state is, how it is rounded and which slots its sums go to: nothing depends
-on the order in which tiles or tensors come. The host reads nothing back.
+A program advances one tile of TILE elements of one tensor, neighbours in memory. State lies flat, tile after
+tile, and every tensor begins a new one. So the number of a tile says where its state is, how it is rounded
+and which slots its sums go to: nothing depends on the order in which tiles or tensors come. The host reads
+nothing back.
 
 Needs triton 3.6 or later.
 """
@@ -40,7 +41,9 @@ def _load(data, exponents, place, block, SIGNED: tl.constexpr, BITS: tl.constexp
         bits = tl.maximum(tl.abs(level).to(tl.int32, bitcast=True) - _offset(SIGNED), 0) << 2
         x = bits.to(tl.float32, bitcast=True) * unit
         if SIGNED:
-            x = (x.to(tl.int32, bitcast=True) | (level.to(tl.int32, bitcast=True) & SIGN)).to(tl.float32, bitcast=True)
+            x = (x.to(tl.int32, bitcast=True) | (level.to(tl.int32, bitcast=True) & SIGN)).to(
+                tl.float32, bitcast=True
+            )
     return x
 
 
@@ -78,7 +81,10 @@ def _advance(
     if full:  # a mask of odd length would part the loads into single elements
         w, g = tl.load(P + place).to(tl.float32), tl.load(G + place).to(tl.float32)
     else:
-        w, g = tl.load(P + place, mask=mask, other=0).to(tl.float32), tl.load(G + place, mask=mask, other=0).to(tl.float32)
+        w, g = (
+            tl.load(P + place, mask=mask, other=0).to(tl.float32),
+            tl.load(G + place, mask=mask, other=0).to(tl.float32),
+        )
     m = _load(m_, em_, here, block, True, BITS)
     v = _load(v_, ev_, here, block, False, BITS)
     key = _mix(seed.to(tl.uint32))
@@ -96,9 +102,18 @@ def _advance(
         gs = tl.load(G + place_few, mask=mask_few, other=0).to(tl.float32) * unscale
         gs += tl.load(P + place_few, mask=mask_few, other=0).to(tl.float32) * coupled
         # Before any thread stores: a sum, for which all threads wait, lies between.
-        vs = _load(v_, ev_, at.to(tl.int64) * TILE + drawn, at.to(tl.int64) * (TILE // BLOCK) + drawn // BLOCK, False, BITS)
+        vs = _load(
+            v_,
+            ev_,
+            at.to(tl.int64) * TILE + drawn,
+            at.to(tl.int64) * (TILE // BLOCK) + drawn // BLOCK,
+            False,
+            BITS,
+        )
         s_noise = _mix(key ^ (at.to(tl.uint32) * (TILE // BLOCK))) >> 16
-        s_noise = ((s_noise + (_mix((key ^ COLUMNS) + j.to(tl.uint32)) >> 16)) & 0xFFFF).to(tl.float32) * 2**-16 + 2**-17
+        s_noise = ((s_noise + (_mix((key ^ COLUMNS) + j.to(tl.uint32)) >> 16)) & 0xFFFF).to(
+            tl.float32
+        ) * 2**-16 + 2**-17
 
     g = g * unscale
     squares = tl.sum(g * g)
@@ -165,7 +180,26 @@ def step_one(
 ):  # fmt: skip
     """Advance one tensor, as its gradient is complete."""
     tile = tl.program_id(0)
-    _advance(P, G, numel, tile, first + tile, coef + group * 16, seed, m_, v_, s_, em_, ev_, es_, slots, EVERY, BITS, TILE, BLOCK)
+    _advance(
+        P,
+        G,
+        numel,
+        tile,
+        first + tile,
+        coef + group * 16,
+        seed,
+        m_,
+        v_,
+        s_,
+        em_,
+        ev_,
+        es_,
+        slots,
+        EVERY,
+        BITS,
+        TILE,
+        BLOCK,
+    )
 
 
 @triton.jit
@@ -174,7 +208,9 @@ def begin(hyper, d, k, l1, blocked, scale, dlr, coef):
     group, lane = tl.program_id(0), tl.arange(0, 16)
     rate = tl.load(d) * tl.load(hyper)
     steps = (tl.load(k) + 1).to(tl.float64)
-    root = tl.sqrt(1 - tl.exp(steps * tl.load(hyper + 3)))  # the logarithm of a beta is -inf where there is no correction
+    root = tl.sqrt(
+        1 - tl.exp(steps * tl.load(hyper + 3))
+    )  # the logarithm of a beta is -inf where there is no correction
     corrected = tl.minimum(rate * root / (1 - tl.exp(steps * tl.load(hyper + 2))), tl.load(hyper + 1))
     row = hyper + 8 + group * 64 + lane
     value = tl.load(row) + tl.load(row + 16) * corrected + tl.load(row + 32) * rate + tl.load(row + 48) * root

@@ -26,7 +26,11 @@ def test_a_file_and_a_folder_appear_whole_and_replace_what_was_there(tmp_path):
             draft.write_text(text)
         with disk.appearing(tmp_path / "a" / "folder") as draft:
             fill(draft, text)
-        assert (tmp_path / "a" / "file").read_text() == (tmp_path / "a" / "folder" / "inner" / "file").read_text() == text
+        assert (
+            (tmp_path / "a" / "file").read_text()
+            == (tmp_path / "a" / "folder" / "inner" / "file").read_text()
+            == text
+        )
         assert names(tmp_path / "a") == ["file", "folder"]
 
 
@@ -124,7 +128,9 @@ def test_tidying_deletes_what_killed_processes_left_and_nothing_else(tmp_path):
 
 def test_dropping_hides_before_it_deletes(tmp_path, monkeypatch):
     fill(tmp_path / "x", "whole")
-    monkeypatch.setattr(disk.shutil, "rmtree", lambda path: (_ for _ in ()).throw(PermissionError(13, "in use", str(path))))
+    monkeypatch.setattr(
+        disk.shutil, "rmtree", lambda path: (_ for _ in ()).throw(PermissionError(13, "in use", str(path)))
+    )
     with pytest.raises(PermissionError):
         disk.drop(tmp_path / "x")
     assert names(tmp_path) == [".dropped-x"]
@@ -143,10 +149,14 @@ class Windows:
                 raise PermissionError(13, "Access is denied")  # a folder is never renamed onto another
             if self.left:
                 self.left -= 1
-                raise PermissionError(13, "The process cannot access the file because it is being used by another process")
+                raise PermissionError(
+                    13, "The process cannot access the file because it is being used by another process"
+                )
             return real(source, target)
 
-        def open_folder(path, *arguments, **places):  # rmtree names places, and does on Windows what Windows can do
+        def open_folder(
+            path, *arguments, **places
+        ):  # rmtree names places, and does on Windows what Windows can do
             assert "dir_fd" in places or not Path(path).is_dir(), "Windows opens no folders"
             return real_open(path, *arguments, **places)
 
@@ -186,7 +196,10 @@ def test_windows_files_that_are_written_often_are_given_the_same_time(tmp_path, 
         draft.write_text("one")
     assert (tmp_path / "cache" / "x").read_text() == "one" and len(system.slept) == 2
     system.left = 10**6
-    with pytest.raises(PermissionError, match="another process"), replacing.replacing(tmp_path / "cache" / "x") as draft:
+    with (
+        pytest.raises(PermissionError, match="another process"),
+        replacing.replacing(tmp_path / "cache" / "x") as draft,
+    ):
         draft.write_text("two")
     assert (tmp_path / "cache" / "x").read_text() == "one" and names(tmp_path / "cache") == ["x"]
 
@@ -194,13 +207,17 @@ def test_windows_files_that_are_written_often_are_given_the_same_time(tmp_path, 
 def test_elsewhere_a_refusal_is_final(tmp_path, monkeypatch):
     monkeypatch.setattr(replacing, "WINDOWS", False)
     monkeypatch.setattr(disk.time, "sleep", lambda _: pytest.fail("nothing to wait for"))
-    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(
+        Path, "replace", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+    )
     with pytest.raises(PermissionError), disk.appearing(tmp_path / "x") as draft:
         draft.write_text("x")
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize(("number", "fatal"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+@pytest.mark.parametrize(
+    ("number", "fatal"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)]
+)
 def test_file_systems_that_cannot_flush_a_folder_are_taken_as_they_are(tmp_path, monkeypatch, number, fatal):
     real = os.fsync
 

@@ -92,7 +92,13 @@ def test_damage_is_found_and_named(tmp_path, damage):
         (folder / "manifest.json").write_text("{")
     else:
         (folder / "resume" / "optimizers.json").write_text("8")
-    said = "missing" if damage == "delete" else "cannot be read" if damage == "manifest" else "not what the checkpoint's manifest says"
+    said = (
+        "missing"
+        if damage == "delete"
+        else "cannot be read"
+        if damage == "manifest"
+        else "not what the checkpoint's manifest says"
+    )
     assert said in (resume_problem(folder) or "")
     assert (model_problem(folder) is None) == (damage == "resume")
     with pytest.raises(UserError, match=said):
@@ -155,7 +161,11 @@ def test_a_checkpoint_that_lost_part_of_itself_is_passed_over_by_name(tmp_path, 
     wanted, lost = _save(run, 5), _save(run, 9) / name
     shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
     found, damaged = find_last(tmp_path, "demo")
-    assert found == wanted and len(damaged) == 1 and damaged[0].startswith(str(run / "ckpts" / "demo-ep01-gs00009"))
+    assert (
+        found == wanted
+        and len(damaged) == 1
+        and damaged[0].startswith(str(run / "ckpts" / "demo-ep01-gs00009"))
+    )
 
 
 def test_a_checkpoint_without_resume_state_says_what_to_name_instead(tmp_path):
@@ -210,7 +220,9 @@ def test_rotation_keeps_models_and_drops_old_resume_state(tmp_path):
     rotate(run, SaveOptions(save_optimizer=True), run / "ckpts")
     assert (folders[1] / "resume").is_dir()
     rotate(run, SaveOptions(save_format="single", keep_resume_n=1), run / "ckpts")
-    assert [folder.is_dir() for folder in folders] == [True, False, True], "a folder kept for resuming only goes with its state"
+    assert [folder.is_dir() for folder in folders] == [True, False, True], (
+        "a folder kept for resuming only goes with its state"
+    )
     assert [path.name for path in checkpoints(run)] == ["demo-ep01-gs00100", "demo-ep01-gs00005"]
     assert not [path for path in (run / "ckpts").iterdir() if path.name.startswith(".")]
 
@@ -228,15 +240,23 @@ def test_keep_last_n_deletes_this_runs_older_models_and_nothing_else(tmp_path):
     assert [folder.is_dir() for folder in folders] == [False, True, True]
     assert [(folder / "resume").is_dir() for folder in folders[1:]] == [True, True]
     kept = {path.name for path in shelf.iterdir()}
-    assert kept == {f"{run.name}-10.safetensors", f"{run.name}-100.safetensors", "demo-20250101-000000-1.safetensors"} | {
+    assert kept == {
+        f"{run.name}-10.safetensors",
+        f"{run.name}-100.safetensors",
+        "demo-20250101-000000-1.safetensors",
+    } | {
         "foreign.safetensors",
         "broken.safetensors",
     }
-    assert [path.name for path in single_files(shelf, run.name)] == [f"{run.name}-100.safetensors", f"{run.name}-10.safetensors"]
+    assert [path.name for path in single_files(shelf, run.name)] == [
+        f"{run.name}-100.safetensors",
+        f"{run.name}-10.safetensors",
+    ]
 
 
 @pytest.mark.parametrize(
-    "metadata", [None, ["x"], {RUN: 3}, {RUN: "run", STEP: "²"}, {RUN: "run", STEP: "9" * 5000}, {RUN: "run", STEP: 7}]
+    "metadata",
+    [None, ["x"], {RUN: 3}, {RUN: "run", STEP: "²"}, {RUN: "run", STEP: "9" * 5000}, {RUN: "run", STEP: 7}],
 )
 def test_odd_files_of_strangers_beside_the_single_files_are_passed_over(metadata, tmp_path):
     text = json.dumps({"__metadata__": metadata}).encode()

@@ -31,7 +31,9 @@ def held(folder, *arguments):
     """Have another process lock a folder until its input ends."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[4])}
     command = [sys.executable, "-c", HOLDER, str(folder), *arguments]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
         yield process
         process.kill()
@@ -41,7 +43,9 @@ def test_another_process_is_refused_and_told_who_holds_it(tmp_path):
     with held(tmp_path) as process:
         assert not is_free(tmp_path)
         with (
-            pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))} is in use by process {process.pid} on ") as caught,
+            pytest.raises(
+                UserError, match=rf"{re.escape(str(tmp_path))} is in use by process {process.pid} on "
+            ) as caught,
             locked(tmp_path),
         ):
             pass

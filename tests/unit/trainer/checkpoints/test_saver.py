@@ -31,13 +31,23 @@ class Bench:
     def __init__(self, tmp_path, optimizer="adamw", **options):
         self.models = tiny_models()
         self.models.vae.requires_grad_(False)
-        self.parameters = {"unet": list(self.models.unet.parameters()), "text encoder": list(self.models.text_encoder.parameters())}
+        self.parameters = {
+            "unet": list(self.models.unet.parameters()),
+            "text encoder": list(self.models.text_encoder.parameters()),
+        }
         chosen = optimizer_classes()[optimizer](lr=1e-3)
-        self.optimizers = OptimizerSet(dict.fromkeys(self.parameters, chosen), self.parameters, total_steps=10)
+        self.optimizers = OptimizerSet(
+            dict.fromkeys(self.parameters, chosen), self.parameters, total_steps=10
+        )
         for parameter in (*self.parameters["unet"], *self.parameters["text encoder"]):
             parameter.grad = torch.ones_like(parameter)
         self.optimizers.step(torch.tensor(0.0))
-        self.run, self.said, self.clock, self.state = tmp_path / "demo-20260101-000000", [], Clock(), TrainState()
+        self.run, self.said, self.clock, self.state = (
+            tmp_path / "demo-20260101-000000",
+            [],
+            Clock(),
+            TrainState(),
+        )
         self.saver = Saver(
             SaveOptions(**options),
             run=self.run,
@@ -57,18 +67,28 @@ class Bench:
 
     @property
     def names(self):
-        return sorted(path.name for path in (self.run / "ckpts").iterdir()) if (self.run / "ckpts").exists() else []
+        return (
+            sorted(path.name for path in (self.run / "ckpts").iterdir())
+            if (self.run / "ckpts").exists()
+            else []
+        )
 
 
 def test_what_is_written_is_whole_and_the_wait_is_told(tmp_path):
     bench = Bench(tmp_path)
     folder, file = bench.save(5)
     assert resume_problem(folder) is None and file.is_file()
-    assert len(bench.said) == 1 and re.fullmatch(r"step 5: saved .*; training waited \d+\.\d s", bench.said[0])
+    assert len(bench.said) == 1 and re.fullmatch(
+        r"step 5: saved .*; training waited \d+\.\d s", bench.said[0]
+    )
     from trainer.models.tensor_file import read_metadata
 
     header = read_metadata(file)
-    assert (header["sd_dadapt.run"], header["sd_dadapt.step"], header["modelspec.title"]) == (bench.run.name, "5", "demo-ep00-gs00005")
+    assert (header["sd_dadapt.run"], header["sd_dadapt.step"], header["modelspec.title"]) == (
+        bench.run.name,
+        "5",
+        "demo-ep00-gs00005",
+    )
     assert header["sd_dadapt.train.json"] == "{}"
 
 
@@ -78,7 +98,11 @@ def test_what_is_written_is_whole_and_the_wait_is_told(tmp_path):
         ({}, "", ["demo-ep02-gs00007", "demo-ep02-gs00007.safetensors"]),
         ({"save_format": "diffusers"}, "last", ["last-demo-ep02-gs00007"]),
         ({"no_save_ckpt": True}, "interrupted", ["interrupted-demo-ep02-gs00007"]),
-        ({"save_format": "single"}, "errored", ["errored-demo-ep02-gs00007", "errored-demo-ep02-gs00007.safetensors"]),
+        (
+            {"save_format": "single"},
+            "errored",
+            ["errored-demo-ep02-gs00007", "errored-demo-ep02-gs00007.safetensors"],
+        ),
         ({"no_prepend_last": True, "save_format": "diffusers"}, "last", ["demo-ep02-gs00007"]),
         ({"no_prepend_last": True, "save_format": "diffusers"}, "errored", ["errored-demo-ep02-gs00007"]),
     ],
@@ -91,13 +115,19 @@ def test_names_say_why_and_where(tmp_path, options, kind, names):
 
 
 @pytest.mark.parametrize(("full", "dtype"), [(True, torch.float32), (False, torch.float16)])
-def test_the_single_file_is_fp16_unless_full_precision_is_asked_for_and_goes_where_it_should(tmp_path, full, dtype):
+def test_the_single_file_is_fp16_unless_full_precision_is_asked_for_and_goes_where_it_should(
+    tmp_path, full, dtype
+):
     from trainer.models.tensor_file import TensorFile
 
-    bench = Bench(tmp_path, save_full_precision=full, save_ckpt_dir=str(tmp_path / "shelf"), save_format="single")
+    bench = Bench(
+        tmp_path, save_full_precision=full, save_ckpt_dir=str(tmp_path / "shelf"), save_format="single"
+    )
     written = bench.save(1)
     assert written[1].parent == tmp_path / "shelf"
-    assert {tensor.dtype for tensor in TensorFile(written[1]).values() if tensor.is_floating_point()} == {dtype}
+    assert {tensor.dtype for tensor in TensorFile(written[1]).values() if tensor.is_floating_point()} == {
+        dtype
+    }
 
 
 def test_an_untimely_end_saves_only_what_is_not_saved_yet(tmp_path):
@@ -105,7 +135,10 @@ def test_an_untimely_end_saves_only_what_is_not_saved_yet(tmp_path):
     assert bench.save(0, "interrupted") == [], "nothing was trained"
     bench.save(5)
     assert bench.save(5, "interrupted") == bench.save(5, "errored") == []
-    assert bench.save(6, "interrupted") and bench.names == ["demo-ep00-gs00005", "interrupted-demo-ep00-gs00006"]
+    assert bench.save(6, "interrupted") and bench.names == [
+        "demo-ep00-gs00005",
+        "interrupted-demo-ep00-gs00006",
+    ]
 
 
 def test_rotation_follows_a_whole_checkpoint(tmp_path):
@@ -136,7 +169,9 @@ def test_without_room_nothing_is_written_training_goes_on_and_the_third_time_end
     before = bench.names
     assert bench.save(2) == []
     assert "MiB are needed and 1.0 MiB are free on the disk of" in bench.said[-1]
-    assert f"the last good one is {good}; training goes on (1 of 3)" in bench.said[-1] and bench.names == before
+    assert (
+        f"the last good one is {good}; training goes on (1 of 3)" in bench.said[-1] and bench.names == before
+    )
     free[0] = 1 << 40
     assert bench.save(3), "room was made"
     free[0] = 0
@@ -144,13 +179,18 @@ def test_without_room_nothing_is_written_training_goes_on_and_the_third_time_end
     with pytest.raises(SavingError, match="third time in a row") as ended:
         bench.save(6)
     assert ended.value.exit_code == 1
-    assert resume_problem(checkpoints(bench.run)[0]) is None and not [name for name in bench.names if name.startswith(".")]
+    assert resume_problem(checkpoints(bench.run)[0]) is None and not [
+        name for name in bench.names if name.startswith(".")
+    ]
 
 
 def test_the_last_checkpoint_of_a_run_must_be_written(tmp_path, monkeypatch):
     bench = Bench(tmp_path)
     monkeypatch.setattr(saving, "free_bytes", lambda _: 0)
-    with pytest.raises(SavingError, match="there is none yet; make room or choose another place, and go on with --resume_ckpt"):
+    with pytest.raises(
+        SavingError,
+        match="there is none yet; make room or choose another place, and go on with --resume_ckpt",
+    ):
         bench.save(9, "last")
 
 
@@ -222,7 +262,9 @@ def test_minutes_are_counted_by_a_clock_that_does_not_jump(tmp_path, monkeypatch
 def test_the_fullest_moment(options, saves, kept, resumable, more):
     plan = DiskPlan(SaveOptions(**options), folder=100, single=50, resume=7, saves=saves)
     assert plan.most == kept * 150 + resumable * 7 + more * 157
-    assert replace(plan, beside=1000).most == plan.most + 1000, "what the base has beside the networks is kept once"
+    assert replace(plan, beside=1000).most == plan.most + 1000, (
+        "what the base has beside the networks is kept once"
+    )
 
 
 def test_single_files_alone_keep_folders_for_resuming_only():
@@ -236,7 +278,10 @@ def test_what_is_told_before_is_what_is_written(tmp_path, optimizer):
     folder, file = bench.save(1)
     plan = plan_disk(
         SaveOptions(save_every_n_epochs=2),
-        networks={name: (len(torch.cat([p.view(-1) for p in group])),) * 2 for name, group in bench.parameters.items()},
+        networks={
+            name: (len(torch.cat([p.view(-1) for p in group])),) * 2
+            for name, group in bench.parameters.items()
+        },
         vae=sum(parameter.numel() for parameter in bench.models.vae.parameters()),
         optimizers=dict.fromkeys(bench.parameters, optimizer_classes()[optimizer](lr=1e-3)),
         weights=torch.float32,
@@ -244,7 +289,11 @@ def test_what_is_told_before_is_what_is_written(tmp_path, optimizer):
         averaged=False,
     )
     assert plan.saves == 4
-    weights = sum(path.stat().st_size for part in ("unet", "text_encoder", "vae") for path in (folder / part).glob("*.safetensors"))
+    weights = sum(
+        path.stat().st_size
+        for part in ("unet", "text_encoder", "vae")
+        for path in (folder / part).glob("*.safetensors")
+    )
     header = 120 * 900  # a line for each tensor
     assert plan.folder <= weights <= plan.folder + header
     assert plan.single <= size_of(file) <= plan.single + header + 60_000  # and the tokenizer's vocabulary
@@ -260,11 +309,15 @@ def test_eight_bit_state_takes_two_bytes():
 
 
 def test_the_plan_in_words(tmp_path, monkeypatch):
-    plan = DiskPlan(SaveOptions(ckpt_every_n_minutes=30), folder=4 << 30, single=2 << 30, resume=2 << 30, saves=3)
+    plan = DiskPlan(
+        SaveOptions(ckpt_every_n_minutes=30), folder=4 << 30, single=2 << 30, resume=2 << 30, saves=3
+    )
     monkeypatch.setattr(saving, "free_bytes", lambda _: 32 << 30)
     monkeypatch.setattr(saving, "writing_speed", lambda _: 1e9)
     (_, sizes), (_, room) = plan.rows(tmp_path)
-    assert sizes.startswith("8.0 GiB: 4.0 GiB the folder + 2.0 GiB single files + 2.0 GiB to go on from it; training waits ")
+    assert sizes.startswith(
+        "8.0 GiB: 4.0 GiB the folder + 2.0 GiB single files + 2.0 GiB to go on from it; training waits "
+    )
     assert sizes.endswith("s or more for it, at the 1,000 MB/s of a probe just now")
     assert room == "30.0 GiB for 3 of them, and one every 30 minutes, of 32.0 GiB that are free"
     monkeypatch.setattr(saving, "free_bytes", lambda _: 20 << 30)
@@ -274,16 +327,29 @@ def test_the_plan_in_words(tmp_path, monkeypatch):
 
     monkeypatch.setattr(saving, "writing_speed", fail)
     (_, sizes), (_, room) = plan.rows(tmp_path)
-    assert "could not be measured (Permission denied)" in sizes and room.endswith("of 20.0 GiB that are free: not enough")
+    assert "could not be measured (Permission denied)" in sizes and room.endswith(
+        "of 20.0 GiB that are free: not enough"
+    )
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of the most memory")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of the most memory"
+)
 def test_no_second_copy_of_the_state_is_made(tmp_path):
     """Write 256 MiB of state in tensors of 16 MiB: the process may grow by little more than one of them."""
     from trainer.state_file import write_state
 
     def status(key):
-        return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)).split()[1]) * 1024
+        return (
+            int(
+                next(
+                    line
+                    for line in Path("/proc/self/status").read_text().splitlines()
+                    if line.startswith(key)
+                ).split()[1]
+            )
+            * 1024
+        )
 
     state = {str(number): torch.full((1 << 22,), float(number)) for number in range(16)}
     Path("/proc/self/clear_refs").write_text("5")

@@ -15,12 +15,31 @@ def follow(rows, watch=None, first=0):
     for number, (fixed, validation, training) in enumerate(rows, first):
         if training is not None:
             watch.trained(training)
-        said += watch.look(step=10 * number, fixed=fixed, validation=validation, rates={"unet": 1e-6 * (number + 1), "text encoder": 1e-6})
+        said += watch.look(
+            step=10 * number,
+            fixed=fixed,
+            validation=validation,
+            rates={"unet": 1e-6 * (number + 1), "text encoder": 1e-6},
+        )
     return said
 
 
-OVERFITTING = [(1.0, 1.0, 1.0), (0.9, 0.8, 0.9), (0.8, 0.85, 0.8), (0.7, 0.9, 0.7), (0.6, 0.95, 0.6), (0.5, 1.0, 0.5)]
-TOO_HIGH = [(1.0, None, 1.0), (0.5, None, 0.6), (0.6, None, 0.8), (0.7, None, 0.9), (0.8, None, 1.0), (0.9, None, 1.1)]
+OVERFITTING = [
+    (1.0, 1.0, 1.0),
+    (0.9, 0.8, 0.9),
+    (0.8, 0.85, 0.8),
+    (0.7, 0.9, 0.7),
+    (0.6, 0.95, 0.6),
+    (0.5, 1.0, 0.5),
+]
+TOO_HIGH = [
+    (1.0, None, 1.0),
+    (0.5, None, 0.6),
+    (0.6, None, 0.8),
+    (0.7, None, 0.9),
+    (0.8, None, 1.0),
+    (0.9, None, 1.1),
+]
 
 
 def test_validation_up_while_training_falls_is_told_once_with_its_beginning():
@@ -47,12 +66,26 @@ def test_both_up_names_the_rates_then_and_now():
     "rows",
     [
         [(1 - i / 10, 1 - i / 10, 1 - i / 10) for i in range(8)],
-        [(1.0, 1.0, 1.0), (0.9, 0.8, 0.9), (0.8, 0.9, 0.9), (0.8, 0.9, 0.9), (0.8, 0.7, 0.9), (0.7, 0.9, 0.9), (0.7, 0.8, 0.8)],
+        [
+            (1.0, 1.0, 1.0),
+            (0.9, 0.8, 0.9),
+            (0.8, 0.9, 0.9),
+            (0.8, 0.9, 0.9),
+            (0.8, 0.7, 0.9),
+            (0.7, 0.9, 0.9),
+            (0.7, 0.8, 0.8),
+        ],
         [(0.5 + i / 10, 0.5 + i / 10, 1 - i / 10) for i in range(8)],
         [(None, 0.5 + i / 10, None) for i in range(8)],
         [(0.5 + i / 10, None, None) for i in range(8)],
     ],
-    ids=["all fall", "a new low in between", "fixed and validation up, batches down", "no training loss", "no batches"],
+    ids=[
+        "all fall",
+        "a new low in between",
+        "fixed and validation up, batches down",
+        "no training loss",
+        "no batches",
+    ],
 )
 def test_nothing_is_said_without_both_signs(rows):
     assert follow(rows) == []
@@ -62,13 +95,17 @@ def test_a_second_rise_after_a_new_low_is_told_again():
     again = [(0.4, 0.5, 0.4), (0.3, 0.6, 0.3), (0.2, 0.6, 0.2), (0.1, 0.6, 0.1)]
     watch = LossWatch()
     said = follow([*OVERFITTING, *again], watch)
-    assert len(said) == 2 and "possible overfitting since step 60" in said[1] and watch.overfitting_since == 60
+    assert (
+        len(said) == 2 and "possible overfitting since step 60" in said[1] and watch.overfitting_since == 60
+    )
 
 
 def test_values_that_are_not_finite_are_no_low_and_no_mean():
     watch = LossWatch()
     watch.trained(math.nan)
-    assert follow([(math.nan, math.nan, None), *OVERFITTING], watch) == follow([(1.0, 1.0, 1.0), *OVERFITTING])
+    assert follow([(math.nan, math.nan, None), *OVERFITTING], watch) == follow(
+        [(1.0, 1.0, 1.0), *OVERFITTING]
+    )
 
 
 @pytest.mark.parametrize("rows", [OVERFITTING, TOO_HIGH])

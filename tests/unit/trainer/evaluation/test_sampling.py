@@ -23,10 +23,19 @@ from trainer.config.sample_file import load_sample_prompts, read_sample_prompts
 from trainer.diffusion.schedule import with_zero_terminal_snr
 from trainer.errors import UserError
 from trainer.evaluation.image_grid import labelled_row, tiled
-from trainer.evaluation.sampling import SamplePrompt, SamplePrompts, Sampler, Samples, Scheduler, check_scheduler
+from trainer.evaluation.sampling import (
+    SamplePrompt,
+    SamplePrompts,
+    Sampler,
+    Samples,
+    Scheduler,
+    check_scheduler,
+)
 
 QUICK = SamplePrompts(
-    num_inference_steps=2, cfgs=(3.0,), samples=(SamplePrompt(prompt="a red circle"), SamplePrompt(prompt="a blue square"))
+    num_inference_steps=2,
+    cfgs=(3.0,),
+    samples=(SamplePrompt(prompt="a red circle"), SamplePrompt(prompt="a blue square")),
 )
 
 
@@ -63,8 +72,13 @@ def write(path: Path, content: Any) -> Path:
 def test_a_text_file_is_one_prompt_a_line(tmp_path: Path):
     path = write(tmp_path / "p.txt", "\ufeffa red circle\r\n\n  # a comment\n  ein Bär, groß  \n")
     prompts = load_sample_prompts(path)
-    assert prompts == SamplePrompts(samples=(SamplePrompt(prompt="a red circle"), SamplePrompt(prompt="ein Bär, groß")))
-    assert prompts.cfgs == (7.0, 4.0, 1.01) and (prompts.scheduler, prompts.num_inference_steps) == ("ddim", 30)
+    assert prompts == SamplePrompts(
+        samples=(SamplePrompt(prompt="a red circle"), SamplePrompt(prompt="ein Bär, groß"))
+    )
+    assert prompts.cfgs == (7.0, 4.0, 1.01) and (prompts.scheduler, prompts.num_inference_steps) == (
+        "ddim",
+        30,
+    )
 
 
 def test_every_key_of_everydream2_is_read(tmp_path: Path):
@@ -102,7 +116,16 @@ def test_every_key_of_everydream2_is_read(tmp_path: Path):
 
 
 def test_null_is_the_default(tmp_path: Path):
-    keys = ("resolution", "seed", "cfgs", "batch_size", "scheduler", "num_inference_steps", "show_progress_bars", "samples")
+    keys = (
+        "resolution",
+        "seed",
+        "cfgs",
+        "batch_size",
+        "scheduler",
+        "num_inference_steps",
+        "show_progress_bars",
+        "samples",
+    )
     prompts = load_sample_prompts(write(tmp_path / "p.json", dict.fromkeys(keys)))
     assert replace(prompts, samples=None) == SamplePrompts() == load_sample_prompts(None)
 
@@ -111,9 +134,15 @@ def test_null_is_the_default(tmp_path: Path):
     ("text", "message"),
     [
         ('{"sed": 1}', ":1: sed: unknown key; did you mean 'seed'?"),
-        ('{\n"samples": [\n{"prompt": "a"},\n{"promt": "a"}]}', ":4: samples[1].promt: unknown key; did you mean 'prompt'?"),
+        (
+            '{\n"samples": [\n{"prompt": "a"},\n{"promt": "a"}]}',
+            ":4: samples[1].promt: unknown key; did you mean 'prompt'?",
+        ),
         ('{"scheduler": "dim"}', ":1: scheduler: unknown value 'dim'; did you mean 'ddim'?"),
-        ('{"resolution": 100}', ":1: resolution: must be a multiple of 8, got 100; the nearest are 96 and 104"),
+        (
+            '{"resolution": 100}',
+            ":1: resolution: must be a multiple of 8, got 100; the nearest are 96 and 104",
+        ),
         ('{"cfgs": [7, 0.5]}', ":1: cfgs[1]: must be at least 1, got 0.5"),
         ('{"cfgs": []}', ":1: cfgs: is an empty list"),
         ('{"samples": [{"size": [64, 60]}]}', ":1: samples[0].size[1]: must be a multiple of 8, got 60"),
@@ -152,7 +181,9 @@ def test_a_scheduler_whose_package_is_missing_is_an_error(tmp_path: Path, monkey
         load_sample_prompts(write(tmp_path / "p.json", {"scheduler": "lms"}))
 
 
-@pytest.mark.parametrize(("name", "content"), [("p.txt", "# nothing\n"), ("p.json", "{}"), ("p.json", '{"samples": []}')])
+@pytest.mark.parametrize(
+    ("name", "content"), [("p.txt", "# nothing\n"), ("p.json", "{}"), ("p.json", '{"samples": []}')]
+)
 def test_a_file_without_prompts_says_that_captions_are_taken(tmp_path: Path, name: str, content: str):
     report = Report()
     read_sample_prompts(write(tmp_path / name, content), report)
@@ -169,7 +200,9 @@ def test_without_prompts_four_captions_of_the_data_are_drawn():
     captions = [f"caption {number // 2}" for number in range(20)]
     chosen = [prompt.prompt for prompt in sampler(SamplePrompts(), captions=captions).prompts]
     assert chosen == ["caption 0", "caption 2", "caption 5", "caption 7"]
-    assert [prompt.prompt for prompt in sampler(SamplePrompts(), captions=["one", "one", " "]).prompts] == ["one"]
+    assert [prompt.prompt for prompt in sampler(SamplePrompts(), captions=["one", "one", " "]).prompts] == [
+        "one"
+    ]
     assert [prompt.prompt for prompt in sampler(SamplePrompts(), captions=[]).prompts] == [""]
 
 
@@ -190,7 +223,14 @@ def test_a_picture_does_not_depend_on_its_neighbours(models: Any):
 
 def test_seeds_go_from_the_prompt_to_the_file_to_the_run(models: Any):
     def picture(own: int | None, file: int | None, run: int, step: int = 1) -> bytes:
-        return pixels(draw(models, replace(QUICK, seed=file, samples=(SamplePrompt(prompt="a", seed=own),)), step=step, seed=run))[0]
+        return pixels(
+            draw(
+                models,
+                replace(QUICK, seed=file, samples=(SamplePrompt(prompt="a", seed=own),)),
+                step=step,
+                seed=run,
+            )
+        )[0]
 
     assert picture(1, 2, 3) == picture(1, 4, 5) == picture(None, 1, 5) == picture(None, None, 1)
     assert picture(1, 2, 3) != picture(None, 2, 3) != picture(None, None, 3)
@@ -199,7 +239,12 @@ def test_seeds_go_from_the_prompt_to_the_file_to_the_run(models: Any):
 
 def test_the_negative_prompt_and_the_guidance_act(models: Any):
     def picture(cfg: float, negative: str) -> bytes:
-        return pixels(draw(models, replace(QUICK, cfgs=(cfg,), samples=(SamplePrompt(prompt="a", negative_prompt=negative),))))[0]
+        return pixels(
+            draw(
+                models,
+                replace(QUICK, cfgs=(cfg,), samples=(SamplePrompt(prompt="a", negative_prompt=negative),)),
+            )
+        )[0]
 
     assert picture(3, "") != picture(3, "blue") and picture(3, "") != picture(5, "")
     assert picture(1, "") == picture(1, "blue")
@@ -210,11 +255,16 @@ def test_clip_skip_acts(models: Any):
 
 
 def test_words_beyond_the_first_window_are_drawn_with_further_windows(models: Any):
-    prompts = replace(QUICK, samples=tuple(SamplePrompt(prompt="a " * 80 + words) for words in ("red circle", "blue square")))
+    prompts = replace(
+        QUICK,
+        samples=tuple(SamplePrompt(prompt="a " * 80 + words) for words in ("red circle", "blue square")),
+    )
 
     def pictures(**more: Any) -> tuple[list[Any], tuple[str, ...]]:
         samples = draw(models, prompts, **more)
-        return [row.crop((0, 0, 256, 256)).tobytes() for _, row in samples.rows], samples.problems  # without the caption below
+        return [
+            row.crop((0, 0, 256, 256)).tobytes() for _, row in samples.rows
+        ], samples.problems  # without the caption below
 
     (red, blue), problems = pictures()
     assert red == blue and len(problems) == 2 and "has 82 tokens and the text encoder reads 75" in problems[0]
@@ -234,7 +284,9 @@ def test_sizes(models: Any):
     )
     samples = draw(models, prompts)
     assert samples.problems == ()
-    widths = [row.width for _, row in samples.rows]  # enlarged to at least 256 on the shorter side: by 4, 7, 6 and 4
+    widths = [
+        row.width for _, row in samples.rows
+    ]  # enlarged to at least 256 on the shorter side: by 4, 7, 6 and 4
     assert widths == [4 * 64, 7 * 96, 6 * 88, 4 * 64]
     assert draw(models, replace(prompts, resolution=128)).rows[0][1].width == 2 * 128
 
@@ -277,17 +329,24 @@ def test_ddim_does_not_clip_latents_of_a_model_saved_with_another_scheduler(mode
     assert pixels(draw(models)) == pixels(draw(replace(models, scheduler_config=explicit)))
 
 
-ZERO_TERMINAL = with_zero_terminal_snr({**dict(tiny_scheduler().config), "prediction_type": "v_prediction"}, "tiny")
+ZERO_TERMINAL = with_zero_terminal_snr(
+    {**dict(tiny_scheduler().config), "prediction_type": "v_prediction"}, "tiny"
+)
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "euler", "euler_a", "dpm++", "dpm++_2m_sde_k"])
 def test_a_schedule_that_ends_in_noise_alone_is_drawn_with(models: Any, scheduler: Any):
     check_scheduler(replace(QUICK, scheduler=scheduler), ZERO_TERMINAL)
-    drawn = draw(replace(models, scheduler_config=ZERO_TERMINAL), replace(QUICK, scheduler=scheduler, num_inference_steps=4))
+    drawn = draw(
+        replace(models, scheduler_config=ZERO_TERMINAL),
+        replace(QUICK, scheduler=scheduler, num_inference_steps=4),
+    )
     assert drawn.problems == ()
 
 
-def test_a_schedule_that_ends_in_noise_alone_is_sampled_from_its_end_with_rescaled_guidance(models: Any, monkeypatch: pytest.MonkeyPatch):
+def test_a_schedule_that_ends_in_noise_alone_is_sampled_from_its_end_with_rescaled_guidance(
+    models: Any, monkeypatch: pytest.MonkeyPatch
+):
     seen: list[tuple[float, int]] = []
     forward = StableDiffusionPipeline.__call__
 
@@ -307,7 +366,9 @@ def test_a_schedule_that_ends_in_noise_alone_is_sampled_from_its_end_with_rescal
 def test_a_sampler_that_does_not_know_such_a_schedule_is_refused(scheduler: Any):
     prompts = SamplePrompts(scheduler=scheduler)
     check_scheduler(prompts, tiny_scheduler().config)
-    with pytest.raises(UserError, match=f"scheduler {re.escape(scheduler)} does not know .* use one of ddim, ddpm"):
+    with pytest.raises(
+        UserError, match=f"scheduler {re.escape(scheduler)} does not know .* use one of ddim, ddpm"
+    ):
         check_scheduler(prompts, ZERO_TERMINAL)
 
 
@@ -323,13 +384,21 @@ def test_modes_gradients_and_weights_are_left_alone():
     models.vae.requires_grad_(False)
     networks = (models.unet, models.text_encoder, models.vae)
     weights = [copy.deepcopy(network.state_dict()) for network in networks]
-    state = [[(module.training, [p.requires_grad for p in module.parameters()]) for module in network.modules()] for network in networks]
+    state = [
+        [(module.training, [p.requires_grad for p in module.parameters()]) for module in network.modules()]
+        for network in networks
+    ]
     seen: list[bool] = []
-    hook = models.unet.register_forward_hook(lambda *_: seen.append(models.unet.training or torch.is_grad_enabled()))
+    hook = models.unet.register_forward_hook(
+        lambda *_: seen.append(models.unet.training or torch.is_grad_enabled())
+    )
     draw(models)
     hook.remove()
     assert seen and not any(seen)
-    after = [[(module.training, [p.requires_grad for p in module.parameters()]) for module in network.modules()] for network in networks]
+    after = [
+        [(module.training, [p.requires_grad for p in module.parameters()]) for module in network.modules()]
+        for network in networks
+    ]
     assert after == state and not frozen.training and models.unet.training
     assert all(p.grad is None for network in networks for p in network.parameters())
     for network, before in zip(networks, weights, strict=True):
@@ -346,7 +415,11 @@ def test_training_is_the_same_to_the_bit_with_and_without_samples():
             if sampled:
                 draw(models, step=step)
             noise = torch.randn(2, 4, 8, 8)  # from the global generator, which samples must not touch
-            loss = (models.unet(noise, torch.tensor([10, 500]), torch.zeros(2, 77, 16)).sample - noise).square().mean()
+            loss = (
+                (models.unet(noise, torch.tensor([10, 500]), torch.zeros(2, 77, 16)).sample - noise)
+                .square()
+                .mean()
+            )
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -380,7 +453,10 @@ def test_a_failing_prompt_is_a_problem_and_the_others_are_drawn(models: Any, mon
     monkeypatch.setattr(models.text_encoder, "forward", failing)
     samples = draw(models)
     assert len(samples.problems) == 1
-    assert samples.problems[0] == "sample 'a red circle' at cfg 3 could not be drawn: CUDA out of memory. Tried to allocate 2 GiB"
+    assert (
+        samples.problems[0]
+        == "sample 'a red circle' at cfg 3 could not be drawn: CUDA out of memory. Tried to allocate 2 GiB"
+    )
     assert len(samples.rows) == 2
     difference = np.asarray(samples.rows[1][1]).astype(int) - np.asarray(whole.rows[1][1])
     assert np.abs(difference).max() <= 2
@@ -425,7 +501,10 @@ def test_files_and_tags(models: Any, tmp_path: Path):
     path = samples.save(tmp_path / "samples", 100)
     assert path == tmp_path / "samples" / "gs00100.png"
     assert Image.open(path).tobytes() == samples.grid.tobytes()
-    assert [tag for tag, _ in samples.rows] == ["sample_prompts/0 a red circle", "sample_prompts/1 a blue square"]
+    assert [tag for tag, _ in samples.rows] == [
+        "sample_prompts/0 a red circle",
+        "sample_prompts/1 a blue square",
+    ]
 
 
 SIDE = 256  # what 64 px pictures are enlarged to
@@ -458,7 +537,10 @@ def ink(picture: Image.Image, box: tuple[int, int, int, int]) -> int:
 
 
 def test_captions_are_written_and_wrapped():
-    short, long = labelled_row([RED], [""], "a red square"), labelled_row([RED], [""], "a very long caption " * 6)
+    short, long = (
+        labelled_row([RED], [""], "a red square"),
+        labelled_row([RED], [""], "a very long caption " * 6),
+    )
     longest = labelled_row([RED], [""], "a very long caption " * 60)
     assert ink(short, (0, SIDE, SIDE, short.height)) > 50
     assert short.height < long.height <= longest.height < SIDE + 100
@@ -480,5 +562,7 @@ def test_a_reason_stands_in_the_place_of_a_picture():
 
 
 def test_rows_of_different_widths_share_a_grid():
-    grid = tiled([labelled_row([RED], [""], "a"), labelled_row([RED, BLUE], ["", ""], "b")], columns=1, title="step 1")
+    grid = tiled(
+        [labelled_row([RED], [""], "a"), labelled_row([RED, BLUE], ["", ""], "b")], columns=1, title="step 1"
+    )
     assert grid.width >= 2 * SIDE and ink(grid, (0, 0, grid.width, 30)) > 20

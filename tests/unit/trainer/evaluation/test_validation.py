@@ -20,7 +20,13 @@ from trainer.diffusion.moments import encode_pixels
 from trainer.diffusion.objective import Networks, Objective, ObjectiveOptions
 from trainer.diffusion.schedule import NoiseSchedule
 from trainer.errors import UserError
-from trainer.evaluation.validation import FixedLoss, Validation, ValidationFile, held_out_batches, split_images
+from trainer.evaluation.validation import (
+    FixedLoss,
+    Validation,
+    ValidationFile,
+    held_out_batches,
+    split_images,
+)
 from trainer.training.precision import Precision
 
 SHIPPED = {
@@ -87,7 +93,9 @@ def test_every_key_away_from_its_default_is_read(tmp_path):
     }
     file, errors, notes = read(tmp_path, **keys)
     assert (errors, notes) == ([], [])
-    assert file == ValidationFile(**{**keys, "manual_data_root": str(own), "extra_manual_datasets": {"other": str(other)}})
+    assert file == ValidationFile(
+        **{**keys, "manual_data_root": str(own), "extra_manual_datasets": {"other": str(other)}}
+    )
 
 
 def test_earlier_names_are_understood(tmp_path):
@@ -116,11 +124,20 @@ def test_what_has_no_effect_is_a_note(tmp_path):
         ({"auto_split_proportion": 1}, "2: auto_split_proportion: must be less than 1, got 1"),
         ({"val_split_mode": "manul"}, "2: val_split_mode: unknown value 'manul'; did you mean 'manual'?"),
         ({"val_split_mode": "manual"}, "2: val_split_mode: manual needs manual_data_root"),
-        ({"val_split_mode": "manual", "manual_data_root": "nowhere"}, "3: manual_data_root: folder not found: nowhere"),
-        ({"extra_manual_datasets": {"a": "nowhere"}}, "2: extra_manual_datasets.a: folder not found: nowhere"),
+        (
+            {"val_split_mode": "manual", "manual_data_root": "nowhere"},
+            "3: manual_data_root: folder not found: nowhere",
+        ),
+        (
+            {"extra_manual_datasets": {"a": "nowhere"}},
+            "2: extra_manual_datasets.a: folder not found: nowhere",
+        ),
         ({"extra_manual_datasets": ["a"]}, "2: extra_manual_datasets: must be an object"),
         ({"evry_n_epochs": 1}, "2: evry_n_epochs: unknown key; did you mean 'every_n_epochs'?"),
-        ({"auto_split_proportion": 0.1, "val_split_proportion": 0.2}, "3: val_split_proportion: says the same as auto_split_proportion"),
+        (
+            {"auto_split_proportion": 0.1, "val_split_proportion": 0.2},
+            "3: val_split_proportion: says the same as auto_split_proportion",
+        ),
     ],
 )
 def test_mistakes_are_named_with_their_line(tmp_path, keys, words):
@@ -145,7 +162,11 @@ def test_an_automatic_split_follows_the_content_of_renamed_and_moved_files(tmp_p
     pictures(tmp_path / "pictures", 30)
     before = split(tmp_path, ValidationFile())
     [held] = before.held_out
-    assert held.tag == "loss/val" and held.index.records and not set(names(before.train)) & set(names(held.index))
+    assert (
+        held.tag == "loss/val"
+        and held.index.records
+        and not set(names(before.train)) & set(names(held.index))
+    )
     assert len(before.train.records) + len(held.index.records) == 30
     again = split(tmp_path, ValidationFile())
     assert again.train.fingerprint() == before.train.fingerprint()
@@ -153,7 +174,9 @@ def test_an_automatic_split_follows_the_content_of_renamed_and_moved_files(tmp_p
     numbers = {int(name.removesuffix(".png")) for name in names(held.index)}
     for number in range(30):
         for ending in ("png", "txt"):
-            (tmp_path / "pictures" / f"{number}.{ending}").rename(tmp_path / "pictures" / f"new {100 - number}.{ending}")
+            (tmp_path / "pictures" / f"{number}.{ending}").rename(
+                tmp_path / "pictures" / f"new {100 - number}.{ending}"
+            )
     pictures(tmp_path / "pictures" / "below", 10, first=200)
     [after] = split(tmp_path, ValidationFile()).held_out
     moved = {100 - int(name[4:-4]) for name in names(after.index) if name.startswith("new")}
@@ -173,13 +196,22 @@ def test_manual_and_extra_folders_are_measured_and_never_trained(tmp_path):
     root = pictures(tmp_path / "pictures", 6)
     pictures(root / "held", 2, first=50)
     outside = pictures(tmp_path / "outside", 3, first=80)
-    file = ValidationFile(val_split_mode="manual", manual_data_root=str(root / "held"), extra_manual_datasets={"more": str(outside)})
+    file = ValidationFile(
+        val_split_mode="manual",
+        manual_data_root=str(root / "held"),
+        extra_manual_datasets={"more": str(outside)},
+    )
     found = split(tmp_path, file)
-    assert [(held.tag, len(held.index.records)) for held in found.held_out] == [("loss/val", 2), ("loss/val more", 3)]
+    assert [(held.tag, len(held.index.records)) for held in found.held_out] == [
+        ("loss/val", 2),
+        ("loss/val more", 3),
+    ]
     assert len(found.train.records) == 6 and not any(name.startswith("held/") for name in names(found.train))
     assert found.notes == ("2 images of data_root are not trained: they are held out as loss/val",)
     only_extra = split(tmp_path, replace(file, validate_training=False))
-    assert [held.tag for held in only_extra.held_out] == ["loss/val more"] and len(only_extra.train.records) == 8
+    assert [held.tag for held in only_extra.held_out] == ["loss/val more"] and len(
+        only_extra.train.records
+    ) == 8
 
 
 def test_no_split_holds_nothing_out(tmp_path):
@@ -194,7 +226,10 @@ def test_what_leaves_nothing_to_train_or_to_measure_is_refused(tmp_path):
         split(tmp_path, ValidationFile(val_split_mode="none", extra_manual_datasets={"all": str(root)}))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"validation \(loss/val x\): no images in"):
-        split(tmp_path, ValidationFile(val_split_mode="none", extra_manual_datasets={"x": str(tmp_path / "empty")}))
+        split(
+            tmp_path,
+            ValidationFile(val_split_mode="none", extra_manual_datasets={"x": str(tmp_path / "empty")}),
+        )
     shutil.rmtree(root)
     pictures(root, 1)
     with pytest.raises(DataError, match="needs two different images"):
@@ -204,13 +239,18 @@ def test_what_leaves_nothing_to_train_or_to_measure_is_refused(tmp_path):
 # When, and how much
 
 
-@pytest.mark.parametrize(("every", "expected"), [(1, [5, 10, 15, 20]), (2, [10, 20]), (0.5, [3, 5, 8, 10, 13, 15, 18, 20]), (1.5, [8, 15])])
+@pytest.mark.parametrize(
+    ("every", "expected"),
+    [(1, [5, 10, 15, 20]), (2, [10, 20]), (0.5, [3, 5, 8, 10, 13, 15, 18, 20]), (1.5, [8, 15])],
+)
 def test_measurements_fall_due_by_epochs_and_their_fractions(every, expected):
     validation = Validation({"loss/val": cast(FixedLoss, None)}, every)
     position = [step // 5 + (step % 5) / 5 for step in range(21)]
     assert [step for step in range(1, 21) if validation.due(position[step - 1], position[step])] == expected
     assert validation.due(0.1, 0.2, last=True)
-    assert not any(Validation({}, every).due(0.9, 5.0, last=last) for last in (False, True)), "nothing is held out"
+    assert not any(Validation({}, every).due(0.9, 5.0, last=last) for last in (False, True)), (
+        "nothing is held out"
+    )
 
 
 CPU = Precision(torch.device("cpu"), None, None, torch.float32)
@@ -241,16 +281,22 @@ def measured(models, folder, size=1, record=None, **options):
     images = Images(index, data, tokenize=Tokenize(models.tokenizer), seed=1)
 
     def encode(batch):
-        return replace(batch, pixels_BCHW=None, moments_BCHW=encode_pixels(models.vae, batch.pixels_BCHW, CPU.autocast))
+        return replace(
+            batch, pixels_BCHW=None, moments_BCHW=encode_pixels(models.vae, batch.pixels_BCHW, CPU.autocast)
+        )
 
     batches = held_out_batches(images, len(index.records), size, encode)
     objective = objective_of(models, **options)
     if record is not None:
         predict = objective.predict
-        objective.predict = lambda networks, inputs, autocast: record.append(inputs) or predict(networks, inputs, autocast)  # type: ignore[method-assign]
+        objective.predict = lambda networks, inputs, autocast: (
+            record.append(inputs) or predict(networks, inputs, autocast)
+        )  # type: ignore[method-assign]
     keys = [(555, int(name.removesuffix(".png"))) for name in names(index)]
     loss = FixedLoss(batches, objective, keys)
-    return loss.measure(Networks(models.unet, models.text_encoder, models.vae), CPU.autocast, CPU.device), batches
+    return loss.measure(
+        Networks(models.unet, models.text_encoder, models.vae), CPU.autocast, CPU.device
+    ), batches
 
 
 def test_a_loss_is_the_same_again_whatever_the_batches(models, tmp_path):
@@ -270,7 +316,11 @@ def test_an_image_is_encoded_once_and_alone_whatever_is_measured(models, tmp_pat
     data = DataOptions(data_root=str(folder), resolution=64)
     index = build_index(data)
     images = Images(index, data, tokenize=Tokenize(models.tokenizer), seed=1)
-    loss = FixedLoss(images.plain(range(3)), objective_of(models), [(555, int(name.removesuffix(".png"))) for name in names(index)])
+    loss = FixedLoss(
+        images.plain(range(3)),
+        objective_of(models),
+        [(555, int(name.removesuffix(".png"))) for name in names(index)],
+    )
     networks = Networks(models.unet, models.text_encoder, models.vae)
     assert [loss.measure(networks, CPU.autocast, CPU.device) for _ in range(2)] == [expected] * 2
     assert rows == [1, 1, 1]

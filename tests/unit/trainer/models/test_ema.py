@@ -12,7 +12,9 @@ CPU = torch.device("cpu")
 
 def parameters(dtype=torch.float32, device=CPU):
     draws = torch.Generator().manual_seed(0)
-    made = [torch.nn.Parameter(torch.randn(shape, generator=draws).to(device, dtype)) for shape in ((3, 4), (5,))]
+    made = [
+        torch.nn.Parameter(torch.randn(shape, generator=draws).to(device, dtype)) for shape in ((3, 4), (5,))
+    ]
     return {"unet": made[:1], "text encoder": made[1:]}
 
 
@@ -35,7 +37,9 @@ def test_an_update_is_the_recurrence_from_the_very_first_on():
         move(networks, step)
         ema.after(step)
         if step % 2 == 0:
-            now = [parameter.detach().double() for parameter in (*networks["unet"], *networks["text encoder"])]
+            now = [
+                parameter.detach().double() for parameter in (*networks["unet"], *networks["text encoder"])
+            ]
             expected = [0.9 * before + 0.1 * weight for before, weight in zip(expected, now, strict=True)]
         for found, value in zip(averages(ema), expected, strict=True):
             torch.testing.assert_close(found.double(), value, rtol=1e-5, atol=1e-6)
@@ -59,7 +63,10 @@ def test_a_strength_is_the_share_of_the_start_that_is_left_at_the_end():
 
 def test_the_plan_in_words():
     assert plan_ema(EmaOptions(), 10) is None
-    assert plan_ema(EmaOptions(ema_decay_rate=0.9, ema_update_interval=3), 10) == "decay 0.9 every 3 steps (3 updates), kept on cpu"
+    assert (
+        plan_ema(EmaOptions(ema_decay_rate=0.9, ema_update_interval=3), 10)
+        == "decay 0.9 every 3 steps (3 updates), kept on cpu"
+    )
     assert "no update: the run is shorter" in str(plan_ema(EmaOptions(ema_decay_rate=0.9), 10))
 
 
@@ -91,7 +98,9 @@ def test_small_steps_of_bf16_weights_are_not_lost():
     for step in range(1, 2001):
         ema.after(step)
     assert averages(ema)[0].dtype == torch.float32
-    assert averages(ema)[0].item() == pytest.approx(1 - 0.999**2000, rel=1e-3)  # in bf16 it would rest where a step is below the spacing
+    assert averages(ema)[0].item() == pytest.approx(
+        1 - 0.999**2000, rel=1e-3
+    )  # in bf16 it would rest where a step is below the spacing
 
 
 def test_the_state_on_disk_goes_on_to_the_bit(tmp_path):
@@ -106,8 +115,12 @@ def test_the_state_on_disk_goes_on_to_the_bit(tmp_path):
     move(networks, 4)
     for one in (ema, continued):
         one.after(4)
-    assert all(torch.equal(left, right) for left, right in zip(averages(ema), averages(continued), strict=True))
-    with pytest.raises(UserError, match="holds averaged weights of unet and text encoder, and what is trained now is unet"):
+    assert all(
+        torch.equal(left, right) for left, right in zip(averages(ema), averages(continued), strict=True)
+    )
+    with pytest.raises(
+        UserError, match="holds averaged weights of unet and text encoder, and what is trained now is unet"
+    ):
         Ema({"unet": networks["unet"]}, decay=0.9, interval=1, device=CPU).load_state_dict(ema.state_dict())
 
 

@@ -74,7 +74,10 @@ def test_a_folder_loads_in_fp32_whatever_it_holds(dtype, variant, tmp_path):
     models = load(folder)
     assert_same(models, tiny_models(), through=dtype)
     assert models.tokenizer("a red circle").input_ids == tiny_tokenizer()("a red circle").input_ids
-    assert models.scheduler_config["beta_end"] == 0.012 and models.scheduler_config["prediction_type"] == "epsilon"
+    assert (
+        models.scheduler_config["beta_end"] == 0.012
+        and models.scheduler_config["prediction_type"] == "epsilon"
+    )
     assert models.source == str(folder)
 
 
@@ -97,7 +100,10 @@ def test_a_folder_as_it_was_published_years_ago_loads(folder):
     vae = safetensors.torch.load_file(folder / VAE)
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     for new, before in old.items():
-        vae = {name.replace(f"attentions.0.{new}.", f"attentions.0.{before}."): tensor for name, tensor in vae.items()}
+        vae = {
+            name.replace(f"attentions.0.{new}.", f"attentions.0.{before}."): tensor
+            for name, tensor in vae.items()
+        }
     assert "encoder.mid_block.attentions.0.query.weight" in vae
     safetensors.torch.save_file(vae, folder / VAE)
     write_tokenizer(tiny_tokenizer(), folder / "tokenizer")
@@ -110,16 +116,32 @@ def test_a_folder_as_it_was_published_years_ago_loads(folder):
 @pytest.mark.parametrize(
     ("names", "chosen"),
     [
-        (["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"], ["diffusion_pytorch_model.safetensors"]),
-        (["diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors"], ["diffusion_pytorch_model.bin"]),
-        (["diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"], ["diffusion_pytorch_model.safetensors"]),
+        (
+            ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"],
+            ["diffusion_pytorch_model.safetensors"],
+        ),
+        (
+            ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors"],
+            ["diffusion_pytorch_model.bin"],
+        ),
+        (
+            ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"],
+            ["diffusion_pytorch_model.safetensors"],
+        ),
         (
             ["diffusion_pytorch_model.non_ema.safetensors", "diffusion_pytorch_model.fp16.safetensors"],
             ["diffusion_pytorch_model.fp16.safetensors"],
         ),
         (
-            ["diffusion_pytorch_model-00002-of-00002.safetensors", "diffusion_pytorch_model-00001-of-00002.safetensors", "config.json"],
-            ["diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model-00002-of-00002.safetensors"],
+            [
+                "diffusion_pytorch_model-00002-of-00002.safetensors",
+                "diffusion_pytorch_model-00001-of-00002.safetensors",
+                "config.json",
+            ],
+            [
+                "diffusion_pytorch_model-00001-of-00002.safetensors",
+                "diffusion_pytorch_model-00002-of-00002.safetensors",
+            ],
         ),
         (["model.safetensors", "config.json"], None),
     ],
@@ -145,14 +167,23 @@ def rebuild(folder, network, **changes):
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda f: (f / "model_index.json").unlink(), "is not a model: it holds no model_index.json; name a diffusers folder"),
+        (
+            lambda f: (f / "model_index.json").unlink(),
+            "is not a model: it holds no model_index.json; name a diffusers folder",
+        ),
         (lambda f: (f / "model_index.json").write_text("{"), "model_index.json is not valid JSON"),
         (
             lambda f: spoil_json(f / "model_index.json", _class_name="StableDiffusionXLPipeline"),
             "is a StableDiffusionXLPipeline, which this",
         ),
-        (lambda f: spoil_json(f / "model_index.json", vae=["diffusers", "AutoencoderTiny"]), "names AutoencoderTiny as vae"),
-        (lambda f: spoil_json(f / "model_index.json", text_encoder=[None, None]), "names nothing as text_encoder"),
+        (
+            lambda f: spoil_json(f / "model_index.json", vae=["diffusers", "AutoencoderTiny"]),
+            "names AutoencoderTiny as vae",
+        ),
+        (
+            lambda f: spoil_json(f / "model_index.json", text_encoder=[None, None]),
+            "names nothing as text_encoder",
+        ),
         (lambda f: spoil_json(f / "unet/config.json", _class_name="UNet2DModel"), "holds a UNet2DModel"),
         (lambda f: (f / "unet/config.json").unlink(), "config.json is missing or cannot be read"),
         (lambda f: (f / UNET).unlink(), "holds no weights (diffusion_pytorch_model.safetensors"),
@@ -174,7 +205,9 @@ def test_a_folder_that_is_no_model_is_named_for_what_it_is(folder, spoil, said):
 
 
 def test_folders_near_a_model_point_to_it(folder, tmp_path):
-    assert refused(folder / "unet").endswith("is one part of a model; name the folder above it, which holds model_index.json.")
+    assert refused(folder / "unet").endswith(
+        "is one part of a model; name the folder above it, which holds model_index.json."
+    )
     assert refused(tmp_path).endswith(f"name {folder}.")
     files = tmp_path / "files"
     files.mkdir()
@@ -186,7 +219,10 @@ def test_folders_near_a_model_point_to_it(folder, tmp_path):
 def test_weights_that_are_cut_short_missing_or_misshapen_are_refused(folder):
     content = (folder / UNET).read_bytes()
     (folder / UNET).write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=r"diffusion_pytorch_model.safetensors: the file is cut short: it holds 115,244 of 230,488 bytes"):
+    with pytest.raises(
+        UserError,
+        match=r"diffusion_pytorch_model.safetensors: the file is cut short: it holds 115,244 of 230,488 bytes",
+    ):
         load(folder)
     weights = safetensors.torch.load(content)
     first = weights.pop("conv_in.bias")
@@ -199,15 +235,21 @@ def test_weights_that_are_cut_short_missing_or_misshapen_are_refused(folder):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize(("part", "old"), [(UNET, "diffusion_pytorch_model.bin"), (TEXT, "pytorch_model.bin")])
-def test_older_weights_that_want_to_run_something_are_refused_and_nothing_runs(folder, capsys, part, old, zipped):
+@pytest.mark.parametrize(
+    ("part", "old"), [(UNET, "diffusion_pytorch_model.bin"), (TEXT, "pytorch_model.bin")]
+)
+def test_older_weights_that_want_to_run_something_are_refused_and_nothing_runs(
+    folder, capsys, part, old, zipped
+):
     from tests.unit.test_models_tensor_file import Evil
 
     weights = safetensors.torch.load_file(folder / part)
     (folder / part).unlink()
     path = (folder / part).with_name(old)
     torch.save({**weights, "more": Evil()}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match=r"asks for (builtins\.)?print, which weights have no use for.*nothing of it was run"):
+    with pytest.raises(
+        UserError, match=r"asks for (builtins\.)?print, which weights have no use for.*nothing of it was run"
+    ):
         load(folder)
     assert "ran" not in capsys.readouterr().out
     path.write_bytes(path.read_bytes()[:1000])
@@ -215,15 +257,23 @@ def test_older_weights_that_want_to_run_something_are_refused_and_nothing_runs(f
         load(folder)
 
 
-def test_no_key_and_no_file_of_a_folder_makes_a_library_fetch_code_or_other_weights(folder, tmp_path, monkeypatch):
+def test_no_key_and_no_file_of_a_folder_makes_a_library_fetch_code_or_other_weights(
+    folder, tmp_path, monkeypatch
+):
     """Transformers would load kernels, quantizers, an adapter's base or another file by these."""
     monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel.from_pretrained", None)
     monkeypatch.setattr("diffusers.models.modeling_utils.ModelMixin.from_pretrained", None)
     kernel = {"_attn_implementation": "kernels-community/x", "attn_implementation": "kernels-community/x"}
-    other = {"transformers_weights": "../../x.safetensors", "auto_map": {"AutoModel": "x.Y"}, "fusion_config": {"x": "y"}}
+    other = {
+        "transformers_weights": "../../x.safetensors",
+        "auto_map": {"AutoModel": "x.Y"},
+        "fusion_config": {"x": "y"},
+    }
     for network in ("unet", "vae", "text_encoder"):
         spoil_json(folder / network / "config.json", **kernel, **other, _name_or_path="/elsewhere")
-    (folder / "text_encoder" / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/elses", "peft_type": "LORA"}')
+    (folder / "text_encoder" / "adapter_config.json").write_text(
+        '{"base_model_name_or_path": "someone/elses", "peft_type": "LORA"}'
+    )
     index = {"metadata": {}, "weight_map": {"x": "../../elsewhere.safetensors"}}
     (folder / "text_encoder" / "model.safetensors.index.json").write_text(json.dumps(index))
     models = load(folder)
@@ -234,7 +284,9 @@ def test_no_key_and_no_file_of_a_folder_makes_a_library_fetch_code_or_other_weig
     configs = json.loads(file.metadata[CONFIGS])
     assert not {*kernel, *other} & {key for config in configs.values() for key in config}
     configs["text_encoder"] |= kernel
-    write_tensors(tmp_path / "y.safetensors", file, torch.float32, {**file.metadata, CONFIGS: json.dumps(configs)})
+    write_tensors(
+        tmp_path / "y.safetensors", file, torch.float32, {**file.metadata, CONFIGS: json.dumps(configs)}
+    )
     assert_same(load(tmp_path / "y.safetensors"), tiny_models())
 
 
@@ -243,7 +295,10 @@ def test_quantized_weights_are_named_for_what_they_are(folder):
     weights = safetensors.torch.load_file(folder / UNET)
     weights["conv_in.weight"] = weights["conv_in.weight"].to(torch.int8)
     safetensors.torch.save_file(weights, folder / UNET)
-    assert "unet: the weights are quantized (conv_in.weight is torch.int8); name the model in fp16 or fp32." in refused(folder)
+    assert (
+        "unet: the weights are quantized (conv_in.weight is torch.int8); name the model in fp16 or fp32."
+        in refused(folder)
+    )
 
 
 def test_shards_load_as_one(folder):
@@ -251,7 +306,9 @@ def test_shards_load_as_one(folder):
     (folder / UNET).unlink()
     for number in (0, 1):
         part = dict(list(weights.items())[number::2])
-        safetensors.torch.save_file(part, folder / "unet" / f"diffusion_pytorch_model-{number + 1:05}-of-00002.safetensors")
+        safetensors.torch.save_file(
+            part, folder / "unet" / f"diffusion_pytorch_model-{number + 1:05}-of-00002.safetensors"
+        )
     assert_same(load(folder), tiny_models())
 
 
@@ -325,17 +382,29 @@ def test_a_file_of_this_program_loads_alone(shape, dtype, tmp_path):
         )
 
 
-@pytest.mark.parametrize("form", ["safetensors", "ckpt", "with averages", "bare text prefix", "linear vae attention"])
+@pytest.mark.parametrize(
+    "form", ["safetensors", "ckpt", "with averages", "bare text prefix", "linear vae attention"]
+)
 def test_files_of_other_programs_load(form, sd15_is_tiny, tmp_path):
     reference = tiny_models(4)
     tensors = {name: tensor.contiguous() for name, tensor in to_original(reference).items()}
     path = tmp_path / ("x.ckpt" if form == "ckpt" else "x.safetensors")
     if form == "with averages":
-        tensors |= {"model_ema.decay": torch.ones(1), "alphas_cumprod": torch.ones(1000), "cond_stage_model.logit_scale": torch.ones(1)}
+        tensors |= {
+            "model_ema.decay": torch.ones(1),
+            "alphas_cumprod": torch.ones(1000),
+            "cond_stage_model.logit_scale": torch.ones(1),
+        }
     if form == "bare text prefix":
-        tensors = {name.replace("transformer.text_model.", "transformer."): tensor for name, tensor in tensors.items()}
+        tensors = {
+            name.replace("transformer.text_model.", "transformer."): tensor
+            for name, tensor in tensors.items()
+        }
     if form == "linear vae attention":
-        tensors = {name: t.reshape(t.shape[:2]) if ".attn_1." in name and t.ndim == 4 else t for name, t in tensors.items()}
+        tensors = {
+            name: t.reshape(t.shape[:2]) if ".attn_1." in name and t.ndim == 4 else t
+            for name, t in tensors.items()
+        }
     if form == "ckpt":
         torch.save({"state_dict": tensors, "global_step": 1}, path)
     else:
@@ -349,8 +418,15 @@ def as_published(models):
     """Return a file's tensors with what SD 2.x's own files hold and do not use: OpenCLIP's last layer, its projection, its scale."""
     tensors = {name: tensor.contiguous() for name, tensor in to_original(models).items()}
     layer = "cond_stage_model.model.transformer.resblocks."
-    last = {name.replace(f"{layer}1.", f"{layer}2."): torch.ones_like(t) for name, t in tensors.items() if name.startswith(f"{layer}1.")}
-    unused = {"cond_stage_model.model.text_projection": torch.ones(1024, 8), "cond_stage_model.model.logit_scale": torch.ones(())}
+    last = {
+        name.replace(f"{layer}1.", f"{layer}2."): torch.ones_like(t)
+        for name, t in tensors.items()
+        if name.startswith(f"{layer}1.")
+    }
+    unused = {
+        "cond_stage_model.model.text_projection": torch.ones(1024, 8),
+        "cond_stage_model.model.logit_scale": torch.ones(()),
+    }
     return {**tensors, **last, **unused, "alphas_cumprod": torch.ones(1000)}
 
 
@@ -400,7 +476,9 @@ def test_an_sd2_folder_becomes_a_file_in_sd2s_own_layout(tmp_path):
     save_single_file(models, tmp_path / "x.safetensors")
     file = TensorFile(tmp_path / "x.safetensors")
     expected = to_original(models)
-    assert set(file) == set(expected) and not any("position_ids" in name or ".transformer.text_model." in name for name in file)
+    assert set(file) == set(expected) and not any(
+        "position_ids" in name or ".transformer.text_model." in name for name in file
+    )
     assert all(torch.equal(file[name], tensor.half()) for name, tensor in expected.items())
     assert file.metadata["modelspec.architecture"] == "stable-diffusion-v2-768-v"
     assert file.metadata["modelspec.prediction_type"] == "v"
@@ -408,7 +486,9 @@ def test_an_sd2_folder_becomes_a_file_in_sd2s_own_layout(tmp_path):
 
 def test_an_sd2_file_with_a_third_of_a_projection_is_refused(sd2_is_tiny, second, tmp_path):
     name = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"
-    safetensors.torch.save_file({**as_published(second), name: torch.ones(1024, 1024)}, tmp_path / "x.safetensors")
+    safetensors.torch.save_file(
+        {**as_published(second), name: torch.ones(1024, 1024)}, tmp_path / "x.safetensors"
+    )
     assert refused(tmp_path / "x.safetensors").endswith(
         "is not a Stable Diffusion 2.x model: of its text_encoder, 1 of 28 tensors have other shapes: "
         f"{name} is (1024, 1024) instead of (3072, 1024)."
@@ -421,17 +501,27 @@ def test_an_sd2_file_with_sd1s_text_encoder_names_loads(second, tmp_path):
     new = TensorFile(tmp_path / "new.safetensors")
     tensors = {name: new[name] for name in new if not name.startswith("cond_stage_model.")}
     start = "cond_stage_model.transformer.text_model."
-    tensors |= {start + name.removeprefix("text_model."): tensor for name, tensor in second.text_encoder.state_dict().items()}
+    tensors |= {
+        start + name.removeprefix("text_model."): tensor
+        for name, tensor in second.text_encoder.state_dict().items()
+    }
     write_tensors(tmp_path / "old.safetensors", tensors, torch.float32, new.metadata)
     assert_same(load(tmp_path / "old.safetensors"), second)
 
 
 def test_a_header_that_says_v_prediction_is_believed(sd15_is_tiny, tmp_path):
-    write_tensors(tmp_path / "x.safetensors", to_original(tiny_models()), torch.float16, {"modelspec.prediction_type": "v"})
+    write_tensors(
+        tmp_path / "x.safetensors",
+        to_original(tiny_models()),
+        torch.float16,
+        {"modelspec.prediction_type": "v"},
+    )
     assert load(tmp_path / "x.safetensors").scheduler_config["prediction_type"] == "v_prediction"
 
 
-@pytest.mark.parametrize(("configs", "parameters", "pad"), [(SD15, 859_520_964, 49407), (SD2, 865_910_724, 0)])
+@pytest.mark.parametrize(
+    ("configs", "parameters", "pad"), [(SD15, 859_520_964, 49407), (SD2, 865_910_724, 0)]
+)
 def test_a_real_size_file_is_recognised_by_its_header(configs, parameters, pad, tmp_path, monkeypatch):
     """A sparse file with the published names and shapes: describing reads the header and nothing else."""
     from tests.unit.test_models_single_file import full_size
@@ -439,7 +529,11 @@ def test_a_real_size_file_is_recognised_by_its_header(configs, parameters, pad, 
     path = tmp_path / "published.safetensors"
     header, end = {}, 0
     for name, tensor in to_original(full_size(configs)).items():
-        header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [end, end + 2 * tensor.numel()]}
+        header[name] = {
+            "dtype": "F16",
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + 2 * tensor.numel()],
+        }
         end += 2 * tensor.numel()
     text = json.dumps(header).encode()
     with path.open("wb") as file:
@@ -464,7 +558,9 @@ def only(*starts):
 def reading(width):
     """Let the UNet read text of another width, whatever else is in the file."""
     return lambda tensors: {
-        name: torch.ones(tensor.shape[0], width) if name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight")) else tensor
+        name: torch.ones(tensor.shape[0], width)
+        if name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))
+        else tensor
         for name, tensor in tensors.items()
     }
 
@@ -508,9 +604,13 @@ def reading(width):
         ),
     ],
 )
-def test_files_that_hold_something_else_are_named_for_what_they_are(change, said, ending, sd15_is_tiny, tmp_path):
+def test_files_that_hold_something_else_are_named_for_what_they_are(
+    change, said, ending, sd15_is_tiny, tmp_path
+):
     path = tmp_path / f"x.{ending}"
-    tensors = {name: tensor.contiguous().clone() for name, tensor in change(to_original(tiny_models())).items()}
+    tensors = {
+        name: tensor.contiguous().clone() for name, tensor in change(to_original(tiny_models())).items()
+    }
     if ending == "ckpt":
         torch.save({"state_dict": tensors}, path)
     else:
@@ -528,7 +628,9 @@ def test_a_ckpt_that_is_cut_short_or_hostile_is_refused_where_it_is_named(tmp_pa
     (tmp_path / "x.ckpt").write_bytes(content[: len(content) // 2])
     assert "x.ckpt: the file is cut short after" in refused(tmp_path / "x.ckpt")
     torch.save({"state_dict": to_original(tiny_models()), "callback": Evil()}, tmp_path / "evil.ckpt")
-    assert "asks for builtins.print" in refused(tmp_path / "evil.ckpt") and "ran" not in capsys.readouterr().out
+    assert (
+        "asks for builtins.print" in refused(tmp_path / "evil.ckpt") and "ran" not in capsys.readouterr().out
+    )
 
 
 def test_damaged_files_are_refused(tmp_path):
@@ -581,13 +683,26 @@ def test_the_tokenizer_is_in_the_file_only_where_it_is_not_clips(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "form", ["folder", "model folder", "original file", "prefixed file", "diffusers file", "whole checkpoint", "other program's file"]
+    "form",
+    [
+        "folder",
+        "model folder",
+        "original file",
+        "prefixed file",
+        "diffusers file",
+        "whole checkpoint",
+        "other program's file",
+    ],
 )
 def test_the_vae_is_replaced_from_every_form(form, written, tmp_path, sd15_is_tiny):
     other = tiny_models(5)
     other.vae.register_to_config(scaling_factor=0.5)
     path = tmp_path / "vae.safetensors"
-    tensors = {name: tensor.contiguous() for name, tensor in to_original(other).items() if name.startswith("first_stage_model.")}
+    tensors = {
+        name: tensor.contiguous()
+        for name, tensor in to_original(other).items()
+        if name.startswith("first_stage_model.")
+    }
     bare = {name.removeprefix("first_stage_model."): tensor for name, tensor in tensors.items()}
     if form in ("folder", "model folder"):
         path = write_tiny_folder(tmp_path / "other", 5) / ("vae" if form == "folder" else "")
@@ -616,10 +731,16 @@ def test_what_is_no_fitting_vae_is_named_for_what_it_is(written, folder, tmp_pat
     (folder / "vae/config.json").unlink()
     assert "is not a VAE's folder" in refused(written, vae=folder / "vae")
     safetensors.torch.save_file({"weight": torch.ones(1)}, tmp_path / "x.safetensors")
-    assert "holds no VAE: there is no encoder.conv_in.weight in it" in refused(written, vae=tmp_path / "x.safetensors")
+    assert "holds no VAE: there is no encoder.conv_in.weight in it" in refused(
+        written, vae=tmp_path / "x.safetensors"
+    )
     safetensors.torch.save_file(tiny_models(0, "sd15").vae.state_dict(), tmp_path / "y.safetensors")
-    assert "is not a VAE of Stable Diffusion 1.x or of this model" in refused(written, vae=tmp_path / "y.safetensors")
-    assert refused(written, vae="nothing.safetensors").startswith("vae: there is no folder or file nothing.safetensors")
+    assert "is not a VAE of Stable Diffusion 1.x or of this model" in refused(
+        written, vae=tmp_path / "y.safetensors"
+    )
+    assert refused(written, vae="nothing.safetensors").startswith(
+        "vae: there is no folder or file nothing.safetensors"
+    )
 
 
 # Nonsense in configurations
@@ -710,14 +831,20 @@ def test_nonsense_in_a_header_is_refused_likewise(part, changes, tmp_path):
 
 
 @pytest.mark.parametrize("field", [CONFIGS, TOKENIZER])
-@pytest.mark.parametrize("text", ["[]", "5", '{"unet": 5}', "[" * 100_000, '{"unet": {}, "vae": {}, "text_encoder": {}, "scheduler": []}'])
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "5", '{"unet": 5}', "[" * 100_000, '{"unet": {}, "vae": {}, "text_encoder": {}, "scheduler": []}'],
+)
 def test_nonsense_in_a_header_is_refused_in_one_sentence(field, text, tmp_path):
     save_single_file(tiny_models(), tmp_path / "x.safetensors", metadata={field: text})
     assert f"header field {field}" in refused(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("content", ["[]", "5", "null", "[" * 100_000, "\ufffe", '{"_class_name": 5}'])
-@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize(
+    "file",
+    ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json"],
+)
 def test_files_of_a_folder_that_hold_something_else_are_refused(content, file, folder):
     (folder / file).write_text(content)
     sentence = refused(folder)
@@ -734,12 +861,20 @@ def test_no_key_of_a_configuration_chooses_code_or_files(folder, written):
         "vocab_file": "/etc/passwd",
         "_name_or_path": "someone/model",
     }
-    for file in ("unet/config.json", "vae/config.json", "text_encoder/config.json", "tokenizer/tokenizer_config.json"):
+    for file in (
+        "unet/config.json",
+        "vae/config.json",
+        "text_encoder/config.json",
+        "tokenizer/tokenizer_config.json",
+    ):
         spoil_json(folder / file, **strange)
     models = load(folder)
     assert_same(models, tiny_models())
     for network in NETWORKS:
-        assert not strange.keys() & dict(vars(getattr(models, network).config)).keys() - {"_attn_implementation", "_name_or_path"}
+        assert not strange.keys() & dict(vars(getattr(models, network).config)).keys() - {
+            "_attn_implementation",
+            "_name_or_path",
+        }
         assert "someone" not in str(getattr(models, network).config)
 
 
@@ -766,7 +901,9 @@ def test_describing_reads_no_weights_and_gives_the_same_shapes(written, monkeypa
     models, reference = describe(ModelOptions(resume_ckpt=str(written))), tiny_models()
     for network in NETWORKS:
         own, expected = getattr(models, network).state_dict(), getattr(reference, network).state_dict()
-        assert {name: tensor.shape for name, tensor in own.items()} == {name: tensor.shape for name, tensor in expected.items()}
+        assert {name: tensor.shape for name, tensor in own.items()} == {
+            name: tensor.shape for name, tensor in expected.items()
+        }
         assert all(tensor.is_meta for tensor in own.values())
     assert models.tokenizer("red").input_ids == reference.tokenizer("red").input_ids
 
@@ -791,10 +928,16 @@ def test_a_hub_id_that_is_not_cached_is_described_as_sd15_with_a_note(tmp_path, 
     models = describe(ModelOptions(resume_ckpt="someone/some-model", vae="someone/some-vae"))
     assert sum(p.numel() for p in models.unet.parameters()) == 859_520_964
     assert models.source == "someone/some-model"
-    assert len(models.notes) == 2 and "the kind of model is unknown" in models.notes[0] and "some-vae" in models.notes[1]
+    assert (
+        len(models.notes) == 2
+        and "the kind of model is unknown" in models.notes[0]
+        and "some-vae" in models.notes[1]
+    )
 
 
-@pytest.mark.parametrize("name", ["nothing.safetensors", "tests/nothing", "a/b/c", "x", r"C:\models\sd", "", "a b/c"])
+@pytest.mark.parametrize(
+    "name", ["nothing.safetensors", "tests/nothing", "a/b/c", "x", r"C:\models\sd", "", "a b/c"]
+)
 def test_names_that_can_only_be_paths_are_not_looked_up(name, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[4])
     if name == "":

@@ -15,7 +15,14 @@ from tests.tiny import tiny_models
 from trainer.models import sd2, sd15
 from trainer.models.load import Models
 from trainer.models.networks import SD2, SD15, empty_text_encoder, empty_unet, empty_vae
-from trainer.models.single_file import NETWORKS, OPEN_CLIP_PREFIX, SD2_WIDTH, from_original, layout, to_original
+from trainer.models.single_file import (
+    NETWORKS,
+    OPEN_CLIP_PREFIX,
+    SD2_WIDTH,
+    from_original,
+    layout,
+    to_original,
+)
 
 
 def full_size(configs=SD15) -> Models:
@@ -42,11 +49,18 @@ def sd2_file():
 @pytest.mark.parametrize(("configs", "published"), [(SD15, sd15), (SD2, sd2)])
 def test_the_configs_are_of_the_published_size(configs, published):
     models = full_size(configs)
-    assert {name: sum(p.numel() for p in getattr(models, name).parameters()) for name in NETWORKS} == published.PARAMETERS
+    assert {
+        name: sum(p.numel() for p in getattr(models, name).parameters()) for name in NETWORKS
+    } == published.PARAMETERS
 
 
 @pytest.mark.parametrize(
-    ("prefix", "count"), [("model.diffusion_model.", 686), ("first_stage_model.", 248), ("cond_stage_model.transformer.text_model.", 197)]
+    ("prefix", "count"),
+    [
+        ("model.diffusion_model.", 686),
+        ("first_stage_model.", 248),
+        ("cond_stage_model.transformer.text_model.", 197),
+    ],
 )
 def test_sd15_has_the_original_number_of_tensors(sd15_file, prefix, count):
     assert sum(name.startswith(prefix) for name in sd15_file) == count
@@ -84,7 +98,8 @@ def test_sd15_tensors_stand_where_the_original_has_them(sd15_file, name, shape):
 
 
 @pytest.mark.parametrize(
-    ("prefix", "count"), [("model.diffusion_model.", 686), ("first_stage_model.", 248), ("cond_stage_model.model.", 4 + 23 * 12)]
+    ("prefix", "count"),
+    [("model.diffusion_model.", 686), ("first_stage_model.", 248), ("cond_stage_model.model.", 4 + 23 * 12)],
 )
 def test_sd2_has_the_original_number_of_tensors_but_for_what_it_does_not_use(sd2_file, prefix, count):
     assert sum(name.startswith(prefix) for name in sd2_file) == count
@@ -116,11 +131,19 @@ def test_sd2_tensors_stand_where_the_original_has_them(sd2_file, name, shape):
 def through_diffusers(tensors, models):
     """Return what diffusers' own converter makes of a file in the original layout."""
     second = models.text_encoder.config.hidden_size == SD2_WIDTH
-    text = convert_open_clip_checkpoint(models.text_encoder, dict(tensors)) if second else convert_ldm_clip_checkpoint(dict(tensors))
+    text = (
+        convert_open_clip_checkpoint(models.text_encoder, dict(tensors))
+        if second
+        else convert_ldm_clip_checkpoint(dict(tensors))
+    )
     return {
         "unet": convert_ldm_unet_checkpoint(dict(tensors), models.unet.config),
         "vae": convert_ldm_vae_checkpoint(dict(tensors), models.vae.config),
-        "text_encoder": {key.removeprefix("text_model."): tensor for key, tensor in text.items() if "position_ids" not in key},
+        "text_encoder": {
+            key.removeprefix("text_model."): tensor
+            for key, tensor in text.items()
+            if "position_ids" not in key
+        },
     }
 
 
@@ -150,9 +173,14 @@ def test_there_and_back_is_exact(shape):
     for network in NETWORKS:
         own = getattr(models, network)
         back = from_original(tensors, network, own.config, own)
-        assert all(tensor.untyped_storage().nbytes() == 4 * tensor.numel() for tensor in back.values()), "none keeps its neighbours"
+        assert all(tensor.untyped_storage().nbytes() == 4 * tensor.numel() for tensor in back.values()), (
+            "none keeps its neighbours"
+        )
         assert list(back) == list(own.state_dict())
-        assert all(torch.equal(back[key], tensor) and back[key].shape == tensor.shape for key, tensor in own.state_dict().items())
+        assert all(
+            torch.equal(back[key], tensor) and back[key].shape == tensor.shape
+            for key, tensor in own.state_dict().items()
+        )
 
 
 def test_no_two_tensors_share_a_place():

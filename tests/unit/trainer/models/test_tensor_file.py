@@ -56,7 +56,12 @@ def test_what_the_library_writes_is_read(tmp_path):
 
 
 def test_large_tensors_start_at_whole_cache_lines_and_all_at_multiples_of_their_numbers(tmp_path):
-    large = {"h.odd": torch.ones(5), "i.large": torch.ones(64, 3), "a.large": torch.arange(64), "j.large": torch.ones(32)}
+    large = {
+        "h.odd": torch.ones(5),
+        "i.large": torch.ones(64, 3),
+        "a.large": torch.arange(64),
+        "j.large": torch.ones(32),
+    }
     write_tensors(tmp_path / "x.safetensors", {**tensors(), **large}, torch.float16, {})
     content = (tmp_path / "x.safetensors").read_bytes()
     length = struct.unpack("<Q", content[:8])[0]
@@ -200,7 +205,10 @@ def test_what_lightning_saved_beside_the_weights_is_left_alone(tmp_path, monkeyp
         for name in ("pytorch_lightning", "pytorch_lightning.callbacks"):
             patch.setitem(sys.modules, name, types.ModuleType(name))
         patch.setitem(sys.modules, library.__name__, library)
-        callbacks = {ModelCheckpoint: {"best": np.float64(0.5), "scores": np.ones(3)}, "kept": ModelCheckpoint()}
+        callbacks = {
+            ModelCheckpoint: {"best": np.float64(0.5), "scores": np.ones(3)},
+            "kept": ModelCheckpoint(),
+        }
         torch.save({"state_dict": STATE, "callbacks": callbacks}, tmp_path / "x.ckpt")
     assert b"ModelCheckpoint" in (tmp_path / "x.ckpt").read_bytes()
     file = TensorFile(tmp_path / "x.ckpt")
@@ -209,7 +217,8 @@ def test_what_lightning_saved_beside_the_weights_is_left_alone(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    "content", [[STATE], {"state_dict": [1, 2]}, {"state_dict": None}, {1: STATE["weight"]}, {"state_dict": {2: 3}}, 5]
+    "content",
+    [[STATE], {"state_dict": [1, 2]}, {"state_dict": None}, {1: STATE["weight"]}, {"state_dict": {2: 3}}, 5],
 )
 def test_a_ckpt_without_named_tensors_is_refused(content, tmp_path):
     torch.save(content, tmp_path / "x.ckpt")
@@ -219,7 +228,10 @@ def test_a_ckpt_without_named_tensors_is_refused(content, tmp_path):
 
 def test_a_ckpt_that_unpacks_to_more_than_its_size_is_refused(tmp_path):
     torch.save({"weight": torch.zeros(1 << 20)}, tmp_path / "plain.ckpt")
-    with zipfile.ZipFile(tmp_path / "plain.ckpt") as plain, zipfile.ZipFile(tmp_path / "x.ckpt", "w", zipfile.ZIP_DEFLATED) as packed:
+    with (
+        zipfile.ZipFile(tmp_path / "plain.ckpt") as plain,
+        zipfile.ZipFile(tmp_path / "x.ckpt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
         for name in plain.namelist():
             packed.writestr(name, plain.read(name))
     with pytest.raises(UserError, match=r"its contents are compressed, which torch never does"):
@@ -227,16 +239,29 @@ def test_a_ckpt_that_unpacks_to_more_than_its_size_is_refused(tmp_path):
 
 
 def test_of_a_ckpt_only_plain_tensors_with_a_name_are_taken(tmp_path):
-    odd = {3: torch.ones(1), "sparse": torch.eye(2).to_sparse(), "meta": torch.ones(2, device="meta"), "complex": torch.ones(1) * 1j}
+    odd = {
+        3: torch.ones(1),
+        "sparse": torch.eye(2).to_sparse(),
+        "meta": torch.ones(2, device="meta"),
+        "complex": torch.ones(1) * 1j,
+    }
     torch.save({"state_dict": {**STATE, **odd, "number": 1}, "global_step": "many"}, tmp_path / "x.ckpt")
     file = TensorFile(tmp_path / "x.ckpt")
     assert set(file) == {"weight"} and file.global_step is None
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_ckpt_that_wants_to_run_something_is_refused_with_its_name_and_nothing_runs(tmp_path, capsys, zipped):
-    torch.save({"state_dict": STATE, "callback": Evil()}, tmp_path / "evil.ckpt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match=r"evil\.ckpt: the \.ckpt file asks for (builtins\.)?print, .* nothing of it was run"):
+def test_a_ckpt_that_wants_to_run_something_is_refused_with_its_name_and_nothing_runs(
+    tmp_path, capsys, zipped
+):
+    torch.save(
+        {"state_dict": STATE, "callback": Evil()},
+        tmp_path / "evil.ckpt",
+        _use_new_zipfile_serialization=zipped,
+    )
+    with pytest.raises(
+        UserError, match=r"evil\.ckpt: the \.ckpt file asks for (builtins\.)?print, .* nothing of it was run"
+    ):
         TensorFile(tmp_path / "evil.ckpt")
     assert "ran" not in capsys.readouterr().out
 
@@ -251,7 +276,11 @@ def test_files_that_are_no_ckpt_are_named_for_what_they_are(tmp_path):
         ("x.ckpt", good[:-100], f"is cut short after {len(good) - 100:,} bytes"),
         ("x.ckpt", old[:-5], "cannot be read as plain tensors"),
         ("x.ckpt", (tmp_path / "empty.ckpt").read_bytes(), "holds no tensors"),
-        ("x.ckpt", (tmp_path / "good.safetensors").read_bytes(), "this is a .safetensors file; give it that ending"),
+        (
+            "x.ckpt",
+            (tmp_path / "good.safetensors").read_bytes(),
+            "this is a .safetensors file; give it that ending",
+        ),
         ("x.ckpt", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         ("x.ckpt", b"<!DOCTYPE html><html>", "this is a web page"),
         ("x.ckpt", b"", "this is not a .ckpt file"),

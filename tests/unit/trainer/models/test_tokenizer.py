@@ -15,7 +15,13 @@ from trainer.models.tokenizer import (
     write_tokenizer,
 )
 
-TEXTS = ("", "a red circle on a blue background", "Ünïcödé, 東京 & emoji 🎨!", "don't  stop\n12345", "<|endoftext|>")
+TEXTS = (
+    "",
+    "a red circle on a blue background",
+    "Ünïcödé, 東京 & emoji 🎨!",
+    "don't  stop\n12345",
+    "<|endoftext|>",
+)
 
 
 @pytest.mark.parametrize(
@@ -24,7 +30,10 @@ TEXTS = ("", "a red circle on a blue background", "Ünïcödé, 東京 & emoji �
         ("", [49406, 49407]),
         ("a photo of a cat", [49406, 320, 1125, 539, 320, 2368, 49407]),
         ("Hello World", [49406, 3306, 1002, 49407]),
-        ("a photo of an astronaut riding a horse on mars", [49406, 320, 1125, 539, 550, 18376, 6765, 320, 4558, 525, 7496, 49407]),
+        (
+            "a photo of an astronaut riding a horse on mars",
+            [49406, 320, 1125, 539, 550, 18376, 6765, 320, 4558, 525, 7496, 49407],
+        ),
     ],
 )
 def test_the_shipped_vocabulary_gives_clips_published_numbers(text, numbers):
@@ -42,7 +51,12 @@ def test_the_shipped_tokenizer_is_sd15s():
 
 def test_the_shipped_tokenizer_is_sd2s_with_another_padding():
     tokenizer = clip_tokenizer("!")
-    assert (len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (49408, 49406, 49407, 0)
+    assert (len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (
+        49408,
+        49406,
+        49407,
+        0,
+    )
     assert is_clip_tokenizer(tokenizer, "!") and not is_clip_tokenizer(tokenizer)
     assert tokenizer_from_text(tokenizer_to_text(tokenizer)).pad_token_id == 0
 
@@ -60,7 +74,8 @@ def test_every_form_tokenizes_alike(form, tmp_path):
     assert again.model_max_length == 77
     for text in TEXTS:
         assert (
-            again(text, padding="max_length", truncation=True).input_ids == tokenizer(text, padding="max_length", truncation=True).input_ids
+            again(text, padding="max_length", truncation=True).input_ids
+            == tokenizer(text, padding="max_length", truncation=True).input_ids
         )
 
 

@@ -57,7 +57,11 @@ def test_frozen_parameters_do_not_move_and_hold_no_gradient(freezing, learning):
         if groups([name]) <= learning:
             assert parameter.grad is not None, name
         else:
-            assert not parameter.requires_grad and parameter.grad is None and torch.equal(parameter, before[name]), name
+            assert (
+                not parameter.requires_grad
+                and parameter.grad is None
+                and torch.equal(parameter, before[name])
+            ), name
     moved = {name for name, p in models.text_encoder.named_parameters() if not torch.equal(p, before[name])}
     assert groups(moved) == learning
 
@@ -75,7 +79,10 @@ def test_counts_are_those_of_the_parameters():
 
 @pytest.mark.parametrize(
     ("options", "frozen", "learns"),
-    [({"disable_textenc_training": True}, "text_encoder", UNET), ({"disable_unet_training": True}, "unet", TEXT_ENCODER)],
+    [
+        ({"disable_textenc_training": True}, "text_encoder", UNET),
+        ({"disable_unet_training": True}, "unet", TEXT_ENCODER),
+    ],
 )
 def test_a_disabled_network_holds_no_gradient_and_the_other_learns(options, frozen, learns):
     models = tiny_models()
@@ -83,7 +90,10 @@ def test_a_disabled_network_holds_no_gradient_and_the_other_learns(options, froz
     assert list(parts.parameters) == [learns]
     before = {name: p.clone() for name, p in getattr(models, frozen).named_parameters()}
     one_step(models, parts)
-    assert all(p.grad is None and torch.equal(p, before[name]) for name, p in getattr(models, frozen).named_parameters())
+    assert all(
+        p.grad is None and torch.equal(p, before[name])
+        for name, p in getattr(models, frozen).named_parameters()
+    )
     assert not getattr(models, frozen).training
     assert all(p.grad is not None for _, p in parts.parameters[learns])
 
@@ -110,7 +120,9 @@ def test_layers_that_the_model_does_not_have_are_refused(freezing, key):
 
 def test_nothing_left_to_train_is_refused():
     freezing = FreezingOptions(unfreeze_last_n_layers=0, freeze_final_layer_norm=True)
-    with pytest.raises(UserError, match="disable_unet_training and text_encoder_freezing together leave nothing"):
+    with pytest.raises(
+        UserError, match="disable_unet_training and text_encoder_freezing together leave nothing"
+    ):
         apply_freezing(tiny_models(), TrainableOptions(disable_unet_training=True), freezing)
     both = TrainableOptions(disable_unet_training=True, disable_textenc_training=True)
     with pytest.raises(UserError, match="disable_unet_training and disable_textenc_training together"):
@@ -124,14 +136,18 @@ def test_cheaper_forward_passes_give_the_same_gradients(options):
         models = tiny_models()
         parts = apply_freezing(models, chosen, FreezingOptions(freeze_front_n_layers=2))
         saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor, saved=saved: saved.append(tensor.numel()) or tensor, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, saved=saved: saved.append(tensor.numel()) or tensor, lambda t: t
+        ):
             one_step(models, parts)
         kept.append(sum(saved))
         gradients.append([p.grad for named in parts.parameters.values() for _, p in named])
     for plain, cheap in zip(*gradients, strict=True):
         torch.testing.assert_close(cheap, plain, rtol=1e-4, atol=1e-6)
     if "attn_type" in options:
-        assert {type(processor).__name__ for processor in models.unet.attn_processors.values()} == {"SlicedAttnProcessor"}
+        assert {type(processor).__name__ for processor in models.unet.attn_processors.values()} == {
+            "SlicedAttnProcessor"
+        }
     else:
         assert models.text_encoder.is_gradient_checkpointing
         assert kept[1] < 0.6 * kept[0], kept

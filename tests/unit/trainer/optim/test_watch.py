@@ -43,14 +43,18 @@ def test_d_hat_that_comes_back_is_not_told():
 
 def test_d_that_runs_away_after_a_rest():
     ((step, sentence),) = told(lambda step: (1e-5 if step < 300 else 1e-5 * 1.05 ** (step - 300), 1.0))
-    assert 340 <= step <= 360 and "1e-05" in sentence and "base.d_max" in sentence and "growth_rate" in sentence
+    assert (
+        340 <= step <= 360 and "1e-05" in sentence and "base.d_max" in sentence and "growth_rate" in sentence
+    )
 
 
 @pytest.mark.parametrize("name", [name for name, options in optimizer_classes().items() if options.adapts])
 def test_the_brakes_that_are_named_are_keys_of_the_optimizer(name):
     options = optimizer_classes()[name]
     watch = AdaptationWatch({"unet": options(d0=1e-7)}, {"unet": "base"})
-    ((_, sentence),) = told(lambda step: (1e-5 if step < 300 else 1e-5 * 1.05 ** (step - 300), 1.0), watch=watch)
+    ((_, sentence),) = told(
+        lambda step: (1e-5 if step < 300 else 1e-5 * 1.05 ** (step - 300), 1.0), watch=watch
+    )
     for key in ("d_max", "growth_rate"):
         assert (f"base.{key}" in sentence) == (key in keys_of(options))
     assert "base." in sentence
@@ -64,10 +68,18 @@ def test_a_continued_run_says_the_rest(stop):
     whole = told(course)
     assert len(whole) == 2
     first = AdaptationWatch({"unet": DAdaptAdamOptions()}, {"unet": "base"})
-    said = [(s, t) for s in range(10, stop + 1, 10) for t in first.look("unet", step=s, d=course(s)[0], d_hat=course(s)[1])]
+    said = [
+        (s, t)
+        for s in range(10, stop + 1, 10)
+        for t in first.look("unet", step=s, d=course(s)[0], d_hat=course(s)[1])
+    ]
     second = AdaptationWatch({"unet": DAdaptAdamOptions()}, {"unet": "base"})
     second.load_state_dict(first.state_dict())
-    said += [(s, t) for s in range(stop + 10, 501, 10) for t in second.look("unet", step=s, d=course(s)[0], d_hat=course(s)[1])]
+    said += [
+        (s, t)
+        for s in range(stop + 10, 501, 10)
+        for t in second.look("unet", step=s, d=course(s)[0], d_hat=course(s)[1])
+    ]
     assert said == whole
 
 
@@ -115,7 +127,9 @@ def test_a_continued_run_judges_as_a_whole_one():
             watch.look("unet", step=step, d=min(1e-7 * step, 1e-5), d_hat=0.0)
 
     for last in (190, 200, 210):
-        first, second = (AdaptationWatch({"unet": DAdaptAdamOptions(d0=1e-8)}, {"unet": "base"}) for _ in range(2))
+        first, second = (
+            AdaptationWatch({"unet": DAdaptAdamOptions(d0=1e-8)}, {"unet": "base"}) for _ in range(2)
+        )
         looks(first, range(10, 151, 10))
         second.load_state_dict(first.state_dict())
         looks(second, range(160, last + 1, 10))

@@ -17,7 +17,9 @@ from trainer.planning.memory import is_out_of_memory
         RuntimeError(
             "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."
         ),
-        RuntimeError("could not create a primitive"),  # what a convolution of oneDNN raises under a limit of memory
+        RuntimeError(
+            "could not create a primitive"
+        ),  # what a convolution of oneDNN raises under a limit of memory
         RuntimeError("could not execute a primitive"),
         RuntimeError("std::bad_alloc"),
     ],
@@ -30,7 +32,9 @@ def test_memory_has_run_out(error):
     "error",
     [
         OSError(errno.ENOSPC, "No space left on device"),
-        RuntimeError("could not create a primitive descriptor for the matmul primitive. Run workload with ONEDNN_VERBOSE=all"),
+        RuntimeError(
+            "could not create a primitive descriptor for the matmul primitive. Run workload with ONEDNN_VERBOSE=all"
+        ),
         ValueError("could not create a primitive"),
     ],
 )

@@ -75,7 +75,9 @@ def test_pictures_come_back_bit_for_bit(tmp_path: Path, warnings: Warnings):
     assert Image.open(io.BytesIO(event.encoded_image_string)).tobytes() == picture.tobytes()
 
 
-@pytest.mark.parametrize("text", ['{\n  "lr": 0.1,  # *not* emphasis\n  "a_b_c": null\n}', "a fence\n```\ninside\n````\n", ""])
+@pytest.mark.parametrize(
+    "text", ['{\n  "lr": 0.1,  # *not* emphasis\n  "a_b_c": null\n}', "a fence\n```\ninside\n````\n", ""]
+)
 def test_text_is_shown_as_it_is(tmp_path: Path, warnings: Warnings, text: str):
     from html import unescape
 
@@ -90,18 +92,33 @@ def test_text_is_shown_as_it_is(tmp_path: Path, warnings: Warnings, text: str):
 
 
 def test_the_charts_find_the_tags(tmp_path: Path, warnings: Warnings):
-    loggers = open_loggers(tmp_path, warn=warnings, networks=["unet", "text encoder"], adaptive=["text encoder"])
+    loggers = open_loggers(
+        tmp_path, warn=warnings, networks=["unet", "text encoder"], adaptive=["text encoder"]
+    )
     loggers.close()
     (event,) = read(tmp_path).Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout()  # type: ignore[attr-defined]
     layout.ParseFromString(stored(event))
-    patterns = {category.title: [list(chart.multiline.tag) for chart in category.chart] for category in layout.category}
+    patterns = {
+        category.title: [list(chart.multiline.tag) for chart in category.chart]
+        for category in layout.category
+    }
     assert list(patterns) == ["losses", "rates", "D-Adaptation", "gradients", "performance"]
 
     def found(category: str, chart: int, tags: list[str]) -> list[str]:  # as TensorBoard's server matches
-        return [tag for tag in tags if any(re.compile(pattern).match(tag) for pattern in patterns[category][chart])]
+        return [
+            tag
+            for tag in tags
+            if any(re.compile(pattern).match(tag) for pattern in patterns[category][chart])
+        ]
 
-    tags = ["dadapt/d unet", "dadapt/d text encoder", "dadapt/d_hat text encoder", "dadapt/d*lr unet", "dadapt/d*lr text encoder"]
+    tags = [
+        "dadapt/d unet",
+        "dadapt/d text encoder",
+        "dadapt/d_hat text encoder",
+        "dadapt/d*lr unet",
+        "dadapt/d*lr text encoder",
+    ]
     assert found("D-Adaptation", 0, tags) == ["dadapt/d text encoder"]
     assert found("D-Adaptation", 1, tags) == ["dadapt/d text encoder", "dadapt/d_hat text encoder"]
     rates = ["hyperparameter/lr unet", "hyperparameter/lr text encoder", "hyperparameter/grad scale"]
@@ -195,7 +212,9 @@ def test_each_report_is_a_line_of_json(tmp_path: Path, warnings: Warnings):
     assert len(lines(tmp_path / "run")) == 3 and warnings == []
 
 
-def test_a_continued_run_drops_the_lines_after_its_checkpoint_and_half_a_line(tmp_path: Path, warnings: Warnings):
+def test_a_continued_run_drops_the_lines_after_its_checkpoint_and_half_a_line(
+    tmp_path: Path, warnings: Warnings
+):
     first = JsonlLogger(tmp_path, warn=warnings)
     for step in (10, 20, 20, 30):
         first.scalars({"loss/log_step": float(step)}, step)
@@ -203,7 +222,12 @@ def test_a_continued_run_drops_the_lines_after_its_checkpoint_and_half_a_line(tm
         file.write('{"step": 20')
     second = JsonlLogger(tmp_path, warn=warnings, purge_step=21, last_report=20)
     second.scalars({"loss/log_step": 31.0}, 30)
-    assert [(line["step"], line["loss/log_step"]) for line in lines(tmp_path)] == [(10, 10.0), (20, 20.0), (20, 20.0), (30, 31.0)]
+    assert [(line["step"], line["loss/log_step"]) for line in lines(tmp_path)] == [
+        (10, 10.0),
+        (20, 20.0),
+        (20, 20.0),
+        (30, 31.0),
+    ]
     assert warnings == [], "a line that was cut off is the mark of a killed process"
 
 
@@ -214,7 +238,10 @@ def test_a_continued_run_drops_the_lines_after_its_checkpoint_and_half_a_line(tm
         (lambda content: content.replace(b"{", b"", 2), "2 damaged lines are dropped"),
         (lambda content: content[: len(content) // 2], "the numbers of steps 3 to 5 are missing"),
         (lambda content: b"", "the numbers of steps 1 to 5 are missing"),
-        (lambda content: b"x\n" + content[:30], "1 damaged line is dropped and the numbers of steps 2 to 5 are missing"),
+        (
+            lambda content: b"x\n" + content[:30],
+            "1 damaged line is dropped and the numbers of steps 2 to 5 are missing",
+        ),
     ],
 )
 def test_gaps_in_the_numbers_of_a_resumed_run_are_told(tmp_path: Path, warnings: Warnings, damage, said):
@@ -234,7 +261,9 @@ def test_a_full_disk_costs_whole_lines_of_json_and_is_said_once(tmp_path: Path, 
     logger = JsonlLogger(tmp_path / "run", warn=warnings)
     logger.scalars({"loss/log_step": 1.0}, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "run" / "metrics.jsonl").stat().st_size + 20, before[1]))
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, ((tmp_path / "run" / "metrics.jsonl").stat().st_size + 20, before[1])
+    )
     try:
         logger.scalars({"loss/log_step": 2.0}, 2)
         logger.scalars({"loss/log_step": 3.0}, 3)
@@ -267,7 +296,12 @@ def test_recording_is_quiet_and_leaves_tensorflow_alone(tmp_path: Path):
     )
     paths = os.pathsep.join([str(tmp_path / "path"), str(Path(__file__).parents[4])])
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert read(tmp_path / "run").Tags()["scalars"] == ["a"]
@@ -276,7 +310,13 @@ def test_recording_is_quiet_and_leaves_tensorflow_alone(tmp_path: Path):
 def test_options_cost_no_heavy_import():
     slow = ("torch", "tensorboard", "wandb")
     program = f"import trainer.reporting.loggers, trainer.reporting.console, sys; print([m for m in {slow} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[4], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[4],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -328,7 +368,14 @@ def drive(console: Console, steps: int = 3, first: int = 0) -> None:
         console.step(epoch=1 + step // 4, epochs=2, step=step)
         if step == first + 1:
             console.event("Samples drawn: samples/gs00001.png")
-        console.report(Report(loss=0.0412345, rates={"unet": 2.8e-05, "text encoder": 1.1e-05}, images_per_second=33.64, memory=3 * 2**29))
+        console.report(
+            Report(
+                loss=0.0412345,
+                rates={"unet": 2.8e-05, "text encoder": 1.1e-05},
+                images_per_second=33.64,
+                memory=3 * 2**29,
+            )
+        )
     console.close()
 
 
@@ -341,7 +388,8 @@ def test_without_a_terminal_every_report_is_one_plain_line():
     assert len(lines) == 4
     assert lines[0] == "Samples drawn: samples/gs00001.png"
     assert re.fullmatch(
-        r"epoch 1/2, step 1/6: loss 0\.04123, lr unet 2\.8e-05 text 1\.1e-05, 33\.6 images/s, 1\.50 GiB, 00:00 left", lines[1]
+        r"epoch 1/2, step 1/6: loss 0\.04123, lr unet 2\.8e-05 text 1\.1e-05, 33\.6 images/s, 1\.50 GiB, 00:00 left",
+        lines[1],
     )
 
 
@@ -377,7 +425,14 @@ def test_a_narrow_terminal_shows_all_the_numbers(monkeypatch: pytest.MonkeyPatch
     console = Console(stream=stream)
     console.start(total_steps=7500, first_step=5554)
     console.step(epoch=223, epochs=300, step=5555)
-    console.report(Report(loss=0.0412345, rates={"unet": 2.8e-05, "text encoder": 1.1e-05}, images_per_second=33.64, memory=3 * 2**29))
+    console.report(
+        Report(
+            loss=0.0412345,
+            rates={"unet": 2.8e-05, "text encoder": 1.1e-05},
+            images_per_second=33.64,
+            memory=3 * 2**29,
+        )
+    )
     console.close()
     bar = stream.getvalue().rstrip("\n").split("\r")[-1].strip()
     assert bar.startswith("epoch 223/300 5555/7500 <")
@@ -445,7 +500,9 @@ def test_other_processes_show_and_record_nothing(tmp_path: Path):
     assert stream.getvalue() == "" and not (tmp_path / "run.log").exists()
 
 
-def test_d_adaptations_own_lines_do_not_reach_the_console(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture):
+def test_d_adaptations_own_lines_do_not_reach_the_console(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+):
     """The library logs every step through the root logger where its log_every is set, and prints when it decays decoupled."""
     import logging
 

@@ -96,7 +96,9 @@ def test_a_continued_run_reports_what_an_unbroken_one_does():
     whole, first, second = meter(), meter(), meter()
     for place, value in enumerate(values):
         whole.add(loss(value), images=3 + place % 2, totals={"n": torch.tensor(1.0)})
-        (first if place < 13 else second).add(loss(value), images=3 + place % 2, totals={"n": torch.tensor(1.0)})
+        (first if place < 13 else second).add(
+            loss(value), images=3 + place % 2, totals={"n": torch.tensor(1.0)}
+        )
         if place == 12:
             second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert whole.read() == second.read()
@@ -137,6 +139,8 @@ def test_a_report_reads_each_device_once(monkeypatch: pytest.MonkeyPatch):
 
 def test_memory_on_the_cpu_is_the_process():
     before = memory_in_use(torch.device("cpu"))
-    with mmap.mmap(-1, 2**27) as block:  # pages of its own: memory from the allocator may be some that the process holds already
+    with mmap.mmap(
+        -1, 2**27
+    ) as block:  # pages of its own: memory from the allocator may be some that the process holds already
         block[:: mmap.PAGESIZE] = b"1" * (2**27 // mmap.PAGESIZE)
         assert memory_in_use(torch.device("cpu")) - before > 100 * 2**20

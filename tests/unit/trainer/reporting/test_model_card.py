@@ -21,11 +21,24 @@ def test_the_licence_of_a_base_is_told_only_where_it_is_known(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     assert origin_of(str(folder)) == Origin("model")
-    for text in ("no header", "---\nlicense: [1\n---\n", "---\nlicense: 3\n---\n", "---\n- a\n---\n", f"---\na: {'[' * 5000}\n---\n"):
+    for text in (
+        "no header",
+        "---\nlicense: [1\n---\n",
+        "---\nlicense: 3\n---\n",
+        "---\n- a\n---\n",
+        f"---\na: {'[' * 5000}\n---\n",
+    ):
         (folder / PAGE).write_text(text)
         assert origin_of(str(folder)) == Origin("model"), text
-    for said, license_ in (("", None), ("CreativeML Open RAIL-M", OPENRAIL), ("CreativeML Open RAIL++-M", None), ("my own", None)):
-        write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)}, torch.float32, {"modelspec.license": said})
+    for said, license_ in (
+        ("", None),
+        ("CreativeML Open RAIL-M", OPENRAIL),
+        ("CreativeML Open RAIL++-M", None),
+        ("my own", None),
+    ):
+        write_tensors(
+            tmp_path / "a.safetensors", {"x": torch.zeros(1)}, torch.float32, {"modelspec.license": said}
+        )
         assert origin_of(str(tmp_path / "a.safetensors")) == Origin("a", license=license_)
     (tmp_path / "old.ckpt").write_bytes(b"pickle")
     assert origin_of(str(tmp_path / "old.ckpt")) == Origin("old")
@@ -50,10 +63,15 @@ def test_a_page_without_curves_and_samples_has_a_header_for_the_hub(tmp_path, lo
     assert [path.name for path in tmp_path.iterdir()] == [PAGE]
     header = metadata_load(tmp_path / PAGE)
     assert header is not None and header["license"] == OPENRAIL and header["base_model"] == base
-    assert header["base_model_relation"] == ("adapter" if lora else "finetune") and ("lora" in header["tags"]) == lora
+    assert (
+        header["base_model_relation"] == ("adapter" if lora else "finetune")
+        and ("lora" in header["tags"]) == lora
+    )
     text = (tmp_path / PAGE).read_text()
     assert f"[{base}](https://huggingface.co/{base}): 1,200 of 1,200 steps, 4,800 images." in text
-    assert ('load_lora_weights("YOUR_NAME/my-faces")' if lora else 'from_pretrained("YOUR_NAME/my-faces")') in text
+    assert (
+        'load_lora_weights("YOUR_NAME/my-faces")' if lora else 'from_pretrained("YOUR_NAME/my-faces")'
+    ) in text
     assert "| time | 10 minutes of training |" in text and "![" not in text and "Open RAIL-M" in text
 
 
@@ -86,7 +104,9 @@ def test_names_and_licences_of_strangers_are_text_on_the_page_and_nothing_else(t
     assert "\x1b" not in text and "\u202e" not in shown and "\n# c" not in text
     shown = re.sub(r"`[^`\n]*`|\\.", "", shown)  # code spans and what is escaped
     assert not re.search(r"\]\(http://evil|<script|!\[i\]", shown)
-    assert "from_pretrained(" in text and compile(text.partition("```python\n")[2].partition("\n```")[0], "page", "exec")
+    assert "from_pretrained(" in text and compile(
+        text.partition("```python\n")[2].partition("\n```")[0], "page", "exec"
+    )
 
 
 def test_long_curves_are_thinned_and_continued_ones_end_as_whole_ones(tmp_path):
@@ -100,7 +120,11 @@ def test_long_curves_are_thinned_and_continued_ones_end_as_whole_ones(tmp_path):
     assert str(second.state_dict()) == str(whole.state_dict())  # NaN is not equal to itself
     points = whole.of("rate")
     assert points[0] == (0, 0.0) and MOST // 2 < len(points) <= MOST and points[-1][0] == 2 * MOST - 1
-    assert all(math.isfinite(value) for _, value in whole.of("loss")) and whole.begun and not Curves({"loss": "l"}, {}).begun
+    assert (
+        all(math.isfinite(value) for _, value in whole.of("loss"))
+        and whole.begun
+        and not Curves({"loss": "l"}, {}).begun
+    )
     whole.draw(tmp_path / "picture")  # a rate of 0 has no logarithm
     assert (tmp_path / "picture").read_bytes().startswith(b"\x89PNG")
 

@@ -19,10 +19,14 @@ from trainer.training.precision import PrecisionOptions
 SECTIONS = {"unet": "base", "text encoder": "text_encoder_overrides"}
 
 
-def outcome(folder: Path, unet: Any, text_encoder: Any, *, d: float = 1e-5, size: int = 10, **changes: Any) -> tuple[list[str], Any]:
+def outcome(
+    folder: Path, unet: Any, text_encoder: Any, *, d: float = 1e-5, size: int = 10, **changes: Any
+) -> tuple[list[str], Any]:
     """Return what a run of 200 steps with this constant d says, and the sections that it writes, None where it writes none."""
     options = {"unet": unet, "text encoder": text_encoder}
-    watch = AdaptationWatch({network: chosen for network, chosen in options.items() if chosen.adapts}, SECTIONS)
+    watch = AdaptationWatch(
+        {network: chosen for network, chosen in options.items() if chosen.adapts}, SECTIONS
+    )
     for network in watch.networks:
         for step in (1, PATIENCE, 2 * PATIENCE):
             watch.look(network, step=step, d=d, d_hat=0.0)
@@ -31,8 +35,14 @@ def outcome(folder: Path, unet: Any, text_encoder: Any, *, d: float = 1e-5, size
         members=[SimpleNamespace(network=network, options=chosen) for network, chosen in options.items()],
         parameters=dict.fromkeys(options, parameters),
     )
-    run: Any = SimpleNamespace(folder=folder, optimizers=optimizers, watch=watch, state=SimpleNamespace(step=2 * PATIENCE))
-    config = TrainConfig(model=ModelOptions(resume_ckpt="x"), optimizers=OptimizerConfig(unet=unet, text_encoder=text_encoder), **changes)
+    run: Any = SimpleNamespace(
+        folder=folder, optimizers=optimizers, watch=watch, state=SimpleNamespace(step=2 * PATIENCE)
+    )
+    config = TrainConfig(
+        model=ModelOptions(resume_ckpt="x"),
+        optimizers=OptimizerConfig(unet=unet, text_encoder=text_encoder),
+        **changes,
+    )
     told = hand_over(run, config)
     return told, json.loads((folder / FOUND).read_text()) if (folder / FOUND).exists() else None
 
@@ -47,13 +57,19 @@ def test_every_adam_hands_its_rate_over_and_the_others_say_why_not(tmp_path, nam
     if name in ("dadapt_lion", "dadapt_sgd"):
         assert written is None and f"{name} of the unet takes other steps than AdamW" in told[0]
     else:
-        assert (written["base"]["optimizer"], written["base"]["lr"]) == ("adamw8bit", 5e-6) and "5e-06 for the unet" in told[0]
+        assert (written["base"]["optimizer"], written["base"]["lr"]) == (
+            "adamw8bit",
+            5e-6,
+        ) and "5e-06 for the unet" in told[0]
 
 
 def test_sections_with_a_rate_of_their_own_stay_as_they_are(tmp_path):
     _, written = outcome(tmp_path, AdamWOptions(lr=3e-5, lr_scheduler="cosine"), chosen("dadapt_adam"))
     assert (written["base"]["optimizer"], written["base"]["lr"]) == ("adamw", 3e-5)
-    assert (written["text_encoder_overrides"]["optimizer"], written["text_encoder_overrides"]["lr"]) == ("adamw8bit", 5e-6)
+    assert (written["text_encoder_overrides"]["optimizer"], written["text_encoder_overrides"]["lr"]) == (
+        "adamw8bit",
+        5e-6,
+    )
     assert outcome(tmp_path / "none", AdamWOptions(lr=1.0), AdamWOptions(lr=1.0)) == ([], None)
 
 
@@ -73,13 +89,19 @@ def test_the_schedule_stays_and_the_rate_is_that_of_its_full_size(tmp_path):
 
 
 def test_decay_that_was_added_to_the_gradient_is_left_out(tmp_path):
-    _, written = outcome(tmp_path, chosen("dadapt_adam", weight_decay=0.3, decouple=False), chosen("dadapt_adam", weight_decay=0.3))
+    _, written = outcome(
+        tmp_path,
+        chosen("dadapt_adam", weight_decay=0.3, decouple=False),
+        chosen("dadapt_adam", weight_decay=0.3),
+    )
     assert (written["base"]["weight_decay"], written["text_encoder_overrides"]["weight_decay"]) == (0.0, 0.3)
 
 
 def test_what_train_json_has_to_change_for_the_file_is_told(tmp_path):
     options = DAdaptAdamOptions(lr=4.0, lr_scheduler="constant")
-    told, _ = outcome(tmp_path, options, options, size=300_000_000, precision=PrecisionOptions(weights_dtype="bf16"))
+    told, _ = outcome(
+        tmp_path, options, options, size=300_000_000, precision=PrecisionOptions(weights_dtype="bf16")
+    )
     assert told[0].endswith("; train.json then needs allow_high_lr true")
     gentle = replace(options, lr=1.0)
     assert "needs" not in outcome(tmp_path, gentle, gentle, size=300_000_000)[0][0]
@@ -92,7 +114,9 @@ def test_a_folder_that_cannot_be_written_to_is_told(tmp_path):
 
 
 def test_a_rate_that_a_cap_held_is_the_one_that_acted_and_is_said_to_be(tmp_path):
-    told, written = outcome(tmp_path, chosen("dadapt_adam8bit", rate_max=2e-6), chosen("dadapt_adam8bit", rate_max=1e-4))
+    told, written = outcome(
+        tmp_path, chosen("dadapt_adam8bit", rate_max=2e-6), chosen("dadapt_adam8bit", rate_max=1e-4)
+    )
     assert (written["base"]["lr"], written["text_encoder_overrides"]["lr"]) == (2e-6, 5e-6)
     held = "That of the unet is rate_max, which held it below what was found."
     assert told[0].endswith(held) and written["doc"].endswith(held)
@@ -102,6 +126,13 @@ def test_the_file_takes_no_more_memory_than_its_run(tmp_path):
     fused, plain = chosen("dadapt_adam8bit", fused_backward=True), chosen("dadapt_adam8bit")
     _, written = outcome(tmp_path, fused, plain)
     base, text = written["base"], written["text_encoder_overrides"]
-    assert (base["optimizer"], base["fused_backward"], text["optimizer"]) == ("adamw8bit_fused", True, "adamw8bit")
+    assert (base["optimizer"], base["fused_backward"], text["optimizer"]) == (
+        "adamw8bit_fused",
+        True,
+        "adamw8bit",
+    )
     _, written = outcome(tmp_path, plain, plain, precision=PrecisionOptions(weights_dtype="bf16"))
-    assert (written["base"]["optimizer"], written["base"].get("fused_backward", False)) == ("adamw8bit_fused", False)
+    assert (written["base"]["optimizer"], written["base"].get("fused_backward", False)) == (
+        "adamw8bit_fused",
+        False,
+    )

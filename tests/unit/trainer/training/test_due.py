@@ -4,7 +4,13 @@ from trainer.training.due import Cadence
 
 
 def _cadence(**changes):
-    defaults = {"log_step": 5, "sample_steps": 10, "save_every_n_epochs": 2, "save_ckpts_from_n_epochs": 0, "total_steps": 24}
+    defaults = {
+        "log_step": 5,
+        "sample_steps": 10,
+        "save_every_n_epochs": 2,
+        "save_ckpts_from_n_epochs": 0,
+        "total_steps": 24,
+    }
     return Cadence(**{**defaults, **changes})
 
 
@@ -12,7 +18,12 @@ def _steps(cadence, what, steps_per_epoch=4):
     """Return the steps at which `what` is due, walking through the run as the loop does."""
     found, last = [], 0
     for step in range(1, cadence.total_steps + 1):
-        due = cadence.due(step, epoch=-(-step // steps_per_epoch), epoch_ends=step % steps_per_epoch == 0, last_fixed_loss=last)
+        due = cadence.due(
+            step,
+            epoch=-(-step // steps_per_epoch),
+            epoch_ends=step % steps_per_epoch == 0,
+            last_fixed_loss=last,
+        )
         if due.fixed_loss:
             last = step
         if getattr(due, what):

@@ -14,7 +14,9 @@ def card(monkeypatch):
     """Return a function that pretends a CUDA card with or without native bf16; emulation is always there, as torch reports it."""
 
     def pretend(native):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation
+        )
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
 
     before = torch.get_float32_matmul_precision()
@@ -53,7 +55,10 @@ def test_the_cpu_computes_in_fp32_unless_asked():
 
 @pytest.mark.filterwarnings("ignore:.*GradScaler is enabled, but CUDA is not available")
 def test_the_loss_scale_changes_ever_more_gently_unless_that_is_turned_off():
-    for paced, course in ((True, [(2.0, 25), (1.8, 100), (1.6, 200), (1.3, 500), (1.15, 2000)]), (False, [(2.0, 2000)] * 5)):
+    for paced, course in (
+        (True, [(2.0, 25), (1.8, 100), (1.6, 200), (1.3, 500), (1.15, 2000)]),
+        (False, [(2.0, 2000)] * 5),
+    ):
         scaler = torch.amp.GradScaler("cpu")
         precision = Precision(CUDA, torch.float16, scaler, torch.float32, paced)
         for step, expected in zip((0, 500, 1000, 2000, 4000), course, strict=True):

@@ -23,8 +23,19 @@ def environment(monkeypatch):
 
 def test_a_process_alone_asks_nobody(environment):
     alone = connect(0, StopSignals())
-    assert (alone.rank, alone.count, alone.main, alone.device, alone.notes) == (0, 1, True, torch.device("cpu"), ())
-    assert (alone.gather(3), alone.first(lambda: 4), alone.difference({"d": 1.0}), alone.launcher) == ([3], 4, None, ["python"])
+    assert (alone.rank, alone.count, alone.main, alone.device, alone.notes) == (
+        0,
+        1,
+        True,
+        torch.device("cpu"),
+        (),
+    )
+    assert (alone.gather(3), alone.first(lambda: 4), alone.difference({"d": 1.0}), alone.launcher) == (
+        [3],
+        4,
+        None,
+        ["python"],
+    )
     network = torch.nn.Linear(1, 1)
     assert alone.wrap(network) is network
     assert alone.mean_(torch.tensor(2.0)) == 2
@@ -54,19 +65,31 @@ def test_the_world_of_a_cluster_is_no_launched_process(environment):
 
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("WORLD_SIZE", "x"), ("WORLD_SIZE", "0"), ("RANK", "-1"), ("LOCAL_RANK", ""), ("LOCAL_WORLD_SIZE", "9" * 5000)],
+    [
+        ("WORLD_SIZE", "x"),
+        ("WORLD_SIZE", "0"),
+        ("RANK", "-1"),
+        ("LOCAL_RANK", ""),
+        ("LOCAL_WORLD_SIZE", "9" * 5000),
+    ],
 )
 def test_what_no_launcher_sets_is_refused(environment, variable, value):
     environment(**{"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", variable: value})
     assert rank_on_machine() == 0, "whoever shows the error"
     for connects in (lambda: connect(0, StopSignals()), lambda: expected(0)):
-        with pytest.raises(UserError, match=f"the environment variable {variable} must be a whole number, at least"):
+        with pytest.raises(
+            UserError, match=f"the environment variable {variable} must be a whole number, at least"
+        ):
             connects()
 
 
 @pytest.mark.parametrize(
     ("variable", "name"),
-    [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "M")],
+    [
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "M"),
+    ],
 )
 def test_sharding_is_refused_before_anything_is_connected(environment, variable, name):
     environment(**{variable: "true"})
@@ -86,14 +109,18 @@ def test_more_processes_than_devices_are_refused_by_all(environment, monkeypatch
 
 @pytest.mark.parametrize("kind", ["mps", "xpu"])
 def test_what_is_no_cuda_device_is_named_and_left_for_the_cpu(environment, monkeypatch, kind):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device(kind))
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available=False: torch.device(kind)
+    )
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: kind == "mps")
     monkeypatch.setattr(torch.backends.mps, "is_built", lambda: kind == "mps")
     PartialState._reset_state()  # accelerate remembers the device that it chose first
     for alone in (connect(0, StopSignals()), expected(0)):
         assert alone.device == torch.device("cpu")
-        assert [note for note in alone.notes if f"GPU ({kind}) is not used, and training runs on the CPU" in note]
+        assert [
+            note for note in alone.notes if f"GPU ({kind}) is not used, and training runs on the CPU" in note
+        ]
 
 
 def test_settings_of_accelerate_that_do_nothing_are_named(environment):
@@ -102,13 +129,21 @@ def test_settings_of_accelerate_that_do_nothing_are_named(environment):
         "accelerate's mixed_precision bf16",
         "accelerate's dynamo_backend",
     ]
-    environment(ACCELERATE_MIXED_PRECISION="no", ACCELERATE_DYNAMO_BACKEND="NO", ACCELERATE_USE_CPU="True", MASTER_ADDR="127.0.0.1")
+    environment(
+        ACCELERATE_MIXED_PRECISION="no",
+        ACCELERATE_DYNAMO_BACKEND="NO",
+        ACCELERATE_USE_CPU="True",
+        MASTER_ADDR="127.0.0.1",
+    )
     assert "torchrun" in connect(0, StopSignals()).notes[0]
 
 
 def test_the_first_difference_is_named(monkeypatch):
     processes = Processes(count=2)
-    others = [{"the step": 3, "d": 1e-6, "rate": float("nan")}, {"the step": 3, "d": 2e-6, "rate": float("nan")}]
+    others = [
+        {"the step": 3, "d": 1e-6, "rate": float("nan")},
+        {"the step": 3, "d": 2e-6, "rate": float("nan")},
+    ]
     monkeypatch.setattr(processes, "gather", lambda value: [value, others[1]])
     assert processes.difference(others[0]) == "d is 1e-06 in process 0 and 2e-06 in process 1"
     assert processes.difference(others[1]) is None

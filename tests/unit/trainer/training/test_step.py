@@ -51,16 +51,30 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "v-prediction": {"prediction": "v_prediction"},
     "v-prediction, unweighted": {"prediction": "v_prediction", "min_snr_gamma": None},
     "zero-terminal SNR": {"prediction": "v_prediction", "enable_zero_terminal_snr": True},
-    "zero-terminal SNR at its end": {"prediction": "v_prediction", "enable_zero_terminal_snr": True, "timestep_start": 999},
+    "zero-terminal SNR at its end": {
+        "prediction": "v_prediction",
+        "enable_zero_terminal_snr": True,
+        "timestep_start": 999,
+    },
 }
 """Every option of noise, prediction and loss away from its default."""
-OPTIONS |= {f"{name} fused": replace(OPTIONS[name], fused_backward=True) for name in ("dadapt_adam", "dadapt_adam8bit")}
+OPTIONS |= {
+    f"{name} fused": replace(OPTIONS[name], fused_backward=True)
+    for name in ("dadapt_adam", "dadapt_adam8bit")
+}
 BF16 = Precision(torch.device("cpu"), torch.bfloat16, None, torch.bfloat16)
 
 
 def _batch(positions, epoch=0):
-    pixels = torch.stack([torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(position)) for position in positions])
-    tokens = torch.stack([torch.randint(0, 50, (77,), generator=torch.Generator().manual_seed(position)) for position in positions])
+    pixels = torch.stack(
+        [torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(position)) for position in positions]
+    )
+    tokens = torch.stack(
+        [
+            torch.randint(0, 50, (77,), generator=torch.Generator().manual_seed(position))
+            for position in positions
+        ]
+    )
     names = tuple(f"{position}.png" for position in positions)
     return Batch(
         pixels_BCHW=pixels.clamp(-1, 1),
@@ -78,7 +92,11 @@ def _objective(models, prediction="epsilon", **options):
     scheduler = {**models.scheduler_config, "prediction_type": prediction}
     return Objective(
         ObjectiveOptions(**{"zero_frequency_noise_ratio": 0.05, "min_snr_gamma": 5.0, **options}),
-        NoiseSchedule(with_zero_terminal_snr(scheduler, "tiny") if options.get("enable_zero_terminal_snr") else scheduler),
+        NoiseSchedule(
+            with_zero_terminal_snr(scheduler, "tiny")
+            if options.get("enable_zero_terminal_snr")
+            else scheduler
+        ),
         seed=3,
         latent_channels=4,
         latent_factor=8,
@@ -96,7 +114,10 @@ def _setup(name="adamw", dtype=torch.float32, channels_last=False, **options):
         models.unet.to(memory_format=torch.channels_last)
     models.vae.requires_grad_(False)
     networks = Networks(models.unet, models.text_encoder, models.vae)
-    parameters = {"unet": list(models.unet.parameters()), "text encoder": list(models.text_encoder.parameters())}
+    parameters = {
+        "unet": list(models.unet.parameters()),
+        "text encoder": list(models.text_encoder.parameters()),
+    }
     optimizers = OptimizerSet(dict.fromkeys(parameters, OPTIONS[name]), parameters, total_steps=10)
     return networks, _objective(models, **options), optimizers
 
@@ -111,11 +132,18 @@ def _flat(module):
 
 def _pair(unet, text):
     """Return two one-weight networks, a function that trains both by their optimizers, and these."""
-    networks = Networks(torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False), torch.nn.Identity())
+    networks = Networks(
+        torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False), torch.nn.Identity()
+    )
     for module, weight in ((networks.unet, 1.0), (networks.text_encoder, 2.0)):
         torch.nn.init.constant_(module.weight, weight)
-    parameters = {"unet": list(networks.unet.parameters()), "text encoder": list(networks.text_encoder.parameters())}
-    optimizers = OptimizerSet({"unet": OPTIONS[unet], "text encoder": OPTIONS[text]}, parameters, total_steps=10)
+    parameters = {
+        "unet": list(networks.unet.parameters()),
+        "text encoder": list(networks.text_encoder.parameters()),
+    }
+    optimizers = OptimizerSet(
+        {"unet": OPTIONS[unet], "text encoder": OPTIONS[text]}, parameters, total_steps=10
+    )
 
     def train(step, loss=1.0, unet_gradient=1.0):
         def losses(networks, inputs, autocast):
@@ -167,7 +195,9 @@ def test_an_image_of_a_short_step_counts_as_one_of_a_full_step(scaled):
         )
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8) if scaled else None
         inputs = objective.draw(_batch(positions))
-        result = train_step([inputs], networks, objective, optimizers, step=0, images=len(positions), nominal=4, scaler=scaler)
+        result = train_step(
+            [inputs], networks, objective, optimizers, step=0, images=len(positions), nominal=4, scaler=scaler
+        )
         norms.append(result.norms["unet"])
         losses.append(result.loss)
         gradients.append(torch.cat(kept))
@@ -182,7 +212,9 @@ def test_draws_are_equal_whatever_the_cut():
     whole = objective.draw(_batch(range(4)))
     parts = [objective.draw(_batch([position])) for position in range(4)]
     for name, tensor in vars(Inputs.cat(parts)).items():
-        assert tensor is getattr(whole, name) if tensor is None else torch.equal(tensor, getattr(whole, name)), name
+        assert (
+            tensor is getattr(whole, name) if tensor is None else torch.equal(tensor, getattr(whole, name))
+        ), name
 
 
 def test_timesteps_stay_in_their_range():
@@ -195,7 +227,10 @@ def test_timesteps_stay_in_their_range():
 def test_training_lowers_the_loss_of_fixed_inputs(name):
     networks, objective, optimizers = _setup(name)
     inputs = objective.draw(_batch(range(4)))
-    losses = [float(train_step([inputs], networks, objective, optimizers, step=step, images=4).loss) for step in range(25)]
+    losses = [
+        float(train_step([inputs], networks, objective, optimizers, step=step, images=4).loss)
+        for step in range(25)
+    ]
     assert losses[-1] < 0.9 * losses[0]
 
 
@@ -226,7 +261,9 @@ def test_any_two_optimizers_skip_a_step_together_and_go_on(unet, text):
     for step in (2, 3):
         earlier = [_flat(networks.unet), _flat(networks.text_encoder)]
         assert train(step).skipped.item() == 0.0
-        assert not torch.equal(_flat(networks.unet), earlier[0]) and not torch.equal(_flat(networks.text_encoder), earlier[1])
+        assert not torch.equal(_flat(networks.unet), earlier[0]) and not torch.equal(
+            _flat(networks.text_encoder), earlier[1]
+        )
     assert not any(measures.get("not finite") for measures in optimizers.measures().values())
 
 
@@ -240,7 +277,9 @@ def test_a_gradient_of_one_network_that_is_not_finite_stops_both_or_is_reported(
     assert torch.equal(_flat(networks.unet), before[0])
     together = torch.equal(_flat(networks.text_encoder), before[1])
     assert together or any("fused" in name for name in (unet, text))
-    counted = {network: int(measures.get("not finite", 0)) for network, measures in optimizers.measures().items()}
+    counted = {
+        network: int(measures.get("not finite", 0)) for network, measures in optimizers.measures().items()
+    }
     assert counted == ({"unet": 0, "text encoder": 0} if together else {"unet": 1, "text encoder": 0})
 
 
@@ -249,19 +288,30 @@ def test_a_gradient_of_one_network_that_is_not_finite_stops_both_or_is_reported(
 def test_state_on_disk_continues_the_run_to_the_bit(name, channels_last, tmp_path):
     networks, objective, optimizers = _setup(name, channels_last=channels_last)
     for step in range(3):
-        train_step([objective.draw(_batch(range(4), step))], networks, objective, optimizers, step=step, images=4)
+        train_step(
+            [objective.draw(_batch(range(4), step))], networks, objective, optimizers, step=step, images=4
+        )
     write_state(optimizers.state_dict(), tmp_path / "optimizers")
-    weights = {id: module.state_dict() for id, module in (("unet", networks.unet), ("text", networks.text_encoder))}
-    weights = {name: {key: tensor.contiguous().clone() for key, tensor in module.items()} for name, module in weights.items()}
+    weights = {
+        id: module.state_dict() for id, module in (("unet", networks.unet), ("text", networks.text_encoder))
+    }
+    weights = {
+        name: {key: tensor.contiguous().clone() for key, tensor in module.items()}
+        for name, module in weights.items()
+    }
     for step in range(3, 6):
-        train_step([objective.draw(_batch(range(4), step))], networks, objective, optimizers, step=step, images=4)
+        train_step(
+            [objective.draw(_batch(range(4), step))], networks, objective, optimizers, step=step, images=4
+        )
 
     others, objective, continued = _setup(name, channels_last=channels_last)
     others.unet.load_state_dict(weights["unet"])
     others.text_encoder.load_state_dict(weights["text"])
     continued.load_state_dict(read_state(tmp_path / "optimizers"))
     for step in range(3, 6):
-        train_step([objective.draw(_batch(range(4), step))], others, objective, continued, step=step, images=4)
+        train_step(
+            [objective.draw(_batch(range(4), step))], others, objective, continued, step=step, images=4
+        )
     assert torch.equal(_weights(others), _weights(networks))
     _assert_same(continued.state_dict(), optimizers.state_dict())
 
@@ -270,7 +320,11 @@ def test_a_checkpoint_never_overrides_the_configured_rate():
     _, _, optimizers = _setup("adamw")
     saved = optimizers.state_dict()
     models = tiny_models(0)
-    other = OptimizerSet({"unet": AdamWOptions(lr=5e-6, weight_decay=0.5)}, {"unet": list(models.unet.parameters())}, total_steps=10)
+    other = OptimizerSet(
+        {"unet": AdamWOptions(lr=5e-6, weight_decay=0.5)},
+        {"unet": list(models.unet.parameters())},
+        total_steps=10,
+    )
     other.load_state_dict({"unet": saved["unet"]})
     group = other.optimizers[0].param_groups[0]
     assert (group["lr"], group["weight_decay"]) == (5e-6, 0.5)
@@ -282,10 +336,14 @@ def test_clipping_bounds_each_network_by_itself():
 
     def keep(found_inf):
         for network, parameters in optimizers.parameters.items():
-            norms[network] = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None]).norm().item()
+            norms[network] = (
+                torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None]).norm().item()
+            )
 
     optimizers.step = keep  # type: ignore[method-assign]
-    result = train_step([objective.draw(_batch(range(2)))], networks, objective, optimizers, step=0, images=2, clip=1e-3)
+    result = train_step(
+        [objective.draw(_batch(range(2)))], networks, objective, optimizers, step=0, images=2, clip=1e-3
+    )
     assert result.norms["unet"].item() > 1e-3
     assert norms["unet"] == pytest.approx(1e-3, rel=1e-3)
     assert norms["text encoder"] == pytest.approx(min(1e-3, result.norms["text encoder"].item()), rel=1e-3)
@@ -308,12 +366,17 @@ def test_a_fused_backward_changes_nothing_but_when(name):
 
 def test_one_network_may_step_inside_backward_and_the_other_after():
     networks, objective, _ = _setup()
-    parameters = {"unet": list(networks.unet.parameters()), "text encoder": list(networks.text_encoder.parameters())}
+    parameters = {
+        "unet": list(networks.unet.parameters()),
+        "text encoder": list(networks.text_encoder.parameters()),
+    }
     options = {"unet": AdamW8bitOptions(lr=1e-3), "text encoder": OPTIONS["dadapt_adam8bit fused"]}
     optimizers = OptimizerSet(options, parameters, total_steps=10)
     inputs = objective.draw(_batch(range(4)))
     before = _weights(networks)
-    results = [train_step([inputs], networks, objective, optimizers, step=step, images=4) for step in range(25)]
+    results = [
+        train_step([inputs], networks, objective, optimizers, step=step, images=4) for step in range(25)
+    ]
     assert results[0].norms.keys() == {"unet", "text encoder"}
     assert results[-1].loss < 0.9 * results[0].loss
     changed = _weights(networks) != before
@@ -326,11 +389,19 @@ def test_bf16_weights_learn(name):
     networks, objective, _ = _setup()
     networks.unet.to(torch.bfloat16)
     networks.text_encoder.to(torch.bfloat16)
-    parameters = {"unet": list(networks.unet.parameters()), "text encoder": list(networks.text_encoder.parameters())}
+    parameters = {
+        "unet": list(networks.unet.parameters()),
+        "text encoder": list(networks.text_encoder.parameters()),
+    }
     optimizers = OptimizerSet(dict.fromkeys(parameters, OPTIONS[name]), parameters, total_steps=10)
     inputs = objective.draw(_batch(range(4)))
     losses = [
-        float(train_step([inputs], networks, objective, optimizers, step=step, images=4, autocast=BF16.autocast).loss) for step in range(25)
+        float(
+            train_step(
+                [inputs], networks, objective, optimizers, step=step, images=4, autocast=BF16.autocast
+            ).loss
+        )
+        for step in range(25)
     ]
     assert losses[-1] < 0.9 * losses[0]
     assert {p.dtype for p in parameters["unet"]} == {torch.bfloat16}
@@ -339,7 +410,10 @@ def test_bf16_weights_learn(name):
 def test_the_decay_so_far_is_what_weights_without_a_gradient_have_lost():
     networks, objective, optimizers = _setup("dadapt_adam")
     idle = torch.nn.Parameter(torch.ones(4))
-    parameters = {"unet": [*networks.unet.parameters(), idle], "text encoder": list(networks.text_encoder.parameters())}
+    parameters = {
+        "unet": [*networks.unet.parameters(), idle],
+        "text encoder": list(networks.text_encoder.parameters()),
+    }
     optimizers = OptimizerSet(dict.fromkeys(parameters, OPTIONS["dadapt_adam"]), parameters, total_steps=10)
     inputs = objective.draw(_batch(range(4)))
     for step in range(20):
@@ -410,7 +484,9 @@ def test_a_scaled_loss_gives_the_same_step():
     assert scaler.get_scale() == pytest.approx(5e37, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["adamw", "dadapt_adam", "dadapt_adam8bit", "dadapt_adam fused", "dadapt_adam8bit fused"])
+@pytest.mark.parametrize(
+    "name", ["adamw", "dadapt_adam", "dadapt_adam8bit", "dadapt_adam fused", "dadapt_adam8bit fused"]
+)
 def test_the_step_reads_nothing_back(name):
     """On the meta device every read-back raises."""
     networks, objective, optimizers = _setup("adamw")
@@ -468,7 +544,9 @@ def test_a_perturbation_of_the_inputs_is_seen_and_not_predicted(prediction):
     x, noise = 0.5 * objective.scaling_factor, inputs.noise_BCHW.double()
     assert inputs.unseen_BCHW is not None and inputs.unseen_BCHW.std().item() == pytest.approx(0.1, rel=0.1)
     xi = inputs.unseen_BCHW.double() / 0.1
-    torch.testing.assert_close(seen["noisy"].double(), a.sqrt() * x + (1 - a).sqrt() * (noise + 0.1 * xi), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        seen["noisy"].double(), a.sqrt() * x + (1 - a).sqrt() * (noise + 0.1 * xi), rtol=1e-4, atol=1e-5
+    )
     expected = noise if prediction == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * x
     torch.testing.assert_close(target.double(), expected, rtol=1e-4, atol=1e-5)
     assert abs(float((xi * noise).mean())) < 0.2, "drawn by itself"
@@ -481,10 +559,15 @@ def _step_on_meta(name, networks, objective, optimizers, **options):
         module.to(meta)
     objective.schedule.to(meta)
     both = {"unet": networks.unet, "text encoder": networks.text_encoder}
-    parameters = {name: [weight for weight in network.parameters() if weight.requires_grad] for name, network in both.items()}
+    parameters = {
+        name: [weight for weight in network.parameters() if weight.requires_grad]
+        for name, network in both.items()
+    }
     parameters = {name: weights for name, weights in parameters.items() if weights}
     optimizers = OptimizerSet(dict.fromkeys(parameters, OPTIONS[name]), parameters, total_steps=10)
-    for member in optimizers.members if name == "adamw" else ():  # torch's fused kernel does not run there; everything around it does
+    for member in (
+        optimizers.members if name == "adamw" else ()
+    ):  # torch's fused kernel does not run there; everything around it does
         member.optimizer.step = lambda: None  # type: ignore[method-assign]
     moved = inputs.to(meta)
     passes, clip = ([moved], None) if "fused" in name else ([moved, moved], 1.0)
@@ -506,7 +589,9 @@ def _assert_same(found, expected, path="state"):
         assert torch.equal(found, expected), path
     elif isinstance(expected, dict):
         assert list(found) == list(expected), path
-        for key in expected.keys() - {"steps"}:  # the calls of step(), skipped ones too: they key the rounding and count on
+        for key in expected.keys() - {
+            "steps"
+        }:  # the calls of step(), skipped ones too: they key the rounding and count on
             _assert_same(found[key], expected[key], f"{path}.{key}")
     elif isinstance(expected, list):
         for number, (left, right) in enumerate(zip(found, expected, strict=True)):
