@@ -37,7 +37,7 @@ class DataOptions:
     resolution: Resolution | Annotated[tuple[Resolution, ...], MinLen(1)] = 512
     """The training resolution in pixels, a multiple of 64: images are resized into aspect buckets of about
     its square in area. Of a list, each image takes the next resolution every time that it is shown, so an
-    epoch stays as it is."""
+    epoch stays as long as it is."""
 
     batch_size: Annotated[int, Ge(1)] = 2
     """Images in one forward and backward pass on one device; a step has batch_size x grad_accum x processes."""

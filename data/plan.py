@@ -47,11 +47,12 @@ def plan_epoch(
 ) -> tuple[StepPlan, ...]:
     """Return the optimizer steps of one epoch.
 
-    Every image comes as its `multiply` says. Where that is not a whole number it comes floor or ceil times,
-    so chosen that over many epochs each image gets its exact share, and each bucket about as many images
-    every epoch. Of several resolutions each showing of an image takes the next, so that n showings see n
-    resolutions once each, and every epoch has all of them about equally often. Copies of an image are spread
-    over the batches. A bucket's last batch is as it comes out: nothing is repeated to fill it.
+    Every image comes as often as its `multiply` says. Where that is not a whole number it comes floor or ceil
+    times, so chosen that over many epochs each image gets its exact share, and each bucket about as many
+    images every epoch. Of several resolutions each showing of an image takes the next, so that n showings see
+    n resolutions once each, and every epoch has all of them about equally often. Copies of an image are
+    spread over the batches. A bucket's last batch is as short as it comes out: nothing is repeated to fill
+    it.
 
     Args:
         index: the scanned images.

@@ -1,8 +1,8 @@
 """The index of a large data set, saved: scanning 100 000 images again takes a minute, looking whether anything changed a few seconds.
 
-The whole index is kept, and holds only as nothing has changed: not one file below the roots (by size and
-times), none of the options that enter it, and none of this package's code. So no convention has to be known
-here.
+The whole index is kept, and holds only as long as nothing has changed: not one file below the roots (by size
+and times), none of the options that enter it, and none of this package's code. So no convention has to be
+known here.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def remembered_index(options: DataOptions, folder: Path) -> Index:
 
     Args:
         options: as for `build_index`.
-        folder: where indices are kept; one that is damaged or cannot be written is as none.
+        folder: where indices are kept; one that is damaged or cannot be written is as good as none.
 
     Raises:
         DataError: as `build_index`.

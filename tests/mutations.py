@@ -194,7 +194,7 @@ def crafted(tree: Any, known: Mapping[str, Any], draws: np.random.Generator) -> 
 
 
 def write_odd_names(folder: Path, seed: int) -> int:
-    """Write an image, a sidecar and a folder of each of `NAMES`, as the file system takes it; return the number of images."""
+    """Write an image, a sidecar and a folder of each of `NAMES`, as far as the file system takes it; return the number of images."""
     draws = np.random.default_rng(seed)
     content = pictures(seed)["plain.png"]
     images = 0

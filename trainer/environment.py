@@ -165,7 +165,7 @@ def _broken_companions() -> list[str]:
 
 
 def _fits(name: str, version: str, torch: dict[str, object]) -> bool:
-    """Tell whether a companion asks for the installed torch release and was built for the same CUDA, as it says."""
+    """Tell whether a companion asks for the installed torch release and was built for the same CUDA, as far as it says."""
     torch_version = str(torch["__version__"]).partition("+")[0]
     for requirement in metadata.requires(name) or ():
         wanted = requirement.replace(" ", "").replace("(", "").partition(";")[0]

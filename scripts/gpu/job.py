@@ -30,5 +30,5 @@ class Step(Protocol):
     """Measures something."""
 
     def __call__(self, job: Job, tell: Callable[[Result], None]) -> None:
-        """Measure, and hand over every result as there is one."""
+        """Measure, and hand over every result as soon as there is one."""
         ...

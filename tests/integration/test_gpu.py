@@ -1,4 +1,4 @@
-"""What only a CUDA device can show; on the CPU the same tests run as they go there."""
+"""What only a CUDA device can show; on the CPU the same tests run as far as they go there."""
 
 import pytest
 import torch

@@ -202,7 +202,7 @@ def test_two_processes_train_as_one_and_end_together(place, capsys):
     alone, together = curves(one), curves(whole)
     assert alone.keys() == together.keys()
     for tag, steps in alone.items():
-        # A difference of nearly equal losses is as they are, however small it is itself.
+        # A difference of nearly equal losses is as exact as they are, however small it is itself.
         near = {"rel": 0, "abs": 1e-5 * max(alone["loss/val"].values())} if tag == GAP else {"rel": 1e-5}
         assert together[tag] == pytest.approx(steps, **near), tag
     assert max(alone["dadapt/d unet"].values()) > 2e-4, "d has moved"

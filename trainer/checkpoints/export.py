@@ -133,7 +133,7 @@ def size_beside(models: Models) -> int:
 
 
 def places_beside(models: Models) -> dict[str, Path]:
-    """Return the folders of the base's further parts, as they are still there."""
+    """Return the folders of the base's further parts, as far as they are still there."""
     if models.beside_from is None:
         return {}
     return {name: models.beside_from / name for name in models.beside if (models.beside_from / name).is_dir()}

@@ -49,7 +49,7 @@ class Issue:
 
 @dataclass
 class Document:
-    """What a file says, as it could be read.
+    """What a file says, as far as it could be read.
 
     Attributes:
         values: the top-level object; a value that could not be read is None and named in `unread`.

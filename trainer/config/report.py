@@ -23,7 +23,7 @@ COMMAND_LINE = "--"
 
 @dataclass(frozen=True)
 class Place:
-    """Where something was said: a file as the user knows it, a line in it and a key, as they apply."""
+    """Where something was said: a file as the user knows it, a line in it and a key, as far as they apply."""
 
     file: str
     line: int | None = None

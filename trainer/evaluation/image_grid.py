@@ -24,7 +24,7 @@ def labelled_row(
     size: tuple[int, int] | None = None,
     most_lines: int = _MOST_LINES,
 ) -> Image.Image:
-    """Return pictures side by side, each under its label, over one caption as all of them.
+    """Return pictures side by side, each under its label, over one caption as wide as all of them.
 
     Small pictures are enlarged by a whole factor, so that a 64 px model's can be judged by eye. Captions
     wrap.

@@ -113,7 +113,7 @@ def read_vae_folder(folder: Path, key: str, *, weights: bool) -> AutoencoderKL:
 
 
 def parts_beside(index: Mapping[str, Any], folder: Path, key: str) -> dict[str, tuple[str, str]]:
-    """Return library and class of a pipeline's further parts, as they are there: a hub id is downloaded without them.
+    """Return library and class of a pipeline's further parts, as far as they are there: a hub id is downloaded without them.
 
     Raises:
         UserError: the index or a link in a part names a path outside the folder.

@@ -82,7 +82,7 @@ def describe(options: ModelOptions) -> Models:
     Where the hub does not answer either, SD 1.5's configurations describe the model, and `notes` says so.
 
     Raises:
-        UserError: as `load_models`, as it shows without reading weights.
+        UserError: as `load_models`, as far as it shows without reading weights.
     """
     return _load(options, weights=False)
 

@@ -56,7 +56,7 @@ class FreezingOptions:
     """Train only the last n layers; wins over freeze_front_n_layers."""
 
     freeze_embeddings: bool | None = None
-    """Freeze the token and position embeddings; null follows the layers: frozen as any layer is."""
+    """Freeze the token and position embeddings; null follows the layers: frozen as soon as any layer is."""
 
     freeze_final_layer_norm: bool = False
     """Freeze the layer norm after the last layer."""

@@ -13,7 +13,7 @@ class DAdaptSGD(dadaptation.DAdaptSGD):
     """The dadaptation library's, except that it rests where that one would divide by zero.
 
     It divides by the norm of the first gradient and by |s|, the length of the sum of all. So the optimizer stays where it is, weights,
-    d and k included, as all gradients have been 0 or missing, and in a step whose gradients are all missing or of parameters
+    d and k included, as long as all gradients have been 0 or missing, and in a step whose gradients are all missing or of parameters
     that have had none but 0. It rests at rate 0 too, with which every warm-up starts, instead of averaging on.
     """
 

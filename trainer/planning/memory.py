@@ -173,7 +173,7 @@ def work_of(
     trains_text: bool,
     held_out: int,
 ) -> Work:
-    """Return what a run does, as its memory depends on it.
+    """Return what a run does, as far as its memory depends on it.
 
     Args:
         config: the run's.

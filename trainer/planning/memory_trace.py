@@ -67,7 +67,7 @@ torch.profiler saw it in version 0.50; on CUDA its kernels work in place."""
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a run does, as its memory depends on it and the configuration does not say."""
+    """What a run does, as far as its memory depends on it and the configuration does not say."""
 
     size: tuple[int, int]
     """Width and height of the largest bucket that is trained."""
@@ -578,7 +578,7 @@ def _tensors(network: nn.Module) -> list[Tensor]:
 
 
 def _compiles() -> bool:
-    """Return whether D-Adaptation's step will be compiled on CUDA, as can be told before; without a CUDA device it is assumed."""
+    """Return whether D-Adaptation's step will be compiled on CUDA, as far as can be told before; without a CUDA device it is assumed."""
     if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         return False
     return not torch.cuda.is_available() or importlib.util.find_spec("triton") is not None

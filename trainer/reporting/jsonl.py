@@ -91,7 +91,7 @@ class JsonlLogger:
                 self._warned = True
                 reason = error.strerror or str(error)
                 self._warn(
-                    f"{self._path}: numbers are not recorded ({reason}); training goes on, recording too as it can"
+                    f"{self._path}: numbers are not recorded ({reason}); training goes on, recording too as soon as it can"
                 )
 
     def image(self, tag: str, picture: Image.Image, step: int) -> None:

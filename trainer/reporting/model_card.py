@@ -36,7 +36,7 @@ _UNDER_OPENRAIL = (
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run was begun from, as it is known."""
+    """What a run was begun from, as far as it is known."""
 
     name: str
     """What people call it: a hub id, or the last part of a path."""

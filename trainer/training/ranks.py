@@ -235,7 +235,8 @@ class Processes:
     def together(self) -> Iterator[None]:
         """Leave no process waiting: where the block fails in one of them, it fails in all, and all leave it at the same time.
 
-        They have to: whoever launched them ends all others as one is gone, and the first may still be saving.
+        They have to: whoever launched them ends all others as soon as one is gone, and the first may still be
+        saving.
 
         Raises:
             ToldElsewhere: in all processes but the first, in the place of what the first or this one has

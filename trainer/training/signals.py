@@ -124,7 +124,7 @@ class StopSignals:
 
 
 def _numbers() -> list[int]:
-    """Return the signals that ask a process to end, as the platform has them: Ctrl-C, kill, a closed terminal, Ctrl-Break."""
+    """Return the signals that ask a process to end, as far as the platform has them: Ctrl-C, kill, a closed terminal, Ctrl-Break."""
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
 

@@ -46,7 +46,7 @@ def pyramid(noise_CHW: np.ndarray, discount: float, seed: int, *place: int) -> n
 
 
 _LEVELS = 10
-"""The last would be at least 512 times as a latent."""
+"""The last would be at least 512 times as coarse as a latent."""
 
 
 def perturbation(shape_TD: tuple[int, int], strength: float, seed: int, *place: int) -> np.ndarray:

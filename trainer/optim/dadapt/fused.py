@@ -1,4 +1,4 @@
-"""Updating parameters inside the backward pass, as their gradients are complete."""
+"""Updating parameters inside the backward pass, as soon as their gradients are complete."""
 
 from __future__ import annotations
 

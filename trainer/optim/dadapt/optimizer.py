@@ -48,13 +48,13 @@ class DAdaptAdam(TiledAdam):
         state_bits: 32, or 8 for one byte for each kept number (trainer.optim.dadapt.quantized).
         every: keep s of every element (1), or of one drawn in each `every`, in parameters of `SMALL` elements
             or more. None is 1 with 32 bits, 12 bytes for a parameter, and 16 with 8, 2.07 instead of 3.01.
-        fused_backward: update each parameter inside `loss.backward()`, as its gradient is complete, and drop
-            the gradient, so that the gradients never exist together. `step()` closes the step: it moves d.
-            Bit-equal to the plain step. One backward a step: gradient accumulation, clipping by a norm over
-            all parameters, a loss scaler and gradients averaged over processes all need the gradients after
-            backward. Rates are set before backward. A gradient that is not finite then gates its own
-            parameter only, and is counted in `not_finite`; the whole step can be gated before backward by
-            `gate`.
+        fused_backward: update each parameter inside `loss.backward()`, as soon as its gradient is complete,
+            and drop the gradient, so that the gradients never exist together. `step()` closes the step: it
+            moves d. Bit-equal to the plain step. One backward a step: gradient accumulation, clipping by a
+            norm over all parameters, a loss scaler and gradients averaged over processes all need the
+            gradients after backward. Rates are set before backward. A gradient that is not finite then gates
+            its own parameter only, and is counted in `not_finite`; the whole step can be gated before
+            backward by `gate`.
 
     Raises:
         ValueError: an argument is out of range, groups differ in what they must share, or a parameter is

@@ -178,7 +178,7 @@ def step_one(
     P, G, numel, first, group, coef, seed, m_, v_, s_, em_, ev_, es_, slots,
     EVERY: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Advance one tensor, as its gradient is complete."""
+    """Advance one tensor, as soon as its gradient is complete."""
     tile = tl.program_id(0)
     _advance(
         P,
