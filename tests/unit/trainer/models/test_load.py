@@ -241,7 +241,7 @@ def test_weights_that_are_cut_short_missing_or_misshapen_are_refused(folder):
 def test_older_weights_that_want_to_run_something_are_refused_and_nothing_runs(
     folder, capsys, part, old, zipped
 ):
-    from tests.unit.test_models_tensor_file import Evil
+    from tests.unit.trainer.models.test_tensor_file import Evil
 
     weights = safetensors.torch.load_file(folder / part)
     (folder / part).unlink()
@@ -524,7 +524,7 @@ def test_a_header_that_says_v_prediction_is_believed(sd15_is_tiny, tmp_path):
 )
 def test_a_real_size_file_is_recognised_by_its_header(configs, parameters, pad, tmp_path, monkeypatch):
     """A sparse file with the published names and shapes: describing reads the header and nothing else."""
-    from tests.unit.test_models_single_file import full_size
+    from tests.unit.trainer.models.test_single_file import full_size
 
     path = tmp_path / "published.safetensors"
     header, end = {}, 0
@@ -621,7 +621,7 @@ def test_files_that_hold_something_else_are_named_for_what_they_are(
 
 
 def test_a_ckpt_that_is_cut_short_or_hostile_is_refused_where_it_is_named(tmp_path, capsys):
-    from tests.unit.test_models_tensor_file import Evil
+    from tests.unit.trainer.models.test_tensor_file import Evil
 
     torch.save({"state_dict": to_original(tiny_models())}, tmp_path / "x.ckpt")
     content = (tmp_path / "x.ckpt").read_bytes()
