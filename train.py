@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from data.errors import DataError
 from trainer.environment import check_environment
 from trainer.errors import UserError
 from trainer.output import open_streams, say
@@ -51,12 +50,12 @@ def main(arguments: list[str]) -> int:
         except Interrupted as error:
             say(f"Stopped by {error}.", stream=sys.stderr)
             return error.exit_code
-        except (UserError, DataError) as error:
+        except UserError as error:
             if (
                 rank_on_machine() == 0
             ):  # of several processes the others have found the same, or the first tells it
                 say(*error.problems, stream=sys.stderr)
-            return getattr(error, "exit_code", 2)
+            return error.exit_code
     return 0
 
 

@@ -70,7 +70,7 @@ ALL_IMPORTS = {  # everything that a package may import besides the standard lib
         "trainer.state_file",
         "trainer.transfer",
     ),
-    "trainer.errors": (),
+    "trainer.errors": ("data.errors",),
 }
 
 SLOW = (

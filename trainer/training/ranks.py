@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from data.errors import DataError
 from trainer.errors import UserError
 from trainer.output import say
 from trainer.training.signals import Interrupted, StopSignals
@@ -262,17 +261,17 @@ class Processes:
                 if not self._told:
                     self._exchange(self._failure(error))
                 self._exchange(None)
-        elif not self.main and isinstance(error, (UserError, DataError)):
+        elif not self.main and isinstance(error, UserError):
             say(*(f"Process {self.rank}: {problem}" for problem in error.problems), stream=sys.stderr)
-        if not self.main and isinstance(error, (UserError, DataError, Interrupted)):
-            raise ToldElsewhere(getattr(error, "exit_code", 2)) from error
+        if not self.main and isinstance(error, (UserError, Interrupted)):
+            raise ToldElsewhere(error.exit_code) from error
 
     def _failure(self, error: BaseException) -> _Failure:
         if isinstance(error, Interrupted):
             return _Failure((), error.exit_code, error.exit_code - 128)
-        if isinstance(error, (UserError, DataError)):
+        if isinstance(error, UserError):
             problems = [f"process {self.rank}: {problem}" for problem in error.problems]
-            return _Failure(tuple(problems), getattr(error, "exit_code", 2))
+            return _Failure(tuple(problems), error.exit_code)
         return _Failure(
             (
                 f"process {self.rank} has failed ({type(error).__name__}: {error}); its own output says where.",
