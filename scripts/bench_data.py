@@ -291,8 +291,9 @@ def training_steps(kept: str, folder: Path, extra: Sequence[str]) -> Callable[[]
     from data.dataset import shown_captions
     from data.index import build_index
     from trainer.config import load_config
-    from trainer.diffusion.objective import Networks
+    from trainer.diffusion.objective import Networks, make_objective
     from trainer.models.load import load_models
+    from trainer.models.placement import place
     from trainer.models.trainable import apply_freezing
     from trainer.run import build
     from trainer.training.latent_cache import encode_captions, encode_images, plan_latents
@@ -314,9 +315,7 @@ def training_steps(kept: str, folder: Path, extra: Sequence[str]) -> Callable[[]
     precision = resolve_precision(config.precision, torch.device("cpu"))
     models = load_models(config.model)
     parts = apply_freezing(models, config.parts, config.optimizers.freezing)
-    build.place(
-        models, precision.device, channels_last=config.precision.channels_last, weights=precision.weights
-    )
+    place(models, precision.device, channels_last=config.precision.channels_last, weights=precision.weights)
     index = build_index(config.data)
     tokenize = build.make_tokenize(config, models.tokenizer)
     plan = plan_latents(config.cache, config.data, index, models.vae.config, epochs=config.loop.max_epochs)
@@ -330,7 +329,13 @@ def training_steps(kept: str, folder: Path, extra: Sequence[str]) -> Callable[[]
         )
     loader = build.make_loader(config, index, tokenize, Processes(), pin=False, latents=encoded)
     optimizers = build.make_optimizers(config, parts, 1000)
-    objective = build.make_objective(config, models, parts, contexts)
+    objective = make_objective(
+        config.objective,
+        models,
+        seed=config.loop.seed,
+        train_text_encoder=build.TEXT_ENCODER in parts.parameters,
+        contexts=contexts,
+    )
     networks = Networks(models.unet, models.text_encoder, models.vae)
     batches = (step for epoch in itertools.count() for step in loader.steps(epoch) if len(step[0]) == 8)
     count = itertools.count()

@@ -174,9 +174,9 @@ class Steps:
         from trainer.diffusion.objective import Networks, Objective, ObjectiveOptions
         from trainer.diffusion.schedule import NoiseSchedule
         from trainer.models.load import ModelOptions, load_models
+        from trainer.models.placement import place
         from trainer.models.trainable import apply_freezing
         from trainer.optim.optimizer_set import OptimizerSet
-        from trainer.run.build import place
 
         self.setting = setting
         config, self.precision = run_config(setting), precision_of(setting)

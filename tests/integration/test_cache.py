@@ -19,7 +19,7 @@ from data.latents import MomentShape
 from tests.tiny import tiny_models, write_tiny_folder
 from trainer.diffusion.conditioning import Tokenize
 from trainer.errors import UserError
-from trainer.run.build import place
+from trainer.models.placement import place
 from trainer.training import latent_cache as cache_module
 from trainer.training.latent_cache import (
     CacheOptions,

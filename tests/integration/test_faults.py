@@ -120,7 +120,7 @@ def test_out_of_memory_before_the_first_step_says_which_key_to_change(workplace,
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("trainer.run.build.place", fail)
+    monkeypatch.setattr("trainer.models.placement.place", fail)
     assert train.main([]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "Memory has run out before the first step (CUDA out of memory.).",

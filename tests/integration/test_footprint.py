@@ -15,15 +15,15 @@ import trainer.planning.memory_trace
 from scripts import bench_memory
 from tests.tiny import tiny_models
 from trainer.config.schema import OptimizerConfig, TrainConfig, optimizer_classes
-from trainer.diffusion.objective import Inputs, Networks
+from trainer.diffusion.objective import Inputs, Networks, make_objective
 from trainer.models.load import ModelOptions
 from trainer.models.lora import LoraOptions
 from trainer.models.networks import SD15, empty_text_encoder, empty_unet, empty_vae
+from trainer.models.placement import place
 from trainer.models.trainable import FreezingOptions, TrainableOptions, apply_freezing
 from trainer.optim.optimizer_set import OptimizerSet
 from trainer.planning.memory import Estimate, cheapest_key, estimate
 from trainer.planning.memory_trace import ACTIVATIONS, COPIES, EMA, GRADIENTS, STATE, WEIGHTS, Work, footprint
-from trainer.run.build import make_objective, place
 from trainer.training.precision import Precision
 from trainer.training.step import train_step
 
@@ -106,7 +106,12 @@ def test_a_step_holds_what_torch_counts(checkpointing, monkeypatch):
     networks = Networks(expected.unet, expected.text_encoder, expected.vae)
     learning = {name: [parameter for _, parameter in named] for name, named in trained.parameters.items()}
     optimizers = OptimizerSet(dict.fromkeys(learning, config.optimizers.unet), learning, total_steps=2)
-    objective = make_objective(config, expected, trained)
+    objective = make_objective(
+        config.objective,
+        expected,
+        seed=config.loop.seed,
+        train_text_encoder="text encoder" in trained.parameters,
+    )
     inputs = Inputs(
         pixels_BCHW=None,
         moments_BCHW=torch.zeros(8, 8, 8, 8),

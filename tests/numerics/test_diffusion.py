@@ -19,8 +19,8 @@ from trainer.diffusion.noise import gaussian, offset, perturbation, pyramid
 from trainer.diffusion.schedule import NoiseSchedule, with_zero_terminal_snr
 from trainer.diffusion.weighting import min_snr_weights
 from trainer.errors import UserError
+from trainer.models.placement import skipped_layers
 from trainer.models.tokenizer import clip_tokenizer
-from trainer.run.build import skipped_layers
 
 SD15 = {
     "num_train_timesteps": 1000,

@@ -306,3 +306,28 @@ class Objective:
                 self.schedule.snr(t_B), self.options.min_snr_gamma, self.schedule.prediction_kind
             )
         return loss_B
+
+
+def make_objective(
+    options: ObjectiveOptions,
+    models: Any,
+    *,
+    seed: int,
+    train_text_encoder: bool,
+    contexts: Contexts | None = None,
+) -> Objective:
+    """Return the objective, fitted to a model's VAE, text encoder and noise schedule."""
+    from trainer.diffusion.schedule import NoiseSchedule
+
+    vae = models.vae.config
+    return Objective(
+        options,
+        NoiseSchedule(models.scheduler_config).to(models.unet.device),
+        seed=seed,
+        latent_channels=vae.latent_channels,
+        latent_factor=2 ** (len(vae.block_out_channels) - 1),
+        scaling_factor=vae.scaling_factor,
+        context_width=models.text_encoder.config.hidden_size,
+        train_text_encoder=train_text_encoder,
+        contexts=contexts,
+    )

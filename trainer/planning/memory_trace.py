@@ -119,8 +119,8 @@ def footprint(config: TrainConfig, models: Models, precision: Precision, work: W
 
 class _Trace:
     def __init__(self, config: TrainConfig, models: Models, precision: Precision, work: Work) -> None:
+        from trainer.models.placement import place
         from trainer.models.trainable import apply_freezing
-        from trainer.run.build import place
 
         self._config, self._precision, self._work = config, precision, work
         self._on_cuda = precision.device.type == "cuda"
@@ -262,9 +262,14 @@ class _Trace:
             vae.decode(torch.empty(1, 4, height, width, device=_META), return_dict=False)
 
     def _objective(self) -> Any:
-        from trainer.run.build import make_objective
+        from trainer.diffusion.objective import make_objective
 
-        return make_objective(self._config, self._models, self._parts)
+        return make_objective(
+            self._config.objective,
+            self._models,
+            seed=self._config.loop.seed,
+            train_text_encoder=TEXT_ENCODER in self._parts.parameters,
+        )
 
     def _inputs(self, images: int, encoded: bool = False) -> Any:
         from trainer.diffusion.objective import Inputs

@@ -45,8 +45,7 @@ if TYPE_CHECKING:
     from data.loader import StepLoader
     from trainer.checkpoints.format import TrainState
     from trainer.config.schema import TrainConfig
-    from trainer.diffusion.conditioning import Contexts, Tokenize
-    from trainer.diffusion.objective import Objective
+    from trainer.diffusion.conditioning import Tokenize
     from trainer.evaluation.sampling import SamplePrompts, Sampler
     from trainer.evaluation.validation import HeldOut, Split, ValidationFile
     from trainer.models.ema import Ema, EmaOptions
@@ -246,7 +245,7 @@ def build_run(
     from trainer.checkpoints.format import TrainState
     from trainer.checkpoints.saver import Saver, Stateful
     from trainer.config import check_fused_backward, check_rates, check_schedules, without_folders
-    from trainer.diffusion.objective import Networks
+    from trainer.diffusion.objective import Networks, make_objective
     from trainer.evaluation.loss_watch import LossWatch
     from trainer.evaluation.validation import VALIDATION_LOSS, FixedLoss, Validation, split_images
     from trainer.models.compiled import compile_networks, require_compiler, uncompiled
@@ -254,6 +253,7 @@ def build_run(
     from trainer.models.load import describe as describe_model
     from trainer.models.load import load_models
     from trainer.models.lora import Lora, base_of, begin, read_adapter
+    from trainer.models.placement import place, skipped_layers
     from trainer.models.trainable import apply_freezing
     from trainer.optim.dadapt import EstimateOptions
     from trainer.optim.watch import AdaptationWatch
@@ -389,7 +389,13 @@ def build_run(
         compile_networks([models.unet, *([models.text_encoder] if TEXT_ENCODER in parts.parameters else [])])
     loader = make_loader(config, index, tokenize, processes, pin=device.type == "cuda", latents=latents)
     optimizers = make_optimizers(config, parts, total_steps)
-    objective = make_objective(config, models, parts, contexts)
+    objective = make_objective(
+        config.objective,
+        models,
+        seed=config.loop.seed,
+        train_text_encoder=TEXT_ENCODER in parts.parameters,
+        contexts=contexts,
+    )
     meter = Meter(epoch_tags={LOSS: EPOCH_LOSS})
     adaptive = {
         member.network: member.options
@@ -709,30 +715,6 @@ def set_noise_schedule(config: TrainConfig, prompts: SamplePrompts, models: Mode
     check_scheduler(prompts, models.scheduler_config)
 
 
-def place(models: Models, device: torch.device, *, channels_last: bool, weights: torch.dtype) -> None:
-    """Move the networks to the device, convolution weights channels last if asked, each tensor in memory of its own.
-
-    UNet and text encoder are kept in the format `weights`, the VAE in fp32.
-
-    Loaded tensors may be windows on a mapped file, at any address. Kernels add up in another order where an
-    address is not aligned, so a continued run would differ from an unbroken one in the last bits; and a
-    mapped file cannot be replaced on Windows.
-    """
-    import torch
-
-    for network in (models.unet, models.text_encoder):
-        torch.nn.Module.to(
-            network, weights
-        )  # diffusers' own method warns of modules to keep in fp32, of which there are none
-    for network in (models.unet, models.vae):
-        network.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)  # type: ignore[call-overload]
-    models.text_encoder.to(device)  # type: ignore[arg-type]
-    if device.type == "cpu":
-        for network in (models.unet, models.vae, models.text_encoder):
-            for tensor in (*network.parameters(), *network.buffers()):
-                tensor.data = tensor.data.clone()
-
-
 def make_tokenize(config: TrainConfig, tokenizer: Any) -> Tokenize:
     """Return what turns captions into tokens."""
     from trainer.diffusion.conditioning import Tokenize
@@ -748,15 +730,6 @@ def pieces_of(config: TrainConfig) -> int:
 def images_per_step(config: TrainConfig, processes: Processes) -> int:
     """Return the images of a whole optimizer step, over all processes."""
     return config.data.batch_size * config.loop.grad_accum * processes.count
-
-
-def skipped_layers(models: Models, clip_skip: int) -> list[str]:
-    """Return the names of the text encoder's parameters that clip_skip leaves without effect: those of its last layers."""
-    last = int(models.text_encoder.config.num_hidden_layers)
-    layers = tuple(f"encoder.layers.{number}." for number in range(last + 1 - max(clip_skip, 1), last))
-    return [
-        name for name, _ in models.text_encoder.named_parameters() if any(layer in name for layer in layers)
-    ]
 
 
 def read_validation_file(config: TrainConfig) -> ValidationFile:
@@ -924,28 +897,6 @@ def make_ema(
         )
         ema.begin_from(weights_of(models, parts.parameters, options.ema_resume_model))
     return ema
-
-
-def make_objective(
-    config: TrainConfig, models: Models, parts: TrainedParts, contexts: Contexts | None = None
-) -> Objective:
-    """Return the objective, fitted to the model's VAE and noise schedule."""
-    from trainer.diffusion.objective import Objective
-    from trainer.diffusion.schedule import NoiseSchedule
-
-    vae: Any = models.vae.config
-    text_encoder: Any = models.text_encoder.config
-    return Objective(
-        config.objective,
-        NoiseSchedule(models.scheduler_config).to(models.unet.device),
-        seed=config.loop.seed,
-        latent_channels=vae.latent_channels,
-        latent_factor=2 ** (len(vae.block_out_channels) - 1),
-        scaling_factor=vae.scaling_factor,
-        context_width=text_encoder.hidden_size,
-        train_text_encoder=TEXT_ENCODER in parts.parameters,
-        contexts=contexts,
-    )
 
 
 def log_folder_problem(logdir: Path) -> str | None:
