@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from tests.contracts.config_cases import Case
 from trainer.config import Loaded, TrainConfig, check_rates, ed2, load_config, write_resolved
+from trainer.config.paths import CONFIGS
 from trainer.config.schema import OptimizerFileOptions, keys_of, optimizer_keys, train_keys
 from trainer.errors import UserError
 from trainer.optim import AdamW8bitOptions, AdamWOptions, DAdaptAdam8bitOptions, DAdaptAdamOptions
@@ -487,6 +489,48 @@ def test_every_shipped_configuration_loads(folder: Path, name: str, optimizer: s
     ]
     loaded = load_config([*command_line, "--data_root", "input"])
     assert loaded.notes == ()
+
+
+@pytest.mark.parametrize("name", ["sd15.json", "sd15_t4.json"])
+@pytest.mark.parametrize("place", [".", "elsewhere"])
+def test_a_copy_of_a_shipped_configuration_works_anywhere(folder: Path, name: str, place: str):
+    (folder / place).mkdir(exist_ok=True)
+    copy = Path(shutil.copy(ROOT / "configs" / name, folder / place / "mydog.json"))
+    config = load_config(["--config", str(copy)]).config
+    original = load_config(["--config", str(ROOT / "configs" / name)]).config
+    assert (config.optimizers, config.optimizer_source) == (original.optimizers, original.optimizer_source)
+    assert (
+        load_config(["--optimizer_config", "optimizer_dadapt_t4.json"]).config.optimizer_source.parent
+        == CONFIGS
+    )
+
+
+def test_a_file_beside_the_copy_wins_over_the_program_s(folder: Path):
+    shutil.copy(ROOT / "configs/sd15.json", folder / "mydog.json")
+    own = Path(shutil.copy(ROOT / "optimizer.json", folder / "optimizer_dadapt_sd15.json"))
+    assert load_config(["--config", "mydog.json"]).config.optimizer_source == own
+
+
+@pytest.mark.parametrize(
+    ("written", "suggested"),
+    [
+        ("optimizer_dadapt_sd16.json", None),
+        ("optimizer_dadapt_sd15_mine.json", None),
+        ("optimizer_dadapt8bit.json", None),
+        ("optimizer_adamw.json", None),
+        ("optimizer_dadpt_sd15.json", "optimizer_dadapt_sd15.json"),
+        ("optimizer_dadpt.json", "optimizer_dadapt.json"),
+    ],
+)
+def test_no_suggestion_names_an_optimizer_file_for_another_gpu(
+    folder: Path, written: str, suggested: str | None
+):
+    shutil.copy(ROOT / "optimizer_dadapt.json", folder)
+    with pytest.raises(UserError) as refused:
+        load_config(["--optimizer_config", written])
+    (problem,) = refused.value.problems
+    looked = f"--optimizer_config: optimizer file not found: {written} (relative to the working directory and to the program's configs)"
+    assert problem == looked + (f"; did you mean '{suggested}'?" if suggested else "")
 
 
 def test_the_shipped_configurations_say_what_the_readme_says(folder: Path):

@@ -1,4 +1,7 @@
-"""Input paths: looked for beside the file that names them, then in the working directory; from the command line only there."""
+"""Input paths: looked for beside the file that names them, then in the working directory; from the command line only there.
+
+Optimizer files are also looked for in the program's configs/, so that a copy of one of its configurations works anywhere.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from trainer.config.report import Place, Report, Written, closest
 from trainer.models.lora import BASE_FILE
 
 FINDLAST = "findlast"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+"""The configurations that come with the program."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LOCAL = ("checkpoints", "ckpts", "input", "logs", "model", "models", "output")
@@ -148,14 +153,19 @@ def resolve_json(written: Written, report: Report) -> str | None:
 
 def not_found(written: Written, kind: str) -> str:
     """Return the sentence about a path where nothing is: where it was looked for, and the closest name that is there."""
-    close = next((close for folder in _folders(written) if (close := _close(folder, written.value))), "")
+    close = next((close for folder in _folders(written) if (close := _close(folder, written))), "")
+    configs = " and to the program's configs" if CONFIGS in _folders(written) else ""
     if Path(os.path.expanduser(written.value)).is_absolute():  # noqa: PTH111
         looked = ""
     elif written.folder is None:
-        looked = " (in the working directory)"
+        looked = (
+            f" (relative to the working directory{configs})" if configs else " (in the working directory)"
+        )
+    elif written.folder == Path.cwd():
+        looked = f" (relative to {written.place.file}{configs})"
     else:
-        cwd = "" if written.folder == Path.cwd() else " and to the working directory"
-        looked = f" (relative to {written.place.file}{cwd})"
+        cwd = ", to the working directory" if configs else " and to the working directory"
+        looked = f" (relative to {written.place.file}{cwd}{configs})"
     default = ", the default" if written.folder is not None and written.place.line is None else ""
     return f"{kind} not found: {written.value}{default}{looked}{close}"
 
@@ -217,7 +227,9 @@ def _model_file(path: Path, place: Place, report: Report) -> str | None:
 
 
 def _folders(written: Written) -> list[Path]:
-    return list(dict.fromkeys([*([] if written.folder is None else [written.folder]), Path.cwd()]))
+    beside = [] if written.folder is None else [written.folder]
+    configs = [CONFIGS] if written.place.key == "optimizer_config" else []
+    return list(dict.fromkeys([*beside, Path.cwd(), *configs]))
 
 
 def _inside(folder: Path, value: str) -> Path:
@@ -232,8 +244,9 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _close(folder: Path, value: str) -> str:
+def _close(folder: Path, written: Written) -> str:
     """Return "; did you mean ...?" with the first missing part of the path replaced by the closest name beside it."""
+    value = written.value
     parts = Path(value).parts
     missing = next(
         (i for i in range(len(parts)) if not _exists(_inside(folder, str(Path(*parts[: i + 1]))))), None
@@ -245,5 +258,19 @@ def _close(folder: Path, value: str) -> str:
     except OSError:
         return ""
     spelled = {name: Path(*parts[:missing], name, *parts[missing + 1 :]).as_posix() for name in names}
-    close = closest(parts[missing], [name for name in names if _exists(_inside(folder, spelled[name]))])
+    there = [name for name in names if _exists(_inside(folder, spelled[name]))]
+    if written.place.key == "optimizer_config":
+        there = [name for name in there if _misspelt(parts[missing], name)]
+    close = closest(parts[missing], there)
     return f"; did you mean '{spelled[close]}'?" if close else ""
+
+
+def _misspelt(written: str, name: str) -> bool:
+    """Return whether each word of a name is close to one's; with another word or number it is a file for another GPU."""
+    words, others = (re.split(r"[\W_]+", text.lower()) for text in (written, name))
+    numbers, other_numbers = (re.findall(r"\d+", text) for text in (written, name))
+    return (
+        numbers == other_numbers
+        and len(words) == len(others)
+        and all(map(closest, words, ([o] for o in others)))
+    )

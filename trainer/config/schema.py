@@ -46,7 +46,8 @@ class FileOptions:
     """Where the rest of the configuration is."""
 
     optimizer_config: str = "optimizer.json"
-    """The optimizer file: optimizers, their rates and the frozen layers of the text encoder."""
+    """The optimizer file: optimizers, their rates and the frozen layers of the text encoder. It is also looked for in
+    the program's configs/, so that a copy of configs/sd15.json works in any folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
