@@ -76,15 +76,16 @@ def test_lines_are_counted_across_dos_line_ends(folder: Path):
         (b'{"resume_ckpt":\n"\xfc"}', "train.json:2: byte 0xfc is not UTF-8; save the file as UTF-8"),
         (
             b"PK\x03\x04\x00\x00",
-            "train.json: the file is not text (it holds zero bytes); name a JSON file saved as UTF-8",
+            "train.json: the file is not text (it holds zero bytes); name a file of text saved as UTF-8",
         ),
         (
             b" " * 5_000_000,
             "--config: train.json cannot be read: it is larger than 4 MiB, which is too much for what it is",
         ),
-        (b'{"lora": ' + b"[" * 100_000, "train.json:1: lora: brackets are nested more than 40 deep"),
+        (b'{"lora": ' + b"[" * 41 + b"]" * 41 + b"}", "train.json: brackets are nested more than 40 deep"),
+        (b'{"lora": ' + b"[" * 100_000, "train.json: brackets are nested more than 40 deep"),
     ],
-    ids=["UTF-16", "latin-1", "zip", "large", "deep"],
+    ids=["UTF-16", "latin-1", "zip", "large", "deep", "deeper than Python reads"],
 )
 def test_files_that_are_no_text(folder: Path, content: bytes, problem: str):
     Case("", {}).write(folder)

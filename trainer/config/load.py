@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from data.regular import read_regular
 from trainer.config.ed2 import RENAMED, in_optimizer_file, other_word, translate
-from trainer.config.optimizers import BASE, Rates, is_documentation, read_optimizers
+from trainer.config.optimizers import BASE, Rates, read_optimizers
 from trainer.config.overrides import help_text, parse
 from trainer.config.paths import (
     find,
@@ -26,7 +26,18 @@ from trainer.config.paths import (
     shown_path,
 )
 from trainer.config.positions import Document, read_json
-from trainer.config.report import COMMAND_LINE, Place, Report, Written, checked, closest, did_you_mean, shown
+from trainer.config.report import (
+    COMMAND_LINE,
+    Place,
+    Report,
+    Written,
+    checked,
+    closest,
+    did_you_mean,
+    read_keys,
+    shown,
+    values_of,
+)
 from trainer.config.resolved import clip_skip_of_format_1
 from trainer.config.rules import Settings, apply_optimizer_rules, apply_rules, drop_overridden, resolved
 from trainer.config.sample_file import read_sample_prompts
@@ -94,7 +105,7 @@ def load_config(argv: Sequence[str]) -> Loaded:
             "is an optimizer file, not a train.json; name it with --optimizer_config or in a train.json",
         )
         document = None
-    written = _written(document, source.parent, file, report) if document else {}
+    written = _written(document, report) if document else {}
     written |= arguments.values
     if document and arguments.config is None and {"resume_ckpt", "data_root"} <= arguments.values.keys():
         report.note(
@@ -155,10 +166,7 @@ def _read(path: Path, file: str, named: Place, report: Report) -> Document | Non
             inner = " (it holds train.json)" if (path / "train.json").exists() else ""
             problem = f"{file} is a folder{inner}; name the file"
         else:
-            document = read_json(read_regular(path))
-            for issue in document.issues:
-                report.error(Place(file, issue.line, _spelled(issue.path)), issue.sentence)
-            return document
+            return read_json(read_regular(path), file, report, path.parent)
     except FileNotFoundError:
         names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         close = closest(path.name, [name for name in names if name.endswith(".json")])
@@ -171,21 +179,18 @@ def _read(path: Path, file: str, named: Place, report: Report) -> Document | Non
     return None
 
 
-def _written(document: Document, folder: Path, file: str, report: Report) -> dict[str, Written]:
-    """Return what train.json says in this program's keys; foreign, unknown and unreadable keys are dealt with and absent."""
+def _written(document: Document, report: Report) -> dict[str, Written]:
+    """Return the entries of train.json by this program's keys; foreign and unknown keys are dealt with and absent."""
     known = train_keys()
     result: dict[str, Written] = {}
-    for name, value in document.values.items():
-        entry = Written(value, Place(file, document.lines[(name,)], name), folder)
-        if is_documentation(name) or (name,) in document.unread:
-            continue
+    for name, entry in document.members(document.values).items():
         key = RENAMED.get(name, name)
         if key in known:
             same = result.setdefault(key, entry)
-            if same.value != value and {name, same.place.key} & RENAMED.keys():
+            if same.value != entry.value and {name, same.place.key} & RENAMED.keys():
                 report.error(
                     entry.place,
-                    f"{shown(value)} contradicts {same.place.key}, which means the same; remove one of the two",
+                    f"{shown(entry.value)} contradicts {same.place.key}, which means the same; remove one of the two",
                 )
             continue
         foreign = translate(name, entry, report)
@@ -193,7 +198,7 @@ def _written(document: Document, folder: Path, file: str, report: Report) -> dic
             report.error(entry.place, _unknown_key(name))
         result |= foreign or {}
     skip = result.get("clip_skip")
-    of_earlier_run = "_format" not in document.values and (folder / "run.log").is_file()
+    of_earlier_run = "_format" not in document.values and Path(document.folder or "", "run.log").is_file()
     if of_earlier_run and skip and isinstance(skip.value, int) and skip.value > 0:
         now = clip_skip_of_format_1(skip.value)
         was = f"the {skip.value} of an earlier version's run"
@@ -217,12 +222,6 @@ def _settings(
     written: dict[str, Written], document: Document | None, default: Place, report: Report
 ) -> Settings:
     """Check every value and input path; a key whose value is wrong is absent from the settings' values."""
-    complete = document is not None and not document.hides_keys
-    unread = (
-        {RENAMED.get(str(path[0]), path[0]) for path in document.unread if len(path) == 1}
-        if document
-        else set()
-    )
     values: dict[str, Any] = {}
     given = {name: entry for name, entry in written.items() if entry.value is not None}
     for name, key in train_keys().items():
@@ -236,11 +235,11 @@ def _settings(
                 values[name] = value
                 given[name] = replace(given[name], value=value)
         elif key.required:
-            if complete and name not in unread:
+            if document is not None:
                 report.error(
                     default, f"{name} is missing: name the model to start from, for instance models/mini-sd"
                 )
-        elif name not in unread and (complete or name not in _NAMES_FILES):
+        elif document is not None or name not in _NAMES_FILES:
             values[name] = key.default
     settings = Settings(values, given, default)
     _resolve_paths(values, settings, report)
@@ -269,23 +268,11 @@ def _object(key: Key, entry: Written, document: Document | None, report: Report)
     if not isinstance(entry.value, dict):
         report.error(entry.place, f"must be {accepts(key.annotation)}; got {shown(entry.value)}")
         return False, None
-    known, values, fits = keys_of(key.kind), {}, True
-    of_file = document if document is not None and entry.place.file != COMMAND_LINE else Document()
-    for name, value in entry.value.items():
-        line = of_file.lines.get((key.name, name), entry.place.line)
-        place = Place(entry.place.file, line, f"{key.name}.{name}")
-        if is_documentation(name) or (key.name, name) in of_file.unread:
-            continue
-        if name not in known:
-            report.error(
-                place, "unknown key" + (did_you_mean(name, known) or f"; accepted are {', '.join(known)}")
-            )
-            fits = False
-        elif value is not None:
-            right, read = checked(known[name], value, place, report)
-            values |= {name: read} if right else {}
-            fits = fits and right
-    return fits, key.kind(**values)
+    if document is None or entry.place.file == COMMAND_LINE:
+        document = Document(COMMAND_LINE)
+    before = len(report.errors)
+    read = read_keys(document.members(entry.value, key.name), keys_of(key.kind), report)
+    return len(report.errors) == before, key.kind(**values_of(read))
 
 
 def _resolve_paths(values: dict[str, Any], settings: Settings, report: Report) -> None:
@@ -356,7 +343,7 @@ def _optimizers(settings: Settings, source: Path, report: Report) -> tuple[Optim
         unet=not settings.values.get("disable_unet_training"),
         text_encoder=not settings.values.get("disable_textenc_training"),
     )
-    return read_optimizers(document, file, rates, report), path
+    return read_optimizers(document, rates, report), path
 
 
 def _config(values: dict[str, Any], optimizers: OptimizerConfig) -> TrainConfig:
@@ -365,9 +352,3 @@ def _config(values: dict[str, Any], optimizers: OptimizerConfig) -> TrainConfig:
         for section, options in sections().items()
     }
     return TrainConfig(**built, optimizers=optimizers)
-
-
-def _spelled(path: Sequence[str | int]) -> str:
-    """Return a place inside a file as messages spell it: base.betas[1]."""
-    spelled = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
-    return spelled.removeprefix(".")

@@ -1,10 +1,10 @@
-"""The optimizer file: two sections of optimizer options, inheritance between them, and where every learning rate comes from."""
+"""The optimizer file: two sections of optimizer options, inheritance between them, and the source of each learning rate."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.config.ed2 import NEVER_NAMES, SECTION_WORDS, UNUSED_OPTIMIZER, other_word
@@ -15,13 +15,16 @@ from trainer.config.report import (
     Report,
     Written,
     checked,
-    did_you_mean,
+    read_keys,
     shown,
+    unknown_key,
     unknown_value,
+    values_of,
 )
 from trainer.config.schema import (
     DEFAULT_OPTIMIZER,
     FreezingOptions,
+    Key,
     OptimizerConfig,
     OptimizerFileOptions,
     keys_of,
@@ -33,7 +36,7 @@ from trainer.config.schema import (
 
 BASE, OVERRIDES, FREEZING = "base", "text_encoder_overrides", "text_encoder_freezing"
 FALLBACK_LR = 1e-6
-"""The rate where no file has one: EveryDream2's."""
+"""EveryDream2's learning rate, used if no file has one."""
 
 TINY_MULTIPLIER = 1e-4
 """Multipliers of D-Adaptation below this are most likely meant as rates."""
@@ -47,342 +50,276 @@ _SCHEDULE = ("lr_scheduler", "lr_warmup_steps", "lr_decay_steps")
 
 @dataclass(frozen=True)
 class Rates:
-    """What train.json says about rates: its own values by key, those that were written, and which networks learn."""
+    """The rates and schedule of train.json that were written, by key, and the networks that are trained."""
 
     written: Mapping[str, Written]
-    lr_scheduler: str = "constant"
     unet: bool = True
     text_encoder: bool = True
 
 
 @dataclass(frozen=True)
 class _Section:
-    """One section of the file: the optimizer that acts, None if it is not known, and the values that are right."""
+    """One section of the file: its optimizer (None: unknown), its right values, and whether its network is trained."""
 
     name: str
     optimizer: str | None
-    values: dict[str, Written]
+    values: Mapping[str, Written]
+    trained: bool
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the optimizer finds its own rate, so that lr multiplies it."""
+        return optimizer_classes()[self.optimizer or ""].adapts
 
 
-def is_documentation(name: str) -> bool:
-    """Whether a key is for readers only."""
-    return name in ("$schema", "doc") or name.startswith("_")
-
-
-def read_optimizers(document: Document, file: str, rates: Rates, report: Report) -> OptimizerConfig | None:
-    """Return the optimizers that an optimizer file asks for, every rate resolved; None after reporting what is wrong."""
+def read_optimizers(document: Document, rates: Rates, report: Report) -> OptimizerConfig | None:
+    """Return the optimizers of an optimizer file, every rate resolved; None after reporting config errors."""
     before = len(report.errors)
-    top = {name: value for name, value in document.values.items() if not is_documentation(name)}
-    if _other_file(top, file, report):
-        return None
-    options = _top(top, document, file, report)
-    if BASE not in top and not document.issues:
-        report.error(
-            Place(file), f"{BASE} is missing: the section that names the optimizer; {{}} takes every default"
-        )
-    base = _section(BASE, None, document, file, report)
-    overrides = _section(OVERRIDES, base, document, file, report)
-    freezing = _freezing(document, file, rates, report)
-    if (
-        base.optimizer is None
-        or overrides.optimizer is None
-        or len(report.errors) > before
-        or document.issues
-    ):
-        return None
-    scale = options.text_encoder_lr_scale
-    merged = _Section(OVERRIDES, overrides.optimizer, _inherit(base, overrides, report))
-    if scale != 1 and ("lr" in overrides.values or not rates.text_encoder):
-        why = (
-            f"{OVERRIDES}.lr is set"
-            if rates.text_encoder
-            else "disable_textenc_training freezes the text encoder"
-        )
-        report.note(
-            Place(file, document.lines[("text_encoder_lr_scale",)], "text_encoder_lr_scale"),
-            f"has no effect: {why}",
-        )
-    lr = _base_lr(base, overrides, rates, Place(file, document.lines.get((BASE,)), f"{BASE}.lr"), report)
-    text_lr = _text_lr(
-        base,
-        overrides,
-        lr,
-        scale,
-        rates,
-        Place(file, document.lines.get((OVERRIDES,)), f"{OVERRIDES}.lr"),
-        report,
-    )
-    learn = {BASE: (base, lr)} if rates.unet else {}
-    learn |= {OVERRIDES: (overrides, text_lr)} if rates.text_encoder else {}
-    _idle_lr(learn, rates, file, report)
-    _tiny_multiplier(base, rates.unet, report)
-    _tiny_multiplier(overrides, rates.text_encoder, report)
-    return OptimizerConfig(
-        unet=_build(base, lr, rates, rates.unet, report),
-        text_encoder=_build(merged, text_lr, rates, rates.text_encoder, report),
-        freezing=freezing,
-        log_grad_norm=options.log_grad_norm,
-        apply_grad_scaler_step_tweaks=options.apply_grad_scaler_step_tweaks,
-    )
+    return _Reader(document, rates, report).config(before)
 
 
-def _other_file(top: Mapping[str, Any], file: str, report: Report) -> bool:
-    """Whether this is a train.json, which is reported once instead of key by key."""
-    if BASE in top or not {"resume_ckpt", "data_root", "max_epochs", "optimizer_config"} & top.keys():
-        return False
-    report.error(
-        Place(file),
-        f"is a train.json, not an optimizer file, which holds {BASE}, {OVERRIDES} and {FREEZING}; see optimizer_config",
-    )
-    return True
+@dataclass(frozen=True)
+class _Reader:
+    """One optimizer file while it is read."""
 
+    document: Document
+    rates: Rates
+    report: Report
 
-def _top(top: Mapping[str, Any], document: Document, file: str, report: Report) -> OptimizerFileOptions:
-    known = keys_of(OptimizerFileOptions)
-    found: dict[str, Any] = {}
-    for name, value in top.items():
-        place = Place(file, document.lines[(name,)], name)
-        if name in known:
-            if value is not None:
-                right, read = checked(known[name], value, place, report)
-                found |= {name: read} if right else {}
-        elif name in (BASE, OVERRIDES, FREEZING):
-            if value is not None and not isinstance(value, dict):
-                report.error(place, f"must be an object in braces, {{ ... }}; got {shown(value)}")
-        elif name in SECTION_WORDS:
-            report.error(place, f"unknown key; did you mean '{SECTION_WORDS[name]}'?")
-        elif name in optimizer_keys() or name in UNUSED_OPTIMIZER:
-            report.error(place, f"belongs inside {BASE}")
-        elif name in keys_of(FreezingOptions):
-            report.error(place, f"belongs inside {FREEZING}")
-        elif name in train_keys():
-            report.error(place, "belongs in train.json")
-        else:
+    def config(self, before: int) -> OptimizerConfig | None:
+        """Return the whole file; None if there are more errors than `before`."""
+        top, report = self.document.members(self.document.values), self.report
+        if BASE not in top and {"resume_ckpt", "data_root", "max_epochs", "optimizer_config"} & top.keys():
             report.error(
-                place,
-                "unknown key"
-                + (
-                    did_you_mean(name, [BASE, OVERRIDES, FREEZING, *known])
-                    or _accepted([BASE, OVERRIDES, FREEZING, *known])
-                ),
+                Place(self.document.file),
+                f"is a train.json, not an optimizer file, which holds {BASE}, {OVERRIDES} and {FREEZING}; see optimizer_config",
             )
-    return OptimizerFileOptions(**found)
-
-
-def _section(name: str, base: _Section | None, document: Document, file: str, report: Report) -> _Section:
-    """Check one section's own values; `base` is the section it inherits from."""
-    raw = document.values.get(name)
-    members = (
-        {key: value for key, value in raw.items() if not is_documentation(key)}
-        if isinstance(raw, dict)
-        else {}
-    )
-    places = {key: Place(file, document.lines[(name, key)], f"{name}.{key}") for key in members}
-    unread = {key for key in members if (name, key) in document.unread}
-    optimizer = base.optimizer if base else DEFAULT_OPTIMIZER
-    if "optimizer" in unread:
-        optimizer = None
-    elif members.get("optimizer") is not None:
-        optimizer = _name(members["optimizer"], places["optimizer"], report)
-    values: dict[str, Written] = {}
-    for key, value in members.items():
-        users = optimizer_keys().get(key, {})
-        if key == "optimizer" or key in unread:
-            continue
-        if key in UNUSED_OPTIMIZER and not users:
-            if value not in (None, UNUSED_OPTIMIZER[key]):
-                report.note(places[key], f"has no effect: {optimizer or 'this optimizer'} does not use it")
-        elif not users:
-            word = other_word(key, optimizer=True)
-            close = (
-                f"; did you mean '{word}'?"
-                if word
-                else did_you_mean(key, optimizer_keys()) or _accepted(list(optimizer_keys()))
-            )
-            report.error(places[key], f"unknown key{close}")
-        elif value is not None:
-            if key == "growth_rate" and isinstance(value, str) and value.lower() in ("inf", "infinity"):
-                value = math.inf
-            hint = _FREEZE[name] if key == "lr" and value == 0 else ""
-            right, read = checked(
-                users.get(optimizer or "") or next(iter(users.values())), value, places[key], report, hint
-            )
-            if right and optimizer and optimizer not in users:
-                if read not in [
-                    user.default for user in users.values()
-                ]:  # which asks for nothing, and fills EveryDream2's files
-                    report.note(
-                        places[key], f"has no effect: {optimizer} does not use it, only {_listed(users)}"
-                    )
-            elif right:
-                values[key] = Written(read, places[key])
-    return _Section(name, optimizer, values)
-
-
-def _name(value: Any, place: Place, report: Report) -> str | None:
-    names = optimizer_classes()
-    name = value.lower() if isinstance(value, str) else ""
-    if name in names:
-        return name
-    if name in NEVER_NAMES:
-        report.error(place, f"{name} is not supported; use {NEVER_NAMES[name]}")
-    else:
-        report.error(place, unknown_value(value, list(names)))
-    return None
-
-
-def _freezing(document: Document, file: str, rates: Rates, report: Report) -> FreezingOptions:
-    known, found = keys_of(FreezingOptions), {}
-    raw = document.values.get(FREEZING)
-    for name, value in raw.items() if isinstance(raw, dict) else ():
-        place = Place(file, document.lines[(FREEZING, name)], f"{FREEZING}.{name}")
-        if is_documentation(name) or (FREEZING, name) in document.unread:
-            continue
-        if name not in known:
-            report.error(place, "unknown key" + (did_you_mean(name, known) or _accepted(list(known))))
-        elif value is not None:
-            right, read = checked(known[name], value, place, report)
-            found |= {name: read} if right else {}
-    freezing = FreezingOptions(**found)
-    if freezing.unfreeze_last_n_layers is not None and freezing.freeze_front_n_layers is not None:
-        place = Place(
-            file, document.lines[(FREEZING, "freeze_front_n_layers")], f"{FREEZING}.freeze_front_n_layers"
+            return None
+        options = self._top(top)
+        if BASE not in top:
+            sentence = f"{BASE} is missing: the section that names the optimizer; {{}} takes every default"
+            report.error(Place(self.document.file), sentence)
+        base = self._section(BASE, DEFAULT_OPTIMIZER, self.rates.unet)
+        overrides = self._section(OVERRIDES, base.optimizer, self.rates.text_encoder)
+        freezing = self._freezing()
+        if base.optimizer is None or overrides.optimizer is None or len(report.errors) > before:
+            return None
+        scale = options.text_encoder_lr_scale
+        if scale != 1 and ("lr" in overrides.values or not overrides.trained):
+            frozen = "disable_textenc_training freezes the text encoder"
+            why = f"{OVERRIDES}.lr is set" if overrides.trained else frozen
+            report.note(self.document.place("text_encoder_lr_scale"), f"has no effect: {why}")
+        lr = self._base_lr(base, overrides)
+        text_lr = self._text_lr(base, overrides, lr, scale)
+        self._note_idle_lr([(base, lr), (overrides, text_lr)])
+        for section in (base, overrides):
+            self._note_tiny_multiplier(section)
+        inherited = replace(overrides, values=self._inherit(base, overrides))
+        return OptimizerConfig(
+            unet=self._build(base, lr),
+            text_encoder=self._build(inherited, text_lr),
+            freezing=freezing,
+            log_grad_norm=options.log_grad_norm,
+            apply_grad_scaler_step_tweaks=options.apply_grad_scaler_step_tweaks,
         )
-        report.note(place, "has no effect: unfreeze_last_n_layers is set and wins")
-    if freezing != FreezingOptions() and not rates.text_encoder:
-        report.note(
-            Place(file, document.lines[(FREEZING,)], FREEZING),
-            "has no effect: disable_textenc_training freezes the whole text encoder",
+
+    def _top(self, top: Mapping[str, Written]) -> OptimizerFileOptions:
+        sections, known = (BASE, OVERRIDES, FREEZING), keys_of(OptimizerFileOptions)
+
+        def foreign(name: str, written: Written) -> None:
+            if name in sections:
+                if not isinstance(written.value, dict | None):
+                    sentence = f"must be an object in braces, {{ ... }}; got {shown(written.value)}"
+                    self.report.error(written.place, sentence)
+            elif name in SECTION_WORDS:
+                self.report.error(written.place, f"unknown key; did you mean '{SECTION_WORDS[name]}'?")
+            elif name in optimizer_keys() or name in UNUSED_OPTIMIZER:
+                self.report.error(written.place, f"belongs inside {BASE}")
+            elif name in keys_of(FreezingOptions):
+                self.report.error(written.place, f"belongs inside {FREEZING}")
+            elif name in train_keys():
+                self.report.error(written.place, "belongs in train.json")
+            else:
+                self.report.error(written.place, unknown_key(name, [*sections, *known]))
+
+        return OptimizerFileOptions(**values_of(read_keys(top, known, self.report, foreign=foreign)))
+
+    def _section(self, name: str, optimizer: str | None, trained: bool) -> _Section:
+        """Check one section's own values; `optimizer` acts if the section names none."""
+        members = self.document.members(self.document.values.get(name), name)
+        chosen = members.pop("optimizer", None)
+        if chosen is not None and chosen.value is not None:
+            optimizer = self._name(chosen)
+        growth = members.get("growth_rate")
+        if growth and isinstance(growth.value, str) and growth.value.lower() in ("inf", "infinity"):
+            members["growth_rate"] = replace(growth, value=math.inf)
+
+        def foreign(key: str, written: Written) -> None:
+            if key in UNUSED_OPTIMIZER:
+                if written.value not in (None, UNUSED_OPTIMIZER[key]):
+                    sentence = f"has no effect: {optimizer or 'this optimizer'} does not use it"
+                    self.report.note(written.place, sentence)
+            else:
+                word = other_word(key, optimizer=True)
+                close = f"unknown key; did you mean '{word}'?" if word else unknown_key(key, optimizer_keys())
+                self.report.error(written.place, close)
+
+        read = read_keys(
+            members,
+            {key: users.get(optimizer or "") or _first(users) for key, users in optimizer_keys().items()},
+            self.report,
+            foreign=foreign,
+            hint=lambda key, value: _FREEZE[name] if key == "lr" and value == 0 else "",
         )
-    return freezing
+        values: dict[str, Written] = {}
+        for key, written in read.items():
+            users = optimizer_keys()[key]
+            if optimizer is None or optimizer in users:
+                values[key] = written
+            elif written.value not in [
+                user.default for user in users.values()
+            ]:  # EveryDream2 writes them all
+                sentence = f"has no effect: {optimizer} does not use it, only {_listed(users)}"
+                self.report.note(written.place, sentence)
+        return _Section(name, optimizer, values, trained)
 
+    def _name(self, written: Written) -> str | None:
+        name = written.value.lower() if isinstance(written.value, str) else ""
+        if name in optimizer_classes():
+            return name
+        if name in NEVER_NAMES:
+            self.report.error(written.place, f"{name} is not supported; use {NEVER_NAMES[name]}")
+        else:
+            self.report.error(written.place, unknown_value(written.value, list(optimizer_classes())))
+        return None
 
-def _inherit(base: _Section, overrides: _Section, report: Report) -> dict[str, Written]:
-    """Return the text encoder's values: its own, and base's where its optimizer uses them."""
-    merged = dict(overrides.values)
-    for key, written in base.values.items():
-        users = optimizer_keys()[key]
-        if key in merged or overrides.optimizer not in users:
-            continue
-        if users[overrides.optimizer].annotation != users[base.optimizer or ""].annotation:
-            right, _ = checked(users[overrides.optimizer], plain(written.value), written.place, report)
-            if not right:
+    def _freezing(self) -> FreezingOptions:
+        members = self.document.members(self.document.values.get(FREEZING), FREEZING)
+        freezing = FreezingOptions(**values_of(read_keys(members, keys_of(FreezingOptions), self.report)))
+        if freezing.unfreeze_last_n_layers is not None and freezing.freeze_front_n_layers is not None:
+            place = members["freeze_front_n_layers"].place
+            self.report.note(place, "has no effect: unfreeze_last_n_layers is set and wins")
+        if freezing != FreezingOptions() and not self.rates.text_encoder:
+            sentence = "has no effect: disable_textenc_training freezes the whole text encoder"
+            self.report.note(self.document.place(FREEZING), sentence)
+        return freezing
+
+    def _inherit(self, base: _Section, overrides: _Section) -> Mapping[str, Written]:
+        """Return the text encoder's values: its own, and base's if its optimizer uses them."""
+        merged = dict(overrides.values)
+        for key, written in base.values.items():
+            users = optimizer_keys()[key]
+            if key in merged or overrides.optimizer not in users:
                 continue
-        merged[key] = written
-    return merged
+            own = users[overrides.optimizer]
+            if own.annotation != users[base.optimizer or ""].annotation:
+                right, _ = checked(own, plain(written.value), written.place, self.report)
+                if not right:
+                    continue
+            merged[key] = written
+        return merged
+
+    def _base_lr(self, base: _Section, own: _Section) -> float:
+        if "lr" in base.values:
+            if base.trained and not base.adapts:
+                self._note_difference(base, "lr")
+            return base.values["lr"].value
+        if base.adapts:
+            return 1.0
+        inherited = own.trained and "lr" not in own.values and not own.adapts
+        return self._train_lr(BASE, base.trained or inherited)
+
+    def _text_lr(self, base: _Section, own: _Section, base_lr: float, scale: float) -> float:
+        if "lr" in own.values:
+            if own.trained and not own.adapts:
+                self._note_difference(own, "lr")
+            return own.values["lr"].value
+        if base.adapts == own.adapts:
+            return base_lr * scale
+        # A rate and a multiplier of a learned rate are unrelated: 0.1 is usual for one and ruin for the other.
+        lr = 1.0 if own.adapts else self._train_lr(OVERRIDES, own.trained)
+        if "lr" in base.values and own.trained:
+            what = {True: "lr multiplies the rate that it finds", False: "lr is the rate"}
+            self.report.note(
+                self._lr_place(OVERRIDES),
+                f"{lr * scale:g} is used; {BASE}.lr {base_lr:g} is not inherited: for {base.optimizer} "
+                f"{what[base.adapts]}, for {own.optimizer} {what[own.adapts]}",
+            )
+        return lr * scale
+
+    def _train_lr(self, section: str, trained: bool) -> float:
+        if "lr" in self.rates.written:
+            return self.rates.written["lr"].value
+        if trained:
+            sentence = f"no learning rate here nor in train.json; {FALLBACK_LR:g} is used"
+            self.report.note(self._lr_place(section), sentence)
+        return FALLBACK_LR
+
+    def _lr_place(self, section: str) -> Place:
+        return self.document.place(section).at(f"{section}.lr")
+
+    def _note_idle_lr(self, sections: Iterable[tuple[_Section, float]]) -> None:
+        """Note an lr of the command line that no network uses, because D-Adaptation finds the rates of all.
+
+        train.json's lr is a fall-back for any optimizer file, so it causes no note.
+        """
+        written = self.rates.written.get("lr")
+        trained = [(section, lr) for section, lr in sections if section.trained]
+        if written is None or written.place.file != COMMAND_LINE or not trained:
+            return
+        if all(section.adapts for section, _ in trained):
+            section, lr = trained[0]
+            self.report.note(
+                written.place,
+                f"is for optimizers that take a rate: {section.optimizer} finds its own, times {lr:g}, "
+                f"the {section.name}.lr of {self.document.file}",
+            )
+
+    def _note_tiny_multiplier(self, section: _Section) -> None:
+        """Note an lr that was meant as a rate: for D-Adaptation it multiplies the learned rate."""
+        own = section.values.get("lr")
+        if section.trained and own is not None and section.adapts and own.value < TINY_MULTIPLIER:
+            self.report.note(
+                own.place,
+                f"{own.value:g} looks like a learning rate, but for {section.optimizer} lr multiplies the rate it "
+                "finds, and d grows in proportion to it; 1.0 is the method's own, 0.1 gentle",
+            )
+
+    def _note_difference(self, section: _Section, key: str) -> None:
+        """Note a value of a section that wins over another one in train.json or on the command line."""
+        own, train = section.values.get(key), self.rates.written.get(key)
+        if own is None or train is None or own.value == train.value:
+            return
+        # Many files hold the default.
+        if train.place.file == COMMAND_LINE or train.value not in (train_keys()[key].default, 0):
+            used, other = (
+                value if isinstance(value, str) else f"{value:g}" for value in (own.value, train.value)
+            )
+            self.report.note(own.place, f"{used} is used, not the {other} of {train.place.origin}")
+
+    def _build(self, section: _Section, lr: float) -> Any:
+        """Return the options object of a section, its schedule taken from train.json if it has none."""
+        schedule = {key: section.values.get(key) or self.rates.written.get(key) for key in _SCHEDULE}
+        name = schedule["lr_scheduler"].value if schedule["lr_scheduler"] else "constant"
+        for key in _SCHEDULE if section.trained else ():
+            self._note_difference(section, key)
+        for key in ("lr_warmup_steps", "lr_decay_steps"):
+            written = schedule[key]
+            if name == "constant" and section.trained and written and written.value:
+                instead = (
+                    "constant_with_warmup" if key == "lr_warmup_steps" else "linear, cosine or polynomial"
+                )
+                self.report.note(written.place, f"has no effect with lr_scheduler constant; choose {instead}")
+        values = values_of(section.values)
+        values |= values_of({key: written for key, written in schedule.items() if written is not None})
+        values |= {"lr": lr, "lr_scheduler": name, "lr_decay_steps": values.get("lr_decay_steps") or None}
+        return optimizer_classes()[section.optimizer or ""](**values)
 
 
-def _base_lr(base: _Section, own: _Section, rates: Rates, place: Place, report: Report) -> float:
-    if "lr" in base.values:
-        if rates.unet and not _adapts(base):
-            _differs(base, "lr", rates, report)
-        return base.values["lr"].value
-    if _adapts(base):
-        return 1.0
-    inherited = rates.text_encoder and "lr" not in own.values and not _adapts(own)
-    return _train_lr(rates, place, rates.unet or inherited, report)
-
-
-def _text_lr(
-    base: _Section, own: _Section, base_lr: float, scale: float, rates: Rates, place: Place, report: Report
-) -> float:
-    if "lr" in own.values:
-        if rates.text_encoder and not _adapts(own):
-            _differs(own, "lr", rates, report)
-        return own.values["lr"].value
-    if _adapts(base) == _adapts(own):
-        return base_lr * scale
-    # A rate and a multiplier of a found rate have nothing in common: 0.1 is usual for one and ruin for the
-    # other.
-    lr = 1.0 if _adapts(own) else _train_lr(rates, place, rates.text_encoder, report)
-    if "lr" in base.values and rates.text_encoder:
-        what = {True: "lr multiplies the rate that it finds", False: "lr is the rate"}
-        report.note(
-            place,
-            f"{lr * scale:g} is used; {BASE}.lr {base_lr:g} is not inherited: for {base.optimizer} {what[_adapts(base)]}, "
-            f"for {own.optimizer} {what[_adapts(own)]}",
-        )
-    return lr * scale
-
-
-def _train_lr(rates: Rates, place: Place, learns: bool, report: Report) -> float:
-    if "lr" in rates.written:
-        return rates.written["lr"].value
-    if learns:
-        report.note(place, f"no learning rate here nor in train.json; {FALLBACK_LR:g} is used")
-    return FALLBACK_LR
-
-
-def _idle_lr(learns: Mapping[str, tuple[_Section, float]], rates: Rates, file: str, report: Report) -> None:
-    """Note an lr of the command line that no network takes, since D-Adaptation finds the rates of all.
-
-    train.json's is a fall-back for whichever optimizer file is swapped in, and silent where that file needs
-    none.
-    """
-    written = rates.written.get("lr")
-    if written is None or written.place.file != COMMAND_LINE:
-        return
-    if not learns or not all(_adapts(section) for section, _ in learns.values()):
-        return
-    name, (section, lr) = next(iter(learns.items()))
-    report.note(
-        written.place,
-        f"is for optimizers that take a rate: {section.optimizer} finds its own, times {lr:g}, the {name}.lr of {file}",
-    )
-
-
-def _tiny_multiplier(section: _Section, learns: bool, report: Report) -> None:
-    """Note an lr that was meant as a rate: for D-Adaptation it multiplies the rate that is found."""
-    own = section.values.get("lr")
-    if learns and own is not None and _adapts(section) and own.value < TINY_MULTIPLIER:
-        report.note(
-            own.place,
-            f"{own.value:g} looks like a learning rate, but for {section.optimizer} lr multiplies the rate it finds, and d grows in "
-            "proportion to it; 1.0 is the method's own, 0.1 gentle",
-        )
-
-
-def _differs(section: _Section, key: str, rates: Rates, report: Report) -> None:
-    """Note a value of a section that wins over another one in train.json or on the command line."""
-    own, train = section.values.get(key), rates.written.get(key)
-    if own is None or train is None or own.value == train.value:
-        return
-    if train.place.file == COMMAND_LINE or train.value not in (
-        train_keys()[key].default,
-        0,
-    ):  # files often hold the default
-        own_value, other = (
-            value if isinstance(value, str) else f"{value:g}" for value in (own.value, train.value)
-        )
-        report.note(own.place, f"{own_value} is used, not the {other} of {train.place.origin}")
-
-
-def _build(section: _Section, lr: float, rates: Rates, learns: bool, report: Report) -> Any:
-    """Return the options object of a section, its schedule taken from train.json where it has none."""
-    assert section.optimizer is not None
-    schedule = {key: section.values.get(key) or rates.written.get(key) for key in _SCHEDULE}
-    name = schedule["lr_scheduler"].value if schedule["lr_scheduler"] else rates.lr_scheduler
-    for key in _SCHEDULE if learns else ():
-        _differs(section, key, rates, report)
-    for key in ("lr_warmup_steps", "lr_decay_steps"):
-        written = schedule[key]
-        if name == "constant" and learns and written and written.value:
-            instead = "constant_with_warmup" if key == "lr_warmup_steps" else "linear, cosine or polynomial"
-            report.note(written.place, f"has no effect with lr_scheduler constant; choose {instead}")
-    values = {key: written.value for key, written in section.values.items()}
-    values |= {key: written.value for key, written in schedule.items() if written is not None}
-    values |= {"lr": lr, "lr_scheduler": name, "lr_decay_steps": values.get("lr_decay_steps") or None}
-    return optimizer_classes()[section.optimizer](**values)
-
-
-def _adapts(section: _Section) -> bool:
-    return optimizer_classes()[section.optimizer or ""].adapts
+def _first(users: Mapping[str, Key]) -> Key:
+    return next(iter(users.values()))
 
 
 def _listed(names: Iterable[str]) -> str:
     *others, last = names
     return f"{', '.join(others)} and {last}" if others else last
-
-
-def _accepted(names: list[str]) -> str:
-    return "; accepted are " + ", ".join(names)

@@ -195,8 +195,9 @@ def _value(key: Key, text: str) -> Any:
     """Return the JSON value that a word on the command line stands for."""
     if text == "null":
         return None
-    document = read_json(b'{"value": ' + text.encode("utf-8", "surrogatepass") + b"}")
-    value = text if document.issues else document.values["value"]
+    scratch = Report()
+    document = read_json(b'{"value": ' + text.encode("utf-8", "surrogatepass") + b"}", COMMAND_LINE, scratch)
+    value = text if document is None or scratch.errors else document.values["value"]
     return value if isinstance(value, list | dict) or not _fits(key, text) else text
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -28,11 +28,12 @@ class Place:
     file: str
     line: int | None = None
     key: str = ""
+    column: int | None = None
 
     def __str__(self) -> str:
         if self.file == COMMAND_LINE:
             return f"--{self.key}" if self.key else "command line"
-        file = self.file if self.line is None else f"{self.file}:{self.line}"
+        file = ":".join(str(part) for part in (self.file, self.line, self.column) if part is not None)
         return f"{file}: {self.key}" if self.key else file
 
     @property
@@ -95,9 +96,13 @@ class Report:
 
 def checked(key: Key, value: Any, place: Place, report: Report, hint: str = "") -> tuple[bool, Any]:
     """Return whether `value` fits the key, and the value as the field's type; what does not fit is reported, `hint` appended."""
+    if isinstance(value, float) and not math.isfinite(value) and value != key.default:
+        sentence = f"{shown(value)} is not a number to train with; write a number, or null for the default"
+        report.error(place, sentence)
+        return False, None
     try:
         read = key.validate(value)
-        if all(map(_computable, read if isinstance(read, tuple) else [read])):
+        if read == key.default or all(map(_computable, read if isinstance(read, tuple) else [read])):
             return True, read
         report.error(place, f"{shown(value)} is too large or too small a number to compute with{hint}")
     except ValidationError as error:
@@ -109,11 +114,46 @@ def checked(key: Key, value: Any, place: Place, report: Report, hint: str = "") 
     return False, None
 
 
+def read_keys(
+    members: Mapping[str, Written],
+    known: Mapping[str, Key],
+    report: Report,
+    *,
+    foreign: Callable[[str, Written], None] | None = None,
+    hint: Callable[[str, Any], str] = lambda name, value: "",
+) -> dict[str, Written]:
+    """Return the keys of an object whose values fit; null stands for the default and is dropped.
+
+    Args:
+        foreign: handles a key that is not `known`; without it, such a key is reported.
+        hint: returns the words to append to the sentence about a wrong value.
+    """
+    fitting: dict[str, Written] = {}
+    for name, written in members.items():
+        if name not in known:
+            if foreign:
+                foreign(name, written)
+            else:
+                report.error(written.place, unknown_key(name, known))
+        elif written.value is not None:
+            right, value = checked(
+                known[name], written.value, written.place, report, hint(name, written.value)
+            )
+            if right:
+                fitting[name] = replace(written, value=value)
+    return fitting
+
+
+def values_of(written: Mapping[str, Written]) -> dict[str, Any]:
+    """Return the bare values by key."""
+    return {name: entry.value for name, entry in written.items()}
+
+
 def _computable(value: Any) -> bool:
     """Return whether a number fits the 64 bits of counts, or the 32 of weights."""
     if isinstance(value, int):
         return abs(value) < 1 << 63
-    return not isinstance(value, float) or value in (0, math.inf) or _TINIEST < abs(value) < 1 / _TINIEST
+    return not isinstance(value, float) or value == 0 or _TINIEST < abs(value) < 1 / _TINIEST
 
 
 def _sentences(key: Key, value: Any, error: ValidationError) -> list[tuple[tuple[int | str, ...], str]]:
@@ -171,6 +211,11 @@ def unknown_value(value: Any, choices: Sequence[Any]) -> str:
     return f"unknown value {shown(value)}" + (
         close or f"; accepted are {', '.join(repr(choice) for choice in choices)}"
     )
+
+
+def unknown_key(name: str, known: Iterable[str]) -> str:
+    """Return the sentence about a key that is none of `known`."""
+    return "unknown key" + (did_you_mean(name, known) or f"; accepted are {', '.join(known)}")
 
 
 def did_you_mean(found: Any, known: Iterable[Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from data.regular import read_regular
 from trainer.config.paths import resolve_images, shown_path
 from trainer.config.positions import read_json
-from trainer.config.report import Place, Report, Written, checked, did_you_mean
+from trainer.config.report import Place, Report, Written, read_keys, unknown_key, values_of
 from trainer.config.schema import keys_of
 from trainer.errors import UserError
 from trainer.evaluation.validation import ValidationFile
@@ -17,7 +17,6 @@ from trainer.evaluation.validation import ValidationFile
 _OLD = {"val_data_root": "manual_data_root", "val_split_proportion": "auto_split_proportion"}
 """EveryDream2's earlier names of keys."""
 
-_WORDS = ("$schema", "doc", "documentation")
 _RELATIVE = "use_relative_loss"
 
 
@@ -47,33 +46,32 @@ def read_validation(path: Path, report: Report) -> ValidationFile | None:
     report.files.append(file)
     before = len(report.errors)
     try:
-        document = read_json(read_regular(path))
+        content = read_regular(path)
     except OSError as reason:
         report.error(Place(file), f"the validation file cannot be read: {reason.strerror or reason}")
         return None
-    for issue in document.issues:
-        report.error(Place(file, issue.line), issue.sentence)
-    known = keys_of(ValidationFile)
-    values: dict[str, Any] = {}
-    places: dict[str, Place] = {}
-    for written, value in document.values.items():
-        name = _OLD.get(written, written)
-        place = Place(file, document.lines[(written,)], written)
-        if (written,) in document.unread or written in _WORDS or written.startswith("_"):
+    document = read_json(content, file, report, path.parent)
+    if document is None:
+        return None
+    members: dict[str, Written] = {}
+    for name, written in document.members(document.values).items():
+        if name == "documentation":
             continue
-        if written == _RELATIVE:
-            if value not in (None, False):
-                report.note(place, "has no effect; EveryDream2 reads it and never uses it")
-        elif name not in known:
-            report.error(
-                place, "unknown key" + (did_you_mean(written, known) or f"; accepted are {', '.join(known)}")
-            )
-        elif value is not None and name in values:
-            report.error(place, f"says the same as {places[name].key}; remove one of the two")
-        elif value is not None:
-            right, read = checked(known[name], value, place, report)
-            values |= {name: read} if right else {}
-            places[name] = place
+        same = members.setdefault(_OLD.get(name, name), written)
+        if written.value is not None and same is not written:
+            if same.value is not None:
+                report.error(written.place, f"says the same as {same.place.key}; remove one of the two")
+            members[_OLD.get(name, name)] = written
+
+    def foreign(name: str, written: Written) -> None:
+        if name != _RELATIVE:
+            report.error(written.place, unknown_key(name, known))
+        elif written.value not in (None, False):
+            report.note(written.place, "has no effect; EveryDream2 reads it and never uses it")
+
+    known = keys_of(ValidationFile)
+    read = read_keys(members, known, report, foreign=foreign)
+    values, places = values_of(read), {name: written.place for name, written in read.items()}
     _resolve_folders(values, places, path, report)
     found = ValidationFile(**values)
     if len(report.errors) == before:

@@ -152,7 +152,7 @@ def test_null_is_the_default(tmp_path: Path):
         ('{"samples": "a red circle"}', ":1: samples: must be a list of objects"),
         ('{"num_inference_steps": 0}', ":1: num_inference_steps: must be at least 1, got 0"),
         ('{"show_progress_bars": "false"}', ":1: show_progress_bars: must be true or false"),
-        ('{\n"seed": 1,\n}', ":2: "),
+        ('{\n"seed": 1,\n}', ":2:10: the comma after the last entry must go"),
         ("[]", "must hold an object"),
     ],
 )
