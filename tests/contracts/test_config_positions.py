@@ -90,4 +90,4 @@ def test_every_key_that_is_written_twice_is_reported_with_both_lines():
 
 def test_only_the_first_syntax_error_is_reported():
     text = '{\n"a": 1,\n"b" 1,\n"c": [1, tru],\n"d": "C:\\x",\n}'
-    assert read(text.encode()) == (None, ("x.json:3:5: a : must follow the key, found 1",))
+    assert read(text.encode()) == (None, ("x.json:3:5: found 1 where a : must follow the key",))

@@ -95,7 +95,7 @@ def load_config(argv: Sequence[str]) -> Loaded:
     if arguments.help:
         say(*help_text().splitlines(), stream=sys.stdout)
         raise SystemExit(0)
-    source = Path.cwd() / (arguments.config or CommandOptions.config)
+    source = Path.cwd() / arguments.command.config
     file = shown_path(source)
     report.files.append(file)
     document = _read(source, file, Place(COMMAND_LINE, None, "config"), report)
@@ -107,7 +107,7 @@ def load_config(argv: Sequence[str]) -> Loaded:
         document = None
     written = _written(document, report) if document else {}
     written |= arguments.values
-    if document and arguments.config is None and {"resume_ckpt", "data_root"} <= arguments.values.keys():
+    if document and not arguments.config_is_named and {"resume_ckpt", "data_root"} <= arguments.values.keys():
         report.note(
             Place(file),
             "is read too, since --config names no other file; the command line wins over its keys",
@@ -133,12 +133,12 @@ def load_config(argv: Sequence[str]) -> Loaded:
     config = _config(resolved(settings.values), optimizers)
     return Loaded(
         config=replace(config, source=source, optimizer_source=optimizer_source),
-        action="check" if arguments.check else "train",
-        check_json=arguments.check == "json",
-        contact_sheets=Path(arguments.contact_sheets) if arguments.contact_sheets else None,
-        vram=arguments.vram,
+        action="check" if arguments.command.check else "train",
+        check_json=arguments.command.check == "json",
+        contact_sheets=Path(arguments.command.contact_sheets) if arguments.command.contact_sheets else None,
+        vram=arguments.command.vram,
         notes=report.notes,
-        weights_only=arguments.resume_weights_only,
+        weights_only=arguments.command.resume_weights_only,
     )
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import re
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from inspect import getdoc
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
 from trainer.config.ed2 import RENAMED, foreign_options, in_optimizer_file, other_word, translate
 from trainer.config.positions import read_json
-from trainer.config.report import COMMAND_LINE, Place, Report, Written, checked, closest
+from trainer.config.report import COMMAND_LINE, Place, Report, Written, closest, read_keys, values_of
 from trainer.config.schema import (
     DEFAULT_OPTIMIZER,
     CommandOptions,
@@ -32,83 +34,60 @@ from trainer.config.schema import (
     train_keys,
 )
 
+_NAME = re.compile(r"(?<=^--)[^=]+")
+_NEED_CHECK = {
+    "contact_sheets": "is made by a check; add --check",
+    "vram": "is for a check; add --check",
+}
 
-@dataclass
+
+@dataclass(frozen=True)
 class Arguments:
-    """What the command line says: the file, what to do, and values by key that win over the file's."""
+    """The command line: its own options, and values by key that win over the file's."""
 
-    config: str | None = None
-    check: Literal["text", "json"] | None = None
-    contact_sheets: str | None = None
-    vram: float | None = None
-    resume_weights_only: bool = False
-    help: bool = False
-    values: dict[str, Written] = field(default_factory=dict)
+    command: CommandOptions
+    config_is_named: bool
+    help: bool
+    values: dict[str, Written]
+
+
+class _Append(argparse.Action):
+    """Append the option and its value, None if it has none, to `given`."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        namespace.given.append((option_string, values))
 
 
 def parse(argv: Sequence[str], report: Report) -> Arguments:
-    """Return what `argv`, without the program's name, says; what cannot be understood is reported.
+    """Return the options in `argv`, without the program's name; report what is no option or no value.
 
-    Names take - for _. A value is read as JSON where the key takes no text, and as text where it does, except
-    null and lists.
+    Names take - for _. A value is read as JSON if the key takes no text; if it does, only null and lists are.
     """
-    result = Arguments()
-    rest = list(argv)
-    while rest:
-        word = rest.pop(0)
-        if word in ("-h", "--help"):
-            result.help = True
-            continue
-        if not word.startswith("--") or word == "--":
-            close = " (did you mean --config " + word + "?)" if word.endswith(".json") else ""
-            report.error(
-                Place(COMMAND_LINE),
-                f"{word} is not an option{close}; options are written --key value, see --help",
-            )
-            continue
-        name, equals, attached = word[2:].partition("=")
-        place = Place(COMMAND_LINE, None, name)
-        key, off = _find(name.replace("-", "_"))
-        if key is None:
-            _unknown(name, report)
-            if not equals and rest and not rest[0].startswith("--"):
-                rest.pop(0)
-            continue
-        if key.kind is bool:
-            value: Any = not off
-            if equals or (rest and not rest[0].startswith("--")):
-                given = attached if equals else rest.pop(0)
-                spelled = {"true": not off, "false": off, "null": None}
-                if given.lower() not in spelled:
-                    report.error(place, f"takes true or false, got '{given}'")
-                    continue
-                value = spelled[given.lower()]
-        elif equals:
-            value = _value(key, attached)
-        elif key.name == "check" and not (
-            rest and not rest[0].startswith("--") and not rest[0].endswith(".json")
-        ):
-            value = "text"
-        elif rest and not (rest[0].startswith("--") and rest[0] != "--"):
-            value = _value(key, rest.pop(0))
-        else:
-            report.error(place, f"needs a value: {accepts(key.annotation)}")
-            continue
-        if key.owner is CommandOptions:
-            right, value = (True, key.default) if value is None else checked(key, value, place, report)
-            if right:
-                setattr(result, key.name, value)
-        elif key.name in train_keys():
-            result.values[key.name] = Written(value, place)
-        else:
-            result.values |= translate(key.name, Written(value, place), report) or {}
-    for name, sentence in (
-        ("contact_sheets", "is made by a check; add --check"),
-        ("vram", "is for a check; add --check"),
-    ):
-        if getattr(result, name) is not None and result.check is None:
+    options = _options()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    for option in options:
+        parser.add_argument(option, nargs="?", action=_Append, default=argparse.SUPPRESS)
+    words = [_NAME.sub(lambda name: name[0].replace("-", "_"), word) for word in argv]
+    found, rest = parser.parse_known_args(words, argparse.Namespace(given=[]))
+    command: dict[str, Written] = {}
+    values: dict[str, Written] = {}
+    for option, text in found.given:
+        key, off = options[option]
+        if key.name == "check" and (not text or text.endswith(".json")):
+            rest, text = [*filter(None, [text]), *rest], "text"
+        written = _written(key, off, text, Place(COMMAND_LINE, None, option[2:]), report)
+        if written is not None and key.name in (known := train_keys()) | keys_of(CommandOptions):
+            (values if key.name in known else command)[key.name] = written
+        elif written is not None:
+            values |= translate(key.name, written, report) or {}
+    typed = dict(zip(words, argv, strict=True))
+    _report_rest([typed.get(word, word) for word in rest], report)
+    own = CommandOptions(**values_of(read_keys(command, keys_of(CommandOptions), report)))
+    for name, sentence in _NEED_CHECK.items():
+        if getattr(own, name) is not None and own.check is None:
             report.error(Place(COMMAND_LINE, None, name), sentence)
-    return result
+    return Arguments(own, "config" in command, found.help, values)
 
 
 def help_text(width: int = 100) -> str:
@@ -167,28 +146,52 @@ def _row(key: Key, dashes: str, width: int, *, takes: str = "", words: str = "")
     ]
 
 
-def _find(name: str) -> tuple[Key | None, bool]:
-    """Return the key that an option names and whether it is being turned off; a key `no_x` is turned off by `--x`."""
-    known = {**train_keys(), **keys_of(CommandOptions), **foreign_options()}
-    name = RENAMED.get(name, name)
-    if name in known:
-        return known[name], False
-    if name.startswith("no_") and name[3:] in known and known[name[3:]].kind is bool:
-        return known[name[3:]], True
-    if f"no_{name}" in known and known[f"no_{name}"].kind is bool:
-        return known[f"no_{name}"], True
-    return None, False
+def _options() -> dict[str, tuple[Key, bool]]:
+    """Return the key of every option, and whether it turns it off; `--x` turns off a key `no_x`."""
+    keys = {**train_keys(), **keys_of(CommandOptions), **foreign_options()}
+    keys |= {name: keys[now] for name, now in RENAMED.items()}
+    options = {f"--{name}": (key, False) for name, key in keys.items()}
+    for name, key in keys.items():
+        if key.kind is bool:
+            options.setdefault(f"--no_{name}", (key, True))
+            if name.startswith("no_"):
+                options.setdefault(f"--{name[3:]}", (key, True))
+    return options
 
 
-def _unknown(name: str, report: Report) -> None:
-    place, key = Place(COMMAND_LINE, None, name), name.replace("-", "_")
-    if inside := in_optimizer_file(key):
-        report.error(place, f"belongs in the optimizer file, as {inside}")
+def _written(key: Key, off: bool, text: str | None, place: Place, report: Report) -> Written | None:
+    """Return an option's value; None after reporting that it has none."""
+    if key.kind is bool:
+        spelled = {"": not off, "true": not off, "false": off, "null": None}
+        if (word := (text or "").lower()) in spelled:
+            return Written(spelled[word], place)
+        report.error(place, f"takes true or false, got '{text}'")
+    elif text is not None:
+        return Written(_value(key, text), place)
     else:
-        close = other_word(key) or closest(key, ["help", *train_keys(), *keys_of(CommandOptions)])
-        report.error(
-            place, f"unknown option; did you mean --{close}?" if close else "unknown option; --help lists all"
-        )
+        report.error(place, f"needs a value: {accepts(key.annotation)}")
+    return None
+
+
+def _report_rest(words: Sequence[str], report: Report) -> None:
+    """Report unknown options, whose values are skipped, and words that are no option."""
+    skip = False
+    for word in words:
+        name = word[2:].partition("=")[0] if word.startswith("--") else ""
+        key = name.replace("-", "_")
+        if not name and not skip:
+            close = f" (did you mean --config {word}?)" if word.endswith(".json") else ""
+            sentence = f"{word} is not an option{close}; options are written --key value, see --help"
+            report.error(Place(COMMAND_LINE), sentence)
+        elif inside := in_optimizer_file(key):
+            report.error(Place(COMMAND_LINE, None, name), f"belongs in the optimizer file, as {inside}")
+        elif name:
+            close = other_word(key) or closest(key, ["help", *train_keys(), *keys_of(CommandOptions)])
+            sentence = (
+                f"unknown option; did you mean --{close}?" if close else "unknown option; --help lists all"
+            )
+            report.error(Place(COMMAND_LINE, None, name), sentence)
+        skip = bool(name) and "=" not in word
 
 
 def _value(key: Key, text: str) -> Any:

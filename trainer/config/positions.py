@@ -28,7 +28,14 @@ _TAIL = re.compile(r"[^\s,:{}\[\]\"]*\Z")
 _COMMENT = (
     'comments are not JSON: remove it, or write it as text under a key that starts with _, such as "_note"'
 )
-_DECIMAL = "a number takes a point, as in 1.5, and a list takes brackets: [0.9, 0.999]"
+_PLAIN = {
+    "Expecting property": "where a key in double quotes must stand (a number takes a point, a list brackets)",
+    "Expecting ':'": "where a : must follow the key",
+    "Expecting ','": "where a comma or a } must stand",
+    "Expecting value": "where a value must stand, or null for the default",
+    "Extra data": "after the closing }: remove it, or move it before the brace",
+}
+"""The messages of the `json` module by their first words, for readers."""
 
 
 @dataclass(frozen=True)
@@ -177,52 +184,46 @@ def _explained(text: str, error: json.JSONDecodeError) -> tuple[str, int]:
         return _explained_string(text, error)
     at = len(text) - len(text[error.pos :].lstrip())
     before = text[:at].rstrip()
-    found, previous = text[at : at + 1], before[-1:]
+    opened, found = _open_bracket(before), text[at : at + 1]
     if text.startswith(("//", "/*", "#"), at):
         return _COMMENT, at
     if quoted := _QUOTED.match(text, at):
         kind = "single" if found == "'" else "curly"
         return f'{kind} quotes; JSON takes straight double ones: "{_clip(quoted[1])}"', at
-    if not found:
-        return "the file ends before every { and [ is closed: a } or ] is missing", len(before) - 1
-    if found == "," and text[at + 1 :].lstrip()[:1] in ("}", "]"):  # Python 3.13 points at the comma
-        return "the comma after the last entry must go", at
-    if found in "}]" and previous == ",":
-        return "the comma after the last entry must go", len(before) - 1
-    if found in ",}]" and previous == ":":
-        return "the value after the : is missing; write one, or null for the default", at
-    if found == "," and previous in ",{[":
-        return "a comma without an entry before it: remove it", at
-    if error.msg.startswith("Extra data"):
-        return "text after the closing }: remove it, or move it before the brace", at
-    if error.msg.startswith("Expecting ':'"):
-        return f"a : must follow the key, found {found}", at
-    word = _WORD.match(text, at)
-    if error.msg.startswith("Expecting property name"):
-        if word is None:
-            return f"found {found} where a key in double quotes must stand", at
-        if found.isdigit():
-            return f"found {word[0]} where a key must stand; {_DECIMAL}", at
-        return f'a key stands in double quotes: "{_clip(word[0])}"', at
-    tail = _TAIL.search(text, 0, at)
-    start = tail.start() if tail and word else at
-    if error.msg.startswith("Expecting ','") and start == at:
-        if found in ":}":
-            return "the list is never closed: a ] is missing", before.rfind("[")
-        if found == "]":
-            return "a ] that closes nothing: remove it, or close the object with a } before it", at
+    if not found or (found in ":}" and text[opened] == "[" and error.msg.startswith("Expecting ','")):
+        bracket = text[opened]
+        return f"the {bracket} is never closed: a {'}' if bracket == '{' else ']'} is missing", opened
+    comma = at if found == "," else len(before) - 1  # Python 3.13 points at the comma
+    if text[comma] == "," and text[comma + 1 :].lstrip()[:1] in ("}", "]"):
+        return "the comma after the last entry must go", comma
+    following, tail = _WORD.match(text, at), _TAIL.search(text, 0, at)
+    start = tail.start() if tail and following else at
+    word = _clip(text[start : following.end()]) if following else found
+    if start < at or (following and error.msg.startswith("Expecting value")):
+        return _explained_literal(word), start
+    if error.msg.startswith("Expecting ','") and found not in ":]":
         return "a comma is missing after this entry", len(before) - 1
-    if word is None:
-        return f"found {found} where a value must stand", at
-    literal = _clip(text[start : word.end()])
-    if literal[0] in "+-.0123456789":
-        return f"{literal} is not a JSON number; write it as in 0.5, 1000 or 1e-6", start
-    if literal.lower() in _MEANT:
-        return f"{literal} is not JSON; write {_MEANT[literal.lower()]}", start
-    return (
-        f'{literal} is neither a number nor true, false or null; text stands in double quotes: "{literal}"',
-        start,
-    )
+    sentence = next((words for prefix, words in _PLAIN.items() if error.msg.startswith(prefix)), "")
+    return f"found {word} {sentence}", at
+
+
+def _explained_literal(word: str) -> str:
+    if word[0] in "+-.0123456789":
+        return f"{word} is not a JSON number; write it as in 0.5, 1000 or 1e-6"
+    if word.lower() in _MEANT:
+        return f"{word} is not JSON; write {_MEANT[word.lower()]}"
+    return f'{word} is neither a number nor true, false or null; text stands in double quotes: "{word}"'
+
+
+def _open_bracket(text: str) -> int:
+    """Return the position of the innermost bracket that is open at the end of valid JSON so far."""
+    opened: list[int] = [0]
+    for token in _TOKEN.finditer(text):
+        if token[0] in "{[":
+            opened.append(token.start())
+        elif token[0] in "}]":
+            opened.pop()
+    return opened[-1]
 
 
 def _explained_string(text: str, error: json.JSONDecodeError) -> tuple[str, int]:
