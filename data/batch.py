@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.index import BadFile
+from data.record import BadFile
 
 
 @dataclass(frozen=True)

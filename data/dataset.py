@@ -3,82 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-from annotated_types import Ge, Le, MinLen, MultipleOf
+import torch
+from torch import Tensor
 
+from data.batch import Batch, to_pixels
 from data.buckets import Bucket, buckets, nearest
 from data.captions import render
 from data.errors import FileError
-from data.image import CENTRE, Place, read_pixels
-from data.index import BadFile, Index, Record
-from data.latents import Entry, Latents
+from data.image import CENTRE, CropPosition, read_pixels
+from data.index import Index
+from data.latents import Latents, View
+from data.options import DataOptions
 from data.plan import MicroBatch
+from data.record import BadFile, Record
 from data.rng import stream
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from data.batch import Batch
-
-
-Resolution = Annotated[int, Ge(64), Le(8192), MultipleOf(64)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """Where the captioned images are and how they are shown to the model."""
-
-    data_root: str | tuple[str, ...] = "input"
-    """The folder of captioned images, sub-folders included, or a .json, .jsonl, .csv or .parquet list of images; or several of these."""
-
-    resolution: Resolution | Annotated[tuple[Resolution, ...], MinLen(1)] = 512
-    """The training resolution in pixels, a multiple of 64: images are resized into aspect buckets of about
-    its square in area. Of a list, each image takes the next resolution every time that it is shown, so an
-    epoch stays as long as it is."""
-
-    batch_size: Annotated[int, Ge(1)] = 2
-    """Images in one forward and backward pass on one device; a step has batch_size x grad_accum x processes."""
-
-    flip_p: Annotated[float, Ge(0), Le(1)] = 0.0
-    """Probability of mirroring an image left to right."""
-
-    crop_jitter: Annotated[float, Ge(0), Le(1)] = 0.0
-    """How far a crop may lie from the middle, as a share of the way to the edge, drawn anew each time; small distances are likelier."""
-
-    cond_dropout: Annotated[float, Ge(0), Le(1)] = 0.04
-    """Probability of training an image with the empty caption, which is what guidance at sampling time contrasts with."""
-
-    shuffle_tags: bool = False
-    """Shuffle the comma-separated tags after the main prompt, anew each epoch."""
-
-    keep_tags: Annotated[int, Ge(0)] = 0
-    """Keep the first n tags in place when tags are shuffled. In folders named as kohya's, the words before the first comma are a tag."""
-
-    caption_prefix: str = ""
-    """Text in front of every caption, with a space between; the empty caption of cond_dropout stays empty."""
-
-    caption_lines: bool = False
-    """Take each line of a .txt or .caption file as a caption of its own, of which one is drawn every time that the image is shown."""
-
-    max_tokens: Literal[75, 150, 225] = 75
-    """Tokens of a caption that are read. CLIP reads 75 at a time; more are encoded in pieces that the UNet
-    attends to together, in training and in samples alike."""
-
-    on_bad_image: Literal["skip", "error"] = "skip"
-    """What to do about images and captions that cannot be used: leave them out and name them, or refuse the
-    run. Damage inside an image shows when it is read: before training where latents are kept, else in the
-    run, which leaves the image out either way."""
-
-    num_workers: Annotated[int, Ge(0), Le(256)] | None = None
-    """Processes that read images; null chooses by the size of the images and the number of cores, 0 reads in the training process."""
-
-    @property
-    def resolutions(self) -> tuple[int, ...]:
-        """The resolutions, one or several."""
-        return (self.resolution,) if isinstance(self.resolution, int) else self.resolution
 
 
 def shown_captions(index: Index, options: DataOptions) -> list[str] | None:
@@ -131,9 +71,9 @@ class Images:
         failed: list[BadFile] = []
         for place, (identity, position) in enumerate(zip(micro.records, micro.positions, strict=True)):
             record = self._records[identity]
-            entry = Entry(identity, micro.bucket, self._flips(record, epoch, position))
+            view = View(identity, micro.bucket, self._flips(record, epoch, position))
             try:
-                images[place] = self._read(entry, self._crop(epoch, position))
+                images[place] = self._read(view, self._crop(epoch, position))
             except FileError as error:
                 failed.append(BadFile(record.name, error.reason))
         filler = micro.filler or not images
@@ -168,7 +108,7 @@ class Images:
             record = self._records[identity]
             bucket = nearest(record.width, record.height, buckets(max(self._options.resolutions)))
             try:
-                image = self._read(Entry(identity, bucket, False), CENTRE)
+                image = self._read(View(identity, bucket, False), CENTRE)
             except FileError as error:
                 self.bad.setdefault(record.name, BadFile(record.name, error.reason))
                 continue
@@ -184,13 +124,13 @@ class Images:
             )
         return batches
 
-    def _read(self, entry: Entry, crop: Place) -> np.ndarray:
+    def _read(self, view: View, crop: CropPosition) -> np.ndarray:
         """Return uint8 pixels (H, W, 3), or the moments (2C, h, w) that were computed of them."""
         if self._latents is not None:
-            return self._latents.read(entry).numpy()
-        return read_pixels(self._records[entry.record].path, entry.bucket, flip=entry.flipped, crop=crop)
+            return self._latents.read(view).numpy()
+        return read_pixels(self._records[view.record].path, view.bucket, flip=view.flipped, crop=crop)
 
-    def _crop(self, epoch: int, position: int) -> Place:
+    def _crop(self, epoch: int, position: int) -> CropPosition:
         jitter = self._options.crop_jitter
         if jitter == 0:
             return CENTRE
@@ -223,14 +163,10 @@ class Images:
         filler: bool = False,
         failed: tuple[BadFile, ...] = (),
     ) -> Batch:
-        import torch
-
-        from data.batch import Batch, to_pixels
-
         if self._latents is None:
             pixels, moments = to_pixels(images or [np.zeros((bucket[1], bucket[0], 3), np.uint8)]), None
         else:  # copied: a file mapped into memory is aligned less than torch aligns its own
-            blank = np.zeros(self._latents.shape.of(bucket), np.float32)
+            blank = np.zeros(self._latents.shape.at(bucket), np.float32)
             pixels, moments = None, torch.tensor(np.stack(images or [blank]))
         scales = [0.0 if filler else self._records[identity].loss_scale for identity in records]
         return Batch(

@@ -60,7 +60,7 @@ _UPRIGHT = {
 }
 """EXIF orientation -> what turns the stored pixels upright; from 5 on, width and height change places."""
 
-Place = tuple[float, float]
+CropPosition = tuple[float, float]
 """Where a crop lies in what there is to crop from: (0, 0) is the upper left corner, (1, 1) the lower right."""
 
 
@@ -75,7 +75,9 @@ def displayed_size(path: Path) -> tuple[int, int]:
         return (height, width) if _orientation(image, path) >= 5 else (width, height)
 
 
-def read_pixels(path: Path, size: tuple[int, int], *, flip: bool = False, crop: Place = CENTRE) -> np.ndarray:
+def read_pixels(
+    path: Path, size: tuple[int, int], *, flip: bool = False, crop: CropPosition = CENTRE
+) -> np.ndarray:
     """Return the image upright, scaled to cover `size` and cropped to it, as uint8 sRGB (height, width, 3).
 
     Transparent parts become white; a colour profile in the file is honoured; of an animation the first frame
@@ -213,7 +215,7 @@ def _orientation(image: Image.Image, path: Path) -> int:
 
 
 def _box(
-    extent: tuple[float, float], size: tuple[int, int], crop: Place
+    extent: tuple[float, float], size: tuple[int, int], crop: CropPosition
 ) -> tuple[float, float, float, float]:
     """Return the largest box of the shape of `size` at its place in `extent`: (left, top, right, bottom)."""
     scale = max(size[0] / extent[0], size[1] / extent[1])
@@ -222,7 +224,7 @@ def _box(
     return left, top, min(left + width, extent[0]), min(top + height, extent[1])
 
 
-def _stored_place(crop: Place, orientation: int) -> Place:
+def _stored_place(crop: CropPosition, orientation: int) -> CropPosition:
     """Return where a place of the upright image is in the stored one."""
     x, y = crop
     return {

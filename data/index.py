@@ -9,17 +9,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data.captions import sidecar_chain
 from data.errors import DataError
 from data.image import SUFFIXES
+from data.options import DataOptions
 from data.record import BadFile, Notice, Record
 from data.scan import Scan
 from data.table import SUFFIXES as LISTS
-
-if TYPE_CHECKING:
-    from data.dataset import DataOptions
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 
 from data.batch import Batch, to_pixels
-from data.dataset import DataOptions, Images
+from data.contents import content_hash
+from data.dataset import Images
 from data.errors import DataError, FileError
 from data.image import read_pixels
-from data.index import BadFile, Index
-from data.latents import Entry, Latents, MemoryLatents, content_of
+from data.index import Index
+from data.latents import Latents, MemoryLatents, View
+from data.options import DataOptions
 from data.plan import MicroBatch, plan_epoch, slice_step, steps_before, steps_per_epoch
+from data.record import BadFile
 
 MOST_WORKERS = 4
 
@@ -160,9 +163,9 @@ def worker_count(index: Index, options: DataOptions, latents: Latents | None = N
 
 
 def read_crops(
-    index: Index, options: DataOptions, wanted: Sequence[Entry], contents: Mapping[int, str] | None = None
+    index: Index, options: DataOptions, wanted: Sequence[View], contents: Mapping[int, str] | None = None
 ) -> Iterator[Crop]:
-    """Yield the pixels of entries in their order, read by as many workers as training would have.
+    """Yield the pixels of views in their order, read by as many workers as training would have.
 
     Args:
         index: the scanned images.
@@ -188,9 +191,9 @@ def read_crops(
 
 @dataclass(frozen=True)
 class Crop:
-    """The pixels of an entry."""
+    """The pixels of a view."""
 
-    entry: Entry
+    view: View
     pixels_1CHW: Tensor | None
     """float32 in [-1, 1], a batch of one."""
     bad: str = ""
@@ -198,30 +201,28 @@ class Crop:
 
 
 class _Crops:
-    def __init__(self, index: Index, wanted: Sequence[Entry], contents: Mapping[int, str] | None) -> None:
+    def __init__(self, index: Index, wanted: Sequence[View], contents: Mapping[int, str] | None) -> None:
         self._records = index.records
         self._contents = contents
-        self._files = [
-            list(same) for _, same in groupby(wanted, key=lambda entry: (entry.record, entry.bucket))
-        ]
+        self._files = [list(same) for _, same in groupby(wanted, key=lambda view: (view.record, view.bucket))]
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, place: int) -> list[Crop]:
-        entries = self._files[place]
-        path = self._records[entries[0].record].path
+        views = self._files[place]
+        path = self._records[views[0].record].path
         try:
-            pixels = read_pixels(path, entries[0].bucket)
+            pixels = read_pixels(path, views[0].bucket)
             # After the pixels: what they were read from is known to be the content that they will be filed
             # under.
-            if self._contents is not None and content_of(path) != self._contents.get(entries[0].record):
+            if self._contents is not None and content_hash(path) != self._contents.get(views[0].record):
                 raise FileError("it changed while it was read")
         except FileError as error:
-            return [Crop(entry, None, error.reason) for entry in entries]
+            return [Crop(view, None, error.reason) for view in views]
         except OSError as error:
-            return [Crop(entry, None, f"it cannot be read ({error.strerror})") for entry in entries]
-        return [Crop(entry, to_pixels([pixels[:, ::-1] if entry.flipped else pixels])) for entry in entries]
+            return [Crop(view, None, f"it cannot be read ({error.strerror})") for view in views]
+        return [Crop(view, to_pixels([pixels[:, ::-1] if view.flipped else pixels])) for view in views]
 
 
 class _Order(Sampler[tuple[int, MicroBatch]]):

@@ -7,17 +7,15 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from data.buckets import Bucket, buckets, nearest
 from data.captions import FILE_NAME
 from data.duplicates import find_duplicates
 from data.index import Index
+from data.options import DataOptions
 from data.record import BadFile, Notice, Record
 from data.repeats import SOURCE as FOLDER_NAME
-
-if TYPE_CHECKING:
-    from data.dataset import DataOptions
 
 _SHOWN = 10
 """Names listed of one kind; the rest are counted."""

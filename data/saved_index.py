@@ -24,9 +24,9 @@ from typing import Any
 
 import PIL
 
-from data.dataset import DataOptions
 from data.folder import walk
 from data.index import Index, build_index
+from data.options import DataOptions
 from data.regular import read_regular
 from data.replacing import replacing
 

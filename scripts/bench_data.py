@@ -135,8 +135,9 @@ def middle(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[float, float
 
 def ours(folder: Path, bucket: tuple[int, int]) -> Callable[[], int]:
     """Return a reader of batches, from the file to the tensor, captions included."""
-    from data.dataset import DataOptions, Images
+    from data.dataset import Images
     from data.index import build_index
+    from data.options import DataOptions
     from data.plan import MicroBatch
 
     options = DataOptions(data_root=str(folder), resolution=SIDE, num_workers=0)
@@ -236,8 +237,8 @@ def in_process(folder: Path, cache: Path | str) -> dict[str, Any]:
 
 def scan_once(folder: Path, cache: Path) -> dict[str, Any]:
     """Scan and return seconds and a fingerprint, or for the cache "memory" the bytes that an image takes in the index."""
-    from data.dataset import DataOptions
     from data.index import build_index
+    from data.options import DataOptions
     from data.saved_index import remembered_index
 
     options = DataOptions(data_root=str(folder))

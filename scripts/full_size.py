@@ -171,7 +171,8 @@ class Steps:
     """
 
     def __init__(self, setting: Setting, models: Models | None = None) -> None:
-        from trainer.diffusion.objective import Networks, Objective, ObjectiveOptions
+        from trainer.diffusion.objective import Networks, Objective
+        from trainer.diffusion.options import ObjectiveOptions
         from trainer.diffusion.schedule import NoiseSchedule
         from trainer.models.load import ModelOptions, load_models
         from trainer.models.placement import place

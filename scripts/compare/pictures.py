@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from scripts.grids.draw import Cell, Grid
-    from trainer.evaluation.sampling import SamplePrompts
+    from trainer.evaluation.options import SamplePrompts
 
 
 def draw_pictures(

@@ -71,14 +71,12 @@ def load(column: Column) -> Models:
     if column.base is None:
         return load_models(ModelOptions(resume_ckpt=column.name))
     models = load_models(ModelOptions(resume_ckpt=column.base))
-    from trainer.evaluation.sampling import pipeline_of
+    from trainer.evaluation.schedulers import build_pipeline
     from trainer.models.lora import LORA_FILE
 
     path = Path(column.name)
     folder, file = (path, LORA_FILE) if path.is_dir() else (path.parent, path.name)
-    pipeline = pipeline_of(
-        models.unet, models.text_encoder, models.vae, models.tokenizer, "ddim", models.scheduler_config
-    )
+    pipeline = build_pipeline(models, "ddim")
     pipeline.load_lora_weights(str(folder), weight_name=file)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from scripts.grids.columns import Column
-    from trainer.evaluation.sampling import SamplePrompts
+    from trainer.evaluation.options import SamplePrompts
 
 AXES = ("checkpoints", "prompts", "seeds", "cfgs", "steps")
 
@@ -79,7 +79,7 @@ def read_prompts(named: Sequence[str]) -> SamplePrompts:
         UserError: the file has mistakes, is not there or names no prompts of its own.
     """
     from trainer.config.sample_file import load_sample_prompts
-    from trainer.evaluation.sampling import SamplePrompt, SamplePrompts
+    from trainer.evaluation.options import SamplePrompt, SamplePrompts
 
     if len(named) == 1 and named[0].lower().endswith((".json", ".txt")):
         prompts = load_sample_prompts(Path(named[0]))
@@ -156,15 +156,7 @@ def draw(
                 batch_size=batch_size,
             )
             sampler = Sampler(asked, resolution=used_resolution, seed=0, batch_size=batch_size)
-            drawn = sampler.pictures(
-                models.unet,
-                models.text_encoder,
-                models.vae,
-                models.tokenizer,
-                models.scheduler_config,
-                device=precision.device,
-                autocast=precision.autocast,
-            )
+            drawn = sampler.images(models, device=precision.device, autocast=precision.autocast)
             for (place, cfg), picture in drawn.items():
                 cells[number, place, s, used_cfgs.index(cfg), t] = picture
         del models

@@ -32,6 +32,7 @@ DIFFUSION = (
     "trainer.diffusion.schedule",
     "trainer.optim.schedules",
     "trainer.evaluation.sampling",
+    "trainer.evaluation.schedulers",
     "trainer.checkpoints.export",
     "trainer.reporting.console",  # to quieten them
 )
@@ -297,7 +298,7 @@ def option_modules() -> set[str]:
             )
         )
     }
-    assert {"trainer.training.loop", "data.dataset", "trainer.optim.dadapt.options"} <= holding
+    assert {"trainer.training.loop", "data.options", "trainer.optim.dadapt.options"} <= holding
     return {step for name in holding for step in ancestry(name) if step in texts}
 
 

@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import CLIPTextModel
 
 import train
-from data.dataset import DataOptions
 from data.index import build_index
 from data.latents import MomentShape
+from data.options import DataOptions
 from tests.tiny import tiny_models, write_tiny_folder
 from trainer.diffusion.conditioning import Tokenize
 from trainer.errors import UserError
@@ -347,9 +347,9 @@ def test_captions_that_would_take_too_much_memory_are_not_kept(monkeypatch):
     monkeypatch.setattr(cache_module, "_free_memory", lambda: 4 * 2 * 4 * 77 * 16)
     assert encode_captions(["a", "b", "c"], tokenize, models.text_encoder, CPU, clip_skip=0) is None
     contexts = encode_captions(["a", "b"], tokenize, models.text_encoder, CPU, clip_skip=1)
-    assert contexts is not None and contexts.of(tokenize(["b", "a"])).shape == (2, 77, 16)
+    assert contexts is not None and contexts.lookup(tokenize(["b", "a"])).shape == (2, 77, 16)
     with pytest.raises(KeyError):
-        contexts.of(tokenize(["never seen"]))
+        contexts.lookup(tokenize(["never seen"]))
 
 
 def test_waiting_networks_visit_the_device():

@@ -12,13 +12,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
-from data.dataset import DataOptions
 from data.index import build_index
 from data.loader import StepLoader
+from data.options import DataOptions
 from tests.tiny import tiny_models, write_tiny_folder
 from trainer.checkpoints.format import checkpoints
 from trainer.diffusion.conditioning import Tokenize
-from trainer.diffusion.objective import Networks, Objective, ObjectiveOptions
+from trainer.diffusion.objective import Networks, Objective
+from trainer.diffusion.options import ObjectiveOptions
 from trainer.diffusion.schedule import NoiseSchedule
 from trainer.optim import AdamWOptions
 from trainer.optim.optimizer_set import OptimizerSet

@@ -27,7 +27,7 @@ READER = """
 import faulthandler, json, resource, sys, time, warnings
 warnings.simplefilter("error")  # what is odd about a file is no news for the console
 import torch
-from data.dataset import DataOptions
+from data.options import DataOptions
 from data.index import build_index
 from data.loader import StepLoader
 

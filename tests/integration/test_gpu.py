@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 
 import train
-from data.dataset import DataOptions
 from data.index import build_index
+from data.options import DataOptions
 from tests.runs import DADAPT, run_of, write
 from tests.tiny import tiny_models
 from tests.unit.trainer.training.test_step import OPTIONS, _batch, _objective

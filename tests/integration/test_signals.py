@@ -63,14 +63,14 @@ def at_call(monkeypatch, place, number, count):
         (
             signal.SIGINT,
             130,
-            "trainer.evaluation.validation:FixedLoss.measure",
+            "trainer.evaluation.fixed_noise:FixedLoss.measure",
             3,
             "interrupted-tiny-ep02-gs00006",
         ),
         (
             signal.SIGTERM,
             143,
-            "trainer.evaluation.sampling:Sampler._pictures",
+            "trainer.evaluation.sampling:Drawing.images",
             2,
             "interrupted-tiny-ep02-gs00004",
         ),
@@ -108,8 +108,8 @@ def test_the_first_signal_saves_and_the_run_goes_on_to_the_bit(
         "trainer.training.latent_cache._encode",
         "trainer.run.build.make_optimizers",
         "trainer.run.build.tell_data",
-        "trainer.evaluation.validation:FixedLoss.measure",
-        "trainer.evaluation.sampling:Sampler._pictures",
+        "trainer.evaluation.fixed_noise:FixedLoss.measure",
+        "trainer.evaluation.sampling:Drawing.images",
     ],
 )
 def test_a_signal_before_the_first_step_leaves_nothing(workplace, monkeypatch, capfd, place):

@@ -10,7 +10,7 @@ from tests.runs import ADAMW, run_of, same_run, scalars, write
 from trainer.checkpoints.format import checkpoints, single_files
 from trainer.evaluation.loss_watch import LossWatch
 
-LOOK = LossWatch.look
+UPDATE = LossWatch.update
 GAP = "loss/val minus stabilize-train"
 
 
@@ -90,7 +90,7 @@ def rising(monkeypatch, values):
     """Have the validation loss take these values in turn, and that of training images fall."""
     given = iter(values)
     monkeypatch.setattr(
-        LossWatch, "look", lambda self, *, step, fixed, validation, rates: LOOK(
+        LossWatch, "update", lambda self, *, step, fixed, validation, rates: UPDATE(
             self, step=step, fixed=1 - step / 100, validation=next(given), rates=rates
         )
     )  # fmt: skip

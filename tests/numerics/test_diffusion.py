@@ -294,7 +294,7 @@ def test_the_windows_of_a_short_caption_that_it_does_not_reach_are_the_empty_cap
 
 
 def test_remembered_tokens_are_those_of_the_tokenizer(monkeypatch):
-    monkeypatch.setattr(conditioning, "_REMEMBERED", 2)
+    monkeypatch.setattr(conditioning, "_CACHED", 2)
     captions = ["a cat", "a dog", "an owl", "a cat", "", "an owl"]
     tokenize = Tokenize(clip_tokenizer())
     for _ in range(2):

@@ -11,7 +11,7 @@ from trainer.config.positions import Document, read_json, read_text
 from trainer.config.report import Place, Report, read_keys, shown, values_of
 from trainer.config.schema import keys_of
 from trainer.errors import UserError
-from trainer.evaluation.sampling import SamplePrompt, SamplePrompts
+from trainer.evaluation.options import SamplePrompt, SamplePrompts
 
 _SAMPLES = "samples"
 _UNUSED = {"cfgs": "EveryDream2 ignores it too; the cfgs beside samples draw every prompt"}

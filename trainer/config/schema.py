@@ -22,11 +22,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
 from pydantic import TypeAdapter
 
-from data.dataset import DataOptions
+from data.options import DataOptions
 from trainer.checkpoints.format import SaveOptions
-from trainer.diffusion.objective import ObjectiveOptions
-from trainer.evaluation.sampling import SampleOptions
-from trainer.evaluation.validation import FixedLossOptions, ValidationOptions
+from trainer.diffusion.options import ObjectiveOptions
+from trainer.evaluation.options import FixedLossOptions, SampleOptions, ValidationOptions
 from trainer.models.ema import EmaOptions
 from trainer.models.load import ModelOptions
 from trainer.models.trainable import FreezingOptions, TrainableOptions

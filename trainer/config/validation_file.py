@@ -12,7 +12,7 @@ from trainer.config.positions import read_json
 from trainer.config.report import Place, Report, Written, read_keys, unknown_key, values_of
 from trainer.config.schema import keys_of
 from trainer.errors import UserError
-from trainer.evaluation.validation import ValidationFile
+from trainer.evaluation.options import ValidationFile
 
 _OLD = {"val_data_root": "manual_data_root", "val_split_proportion": "auto_split_proportion"}
 """EveryDream2's earlier names of keys."""

@@ -6,45 +6,40 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+import torch
+from torch import Tensor
 
-
-_REMEMBERED = 20_000
-"""Captions whose tokens are remembered: most runs show the same ones again, and the tokenizer takes 0.1 ms for each."""
+_CACHED = 20_000
+"""Captions with cached tokens: most runs repeat their captions, and the tokenizer takes 0.1 ms for each."""
 
 
 @dataclass(frozen=True)
 class Tokenize:
-    """Turn captions into tokens; a class, so that worker processes can be given it.
+    """Turn captions into tokens; picklable, for DataLoader workers.
 
-    A text encoder reads one window of tokens: a start, 75 of the caption, an end. A longer caption is cut
-    into pieces, each in a window of its own, and always into `pieces` of them: what an image is trained with
-    must not depend on the others in its batch, so a short caption's further windows are those of the empty
-    caption.
+    A text encoder reads a window of 77 tokens: a start, 75 of the caption, an end. Longer captions are cut
+    into 75-token chunks, each in its own window. Every caption gets `chunks` windows, padded with those of
+    the empty caption, so that an image's context does not depend on the others in its batch.
     """
 
     tokenizer: Any
     """CLIP's; its `model_max_length` is the window."""
 
-    pieces: int = 1
-    """Windows of a caption."""
+    chunks: int = 1
+    """Windows per caption."""
 
     known: dict[str, list[int]] = field(default_factory=dict, repr=False, compare=False)
-    """The tokens of captions that were seen before."""
+    """Cached tokens by caption."""
 
     @property
     def limit(self) -> int:
-        """The tokens of a caption that are read; the rest is cut off."""
-        return self.pieces * (self.tokenizer.model_max_length - 2)
+        """The number of caption tokens that are read."""
+        return self.chunks * (self.tokenizer.model_max_length - 2)
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Return int64 tokens (B, pieces x window)."""
-        import torch
-
+        """Return int64 tokens (B, chunks x window)."""
         return torch.tensor([self._windows(tokens) for tokens in self._tokens(captions)], dtype=torch.int64)
 
     def counts(self, texts: Sequence[str]) -> list[int]:
@@ -58,32 +53,26 @@ class Tokenize:
         new = [caption for caption in dict.fromkeys(captions) if caption not in self.known]
         fresh = dict(zip(new, self._encode(new), strict=True))
         tokens = [fresh[caption] if caption in fresh else self.known[caption] for caption in captions]
-        self.known.update(itertools.islice(fresh.items(), max(0, _REMEMBERED - len(self.known))))
+        self.known.update(itertools.islice(fresh.items(), max(0, _CACHED - len(self.known))))
         return tokens
 
     def _windows(self, tokens: list[int]) -> list[int]:
-        size = self.tokenizer.model_max_length
+        clip = self.tokenizer
+        size = clip.model_max_length
         windows: list[int] = []
         for start in range(0, self.limit, size - 2):
-            window = [
-                self.tokenizer.bos_token_id,
-                *tokens[start : start + size - 2],
-                self.tokenizer.eos_token_id,
-            ]
-            windows += window + [self.tokenizer.pad_token_id] * (size - len(window))
+            window = [clip.bos_token_id, *tokens[start : start + size - 2], clip.eos_token_id]
+            windows += window + [clip.pad_token_id] * (size - len(window))
         return windows
 
 
 def encode_text(text_encoder: Any, tokens_BT: Tensor, clip_skip: int = 0) -> Tensor:
-    """Return the context_BTD of CLIP's text transformer.
-
-    Each window of T is encoded by itself and the results stand one after the other, starts and ends included.
+    """Return the context_BTD of CLIP's text transformer: its windows encoded one by one and concatenated in T.
 
     Args:
         text_encoder: a CLIPTextModel, possibly wrapped for several processes.
-        tokens_BT: token numbers; T is a multiple of the encoder's window, 77 for CLIP.
-        clip_skip: n takes the n-th hidden state from the end, 0 the last, as 1 does; then the final layer
-        norm.
+        tokens_BT: token ids; T is a multiple of the encoder's window, 77 for CLIP.
+        clip_skip: n takes the n-th hidden state from the end, 0 and 1 the last; then the final layer norm.
     """
     plain = getattr(text_encoder, "module", text_encoder)
     # Windows become further rows of the batch, and afterwards further positions of the context.
@@ -97,9 +86,9 @@ def encode_text(text_encoder: Any, tokens_BT: Tensor, clip_skip: int = 0) -> Ten
 
 
 class Contexts:
-    """What a text encoder that does not learn makes of every caption of a run, computed once and kept in CPU memory.
+    """A frozen text encoder's output for every caption of a run, computed once and kept in CPU memory.
 
-    Captions are encoded one at a time, so that a context does not depend on the captions beside it.
+    Captions are encoded one at a time, so that a context does not depend on its batch.
     """
 
     def __init__(self) -> None:
@@ -115,18 +104,7 @@ class Contexts:
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        """Encode captions; those that come out as the same tokens are encoded once.
-
-        Args:
-            captions: as they are shown to the model.
-            tokenize: turns B captions into tokens (B, T).
-            text_encoder: on `device`, in evaluation mode.
-            clip_skip: as for `encode_text`.
-            device: where to compute.
-            autocast: the context in which the network computes.
-        """
-        import torch
-
+        """Encode captions on `device`, each token sequence once."""
         for caption in captions:
             tokens_1T = tokenize([caption])
             key = _key(tokens_1T[0])
@@ -135,10 +113,8 @@ class Contexts:
                     context_1TD = encode_text(text_encoder, tokens_1T.to(device), clip_skip)
                 self._by_tokens[key] = context_1TD[0].cpu()
 
-    def of(self, tokens_BT: Tensor) -> Tensor:
-        """Return the context_BTD of captions that were added, on the CPU."""
-        import torch
-
+    def lookup(self, tokens_BT: Tensor) -> Tensor:
+        """Return the context_BTD of encoded captions, on the CPU."""
         return torch.stack([self._by_tokens[_key(tokens_T)] for tokens_T in tokens_BT])
 
 

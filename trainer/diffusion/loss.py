@@ -1,13 +1,11 @@
-"""The loss of each image: how far the prediction is from its target."""
+"""The loss of each image between prediction and target."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch.nn.functional as F
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
 LossType = Literal["mse", "huber", "mse_huber", "huber_mse"]
 

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 
 def encode_pixels(
     vae: Any, pixels_BCHW: Tensor, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> Tensor:
-    """Return mean and standard deviation of each image's latents, one after the other in C, in fp32.
-
-    Args:
-        vae: an AutoencoderKL.
-        pixels_BCHW: in -1..1.
-        autocast: the context in which the network computes.
-    """
-    import torch
-
+    """Return mean and standard deviation of each image's latents, concatenated in C, in fp32."""
     with torch.no_grad(), autocast():
         distribution = vae.encode(pixels_BCHW).latent_dist
     return torch.cat([distribution.mean.float(), distribution.std.float()], dim=1)

@@ -1,4 +1,4 @@
-"""The training objective of a latent diffusion model: one image's loss, from pixels and caption to a number.
+"""The training objective of a latent diffusion model: from pixels and a caption to the loss.
 
 Read this file first: `Objective.predict` and `Objective.judge` are the whole method, top to bottom.
 """
@@ -8,67 +8,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any
 
-from annotated_types import Ge, Gt, Le
+import numpy as np
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from data.batch import Batch
-    from trainer.diffusion.conditioning import Contexts
-    from trainer.diffusion.schedule import NoiseSchedule
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveOptions:
-    """Which noise is added, what is predicted and how the loss is weighted."""
-
-    loss_type: Literal["mse", "huber", "mse_huber", "huber_mse"] = "mse"
-    """The loss between prediction and target; with b = t/1000, mse_huber is b*MSE + (1-b)*Huber, and huber_mse the reverse."""
-
-    min_snr_gamma: Annotated[float, Gt(0)] | None = None
-    """Weight the loss by min(SNR, gamma)/SNR (arXiv 2303.09556; /(SNR+1) for v-prediction); null leaves it unweighted, 5 is usual."""
-
-    zero_frequency_noise_ratio: Annotated[float, Ge(0), Le(1)] = 0.02
-    """Offset noise: the share of noise that is constant over a channel, which lets the model learn dark and bright pictures."""
-
-    pyramid_noise_discount: Annotated[float, Ge(0), Le(1)] | None = None
-    """Pyramid noise: add ever coarser noise, each level weighted by this factor once more, which moves whole
-    areas of a picture; null or 0 adds none, 0.03 is EveryDream2's shipped value."""
-
-    embedding_perturbation: Annotated[float, Ge(0)] = 0.0
-    """Add noise of about this length to each token's vector of the encoded caption, so that captions are learned less by heart."""
-
-    input_perturbation: Annotated[float, Ge(0), Le(1)] = 0.0
-    """Noise the latents with this much more noise than the UNet is asked to predict, as what it sees when it
-    samples is never quite what it has learned from (arXiv 2301.11706); 0.1 is usual."""
-
-    enable_zero_terminal_snr: bool = False
-    """Rescale the noise schedule so that the last timestep is noise alone (arXiv 2305.08891), for
-    v-prediction models only; the exported scheduler says so, and samples use trailing timesteps and rescaled
-    guidance. A model that was trained so needs no switch."""
-
-    timestep_start: Annotated[int, Ge(0), Le(999)] = 0
-    """The first timestep that is trained."""
-
-    timestep_end: Annotated[int, Ge(1), Le(1000)] = 1000
-    """The end of the trained timesteps, itself not trained."""
-
-    clip_skip: Annotated[int, Ge(0), Le(12)] = 0
-    """Which hidden state of the text encoder conditions the UNet, through the final layer norm: 0 or 1 the
-    last, 2 the penultimate, n the n-th from the end, as in EveryDream2 and kohya's trainers."""
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the loss is the mean squared error and nothing else."""
-        return self.loss_type == "mse" and self.min_snr_gamma is None
+from data.batch import Batch
+from data.rng import stream
+from trainer.diffusion import noise
+from trainer.diffusion.conditioning import Contexts, encode_text
+from trainer.diffusion.loss import image_losses
+from trainer.diffusion.moments import encode_pixels
+from trainer.diffusion.options import ObjectiveOptions
+from trainer.diffusion.schedule import NoiseSchedule
+from trainer.diffusion.weighting import min_snr_weights
+from trainer.transfer import to_device
 
 
 @dataclass(frozen=True)
 class Networks:
-    """The modules that a step runs, prepared by `trainer.run.build`: on their device, perhaps wrapped for several processes."""
+    """The modules of a step, on their device and possibly wrapped for several processes."""
 
     unet: Any
     text_encoder: Any
@@ -76,7 +36,7 @@ class Networks:
 
     @property
     def plain(self) -> Networks:
-        """The modules without what several processes wrap them in: for work that one process does alone."""
+        """The unwrapped modules, for work of one process alone."""
         return Networks(
             *(getattr(network, "module", network) for network in (self.unet, self.text_encoder, self.vae))
         )
@@ -84,10 +44,10 @@ class Networks:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that a step needs of its images, on the device; the random numbers are drawn on the CPU and travel with the pixels."""
+    """The images of a step with their random numbers, drawn on the CPU."""
 
     pixels_BCHW: Tensor | None
-    """fp32 in [-1, 1]; None where moments_BCHW are in its place."""
+    """fp32 in [-1, 1]; None with moments_BCHW."""
 
     tokens_BT: Tensor
     """int64."""
@@ -96,7 +56,7 @@ class Inputs:
     """fp32, each image's loss_scale."""
 
     posterior_BCHW: Tensor
-    """fp32 noise that picks one latent from the VAE's distribution."""
+    """fp32 noise that samples a latent from the VAE's distribution."""
 
     noise_BCHW: Tensor
     """fp32 noise that is mixed into the latents and predicted."""
@@ -105,21 +65,19 @@ class Inputs:
     """int64 timesteps."""
 
     moments_BCHW: Tensor | None = None
-    """fp32, what the VAE made of the pixels before: mean and standard deviation, one after the other in C."""
+    """fp32, the VAE's output: mean and standard deviation, concatenated in C."""
 
     context_BTD: Tensor | None = None
-    """What the text encoder made of the tokens before; None where it is to be run."""
+    """The text encoder's cached output; None to run it."""
 
     perturbation_BTD: Tensor | None = None
-    """fp32 noise that is added to the context; None for none."""
+    """fp32 noise that is added to the context."""
 
     unseen_BCHW: Tensor | None = None
-    """fp32 noise that is mixed into the latents too and not predicted; None for none."""
+    """fp32 noise that is mixed into the latents and not predicted."""
 
     def to(self, device: torch.device) -> Inputs:
-        """Copy everything to `device`, without waiting where the memory is pinned."""
-        from trainer.transfer import to_device
-
+        """Copy everything to `device`."""
         moved: dict[str, Any] = {
             name: None if tensor is None else to_device(tensor, device) for name, tensor in vars(self).items()
         }
@@ -127,9 +85,7 @@ class Inputs:
 
     @classmethod
     def cat(cls, parts: Sequence[Inputs]) -> Inputs:
-        """Return the images of all parts as one; what is None in the first is None in all."""
-        import torch
-
+        """Concatenate parts; a field that is None in the first is None in all."""
         fields = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
         joined: dict[str, Any] = {
             name: None if tensors[0] is None else torch.cat(tensors) for name, tensors in fields.items()
@@ -141,13 +97,11 @@ class Objective:
     """Denoising score matching in the latents of a frozen VAE (Rombach et al. 2022, arXiv 2112.10752).
 
     Args:
-        options: noise, loss and weighting.
-        schedule: the forward process.
-        seed: the run's seed; every draw is keyed by it and by the image's place.
+        seed: the run's seed; with the image's position it is the key of every draw.
         latent_channels, latent_factor, scaling_factor: the VAE's channels, pixels per latent and unit scale.
         context_width: the size of the text encoder's vectors.
-        train_text_encoder: whether gradients reach the text encoder.
-        contexts: what a text encoder that does not learn has made of the captions, to be used in its place.
+        train_text_encoder: let gradients reach the text encoder.
+        contexts: cached output of a frozen text encoder.
     """
 
     def __init__(
@@ -174,74 +128,47 @@ class Objective:
         self.contexts = contexts
 
     def draw(self, batch: Batch) -> Inputs:
-        """Return the batch with its random numbers, on the CPU: pure in (seed, epoch, position of each image)."""
-        from data.rng import stream
+        """Draw a batch's random numbers on the CPU, pure in (seed, epoch, position of each image)."""
+        start, end = self.options.timestep_start, self.options.timestep_end
+        keys = [(batch.epoch, position) for position in batch.positions]
+        timesteps = [int(stream(self.seed, "timestep", *key).integers(start, end)) for key in keys]
+        return self.place(batch, keys, timesteps)
 
-        places = [(batch.epoch, position) for position in batch.positions]
-        timesteps = [
-            int(
-                stream(self.seed, "timestep", *place).integers(
-                    self.options.timestep_start, self.options.timestep_end
-                )
-            )
-            for place in places
-        ]
-        return self.place(batch, places, timesteps)
-
-    def place(self, batch: Batch, places: list[tuple[int, ...]], timesteps: list[int]) -> Inputs:
-        """Return the batch at given timesteps, with the noise of given places in the run (for losses that are compared over time)."""
-        import numpy as np
-        import torch
-
-        from data.rng import stream
-        from trainer.diffusion import noise
-
+    def place(self, batch: Batch, keys: list[tuple[int, ...]], timesteps: list[int]) -> Inputs:
+        """Draw a batch's noise with given keys, at given timesteps."""
+        options, seed = self.options, self.seed
         if batch.moments_BCHW is not None:
             height, width = batch.moments_BCHW.shape[-2:]
         else:
             assert batch.pixels_BCHW is not None, "a batch holds pixels or moments"
             height, width = (side // self.latent_factor for side in batch.pixels_BCHW.shape[-2:])
         shape = (self.latent_channels, height, width)
-        noises = [noise.gaussian(shape, self.seed, *place) for place in places]
-        if self.options.pyramid_noise_discount:
-            discount = self.options.pyramid_noise_discount
+        noises = [noise.gaussian(shape, seed, *key) for key in keys]
+        if discount := options.pyramid_noise_discount:
             noises = [
-                noise.pyramid(plain, discount, self.seed, *place)
-                for plain, place in zip(noises, places, strict=True)
+                noise.pyramid(plain, discount, seed, *key) for plain, key in zip(noises, keys, strict=True)
             ]
-        if self.options.zero_frequency_noise_ratio > 0:
-            strength = self.options.zero_frequency_noise_ratio
+        if (strength := options.zero_frequency_noise_ratio) > 0:
             noises = [
-                plain + noise.offset(shape, strength, self.seed, *place)
-                for plain, place in zip(noises, places, strict=True)
+                plain + noise.offset(shape, strength, seed, *key)
+                for plain, key in zip(noises, keys, strict=True)
             ]
-        perturbation = None
-        if self.options.embedding_perturbation > 0:
+        perturbation = unseen = None
+        if (strength := options.embedding_perturbation) > 0:
             vectors = (batch.tokens_BT.shape[1], self.context_width)
-            strength = self.options.embedding_perturbation
-            perturbation = torch.tensor(
-                np.stack([noise.perturbation(vectors, strength, self.seed, *place) for place in places])
-            )
-        unseen = None
-        if self.options.input_perturbation > 0:
-            strength = self.options.input_perturbation
-            unseen = torch.tensor(
-                np.stack([noise.unseen(shape, strength, self.seed, *place) for place in places])
-            )
-        posterior = [
-            stream(self.seed, "latent", *place).standard_normal(shape, dtype=np.float32) for place in places
-        ]
+            perturbation = _stacked([noise.perturbation(vectors, strength, seed, *key) for key in keys])
+        if (strength := options.input_perturbation) > 0:
+            unseen = _stacked([noise.unseen(shape, strength, seed, *key) for key in keys])
+        posterior = [stream(seed, "latent", *key).standard_normal(shape, dtype=np.float32) for key in keys]
         return Inputs(
             pixels_BCHW=batch.pixels_BCHW,
             tokens_BT=batch.tokens_BT,
             scale_B=batch.loss_scale_B,
-            posterior_BCHW=torch.tensor(
-                np.stack(posterior)
-            ),  # copied: numpy aligns its memory less than torch does
-            noise_BCHW=torch.tensor(np.stack(noises)),
+            posterior_BCHW=_stacked(posterior),
+            noise_BCHW=_stacked(noises),
             t_B=torch.tensor(timesteps, dtype=torch.int64),
             moments_BCHW=batch.moments_BCHW,
-            context_BTD=None if self.contexts is None else self.contexts.of(batch.tokens_BT),
+            context_BTD=None if self.contexts is None else self.contexts.lookup(batch.tokens_BT),
             perturbation_BTD=perturbation,
             unseen_BCHW=unseen,
         )
@@ -252,7 +179,7 @@ class Objective:
         inputs: Inputs,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Tensor:
-        """Return loss_B in fp32, weighted by timestep but not by image; nothing is read back to the host."""
+        """Return loss_B in fp32, weighted by timestep but not by image, without waiting for the device."""
         return self.judge(*self.predict(networks, inputs, autocast), inputs.t_B)
 
     def predict(
@@ -261,17 +188,12 @@ class Objective:
         inputs: Inputs,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> tuple[Tensor, Tensor]:
-        """Return what the UNet predicts of each image, and what it should have."""
-        import torch
-
-        from trainer.diffusion.conditioning import encode_text
-        from trainer.diffusion.moments import encode_pixels
-
+        """Return the UNet's prediction for each image, and its target."""
         moments_BCHW = inputs.moments_BCHW
         if moments_BCHW is None:
             assert inputs.pixels_BCHW is not None, "a batch holds pixels or moments"
             moments_BCHW = encode_pixels(networks.vae, inputs.pixels_BCHW, autocast)
-        # In one memory format, wherever they come from: convolutions add up in another order in another one.
+        # One memory format for pixels and cached moments: the order of sums in a convolution depends on it.
         moments_BCHW = moments_BCHW.clone(memory_format=torch.channels_last)
         mean_BCHW, std_BCHW = moments_BCHW.chunk(2, dim=1)
         latents_BCHW = (mean_BCHW + std_BCHW * inputs.posterior_BCHW) * self.scaling_factor
@@ -294,10 +216,7 @@ class Objective:
         return prediction_BCHW, target_BCHW
 
     def judge(self, prediction_BCHW: Tensor, target_BCHW: Tensor, t_B: Tensor) -> Tensor:
-        """Return loss_B in fp32: how far predictions are from their targets, by loss_type and the weight of the timestep."""
-        from trainer.diffusion.loss import image_losses
-        from trainer.diffusion.weighting import min_snr_weights
-
+        """Return loss_B in fp32 by loss_type, times the weight of the timestep."""
         loss_B = image_losses(
             prediction_BCHW, target_BCHW, t_B, self.options.loss_type, self.schedule.timesteps
         )
@@ -317,8 +236,6 @@ def make_objective(
     contexts: Contexts | None = None,
 ) -> Objective:
     """Return the objective, fitted to a model's VAE, text encoder and noise schedule."""
-    from trainer.diffusion.schedule import NoiseSchedule
-
     vae = models.vae.config
     return Objective(
         options,
@@ -331,3 +248,8 @@ def make_objective(
         train_text_encoder=train_text_encoder,
         contexts=contexts,
     )
+
+
+def _stacked(arrays: list[np.ndarray]) -> Tensor:
+    """Stack arrays into a tensor by copying, since numpy aligns its memory less than torch."""
+    return torch.tensor(np.stack(arrays))

@@ -1,15 +1,12 @@
-"""How much each timestep counts."""
+"""The weight of each timestep in the loss."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
 
 def min_snr_weights(snr_B: Tensor, gamma: float, prediction_kind: str) -> Tensor:
-    """Return min(SNR, gamma)/SNR, or min(SNR, gamma)/(SNR + 1) for v-prediction (Hang et al. 2023, arXiv 2303.09556).
+    """Return min(SNR, gamma)/SNR, or /(SNR + 1) for v-prediction (Hang et al. 2023, arXiv 2303.09556).
 
     At SNR 0 the epsilon weight takes its limit, 1.
     """

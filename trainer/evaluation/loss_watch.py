@@ -64,7 +64,7 @@ class LossWatch:
         if math.isfinite(loss):
             self._batches.append(loss)
 
-    def look(
+    def update(
         self, *, step: int, fixed: float | None, validation: float | None, rates: Mapping[str, float]
     ) -> list[str]:
         """Return what is to be said after an evaluation; each rise is told once.

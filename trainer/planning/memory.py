@@ -184,7 +184,7 @@ def work_of(
         held_out: images and timesteps that are measured at a time, 0 if none are held out.
     """
     from data.dataset import shown_captions
-    from trainer.evaluation.validation import TIMESTEPS
+    from trainer.evaluation.fixed_noise import TIMESTEPS
     from trainer.planning.memory_trace import Work
 
     shown: dict[tuple[int, int], float] = {}

@@ -50,7 +50,7 @@ class Curves:
     def close(self) -> None:
         """Do nothing."""
 
-    def of(self, tag: str) -> list[tuple[int, float]]:
+    def points(self, tag: str) -> list[tuple[int, float]]:
         """Return the steps and finite values of a curve."""
         return [(int(step), value) for step, value in self._points.get(tag, []) if math.isfinite(value)]
 
@@ -68,7 +68,7 @@ class Curves:
     @property
     def begun(self) -> bool:
         """Whether there is anything to draw."""
-        return any(self.of(tag) for tag in self._points)
+        return any(self.points(tag) for tag in self._points)
 
     def draw(self, path: Path) -> None:
         """Write the picture as PNG, whatever the path's ending."""
@@ -82,7 +82,7 @@ class Curves:
             places, ("loss", "rate that acts"), (self._losses, self._rates), strict=True
         ):
             for tag, name in curves.items():
-                points = self.of(tag)
+                points = self.points(tag)
                 look = (
                     {"alpha": 0.35, "linewidth": 1, "zorder": 1} if tag == self._noisy else {"linewidth": 1.8}
                 )
@@ -94,7 +94,7 @@ class Curves:
             place.grid(alpha=0.3)
             if place.lines:
                 place.legend(frameon=False)
-        if any(value > 0 for tag in self._rates for _, value in self.of(tag)):
+        if any(value > 0 for tag in self._rates for _, value in self.points(tag)):
             places[1].set_yscale("log")
         places[1].set_xlabel("optimizer step")
         figure.savefig(path, format="png")

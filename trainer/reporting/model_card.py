@@ -229,7 +229,7 @@ class Card:
     def _numbers(self) -> list[tuple[str, str]]:
         rows = []
         for tag, name in self._losses.items():
-            points = self.curves.of(tag)
+            points = self.curves.points(tag)
             if points:
                 (first, before), (last, now) = points[0], points[-1]
                 step, lowest = min(points, key=lambda point: point[1])
@@ -240,7 +240,7 @@ class Card:
                     )
                 )
         for network, tag in self._rates.items():
-            points = self.curves.of(tag)
+            points = self.curves.points(tag)
             if points:
                 rows.append((f"rate of the {network}", f"{points[-1][1]:.3g} at step {points[-1][0]}"))
         return [*rows, ("time", f"{self._state.seconds / 60:.0f} minutes of training")]

@@ -40,14 +40,16 @@ if TYPE_CHECKING:
     from torch import nn
 
     from data.batch import Batch
-    from data.index import BadFile, Index
+    from data.index import Index
     from data.latents import Latents
     from data.loader import StepLoader
+    from data.record import BadFile
     from trainer.checkpoints.format import TrainState
     from trainer.config.schema import TrainConfig
     from trainer.diffusion.conditioning import Tokenize
-    from trainer.evaluation.sampling import SamplePrompts, Sampler
-    from trainer.evaluation.validation import HeldOut, Split, ValidationFile
+    from trainer.evaluation.options import SamplePrompts, ValidationFile
+    from trainer.evaluation.sampling import Sampler
+    from trainer.evaluation.validation import HeldOut, Split
     from trainer.models.ema import Ema, EmaOptions
     from trainer.models.load import Models
     from trainer.models.trainable import TrainedParts
@@ -246,8 +248,9 @@ def build_run(
     from trainer.checkpoints.saver import Saver, Stateful
     from trainer.config import check_fused_backward, check_rates, check_schedules, without_folders
     from trainer.diffusion.objective import Networks, make_objective
+    from trainer.evaluation.fixed_noise import FixedLoss, Validation
     from trainer.evaluation.loss_watch import LossWatch
-    from trainer.evaluation.validation import VALIDATION_LOSS, FixedLoss, Validation, split_images
+    from trainer.evaluation.validation import VALIDATION_LOSS, split_images
     from trainer.models.compiled import compile_networks, require_compiler, uncompiled
     from trainer.models.ema import plan_ema
     from trainer.models.load import describe as describe_model
@@ -639,7 +642,7 @@ def tell_data(
 
 def fixed_images(config: TrainConfig, index: Index, validation: ValidationFile) -> list[int]:
     """Return the places in the index of the training images whose loss is measured at fixed noise."""
-    from trainer.evaluation.validation import choose_images
+    from trainer.evaluation.fixed_noise import choose_images
 
     shown = [identity for identity, record in enumerate(index.records) if record.multiply > 0]
     count = config.fixed_loss.fixed_loss_images
@@ -689,7 +692,7 @@ def choose_samples(config: TrainConfig, prompts: SamplePrompts, index: Index) ->
         batch_size=config.data.batch_size,
         captions=[record.caption.text for record in index.records],
         clip_skip=config.objective.clip_skip,
-        pieces=pieces_of(config),
+        chunks=pieces_of(config),
     )
 
 
@@ -708,7 +711,7 @@ def set_noise_schedule(config: TrainConfig, prompts: SamplePrompts, models: Mode
             with a sampler that does not know it.
     """
     from trainer.diffusion.schedule import with_zero_terminal_snr
-    from trainer.evaluation.sampling import check_scheduler
+    from trainer.evaluation.schedulers import check_scheduler
 
     if config.objective.enable_zero_terminal_snr and not models.assumed:
         models.scheduler_config = with_zero_terminal_snr(models.scheduler_config, models.source)
@@ -783,7 +786,7 @@ def read_held_out(
     """
     from data.dataset import Images
     from trainer.diffusion.moments import encode_pixels
-    from trainer.evaluation.validation import TIMESTEPS, held_out_batches
+    from trainer.evaluation.fixed_noise import TIMESTEPS, held_out_batches
     from trainer.transfer import to_device
 
     def encode(batch: Batch) -> Batch:
@@ -994,11 +997,7 @@ def make_sampler(
     def draw(step: int, suffix: str) -> None:
         with visiting(waiting, run.precision.device):
             samples = sampler.draw(
-                models.unet,
-                models.text_encoder,
-                models.vae,
-                models.tokenizer,
-                models.scheduler_config,
+                models,
                 step=step,
                 device=run.precision.device,
                 autocast=run.precision.autocast,

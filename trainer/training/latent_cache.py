@@ -16,9 +16,9 @@ from trainer.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from data.dataset import DataOptions
     from data.index import Index
-    from data.latents import Entry, Latents, MomentShape
+    from data.latents import Latents, MomentShape, View
+    from data.options import DataOptions
     from trainer.diffusion.conditioning import Contexts
     from trainer.training.precision import Precision
 
@@ -58,7 +58,7 @@ class LatentPlan:
     """How a run comes by its latents."""
 
     mode: Literal["disk", "memory", "no"]
-    entries: Sequence[Entry]
+    entries: Sequence[View]
     """Everything that is encoded once; nothing for the mode no."""
     shape: MomentShape
     why: str = ""
@@ -67,7 +67,7 @@ class LatentPlan:
     @property
     def size(self) -> int:
         """Bytes of all moments."""
-        return self.shape.bytes_of(self.entries)
+        return self.shape.nbytes(self.entries)
 
     def __str__(self) -> str:
         """Return the plan in words."""
@@ -99,7 +99,7 @@ def plan_latents(
     Raises:
         UserError: the latents do not fit into memory, where they were asked to be.
     """
-    from data.latents import MomentShape, entries
+    from data.latents import MomentShape, views
 
     shape = MomentShape(vae_config.latent_channels, 2 ** (len(vae_config.block_out_channels) - 1))
     wanted = options.cache_latents
@@ -107,8 +107,8 @@ def plan_latents(
         return LatentPlan("no", (), shape)
     if wanted == "auto" and data.crop_jitter > 0:
         return LatentPlan("no", (), shape, "with crop_jitter no two crops are equal")
-    found = entries(index, data)
-    size, free = shape.bytes_of(found), _free_memory() // processes
+    found = views(index, data)
+    size, free = shape.nbytes(found), _free_memory() // processes
     if wanted == "auto":
         if len(found) > epochs * sum(record.multiply for record in index.records):
             return LatentPlan("no", (), shape, "the run shows hardly any image twice")
@@ -150,7 +150,8 @@ def encode_images(
         UserError: the disk is too small or cannot be written to, or the VAE returns values that are not
         finite.
     """
-    from data.latents import DiskLatents, MemoryLatents, contents_of
+    from data.contents import content_hashes
+    from data.latents import DiskLatents, MemoryLatents
 
     if plan.mode == "no":
         return None
@@ -160,12 +161,12 @@ def encode_images(
     else:
         if len(index.records) >= MANY:
             tell(f"Comparing the content of {len(index.records):,} images with what is kept in {folder}.")
-        contents = contents_of(index.records, folder / f"contents-{_roots(index)}.json")
+        contents = content_hashes(index.records, folder / f"contents-{_roots(index)}.json")
         own = folder / "latents" / identity(vae, precision)
         latents = DiskLatents(own, plan.shape, contents)
         place = str(own)
     missing = latents.missing(plan.entries)
-    size = plan.shape.bytes_of(missing)
+    size = plan.shape.nbytes(missing)
     if plan.mode == "disk":
         _check_disk(folder, size)
     if len(missing) < len(plan.entries):
@@ -249,7 +250,7 @@ def identity(vae: Any, precision: Precision) -> str:
 
 def _encode(
     latents: Latents,
-    missing: Sequence[Entry],
+    missing: Sequence[View],
     contents: dict[int, str] | None,
     index: Index,
     data: DataOptions,
@@ -265,18 +266,18 @@ def _encode(
     try:
         for number, crop in enumerate(read_crops(index, data, missing, contents), 1):
             if crop.pixels_1CHW is None:
-                latents.bad[crop.entry.record] = crop.bad
+                latents.bad[crop.view.record] = crop.bad
                 continue
             moments_1CHW = encode_pixels(
                 vae, to_device(crop.pixels_1CHW, precision.device), precision.autocast
             ).cpu()
             if not moments_1CHW.isfinite().all():
-                name = index.records[crop.entry.record].name
+                name = index.records[crop.view.record].name
                 raise UserError(
                     f"the VAE returns values that are not finite for {name} in {precision.name}; set mixed_precision to bf16 or no, or "
                     "use another vae."
                 )
-            latents.add(crop.entry, moments_1CHW[0])
+            latents.add(crop.view, moments_1CHW[0])
             if (now := time.monotonic()) - told > EVERY:
                 told = now
                 left = (now - began) / number * (len(missing) - number)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from trainer.checkpoints.format import TrainState
     from trainer.checkpoints.saver import Saver
     from trainer.diffusion.objective import Networks, Objective
+    from trainer.evaluation.fixed_noise import FixedLoss, Measured, Validation
     from trainer.evaluation.loss_watch import LossWatch
-    from trainer.evaluation.validation import FixedLoss, Measured, Validation
     from trainer.models.ema import Ema
     from trainer.optim.optimizer_set import OptimizerSet
     from trainer.optim.watch import AdaptationWatch
@@ -476,7 +476,7 @@ def judge(run: Run, fixed: Measured | None, validation: Measured | None) -> None
     state, watch = run.state, run.loss_watch
     rates = {network: float(measures["rate"]) for network, measures in run.optimizers.measures().items()}
     before = watch.overfitting_since
-    sentences = watch.look(
+    sentences = watch.update(
         step=state.step, fixed=fixed and fixed.loss, validation=validation and validation.loss, rates=rates
     )
     for sentence in sentences:

@@ -16,10 +16,10 @@ from data.captions import render
 from data.captions.entry import SETTINGS as SETTINGS_BY_KEY
 from data.captions.entry import WORDS, Entry, read_entry
 from data.captions.yaml_file import read_yaml
-from data.dataset import DataOptions
 from data.errors import DataError, FileError
 from data.folder import FOLDER_FILES
 from data.index import build_index, refuse_bad
+from data.options import DataOptions
 from data.repeats import read_repeats
 from data.table import FILE_KEYS, METADATA
 from trainer.diffusion.conditioning import Tokenize

@@ -42,7 +42,7 @@ def test_everything_in_data_loads_without_the_trainer_and_its_libraries():
 
 
 @pytest.mark.parametrize(
-    "statement", ["from data.dataset import DataOptions", "import data.index, data.plan, data.report"]
+    "statement", ["from data.options import DataOptions", "import data.index, data.plan, data.report"]
 )
 def test_options_index_plan_and_report_need_no_torch(statement):
     assert not loaded_by(statement) & {"torch", "trainer", "diffusers", "transformers", "pydantic"}

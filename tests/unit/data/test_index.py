@@ -6,9 +6,9 @@ import pytest
 from PIL import ExifTags, Image, ImageFile
 
 import data
-from data.dataset import DataOptions
 from data.errors import DataError
 from data.index import build_index
+from data.options import DataOptions
 
 posix = pytest.mark.skipif(
     os.name != "posix", reason="links, pipes and such names are for file systems of POSIX"

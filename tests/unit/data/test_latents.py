@@ -13,12 +13,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from data import contents as contents_module
 from data import latents as latents_module
-from data.dataset import DataOptions, shown_captions
+from data.contents import content_hashes
+from data.dataset import shown_captions
 from data.errors import FileError
 from data.index import build_index
-from data.latents import DiskLatents, Entry, MemoryLatents, MomentShape, contents_of, entries
+from data.latents import DiskLatents, MemoryLatents, MomentShape, View, views
 from data.loader import StepLoader, read_crops, worker_count
+from data.options import DataOptions
 from data.replacing import clear_drafts, replacing
 
 SHAPE = MomentShape(channels=4, factor=8)
@@ -40,7 +43,7 @@ def folder(tmp_path):
 @pytest.fixture
 def elapsed(monkeypatch):
     """Let files be old enough to be remembered though they were written just now."""
-    monkeypatch.setattr(latents_module, "_GRAIN", 0)
+    monkeypatch.setattr(contents_module, "_CLOCK_GRAIN", 0)
 
 
 def options_of(folder, **changes):
@@ -49,16 +52,18 @@ def options_of(folder, **changes):
 
 def moments(entry, value=None):
     value = entry.record + 10 * entry.flipped if value is None else value
-    return torch.full(SHAPE.of(entry.bucket), float(value))
+    return torch.full(SHAPE.at(entry.bucket), float(value))
 
 
 def disk(folder, images, memory=None):
     index = build_index(options_of(images))
-    return DiskLatents(folder, SHAPE, contents_of(index.records, memory or folder.parent / "contents.json"))
+    return DiskLatents(
+        folder, SHAPE, content_hashes(index.records, memory or folder.parent / "contents.json")
+    )
 
 
 def filled(folder, images, **changes):
-    wanted = entries(build_index(options_of(images)), options_of(images, **changes))
+    wanted = views(build_index(options_of(images)), options_of(images, **changes))
     latents = disk(folder, images)
     for entry in latents.missing(wanted):
         latents.add(entry, moments(entry))
@@ -70,11 +75,11 @@ def test_what_is_encoded_is_what_can_be_shown(folder):
     (folder / "4.png").unlink()
     index = build_index(options_of(folder))
     square, wide = (128, 128), (256, 64)
-    plain = [Entry(0, square, False), Entry(1, square, False), Entry(2, square, False), Entry(3, wide, False)]
-    assert entries(index, options_of(folder)) == plain
-    mirrored = entries(index, options_of(folder, flip_p=0.5))
-    assert mirrored[:2] == [Entry(0, square, False), Entry(0, square, True)] and len(mirrored) == 8
-    assert SHAPE.of(wide) == (8, 8, 32) and SHAPE.bytes_of(plain) == 4 * 8 * (3 * 256 + 256)
+    plain = [View(0, square, False), View(1, square, False), View(2, square, False), View(3, wide, False)]
+    assert views(index, options_of(folder)) == plain
+    mirrored = views(index, options_of(folder, flip_p=0.5))
+    assert mirrored[:2] == [View(0, square, False), View(0, square, True)] and len(mirrored) == 8
+    assert SHAPE.at(wide) == (8, 8, 32) and SHAPE.nbytes(plain) == 4 * 8 * (3 * 256 + 256)
 
 
 def test_latents_on_disk_are_found_by_later_runs(folder, tmp_path):
@@ -94,16 +99,16 @@ def test_a_renamed_image_is_found_and_a_changed_one_is_not(folder, tmp_path, ela
     os.utime(folder / "1.png", ns=(before.st_atime_ns, before.st_mtime_ns))  # as careful editors do
     index = build_index(options_of(folder))
     again = disk(tmp_path / "store", folder)
-    missing = again.missing(entries(index, options_of(folder)))
+    missing = again.missing(views(index, options_of(folder)))
     assert [index.records[entry.record].name for entry in missing] == ["1.png"]
     names = {record.name: place for place, record in enumerate(index.records)}
-    assert torch.equal(again.read(Entry(names["9.png"], (128, 128), False)), torch.zeros(8, 16, 16))
+    assert torch.equal(again.read(View(names["9.png"], (128, 128), False)), torch.zeros(8, 16, 16))
 
 
 def test_another_bucket_or_flip_is_another_latent(folder, tmp_path):
     filled(tmp_path / "store", folder)
     again = disk(tmp_path / "store", folder)
-    others = [Entry(0, (192, 128), False), Entry(0, (128, 128), True)]
+    others = [View(0, (192, 128), False), View(0, (128, 128), True)]
     assert again.missing(others) == others
     for entry in others:
         with pytest.raises(FileError, match="not computed"):
@@ -120,7 +125,7 @@ def test_equal_images_are_encoded_once(folder, tmp_path):
     (folder / "5.png").write_bytes((folder / "0.png").read_bytes())
     index = build_index(options_of(folder))
     latents = disk(tmp_path / "store", folder)
-    wanted = entries(index, options_of(folder))
+    wanted = views(index, options_of(folder))
     assert [entry.record for entry in latents.missing(wanted)] == [0, 1, 2, 3, 4]
     latents.add(wanted[0], moments(wanted[0], 7))
     latents.flush()
@@ -173,7 +178,7 @@ def test_a_file_with_a_flipped_bit_is_encoded_again(folder, tmp_path, monkeypatc
 
 
 def test_moments_of_another_shape_cost_their_image_only(folder, tmp_path):
-    (entry, *_) = wanted = entries(build_index(options_of(folder)), options_of(folder))
+    (entry, *_) = wanted = views(build_index(options_of(folder)), options_of(folder))
     latents = disk(tmp_path / "store", folder)
     latents.add(entry, torch.zeros(8, 1, 1))
     latents.flush()
@@ -188,7 +193,7 @@ def test_a_memory_of_contents_that_holds_nonsense_is_as_good_as_none(folder, tmp
     records = build_index(options_of(folder)).records
     memory = tmp_path / "contents.json"
     memory.write_text(json.dumps({str(record.path): facts for record in records}))
-    assert contents_of(records, memory) == contents_of(records, tmp_path / "other.json")
+    assert content_hashes(records, memory) == content_hashes(records, tmp_path / "other.json")
 
 
 def test_a_vanished_file_costs_its_images_only(folder, tmp_path, monkeypatch):
@@ -212,12 +217,12 @@ WRITER = """
 import sys, torch
 from pathlib import Path
 from data import latents as module
-from data.latents import DiskLatents, Entry, MomentShape
+from data.latents import DiskLatents, MomentShape, View
 module.SHARD = 1
 latents = DiskLatents(Path(sys.argv[1]), MomentShape(4, 8), {number: f"{number:032d}" for number in range(100_000)})
 print("ready", flush=True)
 for number in range(100_000):
-    latents.add(Entry(number, (128, 128), False), torch.full((8, 16, 16), float(number)))
+    latents.add(View(number, (128, 128), False), torch.full((8, 16, 16), float(number)))
 """
 
 
@@ -257,32 +262,32 @@ def test_drafts_of_the_living_are_left_alone(tmp_path):
 def test_what_was_hashed_is_not_read_again(folder, tmp_path, elapsed, monkeypatch):
     index, memory = build_index(options_of(folder)), tmp_path / "memory" / "contents.json"
     read = []
-    real = latents_module.content_of
-    monkeypatch.setattr(latents_module, "content_of", lambda path: read.append(path.name) or real(path))
-    first = contents_of(index.records, memory)
+    real = contents_module.content_hash
+    monkeypatch.setattr(contents_module, "content_hash", lambda path: read.append(path.name) or real(path))
+    first = content_hashes(index.records, memory)
     assert sorted(read) == ["0.png", "1.png", "2.png", "3.png", "4.png"] and len(set(first.values())) == 5
     read.clear()
-    assert contents_of(index.records, memory) == first and not read
+    assert content_hashes(index.records, memory) == first and not read
     (folder / "2.png").write_bytes((folder / "2.png").read_bytes() + b"x")
     (folder / "3.png").unlink()
-    changed = contents_of(index.records, memory)
+    changed = content_hashes(index.records, memory)
     assert read == ["2.png"] and changed.keys() == {0, 1, 2, 4} and changed[2] != first[2]
     memory.write_text("{not json")
-    assert contents_of(index.records, memory) == changed
+    assert content_hashes(index.records, memory) == changed
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="such names are for file systems of Linux")
 def test_names_that_are_not_unicode(folder, tmp_path, elapsed, monkeypatch):
     (folder / "0.png").rename(os.fsdecode(os.fsencode(folder) + b"/caf\xe9\n.png"))
     index = build_index(options_of(folder))
-    first = contents_of(index.records, tmp_path / "contents.json")
-    monkeypatch.setattr(latents_module, "content_of", None)
-    assert contents_of(index.records, tmp_path / "contents.json") == first and len(first) == 5
+    first = content_hashes(index.records, tmp_path / "contents.json")
+    monkeypatch.setattr(contents_module, "content_hash", None)
+    assert content_hashes(index.records, tmp_path / "contents.json") == first and len(first) == 5
 
 
 def test_a_file_of_this_moment_is_hashed_again(folder, tmp_path):
     index = build_index(options_of(folder))
-    contents_of(index.records, tmp_path / "contents.json")
+    content_hashes(index.records, tmp_path / "contents.json")
     (folder / "0.png").write_bytes((folder / "0.png").read_bytes() + b"x")
     remembered = (
         json.loads((tmp_path / "contents.json").read_text()) if (tmp_path / "contents.json").exists() else {}
@@ -302,7 +307,7 @@ def test_crops_are_read_once_for_both_flips(folder, monkeypatch):
     half.paste((255, 255, 255), (0, 0, 64, 128))
     half.save(folder / "0.png")
     (folder / "1.png").write_bytes(b"")
-    crops = list(read_crops(index, options_of(folder), entries(index, options_of(folder, flip_p=0.5))))
+    crops = list(read_crops(index, options_of(folder), views(index, options_of(folder, flip_p=0.5))))
     assert read == ["0.png", "1.png", "2.png", "3.png", "4.png"] and len(crops) == 10
     plain, mirrored = crops[0].pixels_1CHW, crops[1].pixels_1CHW
     assert torch.equal(plain.flip(-1), mirrored) and not torch.equal(plain, mirrored)
@@ -311,8 +316,10 @@ def test_crops_are_read_once_for_both_flips(folder, monkeypatch):
 
 def test_a_file_that_changes_between_hashing_and_reading_is_not_filed(folder):
     index = build_index(options_of(folder))
-    wanted = entries(index, options_of(folder))
-    contents = {place: latents_module.content_of(record.path) for place, record in enumerate(index.records)}
+    wanted = views(index, options_of(folder))
+    contents = {
+        place: contents_module.content_hash(record.path) for place, record in enumerate(index.records)
+    }
     Image.new("RGB", (128, 128), (7, 7, 7)).save(folder / "1.png")
     del contents[2]
     bad = [crop.bad for crop in read_crops(index, options_of(folder), wanted, contents)]
@@ -339,7 +346,7 @@ def test_batches_hold_the_latents_of_what_they_would_have_shown(folder, tmp_path
         latents.flush()
     latents.bad[2] = "it is damaged"
     if kind == "memory":
-        latents._held = {entry: tensor for entry, tensor in latents._held.items() if entry.record != 2}
+        latents._moments = {entry: tensor for entry, tensor in latents._moments.items() if entry.record != 2}
     arguments = {"tokenize": tokenize, "seed": 3, "images_per_step": 2}
     plain = StepLoader(index, options_of(folder, batch_size=2, flip_p=0.5), **arguments)
     kept = StepLoader(index, options, **arguments, latents=latents, start_method=start)
@@ -393,8 +400,8 @@ def test_the_captions_that_training_can_show(folder):
     ]
 
 
-def test_the_store_needs_no_trainer():
-    code = "import sys, data.latents; print(sorted({'trainer', 'torch', 'safetensors'} & set(sys.modules)))"
+def test_splitting_and_hashing_need_no_trainer_and_no_torch():
+    code = "import sys, data.contents, data.split, data.index; print(sorted({'trainer', 'torch', 'safetensors'} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[3]
     )

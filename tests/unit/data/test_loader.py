@@ -10,10 +10,10 @@ from PIL import Image
 
 from data import loader as loader_module
 from data.batch import Batch, to_pixels
-from data.dataset import DataOptions
 from data.errors import DataError
 from data.index import build_index
 from data.loader import StepLoader, worker_count
+from data.options import DataOptions
 from data.plan import plan_epoch
 
 

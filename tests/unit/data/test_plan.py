@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from data.buckets import buckets, nearest
 from data.captions import Caption
-from data.index import Index, Record
+from data.index import Index
 from data.plan import plan_epoch, slice_step, steps_before, steps_per_epoch
+from data.record import Record
 
 RESOLUTIONS = (128, (128,), (192, 128), (64, 128, 256), (128, 128, 256))
 

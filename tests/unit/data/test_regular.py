@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from data.captions import read_text
+from data.contents import content_hash, content_hashes
 from data.errors import FileError
-from data.index import Record
-from data.latents import content_of, contents_of
+from data.record import Record
 from data.regular import load_json, read_regular
 from trainer.checkpoints.format import model_problem, read_resume
 from trainer.config import load_config
@@ -55,7 +55,7 @@ def odd(request, tmp_path):
 
 def test_the_functions_that_read_all_others(odd):
     path = odd("x.json")
-    for read in (read_regular, load_json, content_of):
+    for read in (read_regular, load_json, content_hash):
         with pytest.raises(OSError, match=odd.said):
             read(path)
     with pytest.raises(FileError, match=rf"x\.json: cannot be read \({odd.said}\)"):
@@ -106,7 +106,7 @@ def test_parts_of_runs(odd, tmp_path):
 def test_what_is_kept_for_later_runs(odd, tmp_path):
     (tmp_path / "a.png").write_bytes(b"x")
     record = Record(folder=tmp_path, file="a.png", name="a.png", width=1, height=1, caption=None)
-    assert contents_of([record], odd("contents.json"), save=False) == {0: content_of(tmp_path / "a.png")}
+    assert content_hashes([record], odd("contents.json"), save=False) == {0: content_hash(tmp_path / "a.png")}
 
 
 KEYS = (

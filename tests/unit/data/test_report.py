@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 
 from data.captions import Caption, parse_caption
-from data.dataset import DataOptions
 from data.duplicates import find_duplicates
 from data.index import Index
+from data.options import DataOptions
 from data.record import BadFile, Notice, Record
 from data.report import report
 

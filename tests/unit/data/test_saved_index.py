@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from data import saved_index as module
-from data.dataset import DataOptions
-from data.index import BadFile, build_index
+from data.index import build_index
+from data.options import DataOptions
+from data.record import BadFile
 from data.saved_index import remembered_index
 
 

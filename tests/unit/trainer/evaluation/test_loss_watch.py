@@ -15,7 +15,7 @@ def follow(rows, watch=None, first=0):
     for number, (fixed, validation, training) in enumerate(rows, first):
         if training is not None:
             watch.trained(training)
-        said += watch.look(
+        said += watch.update(
             step=10 * number,
             fixed=fixed,
             validation=validation,

@@ -23,14 +23,9 @@ from trainer.config.sample_file import load_sample_prompts, read_sample_prompts
 from trainer.diffusion.schedule import with_zero_terminal_snr
 from trainer.errors import UserError
 from trainer.evaluation.image_grid import labelled_row, tiled
-from trainer.evaluation.sampling import (
-    SamplePrompt,
-    SamplePrompts,
-    Sampler,
-    Samples,
-    Scheduler,
-    check_scheduler,
-)
+from trainer.evaluation.options import SamplePrompt, SamplePrompts, Scheduler
+from trainer.evaluation.sampling import Sampler, Samples
+from trainer.evaluation.schedulers import check_scheduler
 
 QUICK = SamplePrompts(
     num_inference_steps=2,
@@ -53,8 +48,7 @@ def draw(models: Any, prompts: SamplePrompts = QUICK, step: int = 100, **kwargs:
 
 
 def run(models: Any, drawer: Sampler, step: int = 100, autocast: Any = nullcontext) -> Samples:
-    parts = (models.unet, models.text_encoder, models.vae, models.tokenizer, models.scheduler_config)
-    return drawer.draw(*parts, step=step, device=torch.device("cpu"), autocast=autocast)
+    return drawer.draw(models, step=step, device=torch.device("cpu"), autocast=autocast)
 
 
 def pixels(samples: Samples) -> list[bytes]:
@@ -268,7 +262,7 @@ def test_words_beyond_the_first_window_are_drawn_with_further_windows(models: An
 
     (red, blue), problems = pictures()
     assert red == blue and len(problems) == 2 and "has 82 tokens and the text encoder reads 75" in problems[0]
-    (red, blue), problems = pictures(pieces=2)
+    (red, blue), problems = pictures(chunks=2)
     assert red != blue and problems == ()
 
 

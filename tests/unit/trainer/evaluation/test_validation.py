@@ -9,24 +9,22 @@ import pytest
 import torch
 from PIL import Image
 
-from data.dataset import DataOptions, Images
+from data.dataset import Images
 from data.errors import DataError
 from data.index import build_index
+from data.options import DataOptions
 from tests.tiny import tiny_models
 from trainer.config.report import Report
 from trainer.config.validation_file import load_validation, read_validation
 from trainer.diffusion.conditioning import Tokenize
 from trainer.diffusion.moments import encode_pixels
-from trainer.diffusion.objective import Networks, Objective, ObjectiveOptions
+from trainer.diffusion.objective import Networks, Objective
+from trainer.diffusion.options import ObjectiveOptions
 from trainer.diffusion.schedule import NoiseSchedule
 from trainer.errors import UserError
-from trainer.evaluation.validation import (
-    FixedLoss,
-    Validation,
-    ValidationFile,
-    held_out_batches,
-    split_images,
-)
+from trainer.evaluation.fixed_noise import FixedLoss, Validation, held_out_batches
+from trainer.evaluation.options import ValidationFile
+from trainer.evaluation.validation import split_images
 from trainer.training.precision import Precision
 
 SHIPPED = {

@@ -118,10 +118,10 @@ def test_long_curves_are_thinned_and_continued_ones_end_as_whole_ones(tmp_path):
             second.load_state_dict(first.state_dict() | {"gone": [[0, 1.0]]})
         (first if step < MOST + 5 else second).scalars(values, step)
     assert str(second.state_dict()) == str(whole.state_dict())  # NaN is not equal to itself
-    points = whole.of("rate")
+    points = whole.points("rate")
     assert points[0] == (0, 0.0) and MOST // 2 < len(points) <= MOST and points[-1][0] == 2 * MOST - 1
     assert (
-        all(math.isfinite(value) for _, value in whole.of("loss"))
+        all(math.isfinite(value) for _, value in whole.points("loss"))
         and whole.begun
         and not Curves({"loss": "l"}, {}).begun
     )

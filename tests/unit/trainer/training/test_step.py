@@ -12,7 +12,8 @@ from data.batch import Batch
 from tests.tiny import tiny_models
 from trainer.config.schema import optimizer_classes
 from trainer.diffusion.conditioning import encode_text
-from trainer.diffusion.objective import Inputs, Networks, Objective, ObjectiveOptions
+from trainer.diffusion.objective import Inputs, Networks, Objective
+from trainer.diffusion.options import ObjectiveOptions
 from trainer.diffusion.schedule import NoiseSchedule, with_zero_terminal_snr
 from trainer.models.ema import Ema
 from trainer.models.lora import LoraOptions, attach

@@ -1,0 +1,78 @@
+"""Hashes of image files, remembered between runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from data.record import Record
+from data.regular import LARGEST_STATE, load_json, open_regular
+from data.replacing import replacing
+
+READERS = 4
+"""Threads that hash files."""
+
+_CLOCK_GRAIN = 2_000_000_000
+"""Nanoseconds within which a file system may give a changed file the same times."""
+
+
+def content_hash(path: Path) -> str:
+    """Hash a file's content.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def content_hashes(records: Sequence[Record], memory: Path, *, save: bool = True) -> dict[int, str]:
+    """Hash each image file, by record id, and skip files that cannot be read.
+
+    Args:
+        memory: hashes of earlier runs, used for files with the same size and times.
+        save: update `memory`; failing to write it is no error.
+    """
+    known = _remembered(memory)
+
+    def fingerprint(record: Record) -> list[Any] | None:
+        try:
+            status = record.path.stat()
+            stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+            before = known.get(str(record.path))
+            return [*stamp, before[-1] if before and before[:-1] == stamp else content_hash(record.path)]
+        except OSError:
+            return None
+
+    now = time.time_ns()
+    with ThreadPoolExecutor(READERS) as pool:
+        fingerprints = list(pool.map(fingerprint, records))
+    facts = {
+        str(record.path): fact
+        for record, fact in zip(records, fingerprints, strict=True)
+        if fact and now - max(fact[1:3]) > _CLOCK_GRAIN
+    }
+    if save and facts != known:
+        with suppress(OSError), replacing(memory) as draft:
+            draft.write_text(json.dumps(facts), encoding="utf-8")
+    return {identity: fact[-1] for identity, fact in enumerate(fingerprints) if fact}
+
+
+def _remembered(memory: Path) -> dict[str, list[Any]]:
+    try:
+        known = load_json(memory, LARGEST_STATE)
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(known, dict):
+        return {}
+    return {
+        path: fact
+        for path, fact in known.items()
+        if isinstance(fact, list) and len(fact) == 4 and isinstance(fact[-1], str)
+    }
