@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from data.regular import read_regular
 from trainer.config.ed2 import RENAMED, in_optimizer_file, other_word, translate
+from trainer.config.optimizer_rules import apply_optimizer_rules
 from trainer.config.optimizers import BASE, Rates, read_optimizers
 from trainer.config.overrides import help_text, parse
 from trainer.config.paths import (
@@ -39,7 +40,7 @@ from trainer.config.report import (
     values_of,
 )
 from trainer.config.resolved import clip_skip_of_format_1
-from trainer.config.rules import Settings, apply_optimizer_rules, apply_rules, drop_overridden, resolved
+from trainer.config.rules import Settings, apply_rules, drop_overridden, resolved
 from trainer.config.sample_file import read_sample_prompts
 from trainer.config.schema import (
     CommandOptions,
@@ -125,9 +126,9 @@ def load_config(argv: Sequence[str]) -> Loaded:
             )
     if settings.values.get("validation_config"):
         read_validation(Path(settings["validation_config"]), report)
-    apply_rules(settings, report)
+    apply_rules(settings)
     if optimizers is not None:
-        apply_optimizer_rules(settings, optimizers, shown_path(optimizer_source), report)
+        apply_optimizer_rules(settings, optimizers, shown_path(optimizer_source))
     if report.errors or optimizers is None:
         raise UserError(report.errors)
     config = _config(resolved(settings.values), optimizers)
@@ -241,7 +242,7 @@ def _settings(
                 )
         elif document is not None or name not in _NAMES_FILES:
             values[name] = key.default
-    settings = Settings(values, given, default)
+    settings = Settings(values, given, default, report)
     _resolve_paths(values, settings, report)
     return settings
 

@@ -8,8 +8,8 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from trainer.checkpoints.atomic import appearing
+from trainer.config import check_rates
 from trainer.config.resolved import documents
-from trainer.config.rules import check_rates
 from trainer.errors import UserError
 from trainer.optim import AdamW8bitFusedOptions, AdamW8bitOptions
 from trainer.optim.dadapt import AdaptedMomentOptions
