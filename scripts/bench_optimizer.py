@@ -84,11 +84,12 @@ def _shapes(network: str) -> list[torch.Size]:
     """Return the shapes of all parameters, in order, without reading or allocating weights."""
     import torch
 
-    from trainer.models.networks import SD15, empty_text_encoder, empty_unet
+    from trainer.models.family import SD1
+    from trainer.models.networks import empty_text_encoder, empty_unet
 
     with torch.device("meta"):
-        networks = [empty_unet(SD15.unet)] if network != "text_encoder" else []
-        networks += [empty_text_encoder(SD15.text_encoder)] if network != "unet" else []
+        networks = [empty_unet(SD1.default.unet)] if network != "text_encoder" else []
+        networks += [empty_text_encoder(SD1.default.text_encoder)] if network != "unet" else []
     return [parameter.shape for each in networks for parameter in each.parameters()]
 
 

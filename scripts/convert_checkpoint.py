@@ -54,7 +54,8 @@ def convert(source: str, target: Path, *, vae: str | None = None, full_precision
 
     import torch
 
-    from trainer.models.load import ModelOptions, load_models
+    from trainer.models.load import load_models
+    from trainer.models.options import ModelOptions
 
     models = load_models(ModelOptions(resume_ckpt=source, vae=vae))
     for note in models.notes:

@@ -22,7 +22,7 @@ from data.batch import Batch
 if TYPE_CHECKING:
     from trainer.config.schema import TrainConfig
     from trainer.diffusion.objective import Inputs
-    from trainer.models.load import Models
+    from trainer.models.pipeline import Models
     from trainer.optim import OptimizerOptions
     from trainer.training.precision import Precision
     from trainer.training.step import StepResult
@@ -73,8 +73,7 @@ class Timing:
 def run_config(setting: Setting) -> TrainConfig:
     """Return the configuration of a run with these steps."""
     from trainer.config.schema import OptimizerConfig, TrainConfig
-    from trainer.models.load import ModelOptions
-    from trainer.models.trainable import FreezingOptions, TrainableOptions
+    from trainer.models.options import FreezingOptions, ModelOptions, TrainableOptions
     from trainer.training.precision import PrecisionOptions
 
     optimizer, *variants = setting.optimizer.split("+")
@@ -123,20 +122,14 @@ def estimated(setting: Setting) -> int:
 
 def empty_models(*, bundled: bool = False) -> Models:
     """Return the networks on the meta device, without weights: Stable Diffusion 1.5's, or the bundled model's."""
-    from trainer.models.load import ModelOptions, Models, describe
-    from trainer.models.networks import SD15, empty_text_encoder, empty_unet, empty_vae
+    from trainer.models.family import SD1
+    from trainer.models.load import describe
+    from trainer.models.networks import empty_models as empty
+    from trainer.models.options import ModelOptions
 
     if bundled:
         return describe(ModelOptions(resume_ckpt=str(BUNDLED)))
-    none: Any = None
-    return Models(
-        unet=empty_unet(SD15.unet),
-        text_encoder=empty_text_encoder(SD15.text_encoder),
-        vae=empty_vae(SD15.vae),
-        tokenizer=none,
-        scheduler_config=dict(SD15.scheduler),
-        source="random",
-    )
+    return empty(SD1.default, None, "random")
 
 
 def random_models(device: torch.device | None = None) -> Models:
@@ -174,7 +167,8 @@ class Steps:
         from trainer.diffusion.objective import Networks, Objective
         from trainer.diffusion.options import ObjectiveOptions
         from trainer.diffusion.schedule import NoiseSchedule
-        from trainer.models.load import ModelOptions, load_models
+        from trainer.models.load import load_models
+        from trainer.models.options import ModelOptions
         from trainer.models.placement import place
         from trainer.models.trainable import apply_freezing
         from trainer.optim.optimizer_set import OptimizerSet

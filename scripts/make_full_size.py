@@ -53,21 +53,14 @@ def make(out: Path, seed: int, dtype: str) -> dict[str, int]:
 
     from trainer.checkpoints.export import save_diffusers
     from trainer.models import sd15
-    from trainer.models.load import Models
-    from trainer.models.networks import SD15, empty_text_encoder, empty_unet, empty_vae
+    from trainer.models.family import SD1
+    from trainer.models.networks import empty_models
     from trainer.models.tokenizer import clip_tokenizer
 
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out: {out} is not empty; name a new folder.")
     generator = torch.Generator().manual_seed(seed)
-    models = Models(
-        unet=empty_unet(SD15.unet),
-        text_encoder=empty_text_encoder(SD15.text_encoder),
-        vae=empty_vae(SD15.vae),
-        tokenizer=clip_tokenizer(),
-        scheduler_config=dict(SD15.scheduler),
-        source=f"random weights, seed {seed}",
-    )
+    models = empty_models(SD1.default, clip_tokenizer(), f"random weights, seed {seed}")
     counts = {}
     for name, expected in sd15.PARAMETERS.items():
         network = getattr(models, name)

@@ -15,9 +15,9 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from trainer.models.load import Models
+from trainer.models.family import SD2
+from trainer.models.pipeline import Models
 from trainer.models.quiet import quiet_libraries
-from trainer.models.single_file import SD2_WIDTH
 
 quiet_libraries()
 
@@ -170,7 +170,7 @@ def _unet(shape: Shape) -> UNet2DConditionModel:
     }["sd15" if shape == "sd2" else shape]
     if shape == "sd2":
         arrangement |= {
-            "cross_attention_dim": SD2_WIDTH,
+            "cross_attention_dim": SD2.text.width,
             "attention_head_dim": (1, 2, 4, 4),
             "use_linear_projection": True,
         }
@@ -199,7 +199,7 @@ def _text_encoder(tokenizer: CLIPTokenizer, shape: Shape) -> CLIPTextModel:
     }
     if shape == "sd2":
         config |= {
-            "hidden_size": SD2_WIDTH,
+            "hidden_size": SD2.text.width,
             "intermediate_size": 8,
             "num_hidden_layers": 2,
             "hidden_act": "gelu",

@@ -18,7 +18,8 @@ def epochs(job: Job, tell: Callable[[Result], None]) -> None:
     import torch
 
     from trainer.config import load_config
-    from trainer.models.load import ModelOptions, load_models
+    from trainer.models.load import load_models
+    from trainer.models.options import ModelOptions
     from trainer.models.tokenizer import clip_tokenizer
 
     def models(_: ModelOptions) -> object:

@@ -14,8 +14,16 @@ from torch import Tensor
 
 from trainer.checkpoints.atomic import appearing
 from trainer.errors import UserError
-from trainer.models.checkpoint_file import CONFIGS, PREDICTION_TYPE, TOKENIZER, prediction, what_else
-from trainer.models.single_file import OPEN_CLIP_PREFIX, POSITION_IDS, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX
+from trainer.models.checkpoint_file import (
+    CONFIGS,
+    PREDICTION_TYPE,
+    TOKENIZER,
+    family_of_file,
+    prediction,
+    what_else,
+)
+from trainer.models.family import FAMILIES, SD1
+from trainer.models.single_file import POSITION_IDS, UNET_PREFIX, VAE_PREFIX
 from trainer.models.tensor_file import TensorFile, write_tensors
 
 BLEND = "sd_dadapt.blend"
@@ -23,8 +31,9 @@ BLEND = "sd_dadapt.blend"
 
 MERGED_FROM = "modelspec.merged_from"
 
-_NETWORKS = (UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX.removesuffix("text_model."), OPEN_CLIP_PREFIX)
-_BARE, _FULL = TEXT_PREFIX.removesuffix("text_model."), TEXT_PREFIX
+_FULL = SD1.text.prefix
+_BARE = _FULL.removesuffix("text_model.")
+_NETWORKS = (UNET_PREFIX, VAE_PREFIX, _BARE, *(family.text.prefix for family in FAMILIES))
 _KEPT = (
     "format",
     "modelspec.sai_model_spec",
@@ -161,7 +170,7 @@ def _metadata(
         if key in files[0].metadata
     }
     kind, said = prediction(files[0])
-    if said and any(name.startswith(OPEN_CLIP_PREFIX) for name in files[0]):
+    if said and family_of_file(files[0]).ambiguous:
         # A .ckpt of SD 2.x may say it in its number of steps, which does not go along.
         kept.setdefault(PREDICTION_TYPE, "v" if kind == "v_prediction" else kind)
     made = {

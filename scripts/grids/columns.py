@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
-    from trainer.models.load import Models
+    from trainer.models.pipeline import Models
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def load(column: Column) -> Models:
     Raises:
         UserError: they cannot be read.
     """
-    from trainer.models.load import ModelOptions, load_models
+    from trainer.models.load import load_models
+    from trainer.models.options import ModelOptions
 
     if column.base is None:
         return load_models(ModelOptions(resume_ckpt=column.name))

@@ -62,7 +62,7 @@ def load(
 
 def test_null_is_the_default_everywhere(folder: Path):
     from trainer.config.schema import keys_of, train_keys
-    from trainer.models.trainable import FreezingOptions
+    from trainer.models.options import FreezingOptions
 
     nulls = {name: None for name, key in train_keys().items() if not key.required}
     section = dict.fromkeys(keys_of(DAdaptAdamOptions))

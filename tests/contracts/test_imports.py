@@ -160,7 +160,11 @@ def test_modules_are_named_for_what_they_hold():
     [
         ("data.plan", "from trainer.errors import UserError", "upward"),
         ("trainer.reporting.metrics", "def f():\n    import trainer.run.build", "upward"),
-        ("trainer.diffusion.loss", "if TYPE_CHECKING:\n    from trainer.models.load import Models", "upward"),
+        (
+            "trainer.diffusion.loss",
+            "if TYPE_CHECKING:\n    from trainer.models.pipeline import Models",
+            "upward",
+        ),
         ("trainer.training.step", "from trainer.run import build", "upward"),
         ("trainer.evaluation.sampling", "from scripts.grid import draw", "upward"),
         ("trainer.training.loop", "import diffusers.models", "strayed"),

@@ -22,7 +22,8 @@ from tests.tiny import (
     write_tiny_folder,
 )
 from trainer.checkpoints.export import architecture, save_diffusers, save_single_file
-from trainer.models.load import ModelOptions, load_models
+from trainer.models.load import load_models
+from trainer.models.options import ModelOptions
 from trainer.models.single_file import NETWORKS
 from trainer.run.build import keep_beside
 
@@ -246,7 +247,8 @@ def test_loading_is_silent_and_exports_give_libraries_nothing_to_say(tmp_path):
 import sys
 from pathlib import Path
 import torch
-from trainer.models.load import ModelOptions, load_models
+from trainer.models.load import load_models
+from trainer.models.options import ModelOptions
 models = load_models(ModelOptions(resume_ckpt={str(write_tiny_folder(tmp_path / "in", dtype=torch.float16))!r}))
 from trainer.checkpoints.export import save_diffusers
 save_diffusers(models, Path({str(tmp_path / "out")!r}), torch.float32)

@@ -16,11 +16,11 @@ from scripts import bench_memory
 from tests.tiny import tiny_models
 from trainer.config.schema import OptimizerConfig, TrainConfig, optimizer_classes
 from trainer.diffusion.objective import Inputs, Networks, make_objective
-from trainer.models.load import ModelOptions
-from trainer.models.lora import LoraOptions
-from trainer.models.networks import SD15, empty_text_encoder, empty_unet, empty_vae
+from trainer.models.family import SD1
+from trainer.models.networks import empty_text_encoder, empty_unet, empty_vae
+from trainer.models.options import FreezingOptions, LoraOptions, ModelOptions, TrainableOptions
 from trainer.models.placement import place
-from trainer.models.trainable import FreezingOptions, TrainableOptions, apply_freezing
+from trainer.models.trainable import apply_freezing
 from trainer.optim.optimizer_set import OptimizerSet
 from trainer.planning.memory import Estimate, cheapest_key, estimate
 from trainer.planning.memory_trace import ACTIVATIONS, COPIES, EMA, GRADIENTS, STATE, WEIGHTS, Work, footprint
@@ -38,16 +38,16 @@ def models():
     """Networks of SD 1.5's width and few layers: without data, size costs nothing."""
     shape = {"block_out_channels": [320, 640], "layers_per_block": 1}
     unet = {
-        **SD15.unet,
+        **SD1.default.unet,
         **shape,
-        "down_block_types": SD15.unet["down_block_types"][2:],
-        "up_block_types": SD15.unet["up_block_types"][:2],
+        "down_block_types": SD1.default.unet["down_block_types"][2:],
+        "up_block_types": SD1.default.unet["up_block_types"][:2],
     }
     return replace(
         tiny_models(0),
         unet=empty_unet(unet),
-        text_encoder=empty_text_encoder({**SD15.text_encoder, "num_hidden_layers": 2}),
-        vae=empty_vae({**SD15.vae, "layers_per_block": 1}),
+        text_encoder=empty_text_encoder({**SD1.default.text_encoder, "num_hidden_layers": 2}),
+        vae=empty_vae({**SD1.default.vae, "layers_per_block": 1}),
     )
 
 

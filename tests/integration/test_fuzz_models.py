@@ -11,7 +11,8 @@ import torch
 from tests.tiny import tiny_models, write_tiny_folder
 from trainer.checkpoints.export import save_single_file
 from trainer.errors import UserError
-from trainer.models.load import ModelOptions, load_models
+from trainer.models.load import load_models
+from trainer.models.options import ModelOptions
 from trainer.models.single_file import to_original
 
 VALUES = (

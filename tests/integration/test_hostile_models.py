@@ -11,7 +11,8 @@ from tests.runs import ADAMW, run_of, write
 from tests.tiny import write_parts_beside, write_tiny_folder
 from trainer.checkpoints.export import copy_beside
 from trainer.errors import UserError
-from trainer.models.load import ModelOptions, load_models
+from trainer.models.load import load_models
+from trainer.models.options import ModelOptions
 
 SHORT = {"max_epochs": 1, "fixed_loss_images": 0, "first_samples": False, "save_format": "diffusers"}
 
@@ -122,7 +123,8 @@ def test_copying_a_models_parts_onto_themselves_leaves_them(tmp_path):
     "model", ["../pack/x/y/model", "pack", "..", "a/b/c", "", "findlast", 3, None, ["x"]]
 )
 def test_the_base_of_a_lora_is_a_hub_id_or_an_absolute_path(tmp_path, model, monkeypatch):
-    from trainer.models.lora import BASE_FILE, LORA_FILE, read_base
+    from trainer.models.lora import LORA_FILE, read_base
+    from trainer.models.options import BASE_FILE
 
     (tmp_path / LORA_FILE).touch()
     (tmp_path / BASE_FILE).write_text(json.dumps({"model": model, "fingerprint": ""}))

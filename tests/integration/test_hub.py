@@ -15,7 +15,8 @@ import train
 from tests.runs import ADAMW, run_of, write
 from tests.tiny import tiny_models, write_tiny_folder
 from trainer.errors import UserError
-from trainer.models.load import ModelOptions, describe, load_models
+from trainer.models.load import describe, load_models
+from trainer.models.options import ModelOptions
 from trainer.models.single_file import NETWORKS
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -12,10 +12,11 @@ import train
 from tests.runs import ADAMW, DADAPT, FUSED, run_of, scalars, write
 from tests.tiny import tiny_models, write_tiny_folder
 from trainer.checkpoints.format import checkpoints, single_files
-from trainer.models.load import ModelOptions, load_models
-from trainer.models.lora import LORA_FILE, LoraOptions, begin, named, read_adapter
+from trainer.models.load import load_models
+from trainer.models.lora import LORA_FILE, begin, named, read_adapter
+from trainer.models.options import FreezingOptions, LoraOptions, ModelOptions, TrainableOptions
 from trainer.models.tensor_file import TensorFile
-from trainer.models.trainable import FreezingOptions, TrainableOptions, apply_freezing
+from trainer.models.trainable import apply_freezing
 from trainer.state_file import read_state
 
 ALL = {"rank": 3, "alpha": 1.5, "targets": "all"}

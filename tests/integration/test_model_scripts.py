@@ -5,8 +5,9 @@ import torch
 
 from scripts import convert_checkpoint, make_full_size
 from tests.tiny import tiny_models, write_tiny_folder
-from trainer.models.load import ModelOptions, load_models
+from trainer.models.load import load_models
 from trainer.models.networks import empty_text_encoder, empty_unet, empty_vae
+from trainer.models.options import ModelOptions
 from trainer.models.single_file import NETWORKS
 
 

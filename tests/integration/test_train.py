@@ -20,7 +20,8 @@ from tests.tiny import tiny_models, write_parts_beside, write_tiny_folder
 from trainer.checkpoints.export import save_single_file
 from trainer.checkpoints.format import checkpoints, resume_problem
 from trainer.diffusion.schedule import NoiseSchedule
-from trainer.models.load import ModelOptions, load_models
+from trainer.models.load import load_models
+from trainer.models.options import ModelOptions
 from trainer.models.single_file import NETWORKS
 
 ROOT = Path(train.__file__).parent

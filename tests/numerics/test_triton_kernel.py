@@ -215,10 +215,11 @@ def _on_host_alone(args, kwargs):
 
 @pytest.fixture(scope="module")
 def unet():
-    from trainer.models.networks import SD15, empty_unet
+    from trainer.models.family import SD1
+    from trainer.models.networks import empty_unet
 
     with torch.device("meta"):
-        return empty_unet(SD15.unet).to(memory_format=torch.channels_last)
+        return empty_unet(SD1.default.unet).to(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(("bits", "fused", "most"), [(8, False, 20), (32, False, 20), (8, True, 1500)])

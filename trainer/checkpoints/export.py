@@ -18,30 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trainer.models.checkpoint_file import (
-    ARCHITECTURE,
-    CONFIGS,
-    PREDICTION_TYPE,
-    SD2_NOISE,
-    SD2_VELOCITY,
-    TOKENIZER,
-    padding,
-)
+from trainer.models.checkpoint_file import ARCHITECTURE, CONFIGS, PREDICTION_TYPE, TOKENIZER
 from trainer.models.folder import INDEX, WEIGHTS, files_of_part
-from trainer.models.lora import ADAPTER_CONFIG, BASE_FILE, LORA_FILE, PREFIX, Lora, in_file, named
-from trainer.models.single_file import SD2_WIDTH, join, original_pieces
+from trainer.models.lora import ADAPTER_CONFIG, LORA_FILE, PREFIX, Lora, in_file, named
+from trainer.models.options import BASE_FILE
+from trainer.models.single_file import join, original_pieces
 from trainer.models.tensor_file import write_tensors
 from trainer.models.tokenizer import is_clip_tokenizer, tokenizer_to_text, write_tokenizer
 
 if TYPE_CHECKING:
-    from trainer.models.load import Models
-
-_LIBRARIES = {
-    "unet": ("diffusers", "UNet2DConditionModel"),
-    "vae": ("diffusers", "AutoencoderKL"),
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "tokenizer": ("transformers", "CLIPTokenizer"),
-}
+    from trainer.models.pipeline import Models
 
 
 def save_diffusers(
@@ -66,13 +52,13 @@ def save_diffusers(
     scheduler_class = models.scheduler_config["_class_name"]
     beside = copy_beside(models, folder, link=link)
     index = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": models.family.pipeline,
         **version,
         "feature_extractor": (None, None),
         "requires_safety_checker": "safety_checker" in beside,
         "safety_checker": (None, None),
         "scheduler": ("diffusers", scheduler_class),
-        **_LIBRARIES,
+        **models.family.parts,
         **beside,
     }
     _write_json(folder / INDEX, index)
@@ -81,10 +67,13 @@ def save_diffusers(
         part = folder / network
         part.mkdir(exist_ok=True)
         kept = dtype or getattr(models, network).dtype
-        extra: dict[str, Any] = {"_class_name": _LIBRARIES[network][1], **version}
+        extra: dict[str, Any] = {"_class_name": models.family.parts[network][1], **version}
         start = ""
         if network == "text_encoder":
-            extra = {"architectures": ["CLIPTextModel"], "torch_dtype": str(kept).removeprefix("torch.")}
+            extra = {
+                "architectures": [models.family.parts[network][1]],
+                "torch_dtype": str(kept).removeprefix("torch."),
+            }
             start = "text_model."
         _write_json(part / "config.json", {**configs[network], **extra})
         weights = {
@@ -174,7 +163,7 @@ def save_single_file(
         PREDICTION_TYPE: "v" if prediction == "v_prediction" else prediction,
         CONFIGS: json.dumps(configs, separators=(",", ":")),
     }
-    if not is_clip_tokenizer(models.tokenizer, padding(models.text_encoder.config.hidden_size)):
+    if not is_clip_tokenizer(models.tokenizer, models.family.text.pad):
         header[TOKENIZER] = tokenizer_to_text(models.tokenizer)
     pieces = original_pieces(models)
     shapes = {name: join([piece.to("meta") for piece in parts]) for name, parts in pieces.items()}
@@ -211,8 +200,8 @@ def save_lora_file(
     """
     prediction = models.scheduler_config.get("prediction_type", "epsilon")
     strength = lora.options.strength
-    second = "-v2" in architecture(models)
-    version = ("sd_v2" if second else "sd_v1") + ("_v" if prediction == "v_prediction" else "")
+    family = models.family
+    version = family.kohya_version + ("_v" if prediction == "v_prediction" else "")
     header = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
@@ -229,13 +218,15 @@ def save_lora_file(
         "ss_sd_model_name": Path(lora.base.model).name
         if Path(lora.base.model).is_absolute()
         else lora.base.model,
-        "ss_v2": str(second),
+        "ss_v2": str(family.kohya_v2),
     }
     tensors: dict[str, Tensor] = {}
     for name, tensor in named(lora.parts).items():
         layer, _, which = in_file(name).partition(".lora_")
         kohya = (
-            layer.replace("text_encoder.", "lora_te.", 1).replace("unet.", "lora_unet.", 1).replace(".", "_")
+            layer.replace("text_encoder.", f"{family.text.lora_prefix}.", 1)
+            .replace("unet.", "lora_unet.", 1)
+            .replace(".", "_")
         )
         tensors[f"{kohya}.{'lora_down' if which.startswith('A') else 'lora_up'}.weight"] = tensor
         tensors[f"{kohya}.alpha"] = torch.tensor(strength)
@@ -243,11 +234,9 @@ def save_lora_file(
 
 
 def architecture(models: Models) -> str:
-    """Return what the ModelSpec standard calls the model; SD 2.x reads text of a width of its own."""
-    if models.text_encoder.config.hidden_size != SD2_WIDTH:
-        return "stable-diffusion-v1"
-    velocity = models.scheduler_config.get("prediction_type") == "v_prediction"
-    return SD2_VELOCITY if velocity else SD2_NOISE
+    """Return the ModelSpec standard's name of the model."""
+    names, prediction = models.family.architectures, models.scheduler_config.get("prediction_type")
+    return names.get(prediction or "", names["epsilon"])
 
 
 def _configs(models: Models) -> dict[str, dict[str, Any]]:

@@ -11,17 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from trainer.checkpoints.atomic import appearing, free_bytes, in_gib, writing_speed
-from trainer.checkpoints.format import (
-    EMA,
-    KIND,
-    RUN,
-    STEP,
-    SaveOptions,
-    TrainState,
-    checkpoints,
-    rotate,
-    save_checkpoint,
-)
+from trainer.checkpoints.format import EMA, KIND, RUN, STEP, TrainState, checkpoints, rotate, save_checkpoint
+from trainer.checkpoints.options import SaveOptions
 from trainer.errors import UserError
 from trainer.models.ema import SUFFIX
 
@@ -29,8 +20,8 @@ if TYPE_CHECKING:
     import torch
 
     from trainer.models.ema import Ema
-    from trainer.models.load import Models
     from trainer.models.lora import Lora
+    from trainer.models.pipeline import Models
     from trainer.optim import OptimizerOptions
 
 Kind = Literal["", "last", "interrupted", "errored", "best"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from data.regular import irregular
 from trainer.checkpoints.format import by_timestamp
 from trainer.config.report import Place, Report, Written, closest
-from trainer.models.lora import BASE_FILE
+from trainer.models.options import BASE_FILE
 
 FINDLAST = "findlast"
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

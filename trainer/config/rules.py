@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer.config.report import COMMAND_LINE, Place, Report, Written
 from trainer.config.schema import keys_of
-from trainer.models.ema import EmaOptions
+from trainer.models.options import EmaOptions
 from trainer.output import clean
 
 LONGEST_NAME = 150

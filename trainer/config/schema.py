@@ -23,12 +23,10 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
 from pydantic import TypeAdapter
 
 from data.options import DataOptions
-from trainer.checkpoints.format import SaveOptions
+from trainer.checkpoints.options import SaveOptions
 from trainer.diffusion.options import ObjectiveOptions
 from trainer.evaluation.options import FixedLossOptions, SampleOptions, ValidationOptions
-from trainer.models.ema import EmaOptions
-from trainer.models.load import ModelOptions
-from trainer.models.trainable import FreezingOptions, TrainableOptions
+from trainer.models.options import EmaOptions, FreezingOptions, ModelOptions, TrainableOptions
 from trainer.optim import OptimizerOptions
 from trainer.optim.gradients import GradientOptions
 from trainer.optim.schedules import RateOptions

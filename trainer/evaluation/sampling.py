@@ -20,7 +20,7 @@ from trainer.diffusion.conditioning import Tokenize, encode_text
 from trainer.evaluation.image_grid import labelled_row, tiled
 from trainer.evaluation.options import SamplePrompt, SamplePrompts
 from trainer.evaluation.schedulers import build_pipeline
-from trainer.models.load import Models
+from trainer.models.pipeline import Models
 
 Drawn = dict[tuple[int, float], Image.Image | str]
 """By the prompt's number and the guidance scale, a sample, or the reason why it could not be drawn."""

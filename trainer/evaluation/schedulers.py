@@ -11,7 +11,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 
 from trainer.errors import UserError
 from trainer.evaluation.options import SamplePrompts, Scheduler
-from trainer.models.load import Models
+from trainer.models.pipeline import Models
 
 _DPM, _SDE, _KARRAS = "dpmsolver++", "sde-dpmsolver++", {"use_karras_sigmas": True}
 _SCHEDULERS: Mapping[str, tuple[str, dict[str, Any]]] = {

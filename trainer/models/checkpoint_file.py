@@ -1,35 +1,29 @@
 """Reading a single file in the original layout, without the hub and without any configuration beside it.
 
 What the file leaves out comes from its header where this program wrote it (`sd_dadapt.configs`,
-`sd_dadapt.tokenizer`), and otherwise from Stable Diffusion 1.5 as published, or 2.x where the UNet reads text
-of 2.x's width. Nothing in the tensors of SD 2.x tells epsilon from v-prediction, so where the file does not
-say it either, v-prediction is assumed and a note says so.
+`sd_dadapt.tokenizer`), and otherwise from the models of its family as published; the width of the text that
+the UNet reads tells the family. The tensors of SD 2.x do not tell epsilon from v-prediction: where the header
+does not either, v-prediction is assumed and noted.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from trainer.errors import UserError
-from trainer.models import sd2
-from trainer.models.load import Models
-from trainer.models.networks import SD2, SD15, Configs, build, fill, first_line
-from trainer.models.single_file import (
-    OPEN_CLIP_PREFIX,
-    SD2_WIDTH,
-    TEXT_PREFIX,
-    UNET_PREFIX,
-    VAE_PREFIX,
-    from_original,
-    layout,
-)
+from trainer.models import family as families
+from trainer.models.family import SD1, Configs, Family, TextReader, family_of
+from trainer.models.networks import build, fill, first_line
+from trainer.models.pipeline import Models
+from trainer.models.single_file import NETWORKS, UNET_PREFIX, VAE_PREFIX, from_original, layout
 from trainer.models.tensor_file import TensorFile
-from trainer.models.tokenizer import END, clip_tokenizer, tokenizer_from_text
+from trainer.models.tokenizer import clip_tokenizer, tokenizer_from_text
 
 CONFIGS = "sd_dadapt.configs"
 """Header field: the four configurations as JSON."""
@@ -39,11 +33,9 @@ TOKENIZER = "sd_dadapt.tokenizer"
 
 PREDICTION_TYPE = "modelspec.prediction_type"
 ARCHITECTURE = "modelspec.architecture"
-SD2_NOISE, SD2_VELOCITY = "stable-diffusion-v2-512", "stable-diffusion-v2-768-v"
-"""What the ModelSpec standard calls SD 2.x by what it predicts."""
 
-_BARE_TEXT_PREFIX = TEXT_PREFIX.removesuffix("text_model.")
-"""Where files that were written with newer transformers have the text encoder."""
+_BARE_TEXT = replace(SD1.text, prefix=SD1.text.prefix.removesuffix("text_model."))
+"""The text encoder in files that were written with newer transformers."""
 
 _VAE_SIGN = "encoder.conv_in.weight"
 
@@ -68,22 +60,17 @@ def read_file(path: Path, key: str, *, weights: bool) -> Models:
     if problem:
         raise UserError(f"{key}: {path} {problem}")
     configs = _configs(file)
-    second = configs.unet.get("cross_attention_dim") == SD2_WIDTH
-    known = (
-        prefix for prefix in (OPEN_CLIP_PREFIX, TEXT_PREFIX) if any(name.startswith(prefix) for name in file)
-    )
-    text_prefix = next(known, _BARE_TEXT_PREFIX)
+    family = family_of(configs.unet.get("cross_attention_dim"))
+    reader = _reader(file)
     networks: dict[str, Any] = {}
-    for network, prefix in (("unet", UNET_PREFIX), ("vae", VAE_PREFIX), ("text_encoder", text_prefix)):
+    for network in NETWORKS:
         config = getattr(configs, network)
         empty = build(network, config, _named(file))
-        problem = _misfit(file, network, empty, prefix)
+        problem = _misfit(file, network, empty, reader=reader)
         if problem:
-            raise UserError(
-                f"{key}: {path} is not a Stable Diffusion {2 if second else 1}.x model: of its {network}, {problem}."
-            )
+            raise UserError(f"{key}: {path} is not a {family.name} model: of its {network}, {problem}.")
         if weights:
-            fill(empty, from_original(file, network, empty.config, empty, prefix))
+            fill(empty, from_original(file, network, empty, reader=reader))
             empty.eval()
         networks[network] = empty
     if TOKENIZER in file.metadata:
@@ -91,7 +78,7 @@ def read_file(path: Path, key: str, *, weights: bool) -> Models:
             file.metadata[TOKENIZER], f"{file.path}: the header field {TOKENIZER}"
         )
     else:
-        tokenizer = clip_tokenizer(padding(configs.text_encoder.get("hidden_size")))
+        tokenizer = clip_tokenizer(family.text.pad)
     notes = ()
     if CONFIGS not in file.metadata and not prediction(file)[1]:
         notes = (
@@ -126,7 +113,9 @@ def read_vae_file(path: Path, key: str, base: Mapping[str, Any], *, weights: boo
         raise UserError(
             f"{key}: {path} holds no VAE: there is no {_VAE_SIGN} in it; name a VAE's file or folder."
         )
-    configs: list[Mapping[str, Any]] = [_configs(file).vae] if CONFIGS in file.metadata else [SD15.vae, base]
+    configs: list[Mapping[str, Any]] = (
+        [_configs(file).vae] if CONFIGS in file.metadata else [families.FAMILIES[0].default.vae, base]
+    )
     problems = []
     for config in configs:
         empty = build("vae", config, _named(file))
@@ -138,11 +127,11 @@ def read_vae_file(path: Path, key: str, base: Mapping[str, Any], *, weights: boo
                 {name: file[prefix + name].float() for name in shapes} if weights else None
             )  # diffusers' own names
         else:
-            problem = _misfit(file, "vae", empty, prefix)
+            problem = _misfit(file, "vae", empty, prefix=prefix)
             if problem:
                 problems.append(problem)
                 continue
-            state = from_original(file, "vae", empty.config, empty, prefix) if weights else None
+            state = from_original(file, "vae", empty, prefix) if weights else None
         if state is not None:
             fill(empty, state)
             empty.eval()
@@ -150,21 +139,21 @@ def read_vae_file(path: Path, key: str, base: Mapping[str, Any], *, weights: boo
     raise UserError(f"{key}: {path} is not a VAE of Stable Diffusion 1.x or of this model: {problems[0]}.")
 
 
-def padding(width: int | None) -> str:
-    """Return what the tokenizer of a kind of model pads with, which a file leaves out; the kind is told by the text encoder's width."""
-    return sd2.PAD if width == SD2_WIDTH else END
+def family_of_file(file: TensorFile) -> Family:
+    """Return the family of a whole model's file, by the text that its UNet reads."""
+    return family_of(_reads(file))
 
 
 def prediction(file: TensorFile) -> tuple[str, bool]:
-    """Return what a whole model's file predicts, as diffusers' schedulers name it, and False where that is no more than assumed."""
-    said, named = file.metadata.get(PREDICTION_TYPE), file.metadata.get(ARCHITECTURE, "")
-    if said in ("v", "v_prediction"):
+    """Return the prediction type of a whole model's file, as diffusers' schedulers name it, and False where it is assumed."""
+    header, family = file.metadata.get(PREDICTION_TYPE), family_of_file(file)
+    if header in ("v", "v_prediction"):
         return "v_prediction", True
-    if said == "epsilon" or _reads(file) != SD2_WIDTH:
+    if header == "epsilon" or file.global_step in family.epsilon_steps:
         return "epsilon", True
-    if file.global_step == sd2.BASE_STEP or named.startswith(SD2_NOISE):
-        return "epsilon", True
-    return "v_prediction", named.startswith(SD2_VELOCITY)
+    named = file.metadata.get(ARCHITECTURE, "")
+    known = next((kind for kind, name in family.architectures.items() if named.startswith(name)), None)
+    return known or family.prediction, known is not None or not family.ambiguous
 
 
 def what_else(file: TensorFile) -> str | None:
@@ -197,12 +186,12 @@ def what_else(file: TensorFile) -> str | None:
         return f"is a textual-inversion embedding; {whole}."
     if has("down_blocks.", "text_model.", "encoder.down_blocks."):
         return "holds one network in diffusers' names; name the folder that holds model_index.json above it."
-    has_unet, has_vae, has_text = has(UNET_PREFIX), has(VAE_PREFIX), has(_BARE_TEXT_PREFIX, OPEN_CLIP_PREFIX)
+    has_unet, has_vae, has_text = has(UNET_PREFIX), has(VAE_PREFIX), _reader(file)
     if not has_unet and (has_vae or _VAE_SIGN in names):
         return f"is a VAE without a model; give it as `vae` and {whole} as `resume_ckpt`."
     if not has_unet:
         return f"is not a Stable Diffusion checkpoint: no tensor is named {UNET_PREFIX}...; {whole}."
-    absent = [what for what, found in (("the VAE", has_vae), ("the text encoder", has_text)) if not found]
+    absent = [part for part, found in (("the VAE", has_vae), ("the text encoder", has_text)) if not found]
     if absent:
         return f"lacks {' and '.join(absent)}; {whole}."
     channels = names.get(UNET_PREFIX + "input_blocks.0.0.weight", (0, 4))[1]
@@ -240,28 +229,25 @@ def _configs(file: TensorFile) -> Configs:
             raise UserError(
                 f"{_named(file)} is damaged ({first_line(error)}); export the file again."
             ) from error
-    kind, _ = prediction(file)
-    if _reads(file) != SD2_WIDTH:
-        return Configs(
-            unet=SD15.unet,
-            text_encoder=SD15.text_encoder,
-            vae=SD15.vae,
-            scheduler={**SD15.scheduler, "prediction_type": kind},
-        )
-    if kind == "v_prediction":
-        return SD2
-    unet, vae = {**SD2.unet, **sd2.BASE["unet"]}, {**SD2.vae, **sd2.BASE["vae"]}
-    return Configs(unet=unet, text_encoder=SD2.text_encoder, vae=vae, scheduler=sd2.BASE["scheduler"])
+    return family_of_file(file).configs[prediction(file)[0]]
+
+
+def _reader(file: TensorFile) -> TextReader | None:
+    """Return the names of a file's text encoder, or None where it holds none."""
+    readers = (*(family.text for family in reversed(families.FAMILIES)), _BARE_TEXT)
+    return next((each for each in readers if any(name.startswith(each.prefix) for name in file)), None)
 
 
 def _named(file: TensorFile) -> str:
     return f"{file.path}: the header field {CONFIGS}"
 
 
-def _misfit(file: TensorFile, network: str, empty: Any, prefix: str) -> str | None:
+def _misfit(
+    file: TensorFile, network: str, empty: Any, prefix: str | None = None, reader: TextReader | None = None
+) -> str | None:
     """Return what keeps a network from being read from a file, None where every tensor is there in its shape."""
     try:
-        places = layout(network, empty.config, empty.state_dict(), prefix=prefix)
+        places = layout(network, empty.config, empty.state_dict(), prefix=prefix, reader=reader)
     except (ValueError, LookupError) as error:
         return first_line(error)
     shapes = {

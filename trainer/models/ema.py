@@ -4,54 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any
 
-from annotated_types import Ge, Gt, Lt
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
 
 from trainer.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-
-    from trainer.models.load import Models
+from trainer.models.options import EmaOptions
+from trainer.models.pipeline import Models
 
 SUFFIX = "ema"
 """What files of averaged weights are marked with."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmaOptions:
-    """Whether an exponential moving average of the weights is kept, and what is done with it."""
-
-    ema_decay_rate: Annotated[float, Gt(0), Lt(1)] | None = None
-    """Keep averaged weights, exported beside the trained ones with -ema in their name: the share of them that
-    stays at every update; null keeps none."""
-
-    ema_strength_target: Annotated[float, Gt(0), Lt(1)] | None = None
-    """The same, with the decay chosen so that this share of the weights at the start is left in the average at the run's end."""
-
-    ema_update_interval: Annotated[int, Ge(1)] = 500
-    """Optimizer steps between two updates of the average."""
-
-    ema_device: Literal["cpu", "cuda"] = "cpu"
-    """Where the average is kept, in fp32: in main memory, or with cuda on the device that trains."""
-
-    ema_sample_ema_model: bool = False
-    """Draw samples from the averaged weights instead of the trained ones."""
-
-    ema_sample_nonema_model: bool = False
-    """With ema_sample_ema_model, draw them from the trained weights too."""
-
-    ema_resume_model: str | None = None
-    """A model to begin the average from instead of the one that is trained: a diffusers folder, a hub id or a
-    single file. A run that goes on brings its own."""
-
-    @property
-    def active(self) -> bool:
-        """Whether there is an average."""
-        return self.ema_decay_rate is not None or self.ema_strength_target is not None
 
 
 def decay_of(options: EmaOptions, total_steps: int) -> float:
@@ -114,9 +78,6 @@ class Ema:
         interval: int,
         device: torch.device,
     ) -> None:
-        import torch
-        from diffusers.training_utils import EMAModel
-
         self._parameters = {network: list(learning) for network, learning in parameters.items()}
         self._interval = interval
         self._device = device

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from data.regular import load_json
 from trainer.contained import files_inside, inside
 from trainer.errors import UserError
-from trainer.models.load import Models
+from trainer.models.family import PARTS
 from trainer.models.networks import build, fill
+from trainer.models.pipeline import Models
 from trainer.models.tensor_file import TensorFile
 from trainer.models.tokenizer import read_tokenizer
 
@@ -30,7 +31,6 @@ WEIGHTS = {
 }
 """How each network's file begins, as .safetensors and as the older .bin."""
 
-_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 _OWN = (*WEIGHTS, "tokenizer", "scheduler")
 _BESIDE = {
     "safety_checker": "stable_diffusion",
@@ -158,7 +158,7 @@ def check_index(folder: Path, key: str, source: str | None = None) -> dict[str, 
             f"{key}: {source or folder} is a {index.get('_class_name')}, which this program does not train; name a Stable Diffusion 1.x or "
             "2.x model."
         )
-    for network, accepted in _CLASSES.items():
+    for network, accepted in ((network, PARTS[network][1]) for network in WEIGHTS):
         entry = index.get(network)
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if found != accepted:
@@ -174,11 +174,11 @@ def read_network(folder: Path, network: str, key: str, *, weights: bool, weights
     config = read_json(folder / "config.json", key)
     names = config.get("architectures")
     found = config.get("_class_name") or (
-        names[0] if isinstance(names, list) and names else _CLASSES[network]
+        names[0] if isinstance(names, list) and names else PARTS[network][1]
     )
-    if found != _CLASSES[network]:
+    if found != PARTS[network][1]:
         raise UserError(
-            f"{key}: {folder} holds a {found}; {_CLASSES[network]} is the only class that is trained as {network}."
+            f"{key}: {folder} holds a {found}; {PARTS[network][1]} is the only class that is trained as {network}."
         )
     choice = choose_weights([path.name for path in files if path.parent == folder], network)
     if choice is None and not weights_follow:

@@ -3,66 +3,21 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.errors import UserError
-
-if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """Which model is trained."""
-
-    resume_ckpt: str
-    """The model to start from: a diffusers folder, a hub id such as
-    stable-diffusion-v1-5/stable-diffusion-v1-5, a .safetensors or .ckpt file in the original layout, a run
-    folder or a checkpoint folder of this program, or findlast. base_model is another name of this key."""
-
-    revision: str | None = None
-    """The commit, tag or branch of a model on the hub; null takes its main branch. A run records the commit and is resumed with it."""
-
-    vae: str | None = None
-    """A VAE to use instead of the model's own: a diffusers folder, a hub id or a .safetensors file."""
-
-
-@dataclass(kw_only=True)
-class Models:
-    """The parts of a Stable Diffusion pipeline.
-
-    Attributes:
-        unet: predicts noise (or velocity) from latents (B, 4, H/8, W/8), timesteps (B,) and context (B, T,
-        D).
-        text_encoder: token ids (B, T) to hidden states (B, T, D).
-        vae: pixels (B, 3, H, W) in -1..1 to latents and back.
-        tokenizer: text to token ids, `model_max_length` of them.
-        scheduler_config: the base's scheduler settings as plain data: betas, prediction type, `_class_name`.
-        source: where the weights came from, as it is shown to people.
-        notes: sentences for people about what was assumed.
-        assumed: whether nothing was at hand to describe, so that everything is Stable Diffusion 1.5's.
-        beside: library and class of the further parts of the base's pipeline, such as a safety checker, as
-        its `model_index.json` has them.
-        revision: the commit of a model from the hub.
-        beside_from: the folder that holds a folder of each. They are never loaded, and go into exported
-        folders as they are.
-    """
-
-    unet: UNet2DConditionModel
-    text_encoder: CLIPTextModel
-    vae: AutoencoderKL
-    tokenizer: CLIPTokenizer
-    scheduler_config: dict[str, Any]
-    source: str
-    notes: tuple[str, ...] = ()
-    assumed: bool = False
-    beside: dict[str, tuple[str, str]] = field(default_factory=dict)
-    beside_from: Path | None = None
-    revision: str | None = None
+from trainer.models.checkpoint_file import read_file, read_vae_file
+from trainer.models.family import SD1
+from trainer.models.folder import read_folder, read_vae_folder
+from trainer.models.hub import HubUnreachable, cached_model, cached_vae, commit_of, fetch_model, fetch_vae
+from trainer.models.networks import empty_models
+from trainer.models.options import ModelOptions
+from trainer.models.pipeline import Models
+from trainer.models.quiet import quiet_libraries
+from trainer.models.tokenizer import clip_tokenizer
+from trainer.models.trial import complete, try_model, try_vae
 
 
 def load_models(options: ModelOptions) -> Models:
@@ -88,8 +43,6 @@ def describe(options: ModelOptions) -> Models:
 
 
 def _load(options: ModelOptions, *, weights: bool) -> Models:
-    from trainer.models.quiet import quiet_libraries
-
     quiet_libraries()
     models = _base(options.resume_ckpt, options.revision, weights=weights)
     _check(models)
@@ -99,10 +52,6 @@ def _load(options: ModelOptions, *, weights: bool) -> Models:
 
 
 def _base(name: str, revision: str | None, *, weights: bool) -> Models:
-    from trainer.models.checkpoint_file import read_file
-    from trainer.models.folder import read_folder
-    from trainer.models.hub import HubUnreachable, cached_model, commit_of, fetch_model
-
     key = "resume_ckpt"
     path = Path(name).expanduser()
     if path.is_dir():
@@ -131,11 +80,6 @@ def _base(name: str, revision: str | None, *, weights: bool) -> Models:
 
 
 def _replace_vae(models: Models, name: str, *, weights: bool) -> None:
-    from trainer.models.checkpoint_file import read_vae_file
-    from trainer.models.folder import read_vae_folder
-    from trainer.models.hub import cached_vae, fetch_vae
-    from trainer.models.trial import try_vae
-
     key = "vae"
     path = Path(name).expanduser()
     before: Any = models.vae.config
@@ -165,16 +109,8 @@ def _replace_vae(models: Models, name: str, *, weights: bool) -> None:
 
 def _assumed(name: str) -> Models:
     """Return SD 1.5's shapes for a model that has yet to be downloaded."""
-    from trainer.models.networks import SD15, empty_text_encoder, empty_unet, empty_vae
-    from trainer.models.tokenizer import clip_tokenizer
-
-    return Models(
-        unet=empty_unet(SD15.unet),
-        text_encoder=empty_text_encoder(SD15.text_encoder),
-        vae=empty_vae(SD15.vae),
-        tokenizer=clip_tokenizer(),
-        scheduler_config=dict(SD15.scheduler),
-        source=name,
+    return replace(
+        empty_models(SD1.default, clip_tokenizer(), name),
         notes=(
             f"resume_ckpt: {name} is not in the hub cache, and the hub does not answer: the kind of model is unknown until it is "
             "downloaded; sizes here are SD 1.5's.",
@@ -185,8 +121,6 @@ def _assumed(name: str) -> Models:
 
 def _check(models: Models) -> None:
     """Raise UserError unless the parts fit together, work, and are of the kind that is trained; complete what is left out."""
-    from trainer.models.trial import complete, try_model
-
     unet: Any = models.unet.config
     where = f"resume_ckpt: {models.source}"
     taken, made = unet["in_channels"], models.vae.config["latent_channels"]

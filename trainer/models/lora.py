@@ -9,25 +9,22 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Any
 
-from annotated_types import Ge, Gt
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from data.regular import load_json
+from data.rng import stream
 from trainer.contained import inside
 from trainer.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from trainer.models.load import Models
-    from trainer.models.trainable import TrainedParts
+from trainer.models.options import BASE_FILE, LoraOptions
+from trainer.models.pipeline import Models, TrainedParts
+from trainer.models.tensor_file import TensorFile
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name that diffusers looks for in a folder."""
-
-BASE_FILE = "base.json"
-"""Beside it in a checkpoint: which model it belongs to."""
 
 ADAPTER_CONFIG = "lora_adapter_metadata"
 """Header field from which diffusers takes rank and alpha."""
@@ -38,25 +35,6 @@ PREFIX = {"unet": "unet", "text encoder": "text_encoder"}
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 _BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.", "encoder.layers.", "text_model.encoder.layers.")
 """Where layers have names that every program knows; those before and after the blocks do not."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraOptions:
-    """How large the matrices are that learn in the place of layers, and of which."""
-
-    rank: Annotated[int, Ge(1)] = 16
-    """Rows of the one matrix and columns of the other."""
-
-    alpha: Annotated[float, Gt(0)] | None = None
-    """The product of the matrices counts alpha / rank; null is the rank, so that it counts as it is."""
-
-    targets: Literal["attention", "all"] = "attention"
-    """Which layers: the four of each attention, or all linear layers and convolutions in the blocks of UNet and text encoder."""
-
-    @property
-    def strength(self) -> float:
-        """Alpha, its default applied."""
-        return float(self.rank if self.alpha is None else self.alpha)
 
 
 @dataclass(frozen=True)
@@ -90,8 +68,6 @@ def attach(network: nn.Module, options: LoraOptions) -> int:
     Raises:
         UserError: peft is not there.
     """
-    import torch
-
     try:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
@@ -103,9 +79,8 @@ def attach(network: nn.Module, options: LoraOptions) -> int:
     layers = [name for name, layer in network.named_modules() if _is_target(name, layer, options)]
     network.requires_grad_(False)
     if layers:
-        config = LoraConfig(
-            r=options.rank, lora_alpha=options.strength, target_modules=layers, init_lora_weights=False
-        )  # type: ignore[arg-type]
+        alpha: Any = options.strength  # which peft declares as an integer
+        config = LoraConfig(r=options.rank, lora_alpha=alpha, target_modules=layers, init_lora_weights=False)
         with torch.random.fork_rng(devices=[]):  # peft draws what is overwritten here
             inject_adapter_in_model(config, network)
         for layer in network.modules():
@@ -125,8 +100,6 @@ def begin(parts: TrainedParts, seed: int, values: Mapping[str, Tensor] | None = 
     as it is. Each A depends on the seed and the layer's name alone, neither on the other layers nor on the
     device.
     """
-    import torch
-
     for name, parameter in named(parts).items():
         value = values[name] if values is not None else _new(name, tuple(parameter.shape), seed)
         # In fp32 whatever the frozen weights are kept in, and channels last where they are.
@@ -148,8 +121,6 @@ def read_adapter(folder: Path, parts: TrainedParts, options: LoraOptions | None)
     Raises:
         UserError: they are of another rank, alpha or other layers than what is trained now.
     """
-    from trainer.models.tensor_file import TensorFile
-
     file = TensorFile(inside(folder, LORA_FILE))
     where = f"resume_ckpt: {folder} holds a LoRA"
     if options is None:
@@ -203,8 +174,6 @@ def base_of(models: Models, model: str, adapter: Path | None) -> Base:
 
 def fingerprint(models: Models) -> str:
     """Return a hash over 64 values of each tensor of UNet and text encoder, evenly spread: any training changes it."""
-    import torch
-
     found = hashlib.blake2b(digest_size=16)
     for network in (models.unet, models.text_encoder):
         for name, tensor in network.state_dict().items():
@@ -241,10 +210,8 @@ def read_base(folder: Path) -> Base | None:
 
 
 def _is_target(name: str, layer: nn.Module, options: LoraOptions) -> bool:
-    import torch
-
     if (
-        not isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
+        not isinstance(layer, (nn.Linear, nn.Conv2d))
         or not layer.weight.requires_grad
         or not name.startswith(_BLOCKS)
     ):
@@ -253,11 +220,6 @@ def _is_target(name: str, layer: nn.Module, options: LoraOptions) -> bool:
 
 
 def _new(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    import numpy as np
-    import torch
-
-    from data.rng import stream
-
     if not name.endswith(".lora_A.weight"):
         return torch.zeros(shape)
     bound = 1 / math.sqrt(math.prod(shape[1:]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,22 +13,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from trainer.errors import UserError
-from trainer.models import sd2, sd15
-
-
-@dataclass(frozen=True, kw_only=True)
-class Configs:
-    """What the networks and the noise schedule are, as the config.json files of a diffusers folder hold it."""
-
-    unet: Mapping[str, Any]
-    text_encoder: Mapping[str, Any]
-    vae: Mapping[str, Any]
-    scheduler: Mapping[str, Any]
-
-
-SD15 = Configs(unet=sd15.UNET, text_encoder=sd15.TEXT_ENCODER, vae=sd15.VAE, scheduler=sd15.SCHEDULER)
-SD2 = Configs(unet=sd2.UNET, text_encoder=sd2.TEXT_ENCODER, vae=sd2.VAE, scheduler=sd2.SCHEDULER)
-
+from trainer.models import sd15
+from trainer.models.family import Configs
+from trainer.models.pipeline import Models
 
 _TEXT_KEYS = (*sd15.TEXT_ENCODER, "attention_dropout", "initializer_factor", "initializer_range")
 """What a text encoder's configuration may say. Other keys choose attention code, quantization or files to load."""
@@ -67,6 +53,12 @@ EMPTY: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "vae": empty_vae,
     "text_encoder": empty_text_encoder,
 }
+
+
+def empty_models(configs: Configs, tokenizer: Any, source: str) -> Models:
+    """Return a model on the meta device: shapes without weights."""
+    networks = {network: make(getattr(configs, network)) for network, make in EMPTY.items()}
+    return Models(**networks, tokenizer=tokenizer, scheduler_config=dict(configs.scheduler), source=source)
 
 
 def build(network: str, config: object, where: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trainer.models.load import Models
+from trainer.models.pipeline import Models
 
 
 def place(models: Models, device: torch.device, *, channels_last: bool, weights: torch.dtype) -> None:

@@ -6,14 +6,10 @@ import logging
 
 
 def quiet_libraries() -> None:
-    """Silence notices and progress bars of diffusers, transformers, huggingface_hub and bitsandbytes; errors still show.
+    """Silence notices and progress bars of diffusers, transformers and huggingface_hub; errors still show.
 
-    Call it before anything else imports diffusers: some notices are printed by the import itself. Calling it
-    again costs nothing.
+    Calling it again costs nothing.
     """
-    # bitsandbytes is imported by the other libraries and logs, as it loads, that an optional 4-bit kernel is
-    # missing.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
     from transformers.utils import logging as transformers_logging

@@ -1,7 +1,6 @@
 """Stable Diffusion 2.x's configurations, as published with SD 2.1: what a checkpoint in the original layout leaves out.
 
-`UNET`, `VAE` and `SCHEDULER` are those of the model of 768 px, which predicts velocity; `BASE` is how the one
-of 512 px, which predicts noise, differs. The VAE is that of SD 1.5.
+They are those of the model of 768 px, which predicts velocity. The VAE is that of SD 1.5.
 """
 
 from __future__ import annotations
@@ -37,19 +36,6 @@ SCHEDULER: dict[str, Any] = {
     "_class_name": "DDIMScheduler",
     "prediction_type": "v_prediction",
 }
-
-BASE: dict[str, dict[str, Any]] = {
-    "unet": {"sample_size": 64},
-    "vae": {"sample_size": 512},
-    "scheduler": sd15.SCHEDULER,
-}
-"""What the model of 512 px has instead, by part."""
-
-BASE_STEP = 875_000
-"""The `global_step` in the .ckpt of SD 2.0 at 512 px, by which diffusers too knows that it predicts noise."""
-
-PAD = "!"
-"""The tokenizer's padding: entry 0, as OpenCLIP was trained."""
 
 PARAMETERS = {"unet": 865_910_724, "text_encoder": 340_387_840, "vae": 83_653_863}
 """Parameters of each network, for checking."""

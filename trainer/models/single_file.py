@@ -19,26 +19,22 @@ values in one tensor, in this order.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from trainer.models.family import SD1, TextReader, family_of
+
 if TYPE_CHECKING:
-    from trainer.models.load import Models
+    from trainer.models.pipeline import Models
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
-TEXT_PREFIX = "cond_stage_model.transformer.text_model."
-OPEN_CLIP_PREFIX = "cond_stage_model.model."
-"""Where SD 2.x has the text encoder."""
 
-SD2_WIDTH = 1024
-"""Width of the text that SD 2.x's UNet reads; that of SD 1.x is 768. Other programs tell the two apart by it too."""
-
-POSITION_IDS = TEXT_PREFIX + "embeddings.position_ids"
+POSITION_IDS = SD1.text.prefix + "embeddings.position_ids"
 """Not a weight, but part of every original file of SD 1.x: the numbers 0 to 76."""
 
 NETWORKS = ("unet", "vae", "text_encoder")
@@ -85,9 +81,11 @@ class Place:
     shape: tuple[int, ...]
     third: int | None = None
 
-    def take(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return what stands here, in `dtype`; a third is copied, so that it does not keep all three in memory."""
-        return tensor.to(dtype) if self.third is None else tensor.chunk(3)[self.third].to(dtype, copy=True)
+    def take(self, tensor: Tensor) -> Tensor:
+        """Return the tensor's part in fp32; a third is copied, so that it does not keep all three in memory."""
+        return (
+            tensor.float() if self.third is None else tensor.chunk(3)[self.third].to(torch.float32, copy=True)
+        )
 
 
 class Shaped(Protocol):
@@ -120,7 +118,7 @@ def original_pieces(models: Models) -> dict[str, list[Tensor]]:
             whole = tensor.detach() if place.third is not None else tensor.detach().reshape(place.shape)
             found.setdefault(place.name, {})[place.third or 0] = whole
     pieces = {name: [parts[third] for third in sorted(parts)] for name, parts in found.items()}
-    if any(name.startswith(TEXT_PREFIX) for name in pieces):
+    if any(name.startswith(SD1.text.prefix) for name in pieces):
         pieces[POSITION_IDS] = [torch.arange(models.text_encoder.config.max_position_embeddings).unsqueeze(0)]
     return pieces
 
@@ -128,32 +126,34 @@ def original_pieces(models: Models) -> dict[str, list[Tensor]]:
 def from_original(
     tensors: Mapping[str, Tensor],
     network: str,
-    config: Any,
-    empty: nn.Module,
+    empty: Any,
     prefix: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    reader: TextReader | None = None,
 ) -> dict[str, Tensor]:
-    """Return one network's weights under their diffusers names; other networks' tensors are not touched.
+    """Return one network's weights in fp32 under their diffusers names; other networks' tensors are not touched.
 
     Args:
         tensors: by original name; each is read when it is needed, so a lazy mapping over a file holds one
-        tensor at a time.
+            tensor at a time.
         network: "unet", "vae" or "text_encoder".
-        config: the network's configuration.
         empty: the network, for its names and shapes; the meta device will do.
-        prefix: what stands before the names in `tensors` instead of the original layout's own prefix;
-            `OPEN_CLIP_PREFIX` means OpenCLIP's names.
-        dtype: of the result.
+        prefix: as in `layout`.
+        reader: as in `layout`.
     """
     shapes = _weights(empty)
     return {
-        key: place.take(tensors[place.name], dtype).reshape(shapes[key].shape)
-        for key, place in layout(network, config, shapes, prefix=prefix).items()
+        key: place.take(tensors[place.name]).reshape(shapes[key].shape)
+        for key, place in layout(network, empty.config, shapes, prefix=prefix, reader=reader).items()
     }
 
 
 def layout(
-    network: str, config: Any, weights: Mapping[str, Shaped], prefix: str | None = None
+    network: str,
+    config: Any,
+    weights: Mapping[str, Shaped],
+    *,
+    prefix: str | None = None,
+    reader: TextReader | None = None,
 ) -> dict[str, Place]:
     """Return where each of a network's tensors stands in the original layout.
 
@@ -161,22 +161,17 @@ def layout(
         network: "unet", "vae" or "text_encoder".
         config: the network's configuration.
         weights: the network's tensors by their diffusers names.
-        prefix: another prefix than the original layout's; `OPEN_CLIP_PREFIX` means OpenCLIP's names.
+        prefix: start of the names of UNet or VAE, where it is not the original layout's.
+        reader: names of the text encoder's tensors, where they are not its family's.
 
     Raises:
         ValueError: the network has a part that the original layout has no name for.
     """
     if network == "text_encoder":
-        start = prefix
-        if start is None:
-            start = OPEN_CLIP_PREFIX if config.hidden_size == SD2_WIDTH else TEXT_PREFIX
-        if start == OPEN_CLIP_PREFIX:
-            return {
-                key: _open_clip(key.removeprefix("text_model."), tuple(tensor.shape))
-                for key, tensor in weights.items()
-            }
+        reader = reader or family_of(config.hidden_size).text
+        named = _TEXT_NAMES[reader.names]
         return {
-            key: Place(start + key.removeprefix("text_model."), tuple(tensor.shape))
+            key: named(reader.prefix, key.removeprefix("text_model."), tuple(tensor.shape))
             for key, tensor in weights.items()
         }
     modules = unet_modules(config) if network == "unet" else vae_modules(config)
@@ -261,16 +256,22 @@ def vae_modules(config: Any) -> Modules:
     return names
 
 
-def _open_clip(key: str, shape: tuple[int, ...]) -> Place:
-    """Return where a tensor of the text encoder stands in SD 2.x's files."""
+def _open_clip(prefix: str, key: str, shape: tuple[int, ...]) -> Place:
+    """Return the place of a text encoder's tensor among OpenCLIP's."""
     match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", key)
     if match is None:
-        return Place(OPEN_CLIP_PREFIX + _renamed(key, _OPEN_CLIP), shape)
+        return Place(prefix + _renamed(key, _OPEN_CLIP), shape)
     number, module, kind = match.groups()
-    start = f"{OPEN_CLIP_PREFIX}transformer.resblocks.{number}."
+    start = f"{prefix}transformer.resblocks.{number}."
     if module in _THIRDS:
         return Place(f"{start}attn.in_proj_{kind}", (3 * shape[0], *shape[1:]), _THIRDS[module])
     return Place(f"{start}{_renamed(module, _OPEN_CLIP_LAYER)}.{kind}", shape)
+
+
+_TEXT_NAMES: Mapping[str, Callable[[str, str, tuple[int, ...]], Place]] = {
+    "clip": lambda prefix, key, shape: Place(prefix + key, shape),
+    "open_clip": _open_clip,
+}
 
 
 def _resnet(ours: str, theirs: str) -> Modules:

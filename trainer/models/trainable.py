@@ -2,93 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any
 
-from annotated_types import Ge
+from torch import nn
 
 from trainer.errors import UserError
-from trainer.models.lora import LoraOptions, attach
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from trainer.models.load import Models
+from trainer.models.lora import attach
+from trainer.models.options import FreezingOptions, LoraOptions, TrainableOptions
+from trainer.models.pipeline import Models, Part, TrainedParts
 
 UNET = "unet"
 TEXT_ENCODER = "text encoder"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainableOptions:
-    """Which networks learn, and how their forward pass is stored."""
-
-    disable_textenc_training: bool = False
-    """Freeze the whole text encoder."""
-
-    disable_unet_training: bool = False
-    """Freeze the whole UNet."""
-
-    lora: LoraOptions | None = None
-    """Train a LoRA, small matrices beside the layers, and leave the model as it is; {} takes every default,
-    null trains the model itself."""
-
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: much less memory for one more forward pass a step."""
-
-    attn_type: Literal["sdp", "slice", "xformers"] = "sdp"
-    """Attention: sdp is torch's fused attention, slice computes it in slices with less memory; xformers is answered by sdp."""
-
-    compile: bool = False
-    """Run the training passes of what learns through torch.compile: faster steps for some minutes of
-    compiling whenever a size of images or of a batch comes up for the first time. Samples and fixed-noise
-    losses run without."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FreezingOptions:
-    """Which layers of the text encoder keep their weights (`text_encoder_freezing` of the optimizer file)."""
-
-    freeze_front_n_layers: int | None = None
-    """Freeze the first n layers; a negative -k trains only the last k."""
-
-    unfreeze_last_n_layers: Annotated[int, Ge(0)] | None = None
-    """Train only the last n layers; wins over freeze_front_n_layers."""
-
-    freeze_embeddings: bool | None = None
-    """Freeze the token and position embeddings; null follows the layers: frozen as soon as any layer is."""
-
-    freeze_final_layer_norm: bool = False
-    """Freeze the layer norm after the last layer."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """How much of one network learns.
-
-    Attributes:
-        trained: parameters with requires_grad.
-        total: all parameters.
-        what: which of them, in words for people: "everything", "nothing", "layers 4-12 of 12, final layer
-        norm".
-    """
-
-    trained: int
-    total: int
-    what: str
-
-
-@dataclass(frozen=True)
-class TrainedParts:
-    """What learns, by network: "unet" and "text encoder".
-
-    Attributes:
-        parameters: names and parameters that learn, in the network's order; a network without any is absent.
-        counts: both networks, learning or not.
-    """
-
-    parameters: dict[str, list[tuple[str, nn.Parameter]]]
-    counts: dict[str, Part]
 
 
 def apply_freezing(models: Models, parts: TrainableOptions, freezing: FreezingOptions) -> TrainedParts:

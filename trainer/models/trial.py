@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from trainer.diffusion.conditioning import Tokenize
 from trainer.diffusion.schedule import PREDICTION_KINDS, NoiseSchedule
 from trainer.errors import UserError
-from trainer.models import sd15
+from trainer.models.family import SD1
 from trainer.models.networks import first_line
 
 if TYPE_CHECKING:
-    from trainer.models.load import Models
+    from trainer.models.pipeline import Models
 
 _MOST_TIMESTEPS = 100_000
 _ADVICE = "its configuration is damaged; download the model again"
@@ -25,16 +25,13 @@ def complete(models: Models, where: str) -> None:
     """Fill in what a model leaves out and every checkpoint names: the scheduler's class and the UNet's `sample_size`."""
     unet: Any = models.unet
     if models.scheduler_config.get("_class_name") is None:
-        models.scheduler_config["_class_name"] = sd15.SCHEDULER["_class_name"]
-        models.notes += (
-            f"{where} names no scheduler class; {sd15.SCHEDULER['_class_name']} is assumed, as of SD 1.5.",
-        )
+        kind = models.scheduler_config["_class_name"] = SD1.default.scheduler["_class_name"]
+        models.notes += (f"{where} names no scheduler class; {kind} is assumed, as of SD 1.5.",)
     size = unet.config["sample_size"]
     if size is None:
-        unet.register_to_config(sample_size=sd15.UNET["sample_size"])
-        models.notes += (
-            f"{where} names no sample_size; {sd15.UNET['sample_size']} is assumed, as of SD 1.5.",
-        )
+        usual = SD1.default.unet["sample_size"]
+        unet.register_to_config(sample_size=usual)
+        models.notes += (f"{where} names no sample_size; {usual} is assumed, as of SD 1.5.",)
     elif not all(
         type(side) is int and side > 0
         for side in (size if isinstance(size, (list, tuple)) and size else [size])

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from data.report import DatasetReport
     from trainer.config.schema import TrainConfig
     from trainer.diffusion.conditioning import Tokenize
-    from trainer.models.trainable import Part
+    from trainer.models.pipeline import Part
     from trainer.optim import OptimizerOptions
     from trainer.planning.memory import Estimate
     from trainer.training.latent_cache import LatentPlan

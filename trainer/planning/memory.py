@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from data.buckets import buckets, nearest
-from trainer.models.lora import LoraOptions
+from trainer.models.options import LoraOptions
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from data.index import Index
     from trainer.config.schema import TrainConfig
     from trainer.evaluation.sampling import Sampler
-    from trainer.models.load import Models
+    from trainer.models.pipeline import Models
     from trainer.optim import OptimizerOptions
     from trainer.planning.memory_trace import Phase, Work
     from trainer.training.loop import Run

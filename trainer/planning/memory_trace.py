@@ -35,7 +35,7 @@ from trainer.optim.schedules import ScheduleOptions
 
 if TYPE_CHECKING:
     from trainer.config.schema import TrainConfig
-    from trainer.models.load import Models
+    from trainer.models.pipeline import Models
     from trainer.optim import OptimizerOptions
     from trainer.training.precision import Precision
 

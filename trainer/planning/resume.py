@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from data.index import Index
     from trainer.checkpoints.saver import Stateful
     from trainer.config import TrainConfig
-    from trainer.models.trainable import TrainedParts
+    from trainer.models.pipeline import TrainedParts
 
 _NEW_RUN = "or start a new run from its weights with --resume_weights_only"
 

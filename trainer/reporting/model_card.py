@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.checkpoints.atomic import appearing
 from trainer.errors import UserError
+from trainer.models.family import OPENRAIL, licence_of
 from trainer.state_file import as_kind
 
 if TYPE_CHECKING:
@@ -19,19 +20,6 @@ if TYPE_CHECKING:
     from trainer.reporting.curves import Curves
 
 PAGE, CURVES, SAMPLES = "README.md", "curves.png", "samples.png"
-
-OPENRAIL = "creativeml-openrail-m"
-"""The hub's name of Stable Diffusion 1's licence."""
-
-_UNDER_OPENRAIL = (
-    *(
-        "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "runwayml/stable-diffusion-v1-5",
-        "sd-legacy/stable-diffusion-v1-5",
-    ),
-    *(f"CompVis/stable-diffusion-v1-{version}" for version in (1, 2, 3, 4)),
-)
-"""Models of the hub that are known to be under it."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +71,7 @@ def origin_of(model: str, revision: str | None = None) -> Origin:
             path.stem,
             license=OPENRAIL if re.sub(r"[^a-z+]", "", said.lower()) == "creativemlopenrailm" else None,
         )
-    return Origin(model, model, OPENRAIL if model in _UNDER_OPENRAIL else None, revision)
+    return Origin(model, model, licence_of(model), revision)
 
 
 class Card:

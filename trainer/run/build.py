@@ -50,9 +50,9 @@ if TYPE_CHECKING:
     from trainer.evaluation.options import SamplePrompts, ValidationFile
     from trainer.evaluation.sampling import Sampler
     from trainer.evaluation.validation import HeldOut, Split
-    from trainer.models.ema import Ema, EmaOptions
-    from trainer.models.load import Models
-    from trainer.models.trainable import TrainedParts
+    from trainer.models.ema import Ema
+    from trainer.models.options import EmaOptions
+    from trainer.models.pipeline import Models, TrainedParts
     from trainer.optim.optimizer_set import OptimizerSet
     from trainer.reporting.console import Console
     from trainer.reporting.loggers import Loggers

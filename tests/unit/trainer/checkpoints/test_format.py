@@ -11,7 +11,6 @@ from trainer.checkpoints.atomic import REPLACED
 from trainer.checkpoints.format import (
     RUN,
     STEP,
-    SaveOptions,
     TrainState,
     checkpoints,
     find_last,
@@ -24,6 +23,7 @@ from trainer.checkpoints.format import (
     save_checkpoint,
     single_files,
 )
+from trainer.checkpoints.options import SaveOptions
 from trainer.errors import UserError
 from trainer.models.tensor_file import write_tensors
 

@@ -12,7 +12,8 @@ import torch
 from tests.tiny import tiny_models
 from trainer.checkpoints import saver as saving
 from trainer.checkpoints.atomic import size_of
-from trainer.checkpoints.format import SaveOptions, TrainState, checkpoints, resume_problem
+from trainer.checkpoints.format import TrainState, checkpoints, resume_problem
+from trainer.checkpoints.options import SaveOptions
 from trainer.checkpoints.saver import DiskPlan, Saver, SavingError, plan_disk, state_bytes
 from trainer.config.schema import optimizer_classes
 from trainer.optim.optimizer_set import OptimizerSet

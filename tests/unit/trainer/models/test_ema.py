@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from trainer.errors import UserError
-from trainer.models.ema import Ema, EmaOptions, decay_of, plan_ema
+from trainer.models.ema import Ema, decay_of, plan_ema
+from trainer.models.options import EmaOptions
 from trainer.state_file import read_state, write_state
 
 CPU = torch.device("cpu")

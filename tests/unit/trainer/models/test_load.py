@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from scripts.convert_checkpoint import convert
 from tests.tiny import tiny_models, tiny_tokenizer, write_tiny_folder
 from trainer.checkpoints.export import save_diffusers, save_single_file
 from trainer.errors import UserError
-from trainer.models import checkpoint_file, tensor_file
+from trainer.models import checkpoint_file, family, sd15, tensor_file
 from trainer.models.checkpoint_file import CONFIGS, TOKENIZER
+from trainer.models.family import SD1, SD2, Configs
 from trainer.models.folder import choose_weights
-from trainer.models.load import ModelOptions, describe, load_models
-from trainer.models.networks import EMPTY, SD2, SD15, Configs
+from trainer.models.load import describe, load_models
+from trainer.models.networks import EMPTY
+from trainer.models.options import ModelOptions
 from trainer.models.single_file import NETWORKS, to_original
 from trainer.models.tensor_file import TensorFile, write_tensors
 
@@ -334,7 +337,11 @@ def sd15_is_tiny(monkeypatch):
         vae=dict(models.vae.config),
         scheduler={**models.scheduler_config, "set_alpha_to_one": False},
     )
-    monkeypatch.setattr(checkpoint_file, "SD15", configs)
+    kinds = {
+        kind: replace(configs, scheduler={**configs.scheduler, "prediction_type": kind})
+        for kind in SD1.configs
+    }
+    monkeypatch.setattr(family, "FAMILIES", (replace(SD1, configs=kinds), SD2))
     # the tiny text encoder has no room for CLIP's 49408 entries
     monkeypatch.setattr(checkpoint_file, "clip_tokenizer", lambda _: tiny_tokenizer())
 
@@ -353,7 +360,14 @@ def sd2_is_tiny(monkeypatch, second):
         vae={**second.vae.config, "sample_size": 768},
         scheduler=second.scheduler_config,
     )
-    monkeypatch.setattr(checkpoint_file, "SD2", configs)
+    noise = replace(
+        configs,
+        unet={**configs.unet, "sample_size": 64},
+        vae={**configs.vae, "sample_size": 512},
+        scheduler=sd15.SCHEDULER,
+    )
+    tiny = replace(SD2, configs={"v_prediction": configs, "epsilon": noise})
+    monkeypatch.setattr(family, "FAMILIES", (SD1, tiny))
 
     def tokenizer(pad):
         made = tiny_tokenizer()
@@ -519,9 +533,7 @@ def test_a_header_that_says_v_prediction_is_believed(sd15_is_tiny, tmp_path):
     assert load(tmp_path / "x.safetensors").scheduler_config["prediction_type"] == "v_prediction"
 
 
-@pytest.mark.parametrize(
-    ("configs", "parameters", "pad"), [(SD15, 859_520_964, 49407), (SD2, 865_910_724, 0)]
-)
+@pytest.mark.parametrize(("configs", "parameters", "pad"), [(SD1, 859_520_964, 49407), (SD2, 865_910_724, 0)])
 def test_a_real_size_file_is_recognised_by_its_header(configs, parameters, pad, tmp_path, monkeypatch):
     """A sparse file with the published names and shapes: describing reads the header and nothing else."""
     from tests.unit.trainer.models.test_single_file import full_size
@@ -544,7 +556,7 @@ def test_a_real_size_file_is_recognised_by_its_header(configs, parameters, pad, 
     assert sum(p.numel() for p in models.unet.parameters()) == parameters
     assert models.tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert models.tokenizer.pad_token_id == pad
-    assert models.scheduler_config["prediction_type"] == configs.scheduler["prediction_type"]
+    assert models.scheduler_config["prediction_type"] == configs.prediction
 
 
 def renamed(start, end):

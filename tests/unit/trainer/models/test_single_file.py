@@ -13,27 +13,14 @@ from diffusers.loaders.single_file_utils import (
 
 from tests.tiny import tiny_models
 from trainer.models import sd2, sd15
-from trainer.models.load import Models
-from trainer.models.networks import SD2, SD15, empty_text_encoder, empty_unet, empty_vae
-from trainer.models.single_file import (
-    NETWORKS,
-    OPEN_CLIP_PREFIX,
-    SD2_WIDTH,
-    from_original,
-    layout,
-    to_original,
-)
+from trainer.models.family import SD1, SD2
+from trainer.models.networks import empty_models
+from trainer.models.pipeline import Models
+from trainer.models.single_file import NETWORKS, from_original, layout, to_original
 
 
-def full_size(configs=SD15) -> Models:
-    return Models(
-        unet=empty_unet(configs.unet),
-        text_encoder=empty_text_encoder(configs.text_encoder),
-        vae=empty_vae(configs.vae),
-        tokenizer=None,  # pyright: ignore[reportArgumentType]
-        scheduler_config=dict(configs.scheduler),
-        source="configs",
-    )
+def full_size(family=SD1) -> Models:
+    return empty_models(family.default, None, "configs")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +33,7 @@ def sd2_file():
     return to_original(full_size(SD2))
 
 
-@pytest.mark.parametrize(("configs", "published"), [(SD15, sd15), (SD2, sd2)])
+@pytest.mark.parametrize(("configs", "published"), [(SD1, sd15), (SD2, sd2)])
 def test_the_configs_are_of_the_published_size(configs, published):
     models = full_size(configs)
     assert {
@@ -130,7 +117,7 @@ def test_sd2_tensors_stand_where_the_original_has_them(sd2_file, name, shape):
 
 def through_diffusers(tensors, models):
     """Return what diffusers' own converter makes of a file in the original layout."""
-    second = models.text_encoder.config.hidden_size == SD2_WIDTH
+    second = models.family is SD2
     text = (
         convert_open_clip_checkpoint(models.text_encoder, dict(tensors))
         if second
@@ -157,7 +144,7 @@ def test_diffusers_reads_the_same_weights_back(shape):
         assert all(torch.equal(converted[network][key], own[key]) for key in own)
 
 
-@pytest.mark.parametrize("configs", [SD15, SD2])
+@pytest.mark.parametrize("configs", [SD1, SD2])
 def test_diffusers_agrees_on_full_size_names_and_shapes(configs):
     models = full_size(configs)
     converted = through_diffusers(to_original(models), models)
@@ -172,7 +159,7 @@ def test_there_and_back_is_exact(shape):
     tensors = to_original(models)
     for network in NETWORKS:
         own = getattr(models, network)
-        back = from_original(tensors, network, own.config, own)
+        back = from_original(tensors, network, own)
         assert all(tensor.untyped_storage().nbytes() == 4 * tensor.numel() for tensor in back.values()), (
             "none keeps its neighbours"
         )
@@ -201,7 +188,7 @@ def test_nothing_is_copied():
 def test_an_unknown_part_of_an_sd2_text_encoder_is_a_bug_not_a_loss(key):
     models = tiny_models(0, "small")
     with pytest.raises(ValueError, match="no name for"):
-        layout("text_encoder", models.text_encoder.config, {key: torch.zeros(1)}, prefix=OPEN_CLIP_PREFIX)
+        layout("text_encoder", models.text_encoder.config, {key: torch.zeros(1)}, reader=SD2.text)
 
 
 def test_an_unknown_part_is_a_bug_not_a_loss():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from trainer.config.schema import OptimizerConfig, TrainConfig, optimizer_classes
-from trainer.models.load import ModelOptions
+from trainer.models.options import ModelOptions
 from trainer.optim import AdamWOptions, DAdaptAdamOptions
 from trainer.optim.watch import PATIENCE, AdaptationWatch
 from trainer.run.learned_rate import FOUND, hand_over

@@ -16,8 +16,9 @@ from trainer.diffusion.objective import Inputs, Networks, Objective
 from trainer.diffusion.options import ObjectiveOptions
 from trainer.diffusion.schedule import NoiseSchedule, with_zero_terminal_snr
 from trainer.models.ema import Ema
-from trainer.models.lora import LoraOptions, attach
-from trainer.models.trainable import FreezingOptions, TrainableOptions, apply_freezing
+from trainer.models.lora import attach
+from trainer.models.options import FreezingOptions, LoraOptions, TrainableOptions
+from trainer.models.trainable import apply_freezing
 from trainer.optim import AdamW8bitOptions, AdamWOptions, OptimizerOptions
 from trainer.optim.optimizer_set import OptimizerSet
 from trainer.planning.memory_trace import _AsOnDevice, _Ledger

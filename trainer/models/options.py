@@ -1,0 +1,122 @@
+"""The options of models and of what is trained of them; imports nothing slow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Lt
+
+BASE_FILE = "base.json"
+"""Beside LoRA adapters in a checkpoint: the model that they belong to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model is trained."""
+
+    resume_ckpt: str
+    """The model to start from: a diffusers folder, a hub id such as
+    stable-diffusion-v1-5/stable-diffusion-v1-5, a .safetensors or .ckpt file in the original layout, a run
+    folder or a checkpoint folder of this program, or findlast. base_model is another name of this key."""
+
+    revision: str | None = None
+    """The commit, tag or branch of a model on the hub; null takes its main branch. A run records the commit and is resumed with it."""
+
+    vae: str | None = None
+    """A VAE to use instead of the model's own: a diffusers folder, a hub id or a .safetensors file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """How large the matrices are that learn in the place of layers, and of which."""
+
+    rank: Annotated[int, Ge(1)] = 16
+    """Rows of the one matrix and columns of the other."""
+
+    alpha: Annotated[float, Gt(0)] | None = None
+    """The product of the matrices counts alpha / rank; null is the rank, so that it counts as it is."""
+
+    targets: Literal["attention", "all"] = "attention"
+    """Which layers: the four of each attention, or all linear layers and convolutions in the blocks of UNet and text encoder."""
+
+    @property
+    def strength(self) -> float:
+        """Alpha, its default applied."""
+        return float(self.rank if self.alpha is None else self.alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainableOptions:
+    """Which networks learn, and how their forward pass is stored."""
+
+    disable_textenc_training: bool = False
+    """Freeze the whole text encoder."""
+
+    disable_unet_training: bool = False
+    """Freeze the whole UNet."""
+
+    lora: LoraOptions | None = None
+    """Train a LoRA, small matrices beside the layers, and leave the model as it is; {} takes every default,
+    null trains the model itself."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: much less memory for one more forward pass a step."""
+
+    attn_type: Literal["sdp", "slice", "xformers"] = "sdp"
+    """Attention: sdp is torch's fused attention, slice computes it in slices with less memory; xformers is answered by sdp."""
+
+    compile: bool = False
+    """Run the training passes of what learns through torch.compile: faster steps for some minutes of
+    compiling whenever a size of images or of a batch comes up for the first time. Samples and fixed-noise
+    losses run without."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreezingOptions:
+    """Which layers of the text encoder keep their weights (`text_encoder_freezing` of the optimizer file)."""
+
+    freeze_front_n_layers: int | None = None
+    """Freeze the first n layers; a negative -k trains only the last k."""
+
+    unfreeze_last_n_layers: Annotated[int, Ge(0)] | None = None
+    """Train only the last n layers; wins over freeze_front_n_layers."""
+
+    freeze_embeddings: bool | None = None
+    """Freeze the token and position embeddings; null follows the layers: frozen as soon as any layer is."""
+
+    freeze_final_layer_norm: bool = False
+    """Freeze the layer norm after the last layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaOptions:
+    """Whether an exponential moving average of the weights is kept, and what is done with it."""
+
+    ema_decay_rate: Annotated[float, Gt(0), Lt(1)] | None = None
+    """Keep averaged weights, exported beside the trained ones with -ema in their name: the share of them that
+    stays at every update; null keeps none."""
+
+    ema_strength_target: Annotated[float, Gt(0), Lt(1)] | None = None
+    """The same, with the decay chosen so that this share of the weights at the start is left in the average at the run's end."""
+
+    ema_update_interval: Annotated[int, Ge(1)] = 500
+    """Optimizer steps between two updates of the average."""
+
+    ema_device: Literal["cpu", "cuda"] = "cpu"
+    """Where the average is kept, in fp32: in main memory, or with cuda on the device that trains."""
+
+    ema_sample_ema_model: bool = False
+    """Draw samples from the averaged weights instead of the trained ones."""
+
+    ema_sample_nonema_model: bool = False
+    """With ema_sample_ema_model, draw them from the trained weights too."""
+
+    ema_resume_model: str | None = None
+    """A model to begin the average from instead of the one that is trained: a diffusers folder, a hub id or a
+    single file. A run that goes on brings its own."""
+
+    @property
+    def active(self) -> bool:
+        """Whether there is an average."""
+        return self.ema_decay_rate is not None or self.ema_strength_target is not None
