@@ -1,4 +1,4 @@
-"""A micro-batch on the CPU: what `data` hands to the trainer."""
+"""A micro-batch on the CPU, as the trainer gets it."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ class Batch:
     """The images of one forward and backward pass, in CPU memory."""
 
     pixels_BCHW: Tensor | None
-    """float32 in [-1, 1], sRGB; None where moments_BCHW are in its place."""
+    """float32 in [-1, 1], sRGB; None with moments_BCHW."""
     tokens_BT: Tensor
-    """int64, what `tokenize` made of the captions."""
+    """int64."""
     loss_scale_B: Tensor
-    """float32; an image's weight in the loss."""
+    """float32, the weight of each image in the loss."""
     epoch: int
     positions: tuple[int, ...]
-    """Each image's place in the epoch's plan: the key of every random draw that belongs to it."""
+    """By image, its position in the epoch's plan: the key of its random draws."""
     records: tuple[int, ...]
     names: tuple[str, ...]
     captions: tuple[str, ...]
     """As tokenized: after dropout and shuffling."""
     filler: bool = False
-    """True where the only image is there to keep a process in step: loss_scale 0, not to be counted."""
+    """The only image keeps this rank in step: loss_scale is 0, and it is not counted."""
     failed: tuple[BadFile, ...] = ()
-    """Images of the plan that are missing here because their files could not be read."""
+    """Planned images that could not be read."""
     moments_BCHW: Tensor | None = None
-    """float32, what the VAE made of the images before: mean and standard deviation, one after the other in C."""
+    """float32, the VAE's cached output: mean and standard deviation, concatenated in C."""
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -1,4 +1,4 @@
-"""Images by position: a record, decoded, cropped to its bucket and captioned, as CPU tensors."""
+"""Images by position: decoded, cropped to their bucket and captioned, as CPU tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from data.rng import stream
 
 
 def shown_captions(index: Index, options: DataOptions) -> list[str] | None:
-    """Return every text that training can show, each once; None where tags are shuffled, which makes too many of them."""
+    """Return every text that training can show, each once; None with shuffled tags, which make too many."""
     shown: dict[str, None] = {}
     for record in index.records:
         shuffle = options.shuffle_tags if record.shuffle_tags is None else record.shuffle_tags
@@ -34,17 +34,14 @@ def shown_captions(index: Index, options: DataOptions) -> list[str] | None:
 
 
 class Images:
-    """Read planned micro-batches, (epoch, MicroBatch) -> Batch: a map-style dataset that worker processes can hold.
+    """Read planned micro-batches, (epoch, MicroBatch) -> Batch: a map-style dataset for DataLoader workers.
 
-    An image's draws are keyed by its position in the epoch, so that neither the number of workers nor the cut
-    into micro-batches changes what comes out.
+    The key of an image's draws is its position in the epoch, so that neither the number of workers nor the
+    cut into micro-batches changes the result.
 
     Args:
-        index: the scanned images.
-        options: the run's settings, which hold where a record has none of its own.
-        tokenize: turns B captions into int64 tokens (B, T); it must pickle where workers are spawned.
-        seed: the run's.
-        latents: what a VAE has made of the images, to be read in their place.
+        tokenize: turns B captions into int64 tokens (B, T); picklable.
+        latents: cached latents, read instead of pixels.
     """
 
     def __init__(
@@ -62,10 +59,10 @@ class Images:
         self._seed = seed
         self._latents = latents
         self.bad: dict[str, BadFile] = {}
-        """Files that could not be read, by name; the loader adds those that were met in a batch, in whichever process."""
+        """Unreadable files by name; the loader adds those met by workers."""
 
     def __getitem__(self, planned: tuple[int, MicroBatch]) -> Batch:
-        """Return the images of a micro-batch that can be read; if none can, one blank image as a filler."""
+        """Return the readable images of a micro-batch, or one blank image as a filler."""
         epoch, micro = planned
         images: dict[int, np.ndarray] = {}
         failed: list[BadFile] = []
@@ -76,32 +73,18 @@ class Images:
                 images[place] = self._read(view, self._crop(epoch, position))
             except FileError as error:
                 failed.append(BadFile(record.name, error.reason))
-        filler = micro.filler or not images
         places = list(images) or [0]
-        positions = tuple(micro.positions[place] for place in places)
-        records = tuple(micro.records[place] for place in places)
-        return self._batch(
-            list(images.values()),
-            [
-                self._words(self._records[identity], epoch, position)
-                for identity, position in zip(records, positions, strict=True)
-            ],
-            bucket=micro.bucket,
-            epoch=epoch,
-            positions=positions,
-            records=records,
-            filler=filler,
-            failed=tuple(failed),
-        )
+        planned_images = [(micro.records[place], micro.positions[place]) for place in places]
+        captions = [self._caption(self._records[record], epoch, at) for record, at in planned_images]
+        tensors = self._tensors(list(images.values()), micro.bucket)
+        filler = micro.filler or not images
+        return self._batch(planned_images, captions, tensors, epoch, filler=filler, failed=tuple(failed))
 
     def plain(self, records: Sequence[int]) -> list[Batch]:
-        """Return images as they are, one batch each: not flipped, with their whole first caption, at the largest resolution.
+        """Return images unflipped with their first caption, at the largest resolution, one batch each.
 
-        Meant for measurements that must not vary. Position and epoch are 0. A file that cannot be read gives
-        no batch and is named in `bad`.
-
-        Args:
-            records: record ids.
+        Meant for measurements that must not vary. Position and epoch are 0. An unreadable file gives no batch
+        and is named in `bad`.
         """
         batches = []
         for identity in records:
@@ -112,20 +95,12 @@ class Images:
             except FileError as error:
                 self.bad.setdefault(record.name, BadFile(record.name, error.reason))
                 continue
-            batches.append(
-                self._batch(
-                    [image],
-                    [record.caption.text],
-                    bucket=bucket,
-                    epoch=0,
-                    positions=(0,),
-                    records=(identity,),
-                )
-            )
+            tensors = self._tensors([image], bucket)
+            batches.append(self._batch([(identity, 0)], [record.caption.text], tensors, 0))
         return batches
 
     def _read(self, view: View, crop: CropPosition) -> np.ndarray:
-        """Return uint8 pixels (H, W, 3), or the moments (2C, h, w) that were computed of them."""
+        """Return uint8 pixels (H, W, 3), or cached moments (2C, h, w)."""
         if self._latents is not None:
             return self._latents.read(view).numpy()
         return read_pixels(self._records[view.record].path, view.bucket, flip=view.flipped, crop=crop)
@@ -141,7 +116,7 @@ class Images:
         chance = self._options.flip_p if record.flip_p is None else record.flip_p
         return bool(stream(self._seed, "image", epoch, position).random() < chance)
 
-    def _words(self, record: Record, epoch: int, position: int) -> str:
+    def _caption(self, record: Record, epoch: int, position: int) -> str:
         options = self._options
         return render(
             record.caption,
@@ -151,27 +126,30 @@ class Images:
             keep_tags=options.keep_tags if record.keep_tags is None else record.keep_tags,
         )
 
+    def _tensors(self, images: list[np.ndarray], bucket: Bucket) -> tuple[Tensor | None, Tensor | None]:
+        """Stack images, or a blank one if there are none, into pixels or moments."""
+        if self._latents is None:
+            return to_pixels(images or [np.zeros((bucket[1], bucket[0], 3), np.uint8)]), None
+        blank = np.zeros(self._latents.shape.at(bucket), np.float32)
+        # Copied, since memory-mapped tensors are aligned less than torch's own.
+        return None, torch.tensor(np.stack(images or [blank]))
+
     def _batch(
         self,
-        images: list[np.ndarray],
+        images: Sequence[tuple[int, int]],
         captions: list[str],
-        *,
-        bucket: Bucket,
+        tensors: tuple[Tensor | None, Tensor | None],
         epoch: int,
-        positions: tuple[int, ...],
-        records: tuple[int, ...],
+        *,
         filler: bool = False,
         failed: tuple[BadFile, ...] = (),
     ) -> Batch:
-        if self._latents is None:
-            pixels, moments = to_pixels(images or [np.zeros((bucket[1], bucket[0], 3), np.uint8)]), None
-        else:  # copied: a file mapped into memory is aligned less than torch aligns its own
-            blank = np.zeros(self._latents.shape.at(bucket), np.float32)
-            pixels, moments = None, torch.tensor(np.stack(images or [blank]))
+        """Return the batch of images, each given as record id and position."""
+        records, positions = zip(*images, strict=True)
         scales = [0.0 if filler else self._records[identity].loss_scale for identity in records]
         return Batch(
-            pixels_BCHW=pixels,
-            moments_BCHW=moments,
+            pixels_BCHW=tensors[0],
+            moments_BCHW=tensors[1],
             tokens_BT=self._tokenize(captions),
             loss_scale_B=torch.tensor(scales, dtype=torch.float32),
             epoch=epoch,

@@ -1,4 +1,4 @@
-"""Folders of files, listed once: which images they hold and which files lie beside an image."""
+"""Folders of files, listed once: their images, and the files beside an image."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ FOLDER_FILES = (
     "multiply.txt",
     "shuffle_tags.txt",
 )
-"""Names, in any case, of files that speak of a whole folder and so never of an image of that name."""
+"""Names, in any case, of files about a whole folder, which never belong to an image of that name."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """What one folder holds, dot files left out.
+    """The content of one folder, without dot files.
 
-    Listing a folder once and looking names up here spares a system call per image and kind of caption file.
+    Looking names up here saves a system call for each image and kind of caption file.
     """
 
     path: Path
     files: tuple[str, ...]
-    """Names of ordinary files, or of links to them, in the order of names."""
+    """Sorted names of ordinary files, and of links to them."""
     folders: tuple[str, ...] = ()
-    """Names of the folders inside, likewise."""
+    """Sorted names of subfolders."""
     others: tuple[str, ...] = ()
-    """Names of what is neither file nor folder: broken links, pipes, devices."""
+    """Names of anything else: broken links, pipes, devices."""
     problem: str = ""
-    """Why the folder could not be listed; empty where it could."""
+    """The reason why the folder could not be listed, or nothing."""
 
     def beside(self, stem: str, suffix: str) -> str | None:
-        """Return the name of the file that has an image's stem and this extension in any case, or None."""
+        """Return the name of the file with an image's stem and this extension in any case."""
         return self._by_ending.get(suffix, {}).get(stem)
 
     def own(self, name: str) -> str | None:
-        """Return the name, as it is spelled, of the file of one of the `FOLDER_FILES` or another name in lower case, or None."""
+        """Return the spelling of a file name that is given in lower case, such as one of `FOLDER_FILES`."""
         return self._by_name.get(name)
 
     @cached_property
@@ -63,10 +63,9 @@ class Folder:
 
 
 def walk(root: Path) -> Iterator[Folder]:
-    """Yield every folder below a root, the root included, in the order of names.
+    """Yield a root and every folder below it, in the order of names, without dot folders.
 
-    Symbolic links are followed; a folder that was reached before, by whichever link, is not entered again, so
-    that a loop of links ends and no picture counts twice. Folders whose name begins with a dot are skipped.
+    Symbolic links are followed, but no folder is entered twice, so that loops end and no image counts twice.
     """
     seen: set[tuple[int, int]] = set()
     waiting = [root]
@@ -85,7 +84,7 @@ def walk(root: Path) -> Iterator[Folder]:
 
 
 def list_folder(path: Path) -> Folder:
-    """Return what a folder holds."""
+    """List one folder."""
     try:
         with os.scandir(path) as entries:
             kinds = sorted((entry.name, _kind(entry)) for entry in entries if not entry.name.startswith("."))
@@ -104,5 +103,5 @@ def _unreadable(path: Path, error: OSError) -> Folder:
 def _kind(entry: os.DirEntry[str]) -> str:
     try:
         return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
-    except OSError:  # a link that leads back to itself
+    except OSError:  # a link to itself
         return "other"

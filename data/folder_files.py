@@ -1,4 +1,4 @@
-"""Files that speak of all images of a folder: multiply.txt and its like, local.yaml, and global.yaml, which reaches below."""
+"""Files about all images of a folder: multiply.txt and its like, local.yaml, and global.yaml for subfolders too."""
 
 from __future__ import annotations
 
@@ -9,34 +9,23 @@ from data.captions import Entry, Remark, first_setting, read_setting, read_text,
 from data.errors import FileError
 from data.folder import Folder
 
-_SETTING_FILES = (
-    "multiply.txt",
-    "cond_dropout.txt",
-    "flip_p.txt",
-    "loss_scale.txt",
-    "batch_id.txt",
-    "shuffle_tags.txt",
-)
+_SETTINGS = ("multiply", "cond_dropout", "flip_p", "loss_scale", "batch_id", "shuffle_tags")
 _LONGEST = 1 << 10
 """Bytes of a file that holds one value."""
 
 
 def read_local(folder: Folder) -> tuple[Entry, ...]:
-    """Return what is said of the images that lie in this very folder, in the order of precedence.
+    """Read the files about the images of this very folder, in the order of precedence.
 
     Raises:
         FileError: a file cannot be used; the reason begins with its name.
     """
-    written = [
-        read_yaml(folder.path / name, "local.yaml")
-        for kind in ("local.yaml", "local.yml")
-        if (name := folder.own(kind))
-    ]
+    written = _read_yaml(folder, "local")
     settings: dict[str, Any] = {}
     remarks: list[Remark] = []
-    for file in _SETTING_FILES:
+    for key in _SETTINGS:
+        file = f"{key}.txt"
         if name := folder.own(file):
-            key = file.removesuffix(".txt")
             settings[key] = _value(folder.path / name, key)
             other = first_setting(written, key)
             if other is not None and other != settings[key]:
@@ -47,22 +36,23 @@ def read_local(folder: Folder) -> tuple[Entry, ...]:
 
 
 def read_global(folder: Folder) -> tuple[Entry, ...]:
-    """Return what is said of the images in this folder and below it, in the order of precedence.
+    """Read the files about the images in and below a folder, in the order of precedence.
 
     Raises:
         FileError: a file cannot be used; the reason begins with its name.
     """
-    return tuple(
-        read_yaml(folder.path / name, "global.yaml")
-        for kind in ("global.yaml", "global.yml")
-        if (name := folder.own(kind))
-    )
+    return _read_yaml(folder, "global")
+
+
+def _read_yaml(folder: Folder, stem: str) -> tuple[Entry, ...]:
+    names = filter(None, (folder.own(stem + ending) for ending in (".yaml", ".yml")))
+    return tuple(read_yaml(folder.path / name, f"{stem}.yaml") for name in names)
 
 
 def _value(path: Path, key: str) -> Any:
     text = read_text(path, _LONGEST)
     if key == "shuffle_tags" and text.strip().lower() not in ("false", "no", "off", "0"):
-        return True  # EveryDream2 looks no further than that the file is there
+        return True  # in EveryDream2 the file's presence is enough
     try:
         return read_setting(key, text)
     except ValueError as error:

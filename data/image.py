@@ -21,18 +21,16 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from data.errors import FileError
 
 SUFFIXES = ("jpg", "jpeg", "png", "bmp", "webp", "jfif", "gif", "avif", "tif", "tiff", "heic", "heif")
-"""Extensions of the files that are taken for images; the content decides how they are read."""
+"""Extensions of image files; the content decides how they are decoded."""
 
 READING = 1
-"""Counts the changes after which `read_pixels` gives other pixels for the same file, so that nothing computed from them is stale."""
+"""The version of `read_pixels`: it changes with the pixels of a file, and makes cached latents of others stale."""
 
 CENTRE = (0.5, 0.5)
 
 _STDERR = 2
 
-logging.getLogger("PIL").addHandler(
-    logging.NullHandler()
-)  # or logging prints its warnings about odd files itself
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else warnings about odd files reach the console
 
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "AVIF", "TIFF")
 _HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
@@ -43,10 +41,9 @@ _MODES = (
 )
 
 _DRAFT_GAP = 2
-"""A JPEG is decoded at a reduced scale that leaves at least this many times the final size for the proper resampling.
+"""A JPEG is decoded at a reduced scale of at least this many times the final size.
 
-512 px from 12 megapixels take 78 ms instead of 214 on one core and differ from the full decode by 41.5 dB
-PSNR.
+512 px from 12 megapixels take 78 ms instead of 214 on one core and differ from the full decode by 41.5 dB PSNR.
 """
 
 _UPRIGHT = {
@@ -58,17 +55,17 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what turns the stored pixels upright; from 5 on, width and height change places."""
+"""By EXIF orientation, the operation that turns stored pixels upright; from 5 on, width and height swap."""
 
 CropPosition = tuple[float, float]
-"""Where a crop lies in what there is to crop from: (0, 0) is the upper left corner, (1, 1) the lower right."""
+"""From (0, 0), the upper left corner of the possible crops, to (1, 1), the lower right."""
 
 
 def displayed_size(path: Path) -> tuple[int, int]:
-    """Return (width, height) as the image is looked at, EXIF orientation applied; only the header is read.
+    """Read (width, height) as displayed, EXIF orientation applied, from the header.
 
     Raises:
-        FileError: the file is not an image that can be trained on.
+        FileError: the file is not a usable image.
     """
     with _opened(path) as image:
         width, height = image.size
@@ -78,16 +75,10 @@ def displayed_size(path: Path) -> tuple[int, int]:
 def read_pixels(
     path: Path, size: tuple[int, int], *, flip: bool = False, crop: CropPosition = CENTRE
 ) -> np.ndarray:
-    """Return the image upright, scaled to cover `size` and cropped to it, as uint8 sRGB (height, width, 3).
+    """Read an image upright, scaled to cover `size` and cropped to it, as uint8 sRGB (height, width, 3).
 
-    Transparent parts become white; a colour profile in the file is honoured; of an animation the first frame
-    is taken. Scaling is Lanczos, antialiased where it makes smaller.
-
-    Args:
-        path: the image file.
-        size: (width, height) of the result.
-        flip: whether to mirror left to right, after cropping.
-        crop: the place of the crop in the upright image.
+    Transparent parts become white, an embedded colour profile is applied, and an animation gives its first
+    frame. Scaling is Lanczos, with antialiasing. Mirroring left to right comes after cropping.
 
     Raises:
         FileError: the file cannot be read to its end, or is not an image.
@@ -96,12 +87,12 @@ def read_pixels(
         orientation = _orientation(image, path)
         stored = size if orientation < 5 else (size[1], size[0])
         draft = image.draft(None, (stored[0] * _DRAFT_GAP, stored[1] * _DRAFT_GAP))
-        # A JPEG drafted to a half of 333 pixels has 167 columns, of which 166.5 hold the picture.
+        # A JPEG drafted to a half of 333 pixels has 167 columns, of which 166.5 hold the image.
         extent = (draft[1][2], draft[1][3]) if draft else image.size
         with _decoding(path), _quiet_libtiff(image):
             image.load()
         profile = image.info.get("icc_profile")
-        box = _box(extent, stored, _stored_place(crop, orientation))
+        box = _box(extent, stored, _stored_position(crop, orientation))
         # Transparent images are scaled with their colours weighted by their opacity.
         pixels = _scalable(image).resize(stored, Image.Resampling.LANCZOS, box=box)
     pixels = _to_srgb(_over_white(pixels), profile)
@@ -124,14 +115,14 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def _formats(file: BinaryIO) -> tuple[str, ...]:
-    """Return what to open a file as; HEIC is looked for whatever the name says, for telephones send it as .jpg too.
+    """Return the formats to try. HEIC is recognised under any name, since telephones send it as .jpg too.
 
     Raises:
         FileError: it is HEIC, and the package that decodes it is not installed.
     """
-    start = file.read(12)
+    header = file.read(12)
     file.seek(0)
-    if start[4:8] != b"ftyp" or start[8:] not in _HEIF_BRANDS:
+    if header[4:8] != b"ftyp" or header[8:] not in _HEIF_BRANDS:
         return _FORMATS
     if not _heif_decoder():
         raise FileError(
@@ -142,7 +133,7 @@ def _formats(file: BinaryIO) -> tuple[str, ...]:
 
 @cache
 def _heif_decoder() -> bool:
-    """Add HEIC to the formats that Pillow opens, and return whether that could be done."""
+    """Register HEIC with Pillow, and return False if its package is missing."""
     try:
         from pillow_heif import register_heif_opener  # type: ignore[import-not-found]
     except ImportError:
@@ -153,10 +144,10 @@ def _heif_decoder() -> bool:
 
 @contextmanager
 def _decoding(path: Path) -> Iterator[None]:
-    """Turn what a decoder raises into a FileError, and keep its warnings about odd but readable files off the console.
+    """Turn a decoder's exception into a FileError, and keep its warnings off the console.
 
-    On damaged bytes Pillow raises nearly anything (SyntaxError, struct.error, IndexError, ...), hence the
-    wide net; it holds calls of the decoder only, so that no error of our own is taken for a bad file.
+    On damaged bytes Pillow raises nearly anything (SyntaxError, struct.error, IndexError, ...). The block
+    holds nothing but calls of the decoder, so that no error of our own is taken for a bad file.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -170,10 +161,10 @@ def _decoding(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _quiet_libtiff(image: Image.Image) -> Iterator[None]:
-    """Keep off the console what libtiff writes to the file descriptor of the standard error: Pillow raises what matters."""
+    """Keep off the console what libtiff writes to the stderr descriptor; Pillow raises what matters."""
     try:
         kept = os.dup(_STDERR) if image.format == "TIFF" else None
-    except OSError:  # it is closed
+    except OSError:  # stderr is closed
         kept = None
     if kept is None:
         yield
@@ -191,7 +182,10 @@ def _quiet_libtiff(image: Image.Image) -> Iterator[None]:
 def _reason(error: Exception, path: Path) -> str:
     if isinstance(error, Image.DecompressionBombError):
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
-        return f"it has more than {limit} million pixels, which is refused for fear of a decompression bomb; scale it down"
+        return (
+            f"it has more than {limit} million pixels, which is refused for fear of a decompression bomb; "
+            "scale it down"
+        )
     if isinstance(error, UnidentifiedImageError):
         if path.exists() and path.stat().st_size == 0:
             return "it is empty (0 bytes)"
@@ -202,30 +196,30 @@ def _reason(error: Exception, path: Path) -> str:
 
 
 def _orientation(image: Image.Image, path: Path) -> int:
-    """Return the EXIF orientation, 1 to 8, of the pixels that loading will give; 1 where the tag is missing or malformed."""
+    """Return the EXIF orientation of the decoded pixels, 1 to 8; 1 for a missing or malformed tag."""
     if image.format == "TIFF":
-        return 1  # Pillow turns TIFF pixels, and reports their size, upright by itself
+        return 1  # Pillow itself turns TIFF pixels and their size upright
     try:
         with _decoding(path):
-            # The base class's method: the one of PNG decodes the whole file in search of a late tag.
+            # The base class's method, since that of PNG decodes the whole file in search of a late tag.
             value = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
     except FileError:
-        return 1  # damaged tags cost the picture its rotation, nothing more
+        return 1  # damaged tags cost the rotation, not the image
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _box(
     extent: tuple[float, float], size: tuple[int, int], crop: CropPosition
 ) -> tuple[float, float, float, float]:
-    """Return the largest box of the shape of `size` at its place in `extent`: (left, top, right, bottom)."""
+    """Return the largest crop of the shape of `size` in `extent`: (left, top, right, bottom)."""
     scale = max(size[0] / extent[0], size[1] / extent[1])
     width, height = min(size[0] / scale, extent[0]), min(size[1] / scale, extent[1])
     left, top = (extent[0] - width) * crop[0], (extent[1] - height) * crop[1]
     return left, top, min(left + width, extent[0]), min(top + height, extent[1])
 
 
-def _stored_place(crop: CropPosition, orientation: int) -> CropPosition:
-    """Return where a place of the upright image is in the stored one."""
+def _stored_position(crop: CropPosition, orientation: int) -> CropPosition:
+    """Convert a crop position from the upright to the stored image."""
     x, y = crop
     return {
         2: (1 - x, y),
@@ -239,7 +233,7 @@ def _stored_place(crop: CropPosition, orientation: int) -> CropPosition:
 
 
 def _scalable(image: Image.Image) -> Image.Image:
-    """Return the image in L, RGB or CMYK, or LA or RGBA where it has transparency: palettes looked up, 16 bits brought to 8."""
+    """Convert palettes and 16 bits: to L, RGB or CMYK, or to LA or RGBA with transparency."""
     if image.mode in _SIXTEEN_BIT:
         return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if image.has_transparency_data:
@@ -266,7 +260,7 @@ def _to_srgb(pixels: Image.Image, profile: bytes | None) -> Image.Image:
 
 @lru_cache(maxsize=32)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Return the conversion from an embedded profile to sRGB, or None where the profile is sRGB, or unusable and so ignored."""
+    """Return the conversion from a profile to sRGB; None if the profile is sRGB or unusable."""
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         if mode == "RGB" and "srgb" in ImageCms.getProfileDescription(source).lower():

@@ -1,4 +1,4 @@
-"""The index: every trainable image below the roots, with its size and words, found once before training."""
+"""The index: every trainable image of the data roots, with its size and captions, found once before training."""
 
 from __future__ import annotations
 
@@ -22,38 +22,35 @@ from data.table import SUFFIXES as LISTS
 
 @dataclass(frozen=True)
 class Index:
-    """What a scan found: the images in the natural order of their names, and the files that cannot be used."""
+    """The result of a scan: images in the natural order of their names, and unusable files."""
 
     records: tuple[Record, ...]
     bad: tuple[BadFile, ...]
     roots: tuple[Path, ...]
     notices: tuple[Notice, ...] = ()
-    """What the owner of files that are used should know."""
 
     def fingerprint(self) -> str:
-        """Return a short hash of the images' names, sizes, captions and settings.
+        """Hash the images' names, sizes, captions and settings.
 
-        It is the same for the same data on another machine, and changes with whatever changes the plan or the
-        words. Fields at their defaults do not enter it, so that a later version's further fields leave it as
-        it is.
+        The hash is the same on another machine, and changes with whatever changes the plan or the captions.
+        Fields at their defaults are not part of it, so that a later version's new fields leave it unchanged.
         """
         digest = hashlib.blake2b(digest_size=16)
         for record in self.records:
-            words = [_set_fields(version, "source", "others") for version in record.caption.versions]
-            digest.update(repr((_set_fields(record, "folder", "file", "caption"), words)).encode())
+            captions = [_set_fields(version, "source", "others") for version in record.caption.versions]
+            digest.update(repr((_set_fields(record, "folder", "file", "caption"), captions)).encode())
         return digest.hexdigest()
 
 
 def build_index(options: DataOptions) -> Index:
     """Scan the data roots: list the images, read their headers, captions and settings.
 
-    Files with an image's extension that cannot be used are listed in `bad`, and so are files of words and
-    settings that cannot be used, whose images are left out. Pixels are not decoded, so that damage further
-    inside a file shows only when it is trained on.
+    Unusable images are listed in `bad`, and so are unusable files of captions and settings, whose images are
+    skipped. Pixels are not decoded, so damage further inside a file shows only when it is trained on.
 
     Raises:
-        DataError: a root is missing, is neither a folder nor a list, or lies inside another; or one of them
-            holds no image that can be used, or none is to be shown.
+        DataError: a root is missing, is neither a folder nor a list, or lies inside another; or it holds no
+            usable image, or all are excluded.
     """
     roots = _roots(options.data_root)
     scan = Scan(sidecar_chain(lines=options.caption_lines), caption_prefix=options.caption_prefix)
@@ -62,7 +59,7 @@ def build_index(options: DataOptions) -> Index:
         images, bad = len(scan.records), len(scan.bad)
         (scan.folders if root.is_dir() else scan.table)(root, start)
         if len(scan.records) == images:
-            problems += _nothing(root, scan.bad[bad:])
+            problems += _no_images(root, scan.bad[bad:])
     if scan.records and not any(record.multiply > 0 for record in scan.records):
         problems.append(
             f"data_root: all {len(scan.records)} images are left out by multiply 0; raise it for some"
@@ -75,33 +72,32 @@ def build_index(options: DataOptions) -> Index:
 
 
 def refuse_bad(index: Index) -> None:
-    """Refuse data with files that cannot be used, for a run that is to leave none out.
+    """Refuse data with unusable files, for on_bad_image "error".
 
     Raises:
         DataError: there are some; all are named.
     """
     if index.bad:
         files = f"{len(index.bad)} files" if len(index.bad) > 1 else "a file"
-        listed = [str(file) for file in index.bad]
-        what_to_do = 'on_bad_image is "error"; mend or remove them, or set it to "skip"'
-        raise DataError([f"data_root: {files} cannot be used, and {what_to_do}", *listed])
+        fix = 'on_bad_image is "error"; mend or remove them, or set it to "skip"'
+        raise DataError([f"data_root: {files} cannot be used, and {fix}", *map(str, index.bad)])
 
 
 def _set_fields(thing: Any, *without: str) -> list[tuple[str, Any]]:
-    values = {
-        field.name: (getattr(thing, field.name), field.default)
+    """Return the fields of a dataclass that are not at their defaults."""
+    return [
+        (field.name, value)
         for field in fields(thing)
-        if field.name not in without
-    }
-    return [(name, value) for name, (value, default) in values.items() if value != default]
+        if field.name not in without and (value := getattr(thing, field.name)) != field.default
+    ]
 
 
 def _natural(name: str) -> tuple[str | tuple[int, str], ...]:
     """Sort key in which image 2 comes before image 10."""
     parts = enumerate(re.split("([0-9]+)", name))
-    # By the number of digits first: Python reads no number of thousands of them.
+    # By the number of digits first, since Python refuses to parse thousands of digits.
     return tuple(
-        (len(part.lstrip("0")), part.lstrip("0")) if place % 2 else part.casefold() for place, part in parts
+        (len(part.lstrip("0")), part.lstrip("0")) if number % 2 else part.casefold() for number, part in parts
     )
 
 
@@ -113,12 +109,11 @@ def _roots(data_root: str | Sequence[str]) -> tuple[Path, ...]:
     if not problems:
         resolved = [root.resolve() for root in roots]
         problems = [
-            f"data_root: {inner} is {outer} or lies inside it, so that its images would be found twice; list only one of them"
-            for place, inner in enumerate(roots)
-            for other, outer in enumerate(roots)
-            if place != other
-            and resolved[place].is_relative_to(resolved[other])
-            and (resolved[place] != resolved[other] or place > other)
+            f"data_root: {inner} is {outer} or lies inside it, so that its images would be found twice; "
+            "list only one of them"
+            for i, inner in enumerate(roots)
+            for j, outer in enumerate(roots)
+            if i != j and resolved[i].is_relative_to(resolved[j]) and (resolved[i] != resolved[j] or i > j)
         ]
     if problems:
         raise DataError(problems)
@@ -128,7 +123,10 @@ def _roots(data_root: str | Sequence[str]) -> tuple[Path, ...]:
 def _problem(root: Path) -> str | None:
     if root.is_dir():
         if root.resolve() == Path(__file__).resolve().parent:
-            return f"data_root: {root} is this program's own package of that name; put the images in another folder, for instance input"
+            return (
+                f"data_root: {root} is this program's own package of that name; put the images in another "
+                "folder, for instance input"
+            )
         return None
     if root.is_file() and root.suffix.lower() in LISTS:
         return None
@@ -136,16 +134,13 @@ def _problem(root: Path) -> str | None:
         return f"data_root: {root} is neither a folder of captioned images nor a list of them ({', '.join(LISTS)})"
     siblings = [path.name for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
     close = difflib.get_close_matches(root.name, siblings, n=1)
-    hint = (
-        f"; did you mean {close[0]!r}?"
-        if close
-        else "; create it and put captioned images there, or name another folder"
-    )
-    return f"data_root: folder not found: {root}{hint}"
+    hint = "create it and put captioned images there, or name another folder"
+    hint = f"did you mean {close[0]!r}?" if close else hint
+    return f"data_root: folder not found: {root}; {hint}"
 
 
 def _prefixes(roots: Sequence[Path]) -> list[str]:
-    """Return what comes before names below each root: nothing for a single one, else the path below the common parent."""
+    """Return each root's path below the common parent, to go before names; nothing for a single root."""
     if len(roots) == 1:
         return [""]
     resolved = [root.resolve() if root.is_dir() else root.resolve().parent for root in roots]
@@ -156,16 +151,11 @@ def _prefixes(roots: Sequence[Path]) -> list[str]:
     return ["" if root == Path(common) else root.relative_to(common).as_posix() + "/" for root in resolved]
 
 
-def _nothing(root: Path, bad: Sequence[BadFile]) -> list[str]:
+def _no_images(root: Path, bad: Sequence[BadFile]) -> list[str]:
     if bad:
-        problems = [f"data_root: {root}: none of its images can be used"]
-        return (
-            problems
-            + [str(file) for file in bad[:10]]
-            + ([f"... and {len(bad) - 10} more"] if len(bad) > 10 else [])
-        )
+        more = [f"... and {len(bad) - 10} more"] if len(bad) > 10 else []
+        return [f"data_root: {root}: none of its images can be used", *map(str, bad[:10]), *more]
     if root.is_file():
         return [f"data_root: {root} lists no images"]
-    return [
-        f"data_root: no images in {root} or its sub-folders; accepted are files ending in {', '.join(SUFFIXES)}"
-    ]
+    accepted = ", ".join(SUFFIXES)
+    return [f"data_root: no images in {root} or its sub-folders; accepted are files ending in {accepted}"]

@@ -1,4 +1,4 @@
-"""What a scan says about each file: an image to train on, one that cannot be used, or something that its owner should know."""
+"""The results of a scan: records of images, unusable files, and notices about used ones."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from data.captions import Caption
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """One image to train on. Its place in `Index.records` is its record id."""
+    """One image to train on. Its position in `Index.records` is its record id."""
 
     folder: Path
-    """One object for all images of a folder: a path of its own for each of 100 000 images would take a third of the index's memory."""
+    """One object for all images of a folder: 100 000 paths would take a third of the index's memory."""
     file: str
     """The file's name in the folder."""
     name: str
-    """Relative path with forward slashes, unique in the index and printable: what messages call the image."""
+    """Relative path with forward slashes, unique in the index and printable: the image's name in messages."""
     width: int
-    """Pixels as looked at, EXIF orientation applied; so is height."""
+    """Pixels as displayed, EXIF orientation applied."""
     height: int
     caption: Caption
     multiply: float = 1.0
-    """How many times an epoch shows the image; a fraction is that share of the epochs, 0 leaves it out."""
+    """Showings in an epoch; a fraction is that share of the epochs, 0 excludes the image."""
     cond_dropout: float | None = None
-    """This and the next three replace the run's option of the same name where they are not None."""
+    """This and the next three replace the run's option of the same name unless they are None."""
     flip_p: float | None = None
     shuffle_tags: bool | None = None
     keep_tags: int | None = None
     loss_scale: float = 1.0
     batch_id: str = ""
-    """Images of one batch_id share their batches with each other only."""
+    """Images share batches only with images of the same batch_id."""
 
     @property
     def path(self) -> Path:
-        """Return where the image is."""
+        """The path of the image."""
         return self.folder / self.file
 
 
 @dataclass(frozen=True, slots=True)
 class BadFile:
-    """A file that was left out, and why: `reason` ends the sentence that `name` begins."""
+    """A skipped file: `reason` ends the sentence that `name` begins."""
 
     name: str
     reason: str
@@ -52,13 +52,13 @@ class BadFile:
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Something about files that are used all the same."""
+    """A remark about files that are used all the same."""
 
     text: str
     places: tuple[str, ...]
-    """The first files that it is true of, with lines where they are known."""
+    """The first files concerned, with lines where they are known."""
     count: int
-    """How many there are in all."""
+    """The number of files concerned."""
 
     def __str__(self) -> str:
         more = f" and {self.count - len(self.places)} more" if self.count > len(self.places) else ""

@@ -1,4 +1,4 @@
-"""Reading files that others made: regular files only, of a size that fits what they are."""
+"""Reading files made by others: regular files only, of a bounded size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LARGEST_CONFIG = 4 << 20
 """Bytes of a configuration; a larger file is something else."""
 
 LARGEST_STATE = 256 << 20
-"""Bytes of a file of this program's own that grows with the model or the data: a manifest, a state, a list of hashes."""
+"""Bytes of a file of this program that grows with the model or the data: a manifest, a state, a list of hashes."""
 
 _KINDS = (
     (stat.S_ISFIFO, "pipe"),
@@ -39,7 +39,7 @@ def irregular(path: Path) -> str | None:
     """Return "pipe", "socket" or "device", or None for a regular file or a folder.
 
     Raises:
-        OSError: nothing is there.
+        OSError: there is no such path.
     """
     mode = path.stat().st_mode
     return next((kind for is_kind, kind in _KINDS if is_kind(mode)), None)
@@ -53,16 +53,13 @@ def read_regular(path: Path, largest: int = LARGEST_CONFIG) -> bytes:
     """
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > largest:
-            raise OSError(
-                errno.EFBIG,
-                f"it is larger than {largest >> 20} MiB, which is too much for what it is",
-                str(path),
-            )
+            reason = f"it is larger than {largest >> 20} MiB, which is too much for what it is"
+            raise OSError(errno.EFBIG, reason, str(path))
         return file.read()
 
 
 def load_json(path: Path, largest: int = LARGEST_CONFIG) -> Any:
-    """Return what a JSON file holds.
+    """Parse a JSON file.
 
     Raises:
         OSError: as `read_regular`.

@@ -1,4 +1,4 @@
-"""kohya's folders: `10_a cat` holds images that are shown ten times an epoch and, without captions of their own, as "a cat"."""
+"""kohya's folders: images of `10_a cat` are shown ten times an epoch and, without captions of their own, as "a cat"."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _NAMED = re.compile(r"([1-9][0-9]{0,2})_(.*\S.*)", re.DOTALL)
 def read_repeats(
     names: Collection[str], *, images_beside: bool
 ) -> tuple[Mapping[str, Entry], tuple[Remark, ...]]:
-    """Return what the names of the folders right below a root say, and remarks about those that were or might have been read so.
+    """Return entries by folder name, and remarks about names that were or might have been read so.
 
-    A number in front of a name usually means something else, so it is only taken for repeats where the whole
-    root is laid out as kohya's are: every folder with images is named so, and none lie beside the folders.
-    Numbers that count the folders, 1, 2, 3, are no repeats.
+    A number in front of a name usually means something else. It counts only where the whole root follows
+    kohya's layout: all folders with images are named so, and no images lie beside them. Numbers that count
+    the folders, 1, 2, 3, are no repeats.
 
     Args:
-        names: of the folders below the root that hold images, themselves or further down.
-        images_beside: whether the root has images outside of those.
+        names: of the folders in the root that hold images at any depth.
+        images_beside: the root has images outside of these.
     """
     matches = {name: match for name in names if (match := _NAMED.fullmatch(name))}
     numbers = sorted(int(match[1]) for match in matches.values())

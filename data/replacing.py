@@ -1,4 +1,4 @@
-"""Files that are whole or absent, on Windows too, where other programs hold files open."""
+"""Atomic writes, on Windows too, where other programs hold files open."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ WINDOWS = os.name == "nt"
 
 _DRAFT = ".draft-"
 _STALE = 3600.0
-"""Seconds after which a draft is taken for the remains of a process that was killed: none is written for so long."""
+"""Seconds after which a draft must be the remains of a killed process."""
 
 _PATIENCE = (0.1, 0.2, 0.4, 0.8, 1.6)
-"""Seconds between attempts where Windows refuses: virus scanners and indexers hold new files open for a moment."""
+"""Seconds between attempts on Windows, where virus scanners and indexers briefly hold new files open."""
 
 _NO_FOLDER_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
-"""What file systems answer that cannot flush a folder; mounted cloud drives are among them."""
+"""Errors of file systems that cannot flush a folder, such as mounted cloud drives."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a hidden path beside `path`, which takes its place, flushed to the disk, when the block succeeds and vanishes otherwise.
+    """Yield a hidden draft beside `path`. It is flushed and replaces `path` if the block succeeds, else deleted.
 
-    Several processes may write the same path at once: one of them wins. The folder is made if it is missing.
+    If several processes write the same path at once, one of them wins. A missing folder is made.
 
     Raises:
         OSError: the disk is full, the folder cannot be written to, ...
@@ -44,7 +44,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def clear_drafts(folder: Path) -> None:
-    """Remove what processes that were killed have left half-written in a folder."""
+    """Delete the drafts of killed processes."""
     for draft in folder.glob(_DRAFT + "*"):
         try:
             if time.time() - draft.stat().st_mtime > _STALE:
@@ -54,10 +54,10 @@ def clear_drafts(folder: Path) -> None:
 
 
 def patiently(act: Callable[[], object]) -> None:
-    """Rename or delete something; on Windows with patience for other programs that hold it open.
+    """Rename or delete a file; on Windows retry for three seconds while other programs hold it open.
 
     Raises:
-        OSError: it cannot be done; on Windows, for three seconds.
+        OSError: it cannot be done.
     """
     for seconds in _PATIENCE if WINDOWS else ():
         try:
@@ -70,7 +70,7 @@ def patiently(act: Callable[[], object]) -> None:
 
 def flush_folder(folder: Path) -> None:
     """Flush a folder's list of names to the disk, where the system can."""
-    if WINDOWS:  # it has no handle on a folder to flush; its renames are journalled
+    if WINDOWS:  # no handle on folders; renames are journalled
         return
     handle = os.open(folder, os.O_RDONLY)
     try:

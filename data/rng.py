@@ -1,9 +1,8 @@
-"""Every random draw of a run, by name and place.
+"""Every random draw of a run, by name and key.
 
-A draw is keyed by *where in the run it belongs* (epoch and position of the image, or an evaluation's image
-and time), never by what was drawn before it, nor by rank, worker or micro-batch. Resuming therefore needs no
-saved generator state, and one process of 8 images, two of 4 and eight accumulated singles draw the same
-numbers.
+The key is *where the draw belongs in the run* (epoch and position of the image, or an evaluation's image and
+time), never an earlier draw, a rank, a worker or a micro-batch. Resuming therefore needs no generator state,
+and one process of 8 images, two of 4 and eight accumulated singles draw the same numbers.
 """
 
 from __future__ import annotations
@@ -14,12 +13,11 @@ import numpy as np
 
 
 def stream(seed: int, name: str, *indices: int) -> np.random.Generator:
-    """Return the generator of one named draw, a counter-based Philox keyed by 128 bits of BLAKE2b of all arguments.
+    """Return the generator of one draw: counter-based Philox, keyed by 128 bits of BLAKE2b of the arguments.
 
     Args:
-        seed: the run's seed.
-        name: what is drawn: "plan", "image", "caption", "noise", "timestep", ...
-        indices: where it belongs, for instance (epoch, position of the image in the epoch).
+        name: "plan", "image", "caption", "noise", "timestep", ...
+        indices: for instance (epoch, position of the image in the epoch).
     """
     text = "\x1f".join([str(int(seed)), name, *(str(int(index)) for index in indices)])
     key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")

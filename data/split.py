@@ -1,4 +1,4 @@
-"""Images that are held out of training: which those are depends on what is in their files, not on names, order or neighbours."""
+"""Validation images: split by file content, independent of names, order and other images."""
 
 from __future__ import annotations
 
@@ -13,29 +13,28 @@ from data.index import Index
 def hold_out(
     index: Index, contents: Mapping[int, str], *, proportion: float, seed: int
 ) -> tuple[Index, Index]:
-    """Return the images to train and those to hold out, about `proportion` of them.
+    """Return training images and about `proportion` of the images for validation.
 
-    An image's side follows from its content, the seed and the proportion alone: adding, removing or renaming
-    others does not move it, and files of equal content are on one side. Of images that are never shown
-    (`multiply` 0) or cannot be read none is held out.
+    An image's side depends on its content, the seed and the proportion alone: adding, removing or renaming
+    others does not move it, and equal files are on one side. Excluded (`multiply` 0) and unreadable images
+    are never validation images.
 
     Args:
-        index: the scanned images.
-        contents: by record id, a hash of the image file's content.
+        contents: content hash by record id.
         proportion: above 0, below 1.
-        seed: draws the sides.
 
     Raises:
-        DataError: there are fewer than two images of different content, so that one side would be empty.
+        DataError: there are fewer than two different images, so that one side would be empty.
     """
     shown = {
         identity: content for identity, content in contents.items() if index.records[identity].multiply > 0
     }
     drawn = {content: _fraction(content, seed) for content in shown.values()}
     if len(drawn) < 2:
+        are = "is one" if len(drawn) == 1 else "are none"
         raise DataError(
-            f"validation: an automatic split needs two different images that can be read, and there {_are(len(drawn))}; add images, or set "
-            "val_split_mode to manual or none"
+            "validation: an automatic split needs two different images that can be read, and there "
+            f"{are}; add images, or set val_split_mode to manual or none"
         )
     order = sorted(drawn, key=lambda content: drawn[content])
     held = {content for content in order if drawn[content] < proportion}
@@ -44,7 +43,7 @@ def hold_out(
 
 
 def take_out(index: Index, identities: Collection[int]) -> tuple[Index, Index]:
-    """Return an index without some of its images, and one of these alone."""
+    """Return an index without some of its images, and an index of these alone."""
     kept, taken = [], []
     for identity, record in enumerate(index.records):
         (taken if identity in identities else kept).append(record)
@@ -52,10 +51,6 @@ def take_out(index: Index, identities: Collection[int]) -> tuple[Index, Index]:
 
 
 def _fraction(content: str, seed: int) -> float:
-    """Return a number in 0..1 drawn by content and seed."""
+    """Draw a number in 0..1 by content and seed."""
     digest = hashlib.blake2b(f"{seed}\x1f{content}".encode(), digest_size=7).digest()
     return int.from_bytes(digest, "little") / 2**56
-
-
-def _are(count: int) -> str:
-    return "is one" if count == 1 else "are none"

@@ -1,4 +1,4 @@
-"""Where words and settings of images come from. A new kind of file is a module here, a member of the union and a place in the chain."""
+"""Captions and settings of images. A new kind of file is a module here, a member of the union and a chain entry."""
 
 from __future__ import annotations
 
@@ -18,81 +18,63 @@ CaptionSource = YamlFile | TextFile | JsonFile
 
 
 def sidecar_chain(*, lines: bool = False) -> tuple[CaptionSource, ...]:
-    """Return the kinds of files beside an image that speak of it, the first one winning.
+    """Return the kinds of files beside an image in the order of precedence.
 
-    JSON comes last: it is often what a downloader left there.
+    JSON comes last, since it is often the remains of a downloader.
 
     Args:
-        lines: whether each line of a text file is a caption of its own.
+        lines: take each line of a text file as a caption of its own.
     """
-    return (
-        YamlFile(".yaml"),
-        YamlFile(".yml"),
-        TextFile(".caption", lines),
-        TextFile(".txt", lines),
-        JsonFile(),
-    )
+    texts = TextFile(".caption", lines), TextFile(".txt", lines)
+    return YamlFile(".yaml"), YamlFile(".yml"), *texts, JsonFile()
 
 
 def read_sidecars(stem: str, folder: Folder, chain: Sequence[CaptionSource]) -> tuple[Entry, ...]:
-    """Return what the files beside an image say, in the order of precedence.
+    """Read the files beside an image, in the order of precedence.
 
-    A text file whose words would not be used is not read. The tags of a JSON file are words too: a
-    downloader's, which nobody meant to add to a caption that stands in another file.
+    A text file after a caption is not read. Nor are a JSON file's caption and tags used: they are a
+    downloader's, not meant to be added to a caption in another file.
 
     Args:
         stem: the image's file name without its extension.
-        folder: where the image is.
-        chain: of `sidecar_chain`.
 
     Raises:
         FileError: one of them cannot be used.
     """
     entries: list[Entry] = []
-    spoken = ""
+    chosen = ""
     for source in chain:
-        if spoken and isinstance(source, TextFile):
+        if chosen and isinstance(source, TextFile):
             if name := folder.beside(stem, source.suffix):
-                entries.append(
-                    Entry(
-                        remarks=(
-                            Remark(
-                                name, f"it is not used: the {spoken} file of the same image has the caption"
-                            ),
-                        )
-                    )
-                )
+                text = f"it is not used: the {chosen} file of the same image has the caption"
+                entries.append(Entry(remarks=(Remark(name, text),)))
             continue
         if entry := source.read(stem, folder):
-            if spoken and isinstance(source, JsonFile) and (entry.captions or entry.tags):
-                unused = Remark(
-                    f"{stem}.json",
-                    f"its words are not used: the {spoken} file of the same image has the caption",
-                )
-                entry = replace(entry, captions=(), tags=(), remarks=(*entry.remarks, unused))
+            if chosen and isinstance(source, JsonFile) and (entry.captions or entry.tags):
+                text = f"its words are not used: the {chosen} file of the same image has the caption"
+                remarks = (*entry.remarks, Remark(f"{stem}.json", text))
+                entry = replace(entry, captions=(), tags=(), remarks=remarks)
             entries.append(entry)
-            spoken = spoken or (entry.source if entry.has_words else "")
+            chosen = chosen or (entry.source if entry.has_words else "")
     return tuple(entries)
 
 
 def choose_caption(own: Sequence[Entry], around: Sequence[Entry], stem: str, *, prefix: str = "") -> Caption:
     """Return the caption of an image.
 
-    The words are those of the first entry that has any; the tags of all entries are added to them, heavier
-    ones first. Where there are none, an empty caption counts, then tags of the image's own stand alone, and
-    else its file name is the caption.
+    It is the first entry's that is not empty, plus the tags of all entries, heavier ones first. Without one,
+    the order is: an empty caption, the image's own tags alone, the file name.
 
     Args:
-        own: what files say about this image, in the order of precedence.
-        around: what is said about its folder, likewise.
+        own: entries about this image, in the order of precedence.
+        around: entries about its folder, likewise.
         stem: the image's file name without its extension.
-        prefix: comes before every caption.
     """
     entries = (*own, *around)
-    spoken = next((entry for entry in entries if entry.has_words), None) or next(
+    chosen = next((entry for entry in entries if entry.has_words), None) or next(
         (entry for entry in entries if entry.captions), NOTHING
     )
-    captions = spoken.captions
+    captions = chosen.captions
     if not captions:
         alone = next((entry.source for entry in own if entry.tags), None)
         captions = (from_file_name(stem) if alone is None else Caption("", (), alone),)
@@ -118,7 +100,7 @@ def _joined(tags: tuple[Tag, ...], added: Sequence[Tag]) -> tuple[Tag, ...]:
 
 
 __all__ = [
-    "FILE_NAME", "NOTHING", "SETTINGS", "Caption", "CaptionSource", "Entry", "JsonFile", "Remark", "Tag", "TextFile", "UnknownKey",
-    "YamlFile", "choose_caption", "first_setting", "from_file_name", "parse_caption", "read_setting", "read_sidecars", "read_text",
-    "read_yaml", "render", "sidecar_chain", "without_main",
+    "FILE_NAME", "NOTHING", "SETTINGS", "Caption", "CaptionSource", "Entry", "JsonFile", "Remark", "Tag",
+    "TextFile", "UnknownKey", "YamlFile", "choose_caption", "first_setting", "from_file_name", "parse_caption",
+    "read_setting", "read_sidecars", "read_text", "read_yaml", "render", "sidecar_chain", "without_main",
 ]  # fmt: skip

@@ -1,10 +1,11 @@
-"""What one file says about images: words and settings, checked. Every kind of file has the same keys."""
+"""The content of one file about images, checked: captions, tags and settings. All kinds of files share the keys."""
 
 from __future__ import annotations
 
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,17 +17,17 @@ MOST_REPEATS = 10_000
 """The largest multiply; a larger number is a slip, and would fill the memory with one epoch's plan."""
 
 WORDS = ("caption", "main_prompt", "text")
-"""Keys of the caption; where a file has several, the first of these is used. main_prompt is not split into tags."""
+"""Keys of the caption in the order of precedence. main_prompt is not split into tags."""
 
 _LONGEST_KEY = 40
 
 ORDINARY_BATCH = "default_batch"
-"""EveryDream2's batch_id of images that have none."""
+"""EveryDream2's batch_id of images without one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Remark:
-    """Something odd about a file that can be used all the same; `place` is the file, with the line where that is known."""
+    """An oddity of a usable file; `place` is the file, with the line where it is known."""
 
     place: str
     text: str
@@ -34,17 +35,17 @@ class Remark:
 
 @dataclass(frozen=True, slots=True)
 class UnknownKey(Remark):
-    """A key without a meaning and without a known one that it resembles; `text` is the key."""
+    """An unknown key that resembles no known one; `text` is the key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """What a file says about an image, or about all images of a folder; None and () where it says nothing."""
+    """The content of a file about an image, or about all images of a folder; None and () are absent keys."""
 
     captions: tuple[Caption, ...] = ()
-    """Several are alternatives, of which each showing of the image draws one."""
+    """Alternatives: each showing of the image draws one."""
     tags: tuple[Tag, ...] = ()
-    """Tags that are added to whatever the caption is."""
+    """Tags to add to the caption, wherever it comes from."""
     source: str = ""
     multiply: float | None = None
     cond_dropout: float | None = None
@@ -58,7 +59,7 @@ class Entry:
 
     @property
     def has_words(self) -> bool:
-        """Whether a caption is not empty."""
+        """True if a caption is not empty."""
         return any(not caption.empty for caption in self.captions)
 
 
@@ -68,18 +69,17 @@ NOTHING = Entry()
 def read_entry(
     values: Mapping[str, Any], *, file: str, source: str, lines: Mapping[str, int] | None = None
 ) -> Entry:
-    """Return what the keys and values of a file say.
+    """Check the keys and values of a file.
 
-    A value may be as JSON types it or, from files that have text only, a string; None says nothing.
+    A value may have its JSON type or, in text files, be a string; None is an absent key.
 
     Args:
-        values: by key.
-        file: what messages call the file, with the line where all keys are on one.
-        source: what a caption's `source` becomes.
-        lines: the line of each key, counted from 1, where they are known.
+        file: its name in messages, with the line if all keys are on one.
+        source: the `source` of captions.
+        lines: the line of each key, from 1, if known.
 
     Raises:
-        FileError: a value cannot be used; the reason names all of them.
+        FileError: values cannot be used; the reason names all of them.
     """
     problems: list[str] = []
     remarks: list[Remark] = []
@@ -89,29 +89,25 @@ def read_entry(
         place = file if number is None else f"{file}:{number}"
         if key not in _READERS:
             remarks.append(_unknown(place, key))
-            continue
-        if value is None:
-            continue
-        try:
-            found[key] = _READERS[key](value)
-        except ValueError as error:
-            problems.append(f"{place}: {key}: {error}")
+        elif value is not None:
+            try:
+                found[key] = _READERS[key](value)
+            except ValueError as error:
+                problems.append(f"{place}: {key}: {error}")
     if problems:
         raise FileError("; ".join(problems))
-    spoken = [key for key in WORDS if key in found]
-    if len(spoken) > 1:
-        remarks.append(Remark(file, f"it has {' and '.join(spoken)}; {spoken[0]} is used"))
+    present = [key for key in WORDS if key in found]
+    if len(present) > 1:
+        remarks.append(Remark(file, f"it has {' and '.join(present)}; {present[0]} is used"))
     if "rating" in found:
-        remarks.append(
-            Remark(
-                file,
-                "rating has no effect: rated datasets are not supported; multiply makes images count more or less",
-            )
+        text = (
+            "rating has no effect: rated datasets are not supported; multiply makes images count more or less"
         )
-    whole = spoken[:1] == ["main_prompt"]
-    texts = found[spoken[0]] if spoken else ()
+        remarks.append(Remark(file, text))
+    whole = present[:1] == ["main_prompt"]
     captions = tuple(
-        Caption(squeeze(text), (), source) if whole else parse_caption(text, source) for text in texts
+        Caption(squeeze(text), (), source) if whole else parse_caption(text, source)
+        for text in (found[present[0]] if present else ())
     )
     settings = {key: found[key] for key in SETTINGS if key in found}
     return Entry(
@@ -120,37 +116,30 @@ def read_entry(
 
 
 def read_setting(key: str, text: str) -> Any:
-    """Return the value of one of `SETTINGS` from a text.
+    """Parse the value of one of `SETTINGS`.
 
     Raises:
-        ValueError: it is no such value; the message says what is accepted.
+        ValueError: the message says what is accepted.
     """
     return SETTINGS[key](text.strip())
 
 
 def first_setting(entries: Iterable[Entry], key: str) -> Any:
-    """Return the first value of a setting among entries in the order of precedence, None where none says it."""
+    """Return the first value of a setting among entries in the order of precedence, or None."""
     return next((value for entry in entries if (value := getattr(entry, key)) is not None), None)
 
 
 def _number(low: float, high: float = math.inf) -> Callable[[Any], float]:
-    words = (
-        f"must be a number, at least {low:g}"
-        if high == math.inf
-        else f"must be a number from {low:g} to {high:g}"
-    )
+    accepted = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+    comma = "," if high == math.inf else ""
 
     def read(value: Any) -> float:
-        try:
-            number = (
-                float(value)
-                if isinstance(value, str | int | float) and not isinstance(value, bool)
-                else math.nan
-            )
-        except (ValueError, OverflowError):
-            number = math.nan
+        number = math.nan
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            with suppress(ValueError, OverflowError):
+                number = float(value)
         if not (low <= number <= high and math.isfinite(number)):
-            raise ValueError(f"{words}; got {_shown(value)}")
+            raise ValueError(f"must be a number{comma} {accepted}; got {_shown(value)}")
         return number
 
     return read
@@ -191,9 +180,8 @@ def _captions(value: Any) -> tuple[str, ...]:
     texts = value if isinstance(value, list) else [value]
     odd = [text for text in texts if not isinstance(text, str)]
     if odd or not texts:
-        raise ValueError(
-            f"must be text, or a list of texts of which one is drawn each time; got {_shown(odd[0] if odd else value)}"
-        )
+        got = _shown(odd[0] if odd else value)
+        raise ValueError(f"must be text, or a list of texts of which one is drawn each time; got {got}")
     return tuple(texts)
 
 
@@ -206,11 +194,9 @@ def _tags(value: Any) -> tuple[Tag, ...]:
 
 
 def _tag(item: Any) -> Tag:
-    words, weight = (
-        (item.get("tag"), item.get("weight"))
-        if isinstance(item, dict) and item.keys() <= {"tag", "weight"}
-        else (item, None)
-    )
+    words, weight = item, None
+    if isinstance(item, dict) and item.keys() <= {"tag", "weight"}:
+        words, weight = item.get("tag"), item.get("weight")
     if words is None or isinstance(words, str):
         try:
             return Tag(squeeze(words or ""), 1.0 if weight is None else _number(0)(weight))
@@ -229,7 +215,7 @@ SETTINGS: Mapping[str, Callable[[Any], Any]] = {
     "batch_id": _name,
     "max_caption_length": _whole(1),
 }
-"""Keys that say how an image is trained, and what turns their values, text or JSON, into the field of `Entry` of that name."""
+"""By key, the parser of a setting from text or JSON; its result is the field of `Entry` of that name."""
 
 _READERS: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys(WORDS, _captions),
@@ -240,12 +226,10 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
 
 
 def _unknown(place: str, key: str) -> Remark:
-    close, shown = _closest(key), key if len(key) <= _LONGEST_KEY else key[:_LONGEST_KEY] + "..."
-    return (
-        Remark(place, f"unknown key {shown!r}; did you mean {close!r}?")
-        if close
-        else UnknownKey(place, shown)
-    )
+    shown = key if len(key) <= _LONGEST_KEY else key[:_LONGEST_KEY] + "..."
+    if close := _closest(key):
+        return Remark(place, f"unknown key {shown!r}; did you mean {close!r}?")
+    return UnknownKey(place, shown)
 
 
 @lru_cache(maxsize=4096)
@@ -254,14 +238,11 @@ def _closest(key: str) -> str | None:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, str):
-        return repr(value if len(value) <= 60 else value[:57] + "...")
-    if value is None or isinstance(value, bool):
-        return {None: "nothing", True: "true", False: "false"}[value]
-    return (
-        str(value)[:60]
-        if isinstance(value, int | float)
-        else "an object"
-        if isinstance(value, dict)
-        else "a list"
-    )
+    match value:
+        case str():
+            return repr(value if len(value) <= 60 else value[:57] + "...")
+        case None | bool():
+            return {None: "nothing", True: "true", False: "false"}[value]
+        case int() | float():
+            return str(value)[:60]
+    return "an object" if isinstance(value, dict) else "a list"

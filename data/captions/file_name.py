@@ -1,4 +1,4 @@
-"""The image's own file name as its caption: the last resort."""
+"""The image's file name as its caption: the last resort."""
 
 from __future__ import annotations
 

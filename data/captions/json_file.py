@@ -1,4 +1,4 @@
-"""A JSON file beside the image with words and settings under the same keys as YAML."""
+"""A JSON file beside the image, with the same keys as YAML."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from data.folder import Folder
 
 @dataclass(frozen=True)
 class JsonFile:
-    """The file of the image's name with the extension .json."""
+    """The file with the image's name and the extension .json."""
 
     suffix: str = ".json"
 
     def read(self, stem: str, folder: Folder) -> Entry | None:
-        """Return what the file says, or None where there is none.
+        """Read the file, if there is one.
 
         Raises:
-            FileError: the file is there but cannot be used.
+            FileError: it cannot be used.
         """
         name = folder.beside(stem, self.suffix)
         if name is None:
@@ -34,11 +34,10 @@ class JsonFile:
 
 
 def read_json(text: str, file: str, line: int = 1) -> Any:
-    """Return what a text of JSON holds.
+    """Parse JSON.
 
     Args:
-        text: the JSON.
-        file: what messages call its file.
+        file: its name in messages.
         line: the line of the file where the text begins, from 1.
 
     Raises:
@@ -48,7 +47,6 @@ def read_json(text: str, file: str, line: int = 1) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise FileError(f"{file}:{line + error.lineno - 1}: is not JSON ({error.msg})") from error
-    except (RecursionError, ValueError) as error:  # nested beyond reason, or a number of thousands of digits
-        raise FileError(
-            f"{file}:{line}: holds JSON that is nested too deep or has a number that is too long"
-        ) from error
+    except (RecursionError, ValueError) as error:  # too many brackets or digits
+        reason = "holds JSON that is nested too deep or has a number that is too long"
+        raise FileError(f"{file}:{line}: {reason}") from error

@@ -1,4 +1,4 @@
-"""A text file beside the image that holds its caption."""
+"""A text file beside the image with its caption."""
 
 from __future__ import annotations
 
@@ -24,51 +24,42 @@ _BYTE_ORDER_MARKS = (
 
 @dataclass(frozen=True)
 class TextFile:
-    """The file of the image's name with another extension, `cat.txt` for `cat.jpg`."""
+    """The file with the image's name and another extension, `cat.txt` for `cat.jpg`."""
 
     suffix: str
     lines: bool = False
-    """Whether each line is a caption of its own."""
+    """Take each line as a caption of its own."""
     first: bool = False
-    """Whether the first line alone is the caption unless `lines` is set, as kohya's scripts read it."""
+    """Unless `lines` is set, take the first line alone, as kohya's scripts do."""
 
     def read(self, stem: str, folder: Folder) -> Entry | None:
-        """Return the caption, or None where there is none.
+        """Read the caption, if there is one.
 
         Raises:
-            FileError: the file is there but cannot be read.
+            FileError: the file cannot be read.
         """
         name = folder.beside(stem, self.suffix)
         if name is None:
             return None
         text = read_text(folder.path / name)
         lines = [line for line in text.splitlines() if line.strip()]
-        if len(lines) < 2:
-            return Entry(captions=(parse_caption(text, self.suffix),), source=self.suffix)
-        if self.lines:
-            return Entry(
-                captions=tuple(parse_caption(line, self.suffix) for line in lines), source=self.suffix
-            )
-        if self.first:
-            unread = Remark(
-                name,
-                "its first line is the caption, as in kohya's scripts; with caption_lines a line is drawn each time",
-            )
-            return Entry(
-                captions=(parse_caption(lines[0], self.suffix),), source=self.suffix, remarks=(unread,)
-            )
-        joined = Remark(
-            name,
-            "its lines are joined into one caption; with caption_lines one of them would be drawn each time",
+        texts, remark = [text], ""
+        if len(lines) > 1 and self.lines:
+            texts = lines
+        elif len(lines) > 1 and self.first:
+            texts = lines[:1]
+            remark = "its first line is the caption, as in kohya's scripts; with caption_lines a line is drawn each time"
+        elif len(lines) > 1:
+            remark = "its lines are joined into one caption; with caption_lines one of them would be drawn each time"
+        return Entry(
+            captions=tuple(parse_caption(each, self.suffix) for each in texts),
+            source=self.suffix,
+            remarks=(Remark(name, remark),) if remark else (),
         )
-        return Entry(captions=(parse_caption(text, self.suffix),), source=self.suffix, remarks=(joined,))
 
 
 def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
-    """Return a text file's content, whichever of the usual encodings it is in.
-
-    A byte-order mark decides; without one it is UTF-8 where that fits and Windows-1252, which extends
-    Latin-1, where it does not.
+    """Decode a text file by its byte-order mark, else as UTF-8, else as Windows-1252, which extends Latin-1.
 
     Raises:
         FileError: the file cannot be read, or is larger than `largest` bytes.
@@ -80,10 +71,6 @@ def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
         raise FileError(f"{path.name}: cannot be read ({error.strerror})") from error
     if len(content) > largest:
         raise FileError(f"{path.name}: is larger than {largest >> 10} KiB, which is too much for what it is")
-    return _decode(content)
-
-
-def _decode(content: bytes) -> str:
     for mark, encoding in _BYTE_ORDER_MARKS:
         if content.startswith(mark):
             return content.decode(encoding, errors="replace")
