@@ -49,6 +49,7 @@ if __name__ == "__main__":
             if not batch.filler:
                 shown.update(batch.names)
         slowest, last = max(slowest, time.perf_counter() - last), time.perf_counter()
+    loader.close()
     used = {record.name for record in index.records if record.multiply > 0}
     print(json.dumps({
         "bad at the scan": len(index.bad),
