@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from trainer.config.schema import optimizer_classes, optimizer_keys
+
 GOOD_TRAIN = '{"resume_ckpt": "model"}\n'
 GOOD_OPTIMIZER = '{"base": {"optimizer": "adamw", "lr": 1e-6}}\n'
 
@@ -37,6 +39,17 @@ class Case:
             (folder / name).rmdir()
 
 
+def _with_optimizers(line: str) -> str:
+    """Return a message with `{optimizers}`, `{optimizers with KEY}` and `{optimizers that ATTRIBUTE}` filled in."""
+    line = line.replace("{optimizers}", ", ".join(map(repr, optimizer_classes())))
+    for pattern, key in set(re.findall(r"({optimizers with (\w+)})", line)):
+        line = line.replace(pattern, " and ".join(", ".join(optimizer_keys()[key]).rsplit(", ", 1)))
+    for pattern, attribute in set(re.findall(r"({optimizers that (\w+)})", line)):
+        names = [name for name, options in optimizer_classes().items() if getattr(options, attribute)]
+        line = line.replace(pattern, " or ".join(names))
+    return line
+
+
 def read_cases(path: Path) -> list[Case]:
     """Return the cases of a file."""
     cases = []
@@ -48,9 +61,9 @@ def read_cases(path: Path) -> list[Case]:
             lines = [line for line in text.splitlines() if line]
             match name:
                 case "problems":
-                    case.problems = lines
+                    case.problems = [*map(_with_optimizers, lines)]
                 case "notes":
-                    case.notes = lines
+                    case.notes = [*map(_with_optimizers, lines)]
                 case "command line":
                     case.command_line = text.split()
                 case "without":

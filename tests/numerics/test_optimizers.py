@@ -155,7 +155,13 @@ class Case:
     equations: Callable
     lr: float = 1.0
     settings: dict = field(default_factory=dict)
-    """What the equations are tested with besides: every option away from its default."""
+    """The settings of the comparison with the equations: every option away from its default."""
+    bytes: float = field(kw_only=True)
+    """Bytes of state for each parameter, on a large weight."""
+    library: str = ""
+    """The module without which it cannot be built; its first part is the package."""
+    first_step: float = 1.0
+    """Length of the first step for each weight, relative to the measured rate; NaN: it depends on the gradient."""
     dtype: torch.dtype = torch.float64
     share: float = 1.0
     agrees: float = 1e-9
@@ -171,34 +177,72 @@ DADAPT = {**GROWING, "layer_scale": 0.5, "use_bias_correction": True}
 FUSED = {"fused_backward": True}
 PRODIGY = {**GROWING, "use_bias_correction": False, "safeguard_warmup": False, "d_coef": 1.5, "slice_p": 3}
 SGD = {"momentum": 0.6, "weight_decay": 0.05, "d0": 1e-2, "growth_rate": 1.3, "lr": 0.7}
+BITSANDBYTES, DADAPTATION = "bitsandbytes.optim", "dadaptation"
+UNCORRECTED = 0.1 / math.sqrt(0.001)
+"""The first step of an Adam without bias correction: (1 - beta1) / sqrt(1 - beta2)."""
+IN_BLOCKS = {"dtype": torch.float32, "library": BITSANDBYTES}
+FREE = {"d_max": 1e3, "rate_max": 1e3}
 CASES = {
-    "adamw": Case(adamw, 1e-2, ADAM, tiny={"epsilon": 1e-300}),
+    "adamw": Case(adamw, 1e-2, ADAM, bytes=8, tiny={"epsilon": 1e-300}),
     "adamw8bit": Case(
-        adamw_in_blocks, 1e-2, ADAM, torch.float32, share=0.9, agrees=1e-3, tiny={"epsilon": 1e-37}
+        adamw_in_blocks, 1e-2, ADAM, bytes=2.03, **IN_BLOCKS, share=0.9, agrees=1e-3, tiny={"epsilon": 1e-37}
     ),
     "adamw8bit_fused": Case(
-        adamw, 1e-2, {**ADAM, **FUSED}, torch.float32, share=0.95, agrees=0.1, tiny={"epsilon": 1e-37}
+        adamw,
+        1e-2,
+        {**ADAM, **FUSED},
+        bytes=2.01,
+        dtype=torch.float32,
+        share=0.95,
+        agrees=0.1,
+        tiny={"epsilon": 1e-37},
     ),
-    "lion": Case(lion, 1e-2, LION, torch.float32, share=0.99, agrees=1e-5),
-    "lion8bit": Case(lion_in_blocks, 1e-2, LION, torch.float32, share=0.99, agrees=1e-5),
+    "lion": Case(lion, 1e-2, LION, bytes=4, **IN_BLOCKS, share=0.99, agrees=1e-5),
+    "lion8bit": Case(lion_in_blocks, 1e-2, LION, bytes=1.02, **IN_BLOCKS, share=0.99, agrees=1e-5),
     "dadapt_adam": Case(
         dadapt_adam,
         settings={**DADAPT, **FUSED, "d_max": 3e-3, "rate_max": 5e-4},
+        bytes=12,
+        first_step=UNCORRECTED,
         tiny={"epsilon": 1e-300, "d0": 1e-4},
     ),
     "dadapt_adam8bit": Case(
         dadapt_adam,
-        settings={**DADAPT, **FUSED, "d_max": 1e3, "rate_max": 1e3},
+        settings={**DADAPT, **FUSED, **FREE},
+        bytes=2.08,
+        first_step=UNCORRECTED,
         dtype=torch.float32,
         share=0.99,
         agrees=0.1,
         d_agrees=0.05,
         tiny={"epsilon": 1e-37, "d0": 1e-4},
     ),
-    "dadapt_adam_reference": Case(dadapt_adam, settings=DADAPT, tiny={"epsilon": 1e-300, "d0": 1e-4}),
-    "dadapt_lion": Case(dadapt_lion, settings={**LION, "d0": 1e-4, "lr": 0.7}, tiny={"d0": 1e-4}),
-    "dadapt_sgd": Case(dadapt_sgd, settings=SGD, tiny={"d0": 1e-4}),
-    "prodigy": Case(prodigy, settings=PRODIGY, tiny={"epsilon": 1e-300, "d0": 1e-4}),
+    "dadapt_adam_reference": Case(
+        dadapt_adam,
+        settings=DADAPT,
+        bytes=12,
+        library=DADAPTATION,
+        first_step=UNCORRECTED,
+        tiny={"epsilon": 1e-300, "d0": 1e-4},
+    ),
+    "dadapt_lion": Case(
+        dadapt_lion,
+        settings={**LION, "d0": 1e-4, "lr": 0.7},
+        bytes=8,
+        library=DADAPTATION,
+        tiny={"d0": 1e-4},
+    ),
+    "dadapt_sgd": Case(
+        dadapt_sgd, settings=SGD, bytes=12, library=DADAPTATION, first_step=math.nan, tiny={"d0": 1e-4}
+    ),
+    "prodigy": Case(
+        prodigy,
+        settings=PRODIGY,
+        bytes=16,
+        library="prodigyopt",
+        first_step=UNCORRECTED,
+        tiny={"epsilon": 1e-300, "d0": 1e-4},
+    ),
 }
 
 
@@ -319,11 +363,8 @@ def test_every_option_is_away_from_its_default_in_the_test_against_the_equations
     assert all(CASES[name].settings[key] != keys_of(optimizer_classes()[name])[key].default for key in keys)
 
 
-OTHER_VALUES = {
-    "betas": (0.5, 0.6), "epsilon": 1e-2, "weight_decay": 0.7, "d0": 3e-4, "growth_rate": 1.001, "decouple": False, "momentum": 0.5,
-    "use_bias_correction": None, "safeguard_warmup": False, "layer_scale": 0.5, "d_max": 2e-4, "rate_max": 1e-4, "d_coef": 2.0,
-    "slice_p": 2,
-}  # fmt: skip
+SHOWING = {"d0": 3e-4, "growth_rate": 1.001, "d_max": 2e-4, "rate_max": 1e-4, "slice_p": 2}
+"""Values that change the first 30 steps, of keys whose value in `Case.settings` might not."""
 GROUP_KEYS = {"epsilon": "eps", "d0": "d"}
 
 
@@ -331,15 +372,15 @@ GROUP_KEYS = {"epsilon": "eps", "d0": "d"}
     ("name", "key"),
     [
         (name, key)
-        for name, options in optimizer_classes().items()
-        for key in keys_of(options)
-        if key in OTHER_VALUES
+        for name, case in CASES.items()
+        for key in case.settings
+        if key not in ("lr", "fused_backward")  # which changes memory and not the path
     ],
 )
 def test_every_key_reaches_the_library_and_does_something(name, key):
     around = {"decouple": {"weight_decay": 0.1}, "safeguard_warmup": {"lr": 0.5}}.get(key, {})
     plain = options_of(name, **around, **({"d0": 1e-4} if name in ADAPTIVE else {}))
-    value = not plain.use_bias_correction if key == "use_bias_correction" else OTHER_VALUES[key]
+    value = SHOWING.get(key, CASES[name].settings[key])
     paths = []
     for options in (plain, replace(plain, **{key: value})):
         params = parameters()
@@ -352,24 +393,10 @@ def test_every_key_reaches_the_library_and_does_something(name, key):
     assert not torch.equal(*paths)
 
 
-def test_no_key_is_left_out_above():
-    """But for fused_backward, which changes memory and not the path (test_dadapt_adam_fused.py)."""
-    keys = {key for options in optimizer_classes().values() for key in keys_of(options)}
-    assert keys - {"optimizer", "fused_backward", *keys_of(ScheduleOptions)} == set(OTHER_VALUES)
-
-
-LIBRARIES = {
-    "bitsandbytes": dict.fromkeys(("adamw8bit", "lion", "lion8bit"), "bitsandbytes.optim"),
-    "dadaptation": dict.fromkeys(("dadapt_adam_reference", "dadapt_lion", "dadapt_sgd"), "dadaptation"),
-    "prodigyopt": {"prodigy": "prodigyopt"},
-}
-
-
-@pytest.mark.parametrize(
-    ("library", "name"), [(library, name) for library, names in LIBRARIES.items() for name in names]
-)
-def test_a_library_that_is_not_installed_is_said_in_a_sentence(library, name, monkeypatch):
-    monkeypatch.setitem(sys.modules, LIBRARIES[library][name], None)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.library])
+def test_a_library_that_is_not_installed_is_said_in_a_sentence(name, monkeypatch):
+    library = CASES[name].library.partition(".")[0]
+    monkeypatch.setitem(sys.modules, CASES[name].library, None)
     for ours in ("dadapt_sgd", "strided"):  # which derive from a library's class
         monkeypatch.delitem(sys.modules, f"trainer.optim.{ours}", raising=False)
     with pytest.raises(
@@ -404,19 +431,11 @@ def test_building_and_stepping_prints_nothing(name, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-BYTES = {
-    "adamw": 8, "adamw8bit": 2.03, "adamw8bit_fused": 2.01, "lion": 4, "lion8bit": 1.02,
-    "dadapt_adam": 12, "dadapt_adam8bit": 2.08, "dadapt_adam_reference": 12,
-    "dadapt_lion": 8, "dadapt_sgd": 12, "prodigy": 16, "prodigy, slice_p 11": 8.73,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("title", BYTES)
-def test_bytes_of_state_for_each_parameter(title):
+@pytest.mark.parametrize(("name", "slices"), [*((name, None) for name in NAMES), ("prodigy", 11)])
+def test_bytes_of_state_for_each_parameter(name, slices):
     """On a large weight; what the README says."""
     p = torch.nn.Parameter(torch.ones(640, 320))
-    name, _, slices = title.partition(", slice_p ")
-    options = options_of(name, **({"slice_p": int(slices)} if slices else {}))
+    options = options_of(name, **({"slice_p": slices} if slices else {}))
     optimizer = options.build([p], options.lr)
     p.grad = torch.ones_like(p)
     optimizer.step()
@@ -426,8 +445,8 @@ def test_bytes_of_state_for_each_parameter(title):
         if isinstance(value, torch.Tensor) and not key.startswith("qmap")
     }
     stored = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in own.values()}
-    assert sum(stored.values()) / p.numel() == pytest.approx(BYTES[title], rel=2e-2)
-    assert {title.partition(",")[0] for title in BYTES} == set(NAMES)
+    expected = 8.73 if slices else CASES[name].bytes
+    assert sum(stored.values()) / p.numel() == pytest.approx(expected, rel=2e-2)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -651,8 +670,6 @@ RATE_KEYS = [
     for key in ("lr", "d0", "layer_scale")
     if key in keys_of(optimizer_classes()[name])
 ]
-CORRECTED = ("adamw", "adamw8bit", "adamw8bit_fused", "lion", "lion8bit", "dadapt_lion")
-"""Those whose first step is the rate for every weight; an Adam without bias correction goes (1 - beta1) / sqrt(1 - beta2) as far."""
 
 
 @pytest.mark.parametrize(("name", "key"), RATE_KEYS)
@@ -666,16 +683,13 @@ def test_the_measured_rate_is_what_acts(name, key):
     rate = float(options.measure(optimizer)["rate"])
     train(optimizer, params, 1)
     length = flat(params).norm().item()
-    if name == "dadapt_sgd":  # divides by the first gradient, and goes along it
+    each = CASES[name].first_step
+    if math.isnan(each):  # it divides by the first gradient, and goes along it
         assert rate == 0
         rate = options.measure(optimizer)["rate"]
         assert length == pytest.approx(rate * flat([p.grad for p in params]).norm().item(), rel=1e-4)
     else:
-        each = 1.0 if name in CORRECTED else 0.1 / math.sqrt(0.001)
         assert length == pytest.approx(rate * each * math.sqrt(flat(params).numel()), rel=1e-2)
-
-
-CONVERGENCE = {"adamw": 2e-2, "adamw8bit": 2e-2, "adamw8bit_fused": 2e-2, "lion": 2e-2, "lion8bit": 2e-2}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -686,7 +700,7 @@ def test_it_converges(name):
     p = torch.nn.Parameter(torch.zeros(5120))
     options = options_of(
         name,
-        lr=CONVERGENCE.get(name, 1.0),
+        lr=1.0 if name in ADAPTIVE else 2e-2,
         lr_scheduler="linear",
         lr_decay_steps=300,
         lr_warmup_steps=0,

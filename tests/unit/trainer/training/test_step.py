@@ -28,16 +28,14 @@ from trainer.training.precision import Precision
 from trainer.training.step import train_step
 
 SETTINGS = {  # where 25 steps at the method's own rate and no decay would show nothing
-    "adamw": {"lr": 1e-3},
-    "adamw8bit": {"lr": 1e-3},
-    "adamw8bit_fused": {"lr": 1e-3},
     "lion": {"lr": 2e-4},
     "lion8bit": {"lr": 2e-4},
     "prodigy": {"d0": 1e-4},
     **{name: {"weight_decay": 0.1} for name in ("dadapt_adam", "dadapt_adam8bit", "dadapt_adam_reference")},
 }
 OPTIONS: dict[str, OptimizerOptions] = {
-    name: options(**{"lr": 1.0, **SETTINGS.get(name, {})}) for name, options in optimizer_classes().items()
+    name: options(**{"lr": 1.0 if options.adapts else 1e-3, **SETTINGS.get(name, {})})
+    for name, options in optimizer_classes().items()
 }
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "plain": {"min_snr_gamma": None, "zero_frequency_noise_ratio": 0.0},
