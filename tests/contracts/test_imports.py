@@ -1,4 +1,4 @@
-"""Imports point one way, and libraries stay where they belong: the rules of the README's map, read from the source."""
+"""Imports point one way, and libraries stay where they belong: the rules of the map in docs/code.md, read from the source."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""Faults injected into whole runs: what is kept, what is said, and how the run ends. The README's table has a row for each."""
+"""Faults injected into whole runs: what is kept, what is reported, how the run ends. docs/resume-and-faults.md has a row for each."""
 
 import errno
 import math

@@ -219,7 +219,7 @@ def test_a_signal_to_every_process_does_not_cost_the_workers(workplace):
 
 
 def test_five_kills_at_random_moments_lose_nothing(workplace):
-    """scripts/torture.py in small; its two hundred are in the README."""
+    """scripts/torture.py in small; its two hundred are in docs/evidence.md."""
     write(workplace, DADAPT, **SETTINGS | {"max_epochs": 3, "sample_steps": 100}, keep_last_n=2)
     tally = torture([], workplace / "torture", kills=5, seed=1)
     print(tally)

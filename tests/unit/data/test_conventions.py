@@ -964,18 +964,17 @@ def test_folders_that_count_are_said_to_be_none_of_kohyas(tmp_path):
     assert "not read as kohya's repeats, since the numbers count the folders" in str(index.notices[0])
 
 
-def test_the_readme_has_every_key_file_and_source():
-    text = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-    begins = text.index("\n## Your pictures\n") + 1
-    section = text[begins : text.index("\n## ", begins)]
+def test_the_page_on_pictures_has_every_key_file_and_source():
+    page = (Path(__file__).parents[3] / "docs" / "your-pictures.md").read_text(encoding="utf-8")
     files = [name for name in FOLDER_FILES if not name.endswith("yml")]
     assert [
         name
         for name in (*SETTINGS_BY_KEY, *WORDS, "tags", *files, *METADATA, *FILE_KEYS[:2])
-        if f"`{name}`" not in section
+        if f"`{name}`" not in page
     ] == []
+    sources = page[page.index("\n## Captions\n") : page.index("\n## Settings")]
     places = [
-        section.index(f"`{name}`")
+        sources.index(f"`{name}`")
         for name in ("cat.yaml", "cat.yml", "cat.caption", "cat.txt", "cat.json", "metadata.jsonl")
     ]
     assert places == sorted(places)

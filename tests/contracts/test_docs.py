@@ -1,0 +1,122 @@
+"""The documentation stays short, its sentences readable, and its links alive."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+LINES, WORDS = 250, 2_200
+LONG_SENTENCE, LONG_SENTENCES = 35, 10
+
+FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"!?\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+PICTURE = re.compile(r'<img src="([^"]+)"[^>]*>')
+RULE = re.compile(r"^[ |:-]+$", re.MULTILINE)
+
+
+def sentences(text: str) -> list[str]:
+    """Return the sentences of a page: of its paragraphs, list entries, headings and table cells, without code blocks."""
+    text = PICTURE.sub("", RULE.sub("", FENCE.sub("", text)))
+    text = re.sub(r"`[^`]*`", "code", text)
+    while LINK.search(text):
+        text = LINK.sub(r"\1", text)
+    text = re.sub(r"^#+ (.*)$", r"\n\n\1\n\n", text, flags=re.MULTILINE)
+    text = re.sub(r"^(?:\s*[-*] |\s*\d+\. )", "\n\n", text, flags=re.MULTILINE)
+    text = re.sub(
+        r"^\|.*$", lambda row: "\n\n" + row[0].replace("|", "\n\n") + "\n\n", text, flags=re.MULTILINE
+    )
+    blocks = [" ".join(block.split()) for block in re.split(r"\n\s*\n", text)]
+    return [part for block in blocks for part in re.split(r"(?<=[.!?])[\")*]*\s+(?=\S)", block) if part]
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE):
+        plain = LINK.sub(r"\1", heading).replace("`", "").strip().lower()
+        anchor = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+        number = next(n for n in range(len(found) + 2) if (f"{anchor}-{n}" if n else anchor) not in found)
+        found.add(f"{anchor}-{number}" if number else anchor)
+    return found
+
+
+def dead_links(page: Path) -> list[str]:
+    """Return the links of a page to files or anchors that do not exist; addresses on the web are not followed."""
+    dead = []
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in [*(target for _, target in LINK.findall(text)), *PICTURE.findall(text)]:
+        name, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        goal = page.parent / name if name else page
+        if not goal.exists() or (anchor and goal.suffix == ".md" and anchor not in anchors(goal)):
+            dead.append(target)
+    return dead
+
+
+def test_the_readme_is_short():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= LINES
+    assert len(text.split()) <= WORDS
+
+
+def test_few_sentences_are_long():
+    found = [
+        f"{page.relative_to(ROOT)}: {sentence}"
+        for page in PAGES
+        for sentence in sentences(page.read_text(encoding="utf-8"))
+        if len(sentence.split()) > LONG_SENTENCE
+    ]
+    assert len(found) <= LONG_SENTENCES, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"], ids=lambda page: page.name
+)
+def test_links_and_anchors_lead_somewhere(page: Path):
+    assert dead_links(page) == []
+
+
+def test_the_readme_links_every_page():
+    linked = {target.partition("#")[0] for _, target in LINK.findall(README.read_text(encoding="utf-8"))}
+    assert {page.relative_to(ROOT).as_posix() for page in PAGES[1:]} <= linked
+
+
+def test_no_sentence_stands_twice():
+    seen: dict[str, str] = {}
+    twice = []
+    for page in PAGES:
+        if page.name == "keys.md":
+            continue  # made from docstrings
+        for sentence in sentences(page.read_text(encoding="utf-8")):
+            if len(sentence.split()) < 8 or not sentence.endswith((".", "?", "!")):
+                continue
+            if sentence in seen:
+                twice.append(f"{seen[sentence]} and {page.name}: {sentence}")
+            seen[sentence] = page.name
+    assert twice == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("One two. Three `a b c` four.", ["One two.", "Three code four."]),
+        ("| a cell | b. c |\n|---|---|\n| d | |\n", ["a cell", "b.", "c", "d"]),
+        ("# A heading\nand text", ["A heading", "and text"]),
+        ("- one\n  goes on\n- two\n", ["one goes on", "two"]),
+        ("See [the page](a.md#b).\n\n```sh\nnot this\n```\n", ["See the page."]),
+    ],
+)
+def test_what_counts_as_a_sentence(text: str, expected: list[str]):
+    assert sentences(text) == expected
+
+
+def test_a_dead_anchor_and_a_dead_file_are_found(tmp_path: Path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A `b` heading\n\n# Twice\n\n# Twice\n\n[x](#a-b-heading) [y](#twice-1) [z](#gone) [w](gone.md)\n"
+    )
+    assert dead_links(page) == ["#gone", "gone.md"]
