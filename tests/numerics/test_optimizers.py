@@ -433,7 +433,7 @@ def test_building_and_stepping_prints_nothing(name, capfd):
 
 @pytest.mark.parametrize(("name", "slices"), [*((name, None) for name in NAMES), ("prodigy", 11)])
 def test_bytes_of_state_for_each_parameter(name, slices):
-    """On a large weight; what the README says."""
+    """On a large weight; the figures of docs/optimizers.md."""
     p = torch.nn.Parameter(torch.ones(640, 320))
     options = options_of(name, **({"slice_p": slices} if slices else {}))
     optimizer = options.build([p], options.lr)
