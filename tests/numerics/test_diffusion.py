@@ -15,7 +15,7 @@ from tests.tiny import tiny_models, tiny_tokenizer
 from trainer.diffusion import conditioning
 from trainer.diffusion.conditioning import Tokenize, encode_text
 from trainer.diffusion.loss import image_losses
-from trainer.diffusion.noise import gaussian, offset, perturbation, pyramid
+from trainer.diffusion.noise import ADDED, gaussian, offset, perturbation, pyramid
 from trainer.diffusion.schedule import NoiseSchedule, with_zero_terminal_snr
 from trainer.diffusion.weighting import min_snr_weights
 from trainer.errors import UserError
@@ -112,10 +112,31 @@ def test_noise_depends_on_its_place_alone_and_has_unit_variance():
     assert first.std() == pytest.approx(1, abs=0.02) and first.mean() == pytest.approx(0, abs=0.03)
 
 
+ADDED_CASES = {  # of each added noise its strength, and the deviation of the sum
+    "pyramid_noise_discount": (0.5, 1.0),
+    "zero_frequency_noise_ratio": (0.5, 1.25**0.5),
+}
+
+
+@pytest.mark.parametrize("option", ADDED)
+def test_added_noise_depends_on_its_place_alone_and_has_the_stated_deviation(option):
+    strength, deviation = ADDED_CASES[option]
+    plain = gaussian((4, 64, 64), 1, 0, 7)
+    mixed = ADDED[option](plain, strength, 1, 0, 7)
+    assert mixed.dtype == np.float32 and mixed.shape == plain.shape
+    assert (plain == gaussian((4, 64, 64), 1, 0, 7)).all()
+    assert (mixed == ADDED[option](plain, strength, 1, 0, 7)).all()
+    for other in ((2, 0, 7), (1, 1, 7), (1, 0, 8)):
+        assert not np.allclose(mixed, ADDED[option](plain, strength, *other))
+    many = [ADDED[option](gaussian((4, 16, 16), 1, 0, i), strength, 1, 0, i) for i in range(400)]
+    assert np.std(many) == pytest.approx(deviation, rel=0.03)
+
+
 def test_offset_noise_is_constant_over_a_channel_with_the_asked_deviation():
-    drawn = torch.tensor([offset((4, 8, 8), 0.1, 1, 0, place).reshape(-1).tolist() for place in range(2000)])
-    assert drawn.shape == (2000, 4)
-    assert drawn.std().item() == pytest.approx(0.1, rel=0.05)
+    nothing = np.zeros((4, 8, 8), dtype=np.float32)
+    drawn = np.stack([offset(nothing, 0.1, 1, 0, place) for place in range(2000)])
+    assert (drawn == drawn[:, :, :1, :1]).all()
+    assert drawn[:, :, 0, 0].std() == pytest.approx(0.1, rel=0.05)
 
 
 @pytest.mark.parametrize("shape", [(4, 8, 8), (4, 64, 40)])

@@ -144,15 +144,9 @@ class Objective:
             height, width = (side // self.latent_factor for side in batch.pixels_BCHW.shape[-2:])
         shape = (self.latent_channels, height, width)
         noises = [noise.gaussian(shape, seed, *key) for key in keys]
-        if discount := options.pyramid_noise_discount:
-            noises = [
-                noise.pyramid(plain, discount, seed, *key) for plain, key in zip(noises, keys, strict=True)
-            ]
-        if (strength := options.zero_frequency_noise_ratio) > 0:
-            noises = [
-                plain + noise.offset(shape, strength, seed, *key)
-                for plain, key in zip(noises, keys, strict=True)
-            ]
+        for option, add in noise.ADDED.items():
+            if strength := getattr(options, option):
+                noises = [add(plain, strength, seed, *key) for plain, key in zip(noises, keys, strict=True)]
         perturbation = unseen = None
         if (strength := options.embedding_perturbation) > 0:
             vectors = (batch.tokens_BT.shape[1], self.context_width)

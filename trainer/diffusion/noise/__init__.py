@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
@@ -50,15 +52,26 @@ def perturbation(shape_TD: tuple[int, int], strength: float, seed: int, *key: in
     )
 
 
-def offset(shape_CHW: tuple[int, int, int], strength: float, seed: int, *key: int) -> np.ndarray:
-    """Return offset noise of one image: a constant per channel with standard deviation `strength`, shape (C, 1, 1).
+def offset(noise_CHW: np.ndarray, strength: float, seed: int, *key: int) -> np.ndarray:
+    """Add offset noise to that of one image: a constant per channel with standard deviation `strength`.
 
-    Source: N. Guttenberg, "Diffusion With Offset Noise", 2023. Added to the unit-variance noise, it moves
-    whole channels, which plain noise hardly ever does.
+    Source: N. Guttenberg, "Diffusion With Offset Noise", 2023. It moves whole channels, which plain noise
+    hardly ever does.
     """
-    return np.float32(strength) * stream(seed, "offset noise", *key).standard_normal(
-        (shape_CHW[0], 1, 1), dtype=np.float32
+    draws = stream(seed, "offset noise", *key)
+    return noise_CHW + np.float32(strength) * draws.standard_normal(
+        (noise_CHW.shape[0], 1, 1), dtype=np.float32
     )
+
+
+ADDED: dict[str, Callable[..., np.ndarray]] = {
+    "pyramid_noise_discount": pyramid,
+    "zero_frequency_noise_ratio": offset,
+}
+"""Noises that are mixed into the plain one and predicted, in this order, by their option; None or 0 omits one.
+
+Each takes the noise of one image, the value of the option, the seed and the image's key.
+"""
 
 
 def unseen(shape_CHW: tuple[int, int, int], strength: float, seed: int, *key: int) -> np.ndarray:

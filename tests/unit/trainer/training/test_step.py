@@ -5,6 +5,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from data.batch import Batch
 from tests.tiny import tiny_models
 from trainer.config.schema import optimizer_classes
 from trainer.diffusion.conditioning import encode_text
+from trainer.diffusion.noise import ADDED, gaussian
 from trainer.diffusion.objective import Inputs, Networks, Objective
 from trainer.diffusion.options import ObjectiveOptions
 from trainer.diffusion.schedule import NoiseSchedule, with_zero_terminal_snr
@@ -172,6 +174,13 @@ def _gradients_of(cut):
     inputs = [objective.draw(_batch(range(start, end))) for start, end in itertools.pairwise(edges)]
     result = train_step(inputs, networks, objective, optimizers, step=0, images=8)
     return result.loss, gradients
+
+
+def test_added_noise_of_no_strength_changes_no_bit():
+    _, objective, _ = _setup(**dict.fromkeys(ADDED, 0))
+    drawn = objective.draw(_batch(range(2))).noise_BCHW.numpy()
+    plain = [gaussian(drawn.shape[1:], objective.seed, 0, position) for position in range(2)]
+    assert np.array_equal(drawn, plain)
 
 
 def test_micro_batches_change_neither_loss_nor_gradient():
