@@ -23,6 +23,9 @@ def main(arguments: list[str]) -> int:
             from trainer.config import load_config
 
             loaded = load_config(arguments)
+            from trainer.models.quiet import quiet_libraries
+
+            quiet_libraries()  # before anything imports diffusers, which logs as it loads
             if loaded.action == "check":
                 if rank() > 0:  # of several processes the first checks for all
                     return 0
@@ -36,7 +39,7 @@ def main(arguments: list[str]) -> int:
                     contact_sheets=loaded.contact_sheets,
                     vram=loaded.vram,
                 )
-            from trainer.run.build import run_training
+            from trainer.run.lifecycle import run_training
 
             run_training(
                 loaded.config,

@@ -288,62 +288,19 @@ def latents(folder: Path, rounds: int) -> None:
 
 
 def training_steps(kept: str, folder: Path, extra: Sequence[str]) -> Callable[[], None]:
-    """Return a function that trains the embedded model by one step, from reading the batch to the update."""
-    from data.dataset import shown_captions
-    from data.index import build_index
+    """Return a function that trains the bundled model by one step, from reading the batch to the update."""
+    from scripts.bench_loop import build
     from trainer.config import load_config
-    from trainer.diffusion.objective import Networks, make_objective
-    from trainer.models.load import load_models
-    from trainer.models.placement import place
-    from trainer.models.trainable import apply_freezing
-    from trainer.run import build
-    from trainer.training.latent_cache import encode_captions, encode_images, plan_latents
-    from trainer.training.precision import resolve_precision
-    from trainer.training.ranks import Processes
-    from trainer.training.step import train_step
+    from trainer.training.loop import learn
 
-    brief = [
-        "--config",
-        str(ROOT / "train.json"),
-        "--max_epochs",
-        "1000",
-        "--batch_size",
-        "8",
-        "--cache_latents",
-        kept,
-    ]
-    config = load_config([*brief, "--optimizer_config", str(ROOT / "optimizer.json"), *extra]).config
-    precision = resolve_precision(config.precision, torch.device("cpu"))
-    models = load_models(config.model)
-    parts = apply_freezing(models, config.parts, config.optimizers.freezing)
-    place(models, precision.device, channels_last=config.precision.channels_last, weights=precision.weights)
-    index = build_index(config.data)
-    tokenize = build.make_tokenize(config, models.tokenizer)
-    plan = plan_latents(config.cache, config.data, index, models.vae.config, epochs=config.loop.max_epochs)
-    encoded = encode_images(
-        plan, index, config.data, models.vae, precision, folder=folder, tell=lambda _: None
-    )
-    contexts = None
-    if encoded is not None and build.TEXT_ENCODER not in parts.parameters:
-        contexts = encode_captions(
-            shown_captions(index, config.data), tokenize, models.text_encoder, precision, clip_skip=0
-        )
-    loader = build.make_loader(config, index, tokenize, Processes(), pin=False, latents=encoded)
-    optimizers = build.make_optimizers(config, parts, 1000)
-    objective = make_objective(
-        config.objective,
-        models,
-        seed=config.loop.seed,
-        train_text_encoder=build.TEXT_ENCODER in parts.parameters,
-        contexts=contexts,
-    )
-    networks = Networks(models.unet, models.text_encoder, models.vae)
-    batches = (step for epoch in itertools.count() for step in loader.steps(epoch) if len(step[0]) == 8)
-    count = itertools.count()
+    files = ["--config", str(ROOT / "train.json"), "--optimizer_config", str(ROOT / "optimizer.json")]
+    sizes = ["--max_epochs", "1000", "--batch_size", "8", "--cache_latents", kept]
+    run = build(load_config([*files, *sizes, "--logdir", str(folder), *extra]).config)
+    batches = (step for epoch in itertools.count() for step in run.loader.steps(epoch) if len(step[0]) == 8)
 
     def step() -> None:
-        inputs = [objective.draw(batch) for batch in next(batches)]
-        train_step(inputs, networks, objective, optimizers, step=next(count), images=8)
+        learn(run, next(batches), 8)
+        run.state.step += 1
 
     return step
 

@@ -31,11 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from trainer.training.due import Cadence, Due
+from trainer.training.cadence import Cadence, Due
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
-    from trainer.training.loop import Run
+    from trainer.training.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS_ALONE = "the networks alone, adamw8bit"
@@ -147,7 +147,7 @@ def build(config: TrainConfig) -> Run:
     """Return a run that draws no samples before its first step and shows nothing."""
     from trainer.models.quiet import quiet_libraries
     from trainer.reporting.console import Console
-    from trainer.run.build import build_run
+    from trainer.run.lifecycle import start
     from trainer.training.ranks import connect
     from trainer.training.signals import StopSignals
 
@@ -156,10 +156,8 @@ def build(config: TrainConfig) -> Run:
     ending = ExitStack()
     atexit.register(ending.close)  # runs are used until the end of the process
     processes = connect(config.loop.gpuid, signals)
-    run = build_run(
-        config, Console(stream=StringIO()), processes, ending, weights_only=False, signals=signals
-    )
-    run.sample_first = False
+    run = start(config, Console(stream=StringIO()), processes, ending, weights_only=False, signals=signals)
+    run.evaluation.sample_first = False
     return run
 
 
@@ -184,7 +182,7 @@ def epochs_of(run: Run) -> Callable[[], Callable[[], int]]:
 
 def _alone(run: Run) -> Callable[[], Callable[[], int]]:
     """Return epochs of forward, backward and optimizer steps on tensors that were made before."""
-    networks, objective, device = run.networks, run.objective, run.precision.device
+    networks, objective, device = run.learner.networks, run.learner.objective, run.learner.precision.device
     count = iter(range(1_000_000))
 
     def prepare() -> Callable[[], int]:
@@ -207,11 +205,11 @@ def _alone(run: Run) -> Callable[[], Callable[[], int]]:
 
         def train() -> int:
             for noisy_BCHW, noise_BCHW, t_B, tokens_BT in steps:
-                with run.precision.autocast():
+                with run.learner.precision.autocast():
                     context_BTD = networks.text_encoder(tokens_BT).last_hidden_state
                     prediction_BCHW = networks.unet(noisy_BCHW, t_B, context_BTD).sample
                 torch.nn.functional.mse_loss(prediction_BCHW.float(), noise_BCHW).backward()
-                for member in run.optimizers.members:
+                for member in run.learner.optimizers.members:
                     member.optimizer.step()
                     member.optimizer.zero_grad()
             return sum(len(t_B) for _, _, t_B, _ in steps)

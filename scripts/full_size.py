@@ -74,7 +74,7 @@ def run_config(setting: Setting) -> TrainConfig:
     """Return the configuration of a run with these steps."""
     from trainer.config.schema import OptimizerConfig, TrainConfig
     from trainer.models.options import FreezingOptions, ModelOptions, TrainableOptions
-    from trainer.training.precision import PrecisionOptions
+    from trainer.training.options import PrecisionOptions
 
     optimizer, *variants = setting.optimizer.split("+")
     chosen = optimizer_options(optimizer, fused="fused" in variants)

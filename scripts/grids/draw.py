@@ -126,7 +126,8 @@ def draw(
     from scripts.grids.columns import load
     from trainer.evaluation.sampling import Sampler
     from trainer.models.quiet import quiet_libraries
-    from trainer.training.precision import PrecisionOptions, resolve_precision
+    from trainer.training.options import PrecisionOptions
+    from trainer.training.precision import resolve_precision
     from trainer.training.ranks import expected
 
     if x == y:

@@ -22,13 +22,13 @@ from trainer.errors import UserError
 from trainer.models.placement import place
 from trainer.training import latent_cache as cache_module
 from trainer.training.latent_cache import (
-    CacheOptions,
     LatentPlan,
     encode_captions,
     encode_images,
     identity,
     plan_latents,
 )
+from trainer.training.options import CacheOptions
 from trainer.training.precision import Precision
 from trainer.transfer import visiting
 

@@ -25,7 +25,7 @@ from trainer.checkpoints.export import architecture, save_diffusers, save_single
 from trainer.models.load import load_models
 from trainer.models.options import ModelOptions
 from trainer.models.single_file import NETWORKS
-from trainer.run.build import keep_beside
+from trainer.run.folder import keep_beside
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["a red circle on a blue background", ""]

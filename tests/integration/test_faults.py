@@ -32,24 +32,24 @@ def at_step(monkeypatch, step, act):
     """Do something when optimizer step `step`, counted from 1, begins; it may take the optimizers."""
     import inspect
 
-    import trainer.training.step
+    import trainer.training.loop
 
-    real = trainer.training.step.train_step
+    real = trainer.training.loop.train_step
 
     def train_step(*arguments, **keywords):
         if keywords["step"] + 1 == step:
             act(*arguments[3:4] if inspect.signature(act).parameters else ())
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(trainer.training.step, "train_step", train_step)
+    monkeypatch.setattr(trainer.training.loop, "train_step", train_step)
 
 
 def poison(monkeypatch, steps, value, where="loss"):
     """Make loss or gradients of some steps, counted from 1, NaN or infinite."""
-    import trainer.training.step
+    import trainer.training.loop
     from trainer.diffusion.objective import Objective
 
-    real, step, now = Objective.losses, trainer.training.step.train_step, []
+    real, step, now = Objective.losses, trainer.training.loop.train_step, []
 
     def losses(self, *arguments, **keywords):
         loss_B = real(self, *arguments, **keywords)
@@ -66,7 +66,7 @@ def poison(monkeypatch, steps, value, where="loss"):
         return result
 
     monkeypatch.setattr(Objective, "losses", losses)
-    monkeypatch.setattr(trainer.training.step, "train_step", train_step)
+    monkeypatch.setattr(trainer.training.loop, "train_step", train_step)
 
 
 def resumes_to_the_bit(workplace):
@@ -120,7 +120,7 @@ def test_out_of_memory_before_the_first_step_says_which_key_to_change(workplace,
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("trainer.models.placement.place", fail)
+    monkeypatch.setattr("trainer.run.networks.place", fail)
     assert train.main([]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "Memory has run out before the first step (CUDA out of memory.).",
@@ -161,7 +161,7 @@ def test_infinite_gradients_without_end_stop_the_run_with_images_and_timesteps(
 ):
     write(workplace, ADAMW, **SETTINGS | {"max_epochs": 5})
     with monkeypatch.context() as fault:
-        fault.setattr("trainer.training.loop.MOST_SKIPPED", 4)
+        fault.setattr("trainer.training.health.MOST_SKIPPED", 4)
         poison(fault, set(range(5, 100)), float("inf"), where="gradients")
         assert train.main([]) == 1
     error = capsys.readouterr().err
@@ -244,16 +244,17 @@ def test_a_full_disk_is_survived(workplace, monkeypatch, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     at_step(monkeypatch, 5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1])))
     import trainer.training.loop
+    from trainer.training.due import SAVE
 
-    real = trainer.training.loop.settle
+    real = trainer.training.loop.do_due
 
-    def settle(run):
-        saves = trainer.training.loop.SAVE in run.state.owed
+    def do_due(run):
+        saves = SAVE in run.state.pending
         real(run)
         if saves:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(trainer.training.loop, "settle", settle)
+    monkeypatch.setattr(trainer.training.loop, "do_due", do_due)
     try:
         assert train.main([]) == 0
     finally:
@@ -325,7 +326,7 @@ def test_images_that_vanish_end_the_run_where_it_was_and_it_goes_on_when_they_ar
     workplace, monkeypatch, capsys
 ):
     write(workplace, DADAPT, **SETTINGS | {"max_epochs": 2}, cache_latents="no")
-    monkeypatch.setattr("trainer.training.loop.MOST_UNREAD", 2)
+    monkeypatch.setattr("trainer.training.health.MOST_UNREAD", 2)
     with monkeypatch.context() as patch:
         at_step(patch, 2, lambda: (workplace / "pictures").rename(workplace / "elsewhere"))
         assert train.main([]) == 1

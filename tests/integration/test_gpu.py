@@ -12,8 +12,9 @@ from tests.tiny import tiny_models
 from tests.unit.trainer.training.test_step import OPTIONS, _batch, _objective
 from trainer.diffusion.objective import Networks
 from trainer.optim.optimizer_set import OptimizerSet
-from trainer.training.latent_cache import CacheOptions, encode_images, plan_latents
-from trainer.training.precision import PrecisionOptions, resolve_precision
+from trainer.training.latent_cache import encode_images, plan_latents
+from trainer.training.options import CacheOptions, PrecisionOptions
+from trainer.training.precision import resolve_precision
 from trainer.training.step import train_step
 from trainer.transfer import visiting
 

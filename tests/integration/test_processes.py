@@ -15,7 +15,7 @@ from PIL import Image
 import train
 from tests.runs import DADAPT, same_run, scalars, weights, write
 from trainer.checkpoints.format import checkpoints, read_resume, resume_problem
-from trainer.training.loop import GAP
+from trainer.reporting.tags import GAP
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows cannot send itself these signals")
 
@@ -28,7 +28,7 @@ from accelerate import PartialState
 PartialState(cpu=True)  # connected once for all the runs below
 import data.dataset
 import trainer.checkpoints.saver
-import trainer.training.step
+import trainer.training.loop
 import train
 from data.errors import DataError, FileError
 from data.loader import StepLoader
@@ -46,7 +46,7 @@ def watch(event, arguments):
         written.append(f"{{event}} {{path}}")
 
 sys.addaudithook(watch)
-real_step, real_save, real_steps = trainer.training.step.train_step, trainer.checkpoints.saver.save_checkpoint, StepLoader.steps
+real_step, real_save, real_steps = trainer.training.loop.train_step, trainer.checkpoints.saver.save_checkpoint, StepLoader.steps
 real_pixels = data.dataset.read_pixels
 if rank == 1:
     trainer.checkpoints.saver.Saver.due = lambda saver: True  # a clock that nobody is to look at
@@ -81,7 +81,7 @@ for number, (arguments, fault) in enumerate(json.loads({runs!r})):
         return real_pixels(path, *inputs, **keywords)
 
     data.dataset.read_pixels = read_pixels
-    trainer.training.step.train_step, trainer.checkpoints.saver.save_checkpoint, StepLoader.steps = train_step, save_checkpoint, steps
+    trainer.training.loop.train_step, trainer.checkpoints.saver.save_checkpoint, StepLoader.steps = train_step, save_checkpoint, steps
     codes.append(train.main(arguments))
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(name, signal.SIG_DFL)

@@ -59,7 +59,7 @@ def at_call(monkeypatch, place, number, count):
 @pytest.mark.parametrize(
     ("number", "code", "place", "count", "checkpoint"),
     [
-        (signal.SIGTERM, 143, "trainer.training.step.train_step", 4, "interrupted-tiny-ep02-gs00004"),
+        (signal.SIGTERM, 143, "trainer.training.loop.train_step", 4, "interrupted-tiny-ep02-gs00004"),
         (
             signal.SIGINT,
             130,
@@ -106,8 +106,8 @@ def test_the_first_signal_saves_and_the_run_goes_on_to_the_bit(
     [
         "trainer.models.load._base",
         "trainer.training.latent_cache._encode",
-        "trainer.run.build.make_optimizers",
-        "trainer.run.build.tell_data",
+        "trainer.run.build.OptimizerSet",
+        "trainer.run.announce.show_data",
         "trainer.evaluation.fixed_noise:FixedLoss.measure",
         "trainer.evaluation.sampling:Drawing.images",
     ],
@@ -130,7 +130,7 @@ def test_an_error_before_the_first_step_leaves_nothing(workplace, monkeypatch, c
     def train_step(*arguments, **keywords):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("trainer.training.step.train_step", train_step)
+    monkeypatch.setattr("trainer.training.loop.train_step", train_step)
     with pytest.raises(RuntimeError, match="a bug"):
         train.main([])
     assert not list((workplace / "logs").glob("tiny*")) and "Checkpoints:" not in capsys.readouterr().out

@@ -84,8 +84,8 @@ class TrainState:
     last_fixed_loss: int = 0
     """The step of the last fixed-noise loss."""
 
-    owed: list[str] = field(default_factory=list)
-    """What is due after this step and was not done, because the run was asked to stop."""
+    pending: list[str] = field(default_factory=list)
+    """Work due after this step that a signal kept from being done; `owed` in the file."""
 
     def advance(self, images: int, steps_in_epoch: int, seconds: float) -> None:
         """Count one optimizer step of an epoch that has `steps_in_epoch`."""
@@ -125,8 +125,17 @@ def save_checkpoint(
             resume = draft / RESUME
             resume.mkdir()
             write_resume(resume)
-            _write_json(resume / "state.json", {"state": asdict(state), "about": about})
+            _write_json(resume / "state.json", {"state": _as_saved(state), "about": about})
             _write_manifest(resume, where)
+
+
+_SAVED_AS = {"owed": "pending"}
+"""Names of counters in checkpoints that differ from the fields'."""
+
+
+def _as_saved(state: TrainState) -> dict[str, Any]:
+    names = {field: name for name, field in _SAVED_AS.items()}
+    return {names.get(name, name): value for name, value in asdict(state).items()}
 
 
 def read_resume(folder: Path) -> tuple[TrainState, dict[str, Any]]:
@@ -138,7 +147,8 @@ def read_resume(folder: Path) -> tuple[TrainState, dict[str, Any]]:
     path = folder / RESUME / "state.json"
     try:
         saved = load_json(path, LARGEST_STATE)
-        state, about = as_kind(TrainState, saved["state"]), saved["about"]
+        counters = {_SAVED_AS.get(name, name): value for name, value in saved["state"].items()}
+        state, about = as_kind(TrainState, counters), saved["about"]
         as_kind(
             tuple[dict, dict, int, int],
             (about["same"], about["config"], about["total_steps"], about["same"]["seed"]),

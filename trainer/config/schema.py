@@ -31,9 +31,7 @@ from trainer.optim import OptimizerOptions
 from trainer.optim.gradients import GradientOptions
 from trainer.optim.schedules import RateOptions
 from trainer.reporting.options import LogOptions
-from trainer.training.latent_cache import CacheOptions
-from trainer.training.loop import LoopOptions
-from trainer.training.precision import PrecisionOptions
+from trainer.training.options import CacheOptions, LoopOptions, PrecisionOptions
 
 DEFAULT_OPTIMIZER = "adamw8bit"
 

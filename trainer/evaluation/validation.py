@@ -11,8 +11,7 @@ from data.index import Index, build_index
 from data.options import DataOptions
 from data.split import hold_out, take_out
 from trainer.evaluation.options import ValidationFile
-
-VALIDATION_LOSS = "loss/val"
+from trainer.reporting.tags import VALIDATION_LOSS
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from trainer.models.pipeline import Models
     from trainer.optim import OptimizerOptions
     from trainer.planning.memory_trace import Phase, Work
-    from trainer.training.loop import Run
     from trainer.training.precision import Precision
+    from trainer.training.run import Run
 
 CONTEXT = 3 << 28
 """Bytes that the CUDA context and libraries are assumed to take beyond torch's allocator.
@@ -269,10 +269,10 @@ def memory_table(run: Run) -> list[str]:
     from trainer.checkpoints.atomic import in_gib
     from trainer.state_file import size_of_state
 
-    state = run.optimizers.state_dict()
+    state = run.learner.optimizers.state_dict()
     rows = []
     held = 0
-    networks = run.networks
+    networks = run.learner.networks
     for name, network in (
         ("unet", networks.unet),
         ("text encoder", networks.text_encoder),
@@ -281,7 +281,7 @@ def memory_table(run: Run) -> list[str]:
         weights = [
             parameter
             for parameter in network.parameters()
-            if parameter.device.type == run.precision.device.type
+            if parameter.device.type == run.learner.precision.device.type
         ]
         parts = {
             "weights": _bytes(weights),
@@ -301,7 +301,7 @@ def memory_table(run: Run) -> list[str]:
             f"{in_gib(held)}; the rest of a step is activations, which grow with batch_size and resolution",
         )
     )
-    rows.append((str(run.precision.device), _of_device(run.precision.device)))
+    rows.append((str(run.learner.precision.device), _of_device(run.learner.precision.device)))
     return [f"  {name:<13}{text}" for name, text in rows]
 
 

@@ -179,7 +179,7 @@ def _of_run(file: Path, logdir: Path) -> list[str]:
     ]
 
 
-def describe(
+def about_run(
     config: TrainConfig, index: Index, parts: TrainedParts, total_steps: int, processes: int
 ) -> dict[str, Any]:
     """Return what a checkpoint remembers of its run's configuration.
@@ -220,7 +220,7 @@ def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], checkpoint: 
     """Refuse to continue a run as another one.
 
     Args:
-        now: what `describe` says of this start.
+        now: `about_run` of this start.
         then: what it said when the checkpoint was saved.
         checkpoint: the checkpoint's folder.
 

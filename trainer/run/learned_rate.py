@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trainer.config.schema import TrainConfig
     from trainer.optim import OptimizerOptions
     from trainer.optim.watch import AdaptationWatch
-    from trainer.training.loop import Run
+    from trainer.training.run import Run
 
 FOUND = "optimizer.found.json"
 
@@ -33,22 +33,22 @@ def hand_over(run: Run, config: TrainConfig) -> list[str]:
         run: at its end, or wherever it was stopped.
         config: the run's.
     """
-    learning = {member.network: member.options for member in run.optimizers.members}
-    if not run.watch.networks:
+    learning = {member.network: member.options for member in run.learner.optimizers.members}
+    if not run.records.watch.networks:
         return []
     path = run.folder / FOUND
     try:
         path.unlink(missing_ok=True)  # of an earlier stop, at which d may have been another
         if reasons := [
             reason
-            for network in run.watch.networks
-            if (reason := _reason(network, learning[network], run.watch))
+            for network in run.records.watch.networks
+            if (reason := _reason(network, learning[network], run.records.watch))
         ]:
             return [f"No {FOUND}: {'; '.join(reasons)}."]
         half = config.precision.weights_dtype == "bf16" and config.parts.lora is None
         found = {
-            network: _as_adamw(learning[network], run.watch.d(network), half)
-            for network in run.watch.networks
+            network: _as_adamw(learning[network], run.records.watch.d(network), half)
+            for network in run.records.watch.networks
         }
         handed = replace(
             config,
@@ -82,7 +82,7 @@ def hand_over(run: Run, config: TrainConfig) -> list[str]:
         handed,
         {
             network: sum(p.numel() for p in parameters)
-            for network, parameters in run.optimizers.parameters.items()
+            for network, parameters in run.learner.optimizers.parameters.items()
         },
     )
     return [f"Found rate:  {path}: AdamW in 8 bits at {rates}{needs}{'.' + caps if caps else ''}"]

@@ -9,18 +9,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
+from data.contents import content_hashes
+from data.index import Index
+from data.latents import DiskLatents, Latents, MemoryLatents, MomentShape, View, views
+from data.loader import read_crops
+from data.options import DataOptions
+from trainer.diffusion.conditioning import Contexts
+from trainer.diffusion.moments import encode_pixels
 from trainer.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from data.index import Index
-    from data.latents import Latents, MomentShape, View
-    from data.options import DataOptions
-    from trainer.diffusion.conditioning import Contexts
-    from trainer.training.precision import Precision
+from trainer.training.options import CacheOptions
+from trainer.training.precision import Precision
+from trainer.transfer import to_device
 
 SHARE = 4
 """At most one part in so many of the free memory is taken without being asked for."""
@@ -33,19 +37,6 @@ MANY = 1000
 
 EVERY = 30.0
 """Seconds between two lines that tell how far encoding is."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheOptions:
-    """What is kept of what frozen networks compute."""
-
-    cache_latents: Literal["auto", "disk", "memory", "no"] = "auto"
-    """Encode each image once, before training, and the captions too where the text encoder is frozen: memory
-    keeps that for this run, disk keeps latents for later runs as well, no encodes anew in every step; auto is
-    memory where it takes at most a quarter of what is free and crop_jitter is 0, else no."""
-
-    cache_dir: str | None = None
-    """The folder of what later runs use again (latents, and the index of a large data set); null is the folder cache in logdir."""
 
 
 def cache_folder(options: CacheOptions, logdir: str) -> Path:
@@ -99,8 +90,6 @@ def plan_latents(
     Raises:
         UserError: the latents do not fit into memory, where they were asked to be.
     """
-    from data.latents import MomentShape, views
-
     shape = MomentShape(vae_config.latent_channels, 2 ** (len(vae_config.block_out_channels) - 1))
     wanted = options.cache_latents
     if wanted == "no":
@@ -150,9 +139,6 @@ def encode_images(
         UserError: the disk is too small or cannot be written to, or the VAE returns values that are not
         finite.
     """
-    from data.contents import content_hashes
-    from data.latents import DiskLatents, MemoryLatents
-
     if plan.mode == "no":
         return None
     if plan.mode == "memory":
@@ -207,8 +193,6 @@ def encode_captions(
         clip_skip: the objective's.
         processes: how many share this machine's memory; each keeps all.
     """
-    from trainer.diffusion.conditioning import Contexts
-
     if captions is None:
         return None
     size = 4 * tokenize([""]).shape[1] * text_encoder.config.hidden_size
@@ -228,8 +212,6 @@ def encode_captions(
 
 def identity(vae: Any, precision: Precision) -> str:
     """Return a hash of all that decides what a VAE makes of given pixels: weights, configuration, device and number format."""
-    import torch
-
     settings = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     layout = [
         parameter.is_contiguous(memory_format=torch.channels_last)
@@ -258,10 +240,6 @@ def _encode(
     precision: Precision,
     tell: Callable[[str], None],
 ) -> None:
-    from data.loader import read_crops
-    from trainer.diffusion.moments import encode_pixels
-    from trainer.transfer import to_device
-
     began = told = time.monotonic()
     try:
         for number, crop in enumerate(read_crops(index, data, missing, contents), 1):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
+from trainer.errors import UserError
+from trainer.training.options import PrecisionOptions
 
 _SCALE_GROWTH = (
     (4000, (1.15, 2000)),
@@ -17,24 +18,6 @@ _SCALE_GROWTH = (
     (500, (1.8, 100)),
     (0, (2.0, 25)),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrecisionOptions:
-    """In which number format the networks compute and are kept."""
-
-    mixed_precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
-    """Autocast type: auto is bf16 where the device computes it natively, else fp16 on CUDA, and no on the CPU."""
-
-    weights_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Format in which UNet and text encoder are kept. bf16 halves weights and gradients; D-Adaptation Adam
-    rounds them stochastically, so that small steps are not lost. Computes in bf16."""
-
-    disable_amp: bool = False
-    """Compute in fp32; the same as mixed_precision: no."""
-
-    channels_last: bool = True
-    """Store convolution weights and images channels last, which convolutions run faster with."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +52,6 @@ class Precision:
         spare nothing and, under gradient checkpointing, hold a second copy of all weights until the end of
         the pass.
         """
-        import torch
-
         return (
             nullcontext()
             if self.dtype is None
@@ -100,10 +81,6 @@ def resolve_precision(options: PrecisionOptions, device: torch.device) -> Precis
     Raises:
         UserError: fp16 on the CPU, or bf16 on a card without it.
     """
-    import torch
-
-    from trainer.errors import UserError
-
     kind = "no" if options.disable_amp else options.mixed_precision
     native_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if kind == "auto" and options.weights_dtype == "bf16":
@@ -128,8 +105,6 @@ def resolve_precision(options: PrecisionOptions, device: torch.device) -> Precis
 
 def imagined_precision(options: PrecisionOptions) -> Precision:
     """Return what the options come to on a CUDA card that is not here and computes bf16 natively; without a scaler."""
-    import torch
-
     kind = "no" if options.disable_amp else options.mixed_precision
     dtype = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[kind]
     return Precision(

@@ -14,7 +14,7 @@ from trainer.models.options import ModelOptions
 from trainer.optim import AdamWOptions, DAdaptAdamOptions
 from trainer.optim.watch import PATIENCE, AdaptationWatch
 from trainer.run.learned_rate import FOUND, hand_over
-from trainer.training.precision import PrecisionOptions
+from trainer.training.options import PrecisionOptions
 
 SECTIONS = {"unet": "base", "text encoder": "text_encoder_overrides"}
 
@@ -36,7 +36,10 @@ def outcome(
         parameters=dict.fromkeys(options, parameters),
     )
     run: Any = SimpleNamespace(
-        folder=folder, optimizers=optimizers, watch=watch, state=SimpleNamespace(step=2 * PATIENCE)
+        folder=folder,
+        learner=SimpleNamespace(optimizers=optimizers),
+        records=SimpleNamespace(watch=watch),
+        state=SimpleNamespace(step=2 * PATIENCE),
     )
     config = TrainConfig(
         model=ModelOptions(resume_ckpt="x"),

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from trainer.errors import UserError
-from trainer.training.precision import Precision, PrecisionOptions, resolve_precision
+from trainer.training.options import PrecisionOptions
+from trainer.training.precision import Precision, resolve_precision
 
 CUDA = torch.device("cuda")
 

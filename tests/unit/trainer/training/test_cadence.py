@@ -1,6 +1,6 @@
 """What is due when."""
 
-from trainer.training.due import Cadence
+from trainer.training.cadence import Cadence
 
 
 def _cadence(**changes):

@@ -1,0 +1,377 @@
+"""From a configuration to a `Plan`: everything about a run that is decided before weights load."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data.errors import DataError
+from data.index import refuse_bad
+from data.plan import steps_before, steps_per_epoch
+from data.saved_index import FEWEST, remembered_index
+from trainer.config import TrainConfig, check_fused_backward, check_rates, check_schedules
+from trainer.config.paths import shown_path
+from trainer.config.sample_file import load_sample_prompts
+from trainer.config.validation_file import load_validation
+from trainer.diffusion.conditioning import Tokenize
+from trainer.diffusion.schedule import with_zero_terminal_snr
+from trainer.errors import UserError
+from trainer.evaluation.options import SamplePrompts, ValidationFile
+from trainer.evaluation.sampling import Sampler
+from trainer.evaluation.schedulers import check_scheduler
+from trainer.evaluation.validation import Split, split_images
+from trainer.models.ema import plan_ema
+from trainer.models.load import describe
+from trainer.models.lora import read_adapter
+from trainer.models.pipeline import Models, Part
+from trainer.models.trainable import TEXT_ENCODER, UNET, apply_freezing
+from trainer.optim import OptimizerOptions
+from trainer.planning.memory import Estimate, estimate, size_of_device, work_of
+from trainer.planning.resume import Start, about_run, changes, check_same_run, find_start
+from trainer.training.latent_cache import LatentPlan, cache_folder, plan_latents
+from trainer.training.precision import Precision
+from trainer.training.ranks import Processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything about a run that is decided before weights load; the same on all ranks."""
+
+    config: TrainConfig
+    """The configuration with its open values decided: seed, revision, steps between samples."""
+
+    start: Start
+    prompts: SamplePrompts
+    validation: ValidationFile
+    split: Split
+
+    models: Models
+    """The networks on the meta device."""
+
+    counts: Mapping[str, Part]
+    """Trained and all parameters, by network."""
+
+    total_steps: int
+    steps_of_epoch: int
+    """Optimizer steps of the first epoch."""
+
+    ranks: int
+    latents: LatentPlan
+
+    about: Mapping[str, Any]
+    """The run as its checkpoints record it."""
+
+    changed: tuple[str, ...]
+    """Differences from the resumed run's configuration."""
+
+    notes: tuple[str, ...]
+
+    computes: str
+    """Number format and device in words."""
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of a full optimizer step over all ranks."""
+        return images_per_step(self.config, self.ranks)
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether the text encoder has trained parameters."""
+        return self.counts[TEXT_ENCODER].trained > 0
+
+    @property
+    def validation_batch(self) -> int:
+        """Images and timesteps that are validated at a time."""
+        return self.validation.batch_size or self.config.data.batch_size
+
+    def at_revision(self, revision: str) -> Plan:
+        """Return the plan with the commit that a model on the hub was downloaded from."""
+        config = replace(self.config, model=replace(self.config.model, revision=revision))
+        about = {**self.about, "config": {**self.about["config"], "revision": revision}}
+        return replace(self, config=config, about=about)
+
+    def tokenize(self, tokenizer: Any) -> Tokenize:
+        """Return the function that turns captions into tokens."""
+        return Tokenize(tokenizer, _chunks(self.config))
+
+    def sampler(self) -> Sampler:
+        """Return the sampler of the run's prompts."""
+        config = self.config
+        return Sampler(
+            self.prompts,
+            resolution=max(config.data.resolutions),
+            seed=config.loop.seed,
+            batch_size=config.data.batch_size,
+            captions=[record.caption.text for record in self.split.train.records],
+            clip_skip=config.objective.clip_skip,
+            chunks=_chunks(config),
+        )
+
+    def memory(self, precision: Precision, size: int | None = None) -> Estimate:
+        """Estimate the peak memory.
+
+        Args:
+            precision: number format and device.
+            size: bytes of the device; None for those of the device at hand.
+        """
+        work = work_of(
+            self.config,
+            self.split.train,
+            self.sampler(),
+            latents_kept=self.latents.mode != "no",
+            trains_text=self.trains_text,
+            held_out=self.validation_batch if self.split.held_out else 0,
+        )
+        holds = size_of_device(precision) if size is None else size
+        return estimate(self.config, self.models, precision, work, holds=holds)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the plan as names and texts."""
+        config = self.config
+        loop, saving, samples = config.loop, config.saving, config.samples
+        limits = [f"{loop.stop_after_steps}"] if loop.stop_after_steps else []
+        limits += [f"{loop.max_train_time:g} minutes of training"] if loop.max_train_time else []
+        stop = f", stopping after {' or '.join(limits)}" if limits else ""
+        every = f"every {saving.save_every_n_epochs} epochs and " if saving.save_every_n_epochs else ""
+        kind = "diffusers" if saving.no_save_ckpt else saving.save_format
+        averaged, held_out = plan_ema(config.ema, self.total_steps), self.split.lines()
+        new = Path(config.logging.logdir) / f"{run_name(config)}-<time>"
+        return [
+            ("model", self.models.source),
+            *((network, self._network(network)) for network in self.counts),
+            ("steps", f"{self.total_steps:,} = {loop.max_epochs} epochs of {self.steps_of_epoch:,}{stop}"),
+            ("batch", self._batch()),
+            ("latents", str(self.latents)),
+            *([("held out", ", ".join(held_out))] if held_out else []),
+            *([("ema", averaged)] if averaged else []),
+            ("precision", self.computes),
+            ("seed", str(loop.seed)),
+            (
+                "samples",
+                f"every {samples.sample_steps} steps, from {samples.sample_prompts or 'four captions of the data'}",
+            ),
+            ("checkpoints", f"{every}at the end: {_forms(lora=config.parts.lora is not None)[kind]}"),
+            ("outputs", shown_path(self.start.run or new)),
+        ]
+
+    def _network(self, network: str) -> str:
+        part = self.counts[network]
+        learning = f"{_optimizer(optimizers_of(self.config)[network])}; " if part.trained else ""
+        return f"{learning}trains {part.what}: {part.trained:,} of {part.total:,} parameters"
+
+    def _batch(self) -> str:
+        data, passes = self.config.data, self.config.loop.grad_accum
+        own = data.batch_size * passes
+        among = f", {own} on each of {self.ranks} processes" if self.ranks > 1 else ""
+        split = f" in {passes} passes of {data.batch_size}" if passes > 1 else ""
+        sizes = " and ".join(map(str, data.resolutions))
+        return f"{own * self.ranks} images a step{among}{split}, resolution {sizes}"
+
+
+def prepare(
+    config: TrainConfig,
+    processes: Processes,
+    precision: Precision,
+    *,
+    weights_only: bool,
+    claim: Callable[[Path], object] | None = None,
+) -> Plan:
+    """Decide everything about a run that needs no weights.
+
+    Args:
+        config: the checked configuration.
+        processes: the ranks that will train, connected or not.
+        precision: number format and device, which need not be in this machine.
+        weights_only: start a new run from a checkpoint's weights instead of resuming its run.
+        claim: locks the folder of a resumed run before anything in it is relied on; None for a check, which
+            writes nothing that a small data set does not need.
+
+    Raises:
+        UserError: the model, the checkpoint or the environment does not allow the run.
+        DataError: the images do not.
+    """
+    check_fused_backward(config, processes=processes.count)
+    check_fused_backward(config, precision)
+    start = find_start(config, weights_only=weights_only)
+    if start.run is not None and claim is not None:
+        claim(start.run)
+    if start.run is None and (problem := _log_folder_problem(Path(config.logging.logdir))):
+        raise UserError(problem)
+    config, prompts = _read_prompts(config)
+    config = replace(config, loop=replace(config.loop, seed=_choose_seed(config.loop.seed, start)))
+    validation = _read_validation_file(config)
+    split = _scan(config, validation, for_run=claim is not None)
+    total_steps = _count_steps(config, split, processes.count)
+    notes = check_schedules(config, total_steps)
+    plan_ema(config.ema, total_steps)  # refuses an average that would never be updated
+
+    models = describe(replace(config.model, resume_ckpt=start.model, revision=start.revision))
+    config = replace(config, model=replace(config.model, revision=models.revision or start.revision))
+    set_noise_schedule(config, prompts, models)
+    parts = apply_freezing(models, config.parts, config.optimizers.freezing)
+    check_rates(config, {network: part.trained for network, part in parts.counts.items()})
+    if start.adapter is not None:
+        read_adapter(start.adapter, parts, config.parts.lora)  # refuses one of another shape
+    about = about_run(config, split.train, parts, total_steps, processes.count)
+    if start.about is not None:
+        check_same_run(about, start.about, str(start.checkpoint))
+    latents = plan_latents(
+        config.cache,
+        config.data,
+        split.train,
+        models.vae.config,
+        epochs=config.loop.max_epochs,
+        processes=processes.on_machine,
+    )
+    return Plan(
+        config=config,
+        start=start,
+        prompts=prompts,
+        validation=validation,
+        split=split,
+        models=models,
+        counts=parts.counts,
+        total_steps=total_steps,
+        steps_of_epoch=steps_per_epoch(split.train, epoch=0, **_planned(config, processes.count)),
+        ranks=processes.count,
+        latents=latents,
+        about=about,
+        changed=() if start.about is None else tuple(changes(about, start.about)),
+        notes=(*start.notes, *split.notes, *notes, *models.notes),
+        computes=f"{precision.name} on {precision.device}",
+    )
+
+
+def optimizers_of(config: TrainConfig) -> dict[str, OptimizerOptions]:
+    """Return the optimizer of each network."""
+    return {UNET: config.optimizers.unet, TEXT_ENCODER: config.optimizers.text_encoder}
+
+
+def images_per_step(config: TrainConfig, ranks: int) -> int:
+    """Return the images of a full optimizer step over all ranks."""
+    return config.data.batch_size * config.loop.grad_accum * ranks
+
+
+def run_name(config: TrainConfig) -> str:
+    """Return the name of a run without its time."""
+    return "-".join(part for part in (config.logging.project_name, config.logging.run_name) if part)
+
+
+def aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """Return names and texts as lines."""
+    return [f"{name:<13}{text}" for name, text in rows]
+
+
+def set_noise_schedule(config: TrainConfig, prompts: SamplePrompts, models: Models) -> None:
+    """Give the model the noise schedule that it is trained, sampled and saved with.
+
+    Raises:
+        UserError: the schedule does not fit the model's prediction, or a sampler does not support it.
+    """
+    if config.objective.enable_zero_terminal_snr and not models.assumed:
+        models.scheduler_config = with_zero_terminal_snr(models.scheduler_config, models.source)
+    check_scheduler(prompts, models.scheduler_config)
+
+
+def _chunks(config: TrainConfig) -> int:
+    """Return the 75-token chunks of a caption."""
+    return config.data.max_tokens // 75
+
+
+def _scan(config: TrainConfig, validation: ValidationFile, *, for_run: bool) -> Split:
+    remembered = cache_folder(config.cache, config.logging.logdir)
+    index = remembered_index(config.data, remembered)
+    if for_run and config.data.on_bad_image == "error":
+        refuse_bad(index)
+    save = for_run or len(index.records) >= FEWEST
+    return split_images(validation, config.data, index, remembered, save=save)
+
+
+def _planned(config: TrainConfig, ranks: int) -> dict[str, Any]:
+    return {
+        "resolution": config.data.resolution,
+        "seed": config.loop.seed,
+        "images_per_step": images_per_step(config, ranks),
+    }
+
+
+def _count_steps(config: TrainConfig, split: Split, ranks: int) -> int:
+    epochs = config.loop.max_epochs
+    total = steps_before(split.train, epoch=epochs, **_planned(config, ranks))
+    if total == 0:
+        raise DataError(f"data_root: in {epochs} epochs no image is due: raise its multiply, or max_epochs")
+    return total
+
+
+def _choose_seed(seed: int, start: Start) -> int:
+    """Return the resumed run's seed where the run draws one (-1), else a new one or the one that is set."""
+    if seed != -1:
+        return seed
+    return int(start.about["same"]["seed"]) if start.about is not None else secrets.randbelow(2**31)
+
+
+def _read_prompts(config: TrainConfig) -> tuple[TrainConfig, SamplePrompts]:
+    """Return the sample prompts, and the configuration with the sample interval that their file may set."""
+    named = config.samples.sample_prompts
+    prompts = load_sample_prompts(Path(named) if named else None)
+    steps = prompts.generate_samples_every_n_steps or config.samples.sample_steps
+    return replace(config, samples=replace(config.samples, sample_steps=steps)), prompts
+
+
+def _read_validation_file(config: TrainConfig) -> ValidationFile:
+    """Return the validation file's values.
+
+    Raises:
+        UserError: the file has config errors, or measures too little for keep_best or stop_on_overfit.
+    """
+    named = config.validation.validation_config
+    file = load_validation(Path(named) if named else None)
+    needs_loss = {
+        "keep_best": config.saving.keep_best,
+        "stop_on_overfit": config.validation.stop_on_overfit,
+    }
+    wanted = [key for key, value in needs_loss.items() if value]
+    if wanted and (not file.validate_training or file.val_split_mode == "none"):
+        raise UserError(
+            f"{' and '.join(wanted)}: there is no loss/val, since validation_config sets validate_training to "
+            "false or val_split_mode to none; change that, or set what needs it to false."
+        )
+    measured = config.fixed_loss.fixed_loss_images or file.stabilize_training_loss
+    if "stop_on_overfit" in wanted and not measured:
+        raise UserError(
+            "stop_on_overfit: fixed_loss_images is 0, and without the fixed-noise loss of training images "
+            "overfitting cannot be told; set it to 16 again, or stop_on_overfit to false."
+        )
+    return file
+
+
+def _log_folder_problem(logdir: Path) -> str | None:
+    """Return why run folders cannot be made in `logdir`, in one sentence, or None where they can."""
+    place = logdir.resolve()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        return f"logdir: {place} is a file, not a folder; choose another logdir."
+    if not os.access(place, os.W_OK | os.X_OK):
+        return f"logdir: the folder {place} cannot be written to; choose another logdir or change its permissions."
+    return None
+
+
+def _forms(*, lora: bool) -> dict[str, str]:
+    """Return the forms of a checkpoint in words, by save_format."""
+    folder, single = (
+        ("LoRA folder", "LoRA .safetensors") if lora else ("diffusers folder", "single .safetensors")
+    )
+    return {"both": f"{folder} and {single}", "diffusers": folder, "single": single}
+
+
+def _optimizer(options: OptimizerOptions) -> str:
+    rate = f"lr {options.lr:g}" + (" x the d it finds" if options.adapts else "")
+    rate_max = getattr(options, "rate_max", math.inf)
+    cap = f", at most {rate_max:g}" if rate_max < math.inf else ""
+    return f"{options.optimizer}, {rate}{cap}, {options.lr_scheduler}"

@@ -1,0 +1,119 @@
+"""Everything that is encoded once, before training: latents, captions, validation images."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from data.batch import Batch
+from data.dataset import Images, shown_captions
+from data.index import refuse_bad
+from data.latents import Latents
+from data.record import BadFile
+from trainer.diffusion.conditioning import Contexts, Tokenize
+from trainer.diffusion.moments import encode_pixels
+from trainer.errors import UserError
+from trainer.evaluation.fixed_noise import TIMESTEPS, held_out_batches
+from trainer.evaluation.validation import HeldOut
+from trainer.models.pipeline import Models
+from trainer.planning.prepare import Plan
+from trainer.reporting.console import Console
+from trainer.training.latent_cache import cache_folder, encode_captions, encode_images
+from trainer.training.precision import Precision
+from trainer.training.ranks import Processes
+from trainer.transfer import to_device
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Cached latents and captions, and validation images."""
+
+    latents: Latents | None
+    contexts: Contexts | None
+    held_out: list[tuple[HeldOut, list[Batch], list[BadFile]]]
+    """Validation images with their batches and unreadable files; without both on ranks other than 0."""
+
+    waiting: list[nn.Module]
+    """Networks that only samples still need: on the CPU in between."""
+
+
+def encode(
+    plan: Plan,
+    models: Models,
+    tokenize: Tokenize,
+    precision: Precision,
+    processes: Processes,
+    console: Console,
+) -> Encoded:
+    """Encode what the plan caches, and move networks that are no longer needed to the CPU.
+
+    Args:
+        plan: the run's.
+        models: on the precision's device.
+        tokenize: turns captions into tokens.
+        precision: in which networks compute.
+        processes: the ranks; on a shared disk, rank 0 encodes before the others.
+        console: shows progress.
+
+    Raises:
+        UserError: the disk is too small, or no validation image can be read.
+        DataError: an image is damaged and on_bad_image is error.
+    """
+    config, index = plan.config, plan.split.train
+    folder = cache_folder(config.cache, config.logging.logdir)
+    shared = plan.latents.mode == "disk"
+    with processes.first_before_others() if shared else nullcontext():
+        latents = encode_images(
+            plan.latents, index, config.data, models.vae, precision, folder=folder, tell=console.event
+        )
+    if latents is not None and config.data.on_bad_image == "error":
+        damaged = [BadFile(index.records[record].name, reason) for record, reason in latents.bad.items()]
+        refuse_bad(replace(index, bad=tuple(damaged)))
+    contexts = None
+    if latents is not None and not plan.trains_text:
+        captions = shown_captions(index, config.data)
+        if captions is not None:
+            captions += [record.caption.text for held in plan.split.held_out for record in held.index.records]
+        contexts = encode_captions(
+            captions,
+            tokenize,
+            models.text_encoder,
+            precision,
+            clip_skip=config.objective.clip_skip,
+            processes=processes.on_machine,
+        )
+    nothing: tuple[list[Batch], list[BadFile]] = ([], [])  # rank 0 measures for all
+    held_out = [
+        (held, *(_held_out(plan, held, tokenize, models, precision) if processes.main else nothing))
+        for held in plan.split.held_out
+    ]
+    done: dict[nn.Module, object] = {models.vae: latents, models.text_encoder: contexts}
+    waiting = [network for network, encoded in done.items() if encoded is not None]
+    for network in waiting:
+        network.to("cpu")
+    return Encoded(latents, contexts, held_out, waiting)
+
+
+def _held_out(
+    plan: Plan, held: HeldOut, tokenize: Tokenize, models: Models, precision: Precision
+) -> tuple[list[Batch], list[BadFile]]:
+    """Return validation images as encoded batches, and the files that cannot be read."""
+
+    def encode_batch(batch: Batch) -> Batch:
+        assert batch.pixels_BCHW is not None, "images of a reader without latents"
+        pixels_BCHW = to_device(batch.pixels_BCHW, precision.device)
+        moments_BCHW = encode_pixels(models.vae, pixels_BCHW, precision.autocast).cpu()
+        return replace(batch, pixels_BCHW=None, moments_BCHW=moments_BCHW)
+
+    config = plan.config
+    images = Images(held.index, config.data, tokenize=tokenize, seed=config.loop.seed)
+    size = max(1, plan.validation_batch // TIMESTEPS)
+    batches = held_out_batches(images, len(held.index.records), size, encode_batch)
+    bad = list(images.bad.values())
+    if not batches:
+        raise UserError(
+            [f"validation_config: none of the images for {held.tag} can be read.", *map(str, bad[:10])]
+        )
+    return batches, bad

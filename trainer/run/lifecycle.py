@@ -1,0 +1,197 @@
+"""The life of a run: prepared, built, trained, closed; exceptions become sentences here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+from trainer.checkpoints.format import RESUME, checkpoints
+from trainer.checkpoints.lock import locked
+from trainer.config.schema import TrainConfig
+from trainer.environment import check_cuda
+from trainer.errors import UserError, said
+from trainer.models.compiled import require_compiler
+from trainer.planning.memory import cheapest_key, is_out_of_memory, memory_table
+from trainer.planning.prepare import Plan, prepare
+from trainer.planning.resume import resume_command
+from trainer.reporting.console import Console
+from trainer.run.build import NAMED_FILES, build
+from trainer.run.learned_rate import hand_over
+from trainer.training.loop import train
+from trainer.training.precision import resolve_precision
+from trainer.training.ranks import Processes, connect
+from trainer.training.run import Run
+from trainer.training.signals import StopSignals
+
+
+def run_training(
+    config: TrainConfig,
+    notes: Sequence[str],
+    *,
+    weights_only: bool,
+    arguments: Sequence[str],
+    signals: StopSignals,
+) -> None:
+    """Train as configured, from the first event to the closing lines; on several ranks, together.
+
+    Args:
+        config: the checked configuration.
+        notes: sentences to show first.
+        weights_only: start a new run from a checkpoint's weights instead of resuming its run.
+        arguments: the command line, for the one that resumes this run.
+        signals: ask the run to end.
+
+    Raises:
+        UserError: something must be put right before the run can start, or the run has failed.
+        DataError: likewise, about the images.
+        Interrupted: a signal has ended the run.
+        ToldElsewhere: another rank reports why this one ends.
+    """
+    processes = connect(config.loop.gpuid, signals)
+    console = Console(enabled=processes.main)
+    with processes.together(), ExitStack() as ending:
+        for note in [*notes, *check_cuda(), *processes.notes]:
+            console.event(f"Note: {note}")
+        try:
+            run = start(config, console, processes, ending, weights_only=weights_only, signals=signals)
+        except Exception as error:
+            if (explained := _explained(error, config)) is None:
+                raise
+            raise explained from error
+        console.start(total_steps=run.cadence.total_steps, first_step=run.state.step)
+        failed = False
+        try:
+            train(run)
+        except Exception as error:
+            failed = True
+            if (explained := _explained(error, config, run)) is None:
+                raise
+            raise explained from error
+        finally:
+            _close(run, config, arguments, failed=failed)
+
+
+def start(
+    config: TrainConfig,
+    console: Console,
+    processes: Processes,
+    ending: ExitStack,
+    *,
+    weights_only: bool,
+    signals: StopSignals,
+) -> Run:
+    """Plan and build a run.
+
+    Args:
+        config: the checked configuration.
+        console: where events are shown.
+        processes: the connected ranks.
+        ending: takes what must be done when the run has ended, however far it came.
+        weights_only: start a new run from a checkpoint's weights instead of resuming its run.
+        signals: ask the run to end.
+
+    Raises:
+        UserError: the model, the environment or the checkpoint does not allow the run.
+        DataError: the images do not.
+    """
+    precision = resolve_precision(config.precision, processes.device)
+    precision = replace(precision, paced=config.optimizers.apply_grad_scaler_step_tweaks)
+    if config.parts.compile:
+        require_compiler(precision.device)
+
+    def plan() -> Plan:
+        return prepare(
+            config,
+            processes,
+            precision,
+            weights_only=weights_only,
+            claim=lambda folder: ending.enter_context(locked(folder)),
+        )
+
+    return build(processes.first(plan), precision, console, processes, ending, signals)
+
+
+def closing(run: Run, command: str) -> list[str]:
+    """Return the closing lines of a run.
+
+    Args:
+        run: at its end or wherever it stopped.
+        command: the command line that resumes it.
+    """
+    state, total = run.state, run.cadence.total_steps
+    if state.step == 0:
+        return ["Stopped before the first step: nothing is kept of this run."]
+    minutes = state.seconds / 60
+    ended = "Done" if state.step >= total else f"Stopped after step {state.step} of {total}"
+    lines = [f"{ended}: {state.step} steps, {state.images} images in {minutes:.1f} minutes of training."]
+    if bad := run.loader.left_out:
+        files = "1 file" if len(bad) == 1 else f"{len(bad)} files"
+        names = ", ".join(file.name for file in bad[:NAMED_FILES])
+        more = f" and {len(bad) - NAMED_FILES} more" if len(bad) > NAMED_FILES else ""
+        lines.append(f"Left out, for it could not be used: {files}: {names}{more}.")
+    if not any((folder / RESUME).is_dir() for folder in checkpoints(run.folder)):
+        lines.append("No checkpoint was saved.")
+    elif state.step < total or state.pending:
+        lines.append(f"Go on with:  {command}")
+    else:
+        lines.append(f"To train on, raise max_epochs (it is {run.epochs}):  {command}")
+    return [
+        *lines,
+        f"Checkpoints: {run.folder / 'ckpts'}",
+        f"Samples:     {run.folder / 'samples'}",
+        f"Log:         {run.folder / 'run.log'}",
+        f"Curves:      tensorboard --logdir {run.folder.parent}",
+    ]
+
+
+def _close(run: Run, config: TrainConfig, arguments: Sequence[str], *, failed: bool) -> None:
+    """Close what a run holds open, and show the closing lines."""
+    console, state = run.records.console, run.state
+    console.close()
+    run.loader.close()
+    run.records.loggers.close()
+    if not run.processes.main:
+        return
+    changed = {"stop_after_steps": "null"} if config.loop.stop_after_steps is not None else {}
+    if run.out_of_time:
+        changed["max_train_time"] = "null"
+    if state.step >= run.cadence.total_steps and not state.pending:
+        changed["max_epochs"] = str(2 * run.epochs)
+    command = resume_command(arguments, run.folder, changed=changed, launcher=run.processes.launcher)
+    for sentence in closing(run, command):
+        console.event(sentence)
+    if failed or state.step == 0:  # a failed run will be resumed, or its rate is what made it fail
+        return
+    for sentence in hand_over(run, config):
+        console.event(sentence)
+
+
+def _explained(error: Exception, config: TrainConfig, run: Run | None = None) -> UserError | None:
+    """Return an error of memory or of a killed DataLoader worker as sentences, None for any other."""
+    exit_code = 2 if run is None else 1
+    if _is_of_worker(error):
+        return UserError(_worker_killed(error), exit_code=exit_code)
+    if not is_out_of_memory(error):
+        return None
+    if run is None:
+        return UserError([f"Memory has run out before the first step ({said(error)}).", cheapest_key(config)])
+    sentence = f"Memory has run out in step {run.state.step + 1} ({said(error)}). Where it is:"
+    return UserError([sentence, *memory_table(run), cheapest_key(config)], exit_code=1)
+
+
+def _is_of_worker(error: Exception) -> bool:
+    """Return whether an error is of a killed DataLoader worker or of missing shared memory; torch has no class for it."""
+    words = str(error)
+    return isinstance(error, RuntimeError) and (
+        words.startswith("DataLoader worker") or "shared memory" in words
+    )
+
+
+def _worker_killed(error: Exception) -> str:
+    last = str(error).strip().splitlines()[-1]
+    return (
+        "a process that reads images was killed or could not hand an image over, most likely because memory ran "
+        "out, main memory or a container's shared memory: set num_workers lower, 0 reads without such processes "
+        f"({last})."
+    )

@@ -1,0 +1,59 @@
+"""The networks of a run: loaded, frozen, placed; LoRA adapters and EMA weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from trainer.models.ema import Ema, decay_of, weights_of
+from trainer.models.load import load_models
+from trainer.models.lora import Lora, base_of, begin, read_adapter
+from trainer.models.pipeline import Models, TrainedParts
+from trainer.models.placement import place
+from trainer.models.trainable import apply_freezing
+from trainer.planning.prepare import Plan, set_noise_schedule
+from trainer.training.precision import Precision
+
+
+def load(plan: Plan, precision: Precision) -> tuple[Models, TrainedParts, Lora | None]:
+    """Load the networks, mark what is trained, move them to the device and attach LoRA adapters.
+
+    Raises:
+        UserError: the model or the adapter does not allow it.
+    """
+    config, start, options = plan.config, plan.start, plan.config.parts.lora
+    models = load_models(replace(config.model, resume_ckpt=start.model))
+    set_noise_schedule(config, plan.prompts, models)
+    base = base_of(models, start.model, start.adapter) if options is not None else None  # before adapters
+    parts = apply_freezing(models, config.parts, config.optimizers.freezing)
+    adapter = read_adapter(start.adapter, parts, options) if start.adapter is not None else None
+    place(models, precision.device, channels_last=config.precision.channels_last, weights=precision.weights)
+    if options is None or base is None:
+        return models, parts, None
+    lora = Lora(options, base, parts)
+    begin(parts, config.loop.seed, adapter)
+    return models, parts, lora
+
+
+def make_ema(plan: Plan, parts: TrainedParts, device: torch.device) -> Ema | None:
+    """Return the EMA weights of what is trained, None where none are asked for.
+
+    A resumed run is given its own afterwards.
+
+    Raises:
+        UserError: ema_resume_model does not fit.
+    """
+    options, total_steps = plan.config.ema, plan.total_steps
+    if not options.active:
+        return None
+    ema = Ema(
+        {network: [parameter for _, parameter in named] for network, named in parts.parameters.items()},
+        decay=decay_of(options, total_steps),
+        interval=options.ema_update_interval,
+        device=torch.device("cpu") if options.ema_device == "cpu" else device,
+    )
+    if options.ema_resume_model is not None and plan.start.checkpoint is None:
+        model = replace(plan.config.model, resume_ckpt=options.ema_resume_model, revision=None, vae=None)
+        ema.begin_from(weights_of(load_models(model), parts.parameters, options.ema_resume_model))
+    return ema
