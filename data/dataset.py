@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.batch import Batch, to_pixels
 from data.buckets import Bucket, buckets, nearest
-from data.captions import render
+from data.captions.caption import render
 from data.errors import FileError
 from data.image import CENTRE, CropPosition, read_pixels
 from data.index import Index

@@ -36,7 +36,7 @@ def _split(records: Sequence[Record], key: Callable[[Record], Hashable]) -> list
 
 
 def _size(record: Record) -> int:
-    return os.stat(f"{record.folder}{os.sep}{record.file}").st_size  # noqa: PTH116  # Path takes most of the time
+    return os.stat(f"{record.folder}{os.sep}{record.file}").st_size  # noqa: PTH116  # Path is slow
 
 
 def _hash_middle(record: Record) -> bytes:

@@ -1,11 +1,13 @@
-"""Files about all images of a folder: multiply.txt and its like, local.yaml, and global.yaml for subfolders too."""
+"""Files about all images of a folder: multiply.txt and its like, local.yaml, and inherited global.yaml."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from data.captions import Entry, Remark, first_setting, read_setting, read_text, read_yaml
+from data.captions.entry import Entry, Remark, first_setting, read_setting
+from data.captions.text import read_text
+from data.captions.yaml_file import read_yaml
 from data.errors import FileError
 from data.folder import Folder
 

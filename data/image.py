@@ -24,7 +24,7 @@ SUFFIXES = ("jpg", "jpeg", "png", "bmp", "webp", "jfif", "gif", "avif", "tif", "
 """Extensions of image files; the content decides how they are decoded."""
 
 READING = 1
-"""The version of `read_pixels`: it changes with the pixels of a file, and makes cached latents of others stale."""
+"""The version of `read_pixels`: raise it when a file gives other pixels, to make cached latents stale."""
 
 CENTRE = (0.5, 0.5)
 
@@ -43,7 +43,7 @@ _MODES = (
 _DRAFT_GAP = 2
 """A JPEG is decoded at a reduced scale of at least this many times the final size.
 
-512 px from 12 megapixels take 78 ms instead of 214 on one core and differ from the full decode by 41.5 dB PSNR.
+512 px from 12 megapixels take 78 ms instead of 214 on one core, at 41.5 dB PSNR to the full decode.
 """
 
 _UPRIGHT = {
@@ -126,7 +126,8 @@ def _formats(file: BinaryIO) -> tuple[str, ...]:
         return _FORMATS
     if not _heif_decoder():
         raise FileError(
-            "it is a HEIC image, which the package pillow-heif reads: pip install pillow-heif, or save it as JPEG"
+            "it is a HEIC image, which the package pillow-heif reads: pip install pillow-heif, or save it as "
+            "JPEG"
         )
     return ("HEIF",)
 

@@ -1,4 +1,4 @@
-"""The index: every trainable image of the data roots, with its size and captions, found once before training."""
+"""The index: every trainable image of the data roots with its size and captions, found before training."""
 
 from __future__ import annotations
 
@@ -131,7 +131,8 @@ def _problem(root: Path) -> str | None:
     if root.is_file() and root.suffix.lower() in LISTS:
         return None
     if root.exists():
-        return f"data_root: {root} is neither a folder of captioned images nor a list of them ({', '.join(LISTS)})"
+        lists = ", ".join(LISTS)
+        return f"data_root: {root} is neither a folder of captioned images nor a list of them ({lists})"
     siblings = [path.name for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
     close = difflib.get_close_matches(root.name, siblings, n=1)
     hint = "create it and put captioned images there, or name another folder"

@@ -1,4 +1,4 @@
-"""The plan, read ahead: each optimizer step's micro-batches for one process, from worker processes."""
+"""The plan, prefetched by DataLoader workers: the micro-batches of each optimizer step for one rank."""
 
 from __future__ import annotations
 
@@ -27,24 +27,18 @@ from data.record import BadFile
 MOST_WORKERS = 4
 
 LIGHT_IMAGE = 1 << 17
-"""Pixels of an image that is read in about 3 ms on one core: below it, workers cost more to start than they spare."""
+"""Pixels of an image that one core reads in about 3 ms: workers would cost more to start than they save."""
 
 
 class StepLoader:
     """Read a run's images step by step.
 
     Args:
-        index: the scanned images.
-        options: batch size, resolution, workers and what is done to images and captions.
-        tokenize: turns B captions into int64 tokens (B, T). It runs in the workers, and must pickle where
-        these are spawned.
-        seed: the run's.
-        images_per_step: of a whole global batch: batch size x accumulated micro-batches x processes.
-        rank: this process's number among `world`.
-        world: processes that share each step.
-        pin: whether batches come in page-locked memory, for a GPU.
-        start_method: how workers start: fork, spawn or forkserver; None is the platform's own way.
-        latents: what a VAE has made of the images, to be read in their place.
+        tokenize: turns B captions into int64 tokens (B, T), in the workers; picklable.
+        images_per_step: batch size x accumulated micro-batches x world size.
+        pin: return batches in page-locked memory, for a GPU.
+        start_method: of workers: fork, spawn or forkserver; None is the platform's own.
+        latents: cached latents, read instead of pixels.
     """
 
     def __init__(
@@ -77,53 +71,50 @@ class StepLoader:
             persistent_workers=workers > 0,
             pin_memory=pin,
             multiprocessing_context=start_method if workers else None,
-            generator=torch.Generator(),  # of its own: the loader must not draw from the global one
+            generator=torch.Generator(),  # the loader must not draw from the global one
         )
 
     @property
     def bad(self) -> tuple[BadFile, ...]:
-        """Return the files that could not be read during the run, each once, in the order they were met."""
+        """The files that could not be read during the run, in the order they were met."""
         return tuple(self.images.bad.values())
 
     def close(self) -> None:
-        """End the workers, if there are any.
+        """End the workers.
 
-        At the exit of the interpreter two SIGTERMs would, one right after the other; where a worker is not
-        scheduled in between they arrive as one, which it takes for a person's (`_start_worker`), and the exit
-        would wait for it for ever.
+        Otherwise the interpreter's exit would send each worker two SIGTERMs in a row. If both arrive as one,
+        `_start_worker` takes it for a person's, and the exit waits forever.
         """
-        iterator = getattr(
-            self._loader, "_iterator", None
-        )  # there only where workers are kept between epochs
+        iterator = getattr(self._loader, "_iterator", None)  # set only with persistent workers
         if iterator is not None:
             iterator._shutdown_workers()
 
     def leave_out(self, files: Iterable[BadFile]) -> None:
-        """Count files as bad that other processes could not read."""
+        """Add files to `bad` that other processes could not read."""
         for file in files:
             self.images.bad.setdefault(file.name, file)
 
     @property
     def left_out(self) -> tuple[BadFile, ...]:
-        """Return all files that the run does without: those that the scan refused and those that could not be read later."""
+        """All skipped files: those that the scan refused and those in `bad`."""
         return (*self._index.bad, *self.bad)
 
     def steps_in(self, epoch: int) -> int:
-        """Return the number of optimizer steps of one epoch; it varies where images are shown a fraction of the time."""
+        """Return the number of optimizer steps of one epoch."""
         return steps_per_epoch(self._index, epoch=epoch, **self._planned)
 
     def steps_before(self, epoch: int) -> int:
-        """Return the optimizer steps of all epochs before this one; with the number of epochs, those of the whole run."""
+        """Return the optimizer steps of all epochs before this one."""
         return steps_before(self._index, epoch=epoch, **self._planned)
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
-        """Yield, for each optimizer step of an epoch from `first_step` on, this process's micro-batches.
+        """Yield this rank's micro-batches of each optimizer step of an epoch, from `first_step` on.
 
-        A file that cannot be read is missing from its batch and named in `bad`. A list is never empty: where
-        nothing of the step is left for this process, it holds one filler batch of weight 0.
+        An unreadable file is missing from its batch and named in `bad`. A list is never empty: if nothing of
+        the step is left for this rank, it holds one filler batch of weight 0.
 
         Raises:
-            DataError: by the end of the epoch there is no image left that can be read.
+            DataError: at the end of the epoch no image can be read any more.
         """
         plan = plan_epoch(self._index, epoch=epoch, **self._planned)
         slices = [slice_step(step, self._batch_size, self._rank, self._world) for step in plan[first_step:]]
@@ -137,19 +128,16 @@ class StepLoader:
             real = [batch for batch in step if not batch.filler]
             read += sum(len(batch) for batch in real)
             yield real or step[:1]
-        if not read and all(
-            record.name in self.images.bad for record in self._index.records if record.multiply > 0
-        ):
-            raise DataError(
-                ["none of the images can be read any more", *(str(file) for file in self.bad[:10])]
-            )
+        shown = (record.name for record in self._index.records if record.multiply > 0)
+        if not read and all(name in self.images.bad for name in shown):
+            raise DataError(["none of the images can be read any more", *map(str, self.bad[:10])])
 
 
 def worker_count(index: Index, options: DataOptions, latents: Latents | None = None) -> int:
-    """Return the number of worker processes.
+    """Return the number of DataLoader workers.
 
-    That is none for latents in memory, which are at hand. Else it is as asked; and where nothing is asked,
-    none for small images or latents, and one less than the cores, up to 4, for others.
+    It is 0 for latents in memory, else num_workers. Without that option it is 0 for small images and cached
+    latents, and one less than the cores, up to 4, for others.
     """
     if isinstance(latents, MemoryLatents):
         return 0
@@ -165,15 +153,11 @@ def worker_count(index: Index, options: DataOptions, latents: Latents | None = N
 def read_crops(
     index: Index, options: DataOptions, wanted: Sequence[View], contents: Mapping[int, str] | None = None
 ) -> Iterator[Crop]:
-    """Yield the pixels of views in their order, read by as many workers as training would have.
+    """Yield the pixels of views in their order, read by as many workers as in training.
 
     Args:
-        index: the scanned images.
-        options: the number of workers.
-        wanted: what to read; of an image that is wanted as it is and mirrored, one after the other, the file
-        is read once for both.
-        contents: by record id, the content that each file must have; a file that is not in it or has another
-        is bad.
+        wanted: two neighbouring views of an image, as it is and mirrored, read the file once.
+        contents: content hash by record id; a file without one or with another hash is bad.
     """
     crops = _Crops(index, wanted, contents)
     workers = min(worker_count(index, options), len(crops))
@@ -197,7 +181,7 @@ class Crop:
     pixels_1CHW: Tensor | None
     """float32 in [-1, 1], a batch of one."""
     bad: str = ""
-    """Why there are none."""
+    """The reason why there are none."""
 
 
 class _Crops:
@@ -209,13 +193,12 @@ class _Crops:
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, place: int) -> list[Crop]:
-        views = self._files[place]
+    def __getitem__(self, number: int) -> list[Crop]:
+        views = self._files[number]
         path = self._records[views[0].record].path
         try:
             pixels = read_pixels(path, views[0].bucket)
-            # After the pixels: what they were read from is known to be the content that they will be filed
-            # under.
+            # After the pixels, so that they are surely those of the content they are cached under.
             if self._contents is not None and content_hash(path) != self._contents.get(views[0].record):
                 raise FileError("it changed while it was read")
         except FileError as error:
@@ -226,7 +209,7 @@ class _Crops:
 
 
 class _Order(Sampler[tuple[int, MicroBatch]]):
-    """Hands the loader the micro-batches of the epoch at hand; it changes between epochs while the workers live on."""
+    """The micro-batches of the current epoch; persistent workers outlive it."""
 
     def __init__(self) -> None:
         self.now: list[tuple[int, MicroBatch]] = []
@@ -239,10 +222,9 @@ class _Order(Sampler[tuple[int, MicroBatch]]):
 
 
 def _shared(item: Any) -> Any:
-    """Return what a worker hands over, its tensors in shared memory.
+    """Move a worker's tensors to shared memory.
 
-    torch puts them there in a thread of its own, where an error is printed, the batch is lost and the trainer
-    waits for it for ever.
+    torch does so in a thread, where an error is printed, the batch is lost and the trainer waits forever.
     """
     if get_worker_info() is not None:
         for part in item if isinstance(item, list) else [item]:
@@ -254,9 +236,8 @@ def _shared(item: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    # What asks a run to end reaches the whole process group (Ctrl-C, a closed terminal, a scheduler's
-    # SIGTERM). The trainer decides what it means, and workers end with their parent; a second SIGTERM, which
-    # is the parent's own, ends them too.
+    # Ctrl-C, a closed terminal and a scheduler's SIGTERM reach the whole process group. The trainer handles
+    # them, and workers end with their parent, or with a second SIGTERM, which is the parent's own.
     for name in ("SIGINT", "SIGHUP", "SIGBREAK"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

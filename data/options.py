@@ -24,24 +24,24 @@ class DataOptions:
     longer."""
 
     batch_size: Annotated[int, Ge(1)] = 2
-    """Images in one forward and backward pass on one device; a step has batch_size x grad_accum x processes."""
+    """Images per forward and backward pass on one device; a step has batch_size x grad_accum x processes."""
 
     flip_p: Annotated[float, Ge(0), Le(1)] = 0.0
     """Probability of mirroring an image left to right."""
 
     crop_jitter: Annotated[float, Ge(0), Le(1)] = 0.0
-    """The largest distance of a crop from the middle, as a share of the way to the edge, drawn anew each time;
-    small distances are likelier."""
+    """The largest distance of a crop from the middle, as a share of the way to the edge, drawn anew each
+    time; small distances are likelier."""
 
     cond_dropout: Annotated[float, Ge(0), Le(1)] = 0.04
-    """Probability of training an image with the empty caption, which guidance at sampling time contrasts with."""
+    """Probability of training an image with the empty caption, which guidance uses when sampling."""
 
     shuffle_tags: bool = False
     """Shuffle the comma-separated tags after the main prompt, anew each epoch."""
 
     keep_tags: Annotated[int, Ge(0)] = 0
-    """Keep the first n tags in place when tags are shuffled. In folders named as kohya's, the words before the
-    first comma are a tag."""
+    """Keep the first n tags in place when tags are shuffled. In folders named as kohya's, the words before
+    the first comma are a tag."""
 
     caption_prefix: str = ""
     """Text in front of every caption, with a space between; the empty caption of cond_dropout stays empty."""
@@ -51,8 +51,8 @@ class DataOptions:
     image."""
 
     max_tokens: Literal[75, 150, 225] = 75
-    """The most tokens of a caption. CLIP reads 75 at a time; more are encoded as 75-token chunks that the UNet
-    attends to together, in training and in samples alike."""
+    """The most tokens of a caption. CLIP reads 75 at a time; more are encoded as 75-token chunks that the
+    UNet attends to together, in training and in samples alike."""
 
     on_bad_image: Literal["skip", "error"] = "skip"
     """Skip images and captions that cannot be used and name them, or refuse the run. Damage inside an image

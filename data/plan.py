@@ -1,9 +1,8 @@
-"""The plan of an epoch: which images each optimizer step sees, in which order and at which size.
+"""The plan of an epoch: the images of each optimizer step, their order and their size.
 
-A pure function of (index, seed, epoch): nothing is read and nothing remembered, so that resuming at step k
-means skipping k entries. An entry is the *global* batch of one optimizer step, in one bucket; the
-micro-batches and processes that share the work take slices of it (`slice_step`), whatever their number. An
-image's position is its place in the epoch's flattened plan.
+A pure function of (index, seed, epoch) without state, so that resuming at step k means skipping k entries. An
+entry is the *global* batch of one optimizer step, in one bucket; micro-batches and ranks take slices of it
+(`slice_step`). An image's position is its index in the epoch's flattened plan.
 """
 
 from __future__ import annotations
@@ -24,11 +23,10 @@ class StepPlan:
     """The global batch of one optimizer step."""
 
     bucket: Bucket
-    """(width, height) that all its images are cropped to."""
     images: tuple[int, ...]
     """Record ids."""
     first: int
-    """Position in the epoch of the first image; the others follow."""
+    """Position of the first image in the epoch; the others follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,34 +37,29 @@ class MicroBatch:
     positions: tuple[int, ...]
     records: tuple[int, ...]
     filler: bool = False
-    """True where a process has no image left in a short step: it runs this one at weight 0, so that no other waits for it forever."""
+    """A rank without images in a short step runs this one at weight 0, so that no other waits for it."""
 
 
 def plan_epoch(
     index: Index, *, resolution: int | Sequence[int], seed: int, epoch: int, images_per_step: int
 ) -> tuple[StepPlan, ...]:
-    """Return the optimizer steps of one epoch.
+    """Return the optimizer steps of one epoch, counted from 0.
 
-    Every image comes as often as its `multiply` says. Where that is not a whole number it comes floor or ceil
-    times, so chosen that over many epochs each image gets its exact share, and each bucket about as many
-    images every epoch. Of several resolutions each showing of an image takes the next, so that n showings see
-    n resolutions once each, and every epoch has all of them about equally often. Copies of an image are
-    spread over the batches. A bucket's last batch is as short as it comes out: nothing is repeated to fill
-    it.
+    Every image is shown `multiply` times. A fraction is rounded up or down anew each epoch, so that over many
+    epochs each image gets its exact share, and each epoch and bucket about as many images. With several
+    resolutions each showing of an image takes the next one, and every epoch has all of them about equally
+    often. Copies of an image are spread over the batches. A bucket's last batch may be short: nothing is
+    repeated to fill it.
 
     Args:
-        index: the scanned images.
-        resolution: of the buckets, a multiple of 64; or several of them.
-        seed: the run's.
-        epoch: from 0.
-        images_per_step: images of a whole global batch: batch size x accumulated micro-batches x processes.
+        resolution: a multiple of 64, or several.
+        images_per_step: batch size x accumulated micro-batches x world size.
     """
     draws = stream(seed, "plan", epoch)
     batches: list[tuple[Bucket, np.ndarray]] = []
     for (bucket, _), (ids, times) in _Groups(index, resolution, seed).of_epoch(epoch).items():
         images = np.repeat(ids, times)
-        # Copy j of k lands somewhere in the j-th k-th of the group: the order is random, and copies rarely
-        # meet in a batch.
+        # Copy j of k is placed somewhere in the j-th k-th of the group, so that copies rarely share a batch.
         copy = np.arange(len(images)) - np.repeat(np.cumsum(times) - times, times)
         place = (copy + draws.random(len(images))) / np.repeat(times, times)
         images = images[np.argsort(place, kind="stable")]
@@ -76,8 +69,8 @@ def plan_epoch(
         ]
     steps: list[StepPlan] = []
     first = 0
-    for place in draws.permutation(len(batches)):
-        bucket, images = batches[place]
+    for number in draws.permutation(len(batches)):
+        bucket, images = batches[number]
         steps.append(StepPlan(bucket, tuple(images.tolist()), first))
         first += len(images)
     return tuple(steps)
@@ -86,9 +79,9 @@ def plan_epoch(
 def steps_per_epoch(
     index: Index, *, resolution: int | Sequence[int], seed: int, epoch: int, images_per_step: int
 ) -> int:
-    """Return the number of entries that `plan_epoch` has for the same arguments.
+    """Return the number of steps of `plan_epoch`.
 
-    It varies where a `multiply` is a fraction, and with several resolutions.
+    It varies by epoch with a fractional `multiply`, and with several resolutions.
     """
     return _Groups(index, resolution, seed).steps(epoch, images_per_step)
 
@@ -96,7 +89,7 @@ def steps_per_epoch(
 def steps_before(
     index: Index, *, resolution: int | Sequence[int], seed: int, epoch: int, images_per_step: int
 ) -> int:
-    """Return the optimizer steps of all epochs before this one: with the number of epochs, those of the whole run."""
+    """Return the optimizer steps of all epochs before this one."""
     groups = _Groups(index, resolution, seed)
     period = groups.period or epoch
     steps = [groups.steps(earlier, images_per_step) for earlier in range(min(period, epoch))]
@@ -104,10 +97,10 @@ def steps_before(
 
 
 def slice_step(step: StepPlan, batch_size: int, rank: int = 0, world: int = 1) -> list[MicroBatch]:
-    """Return one process's part of a step, as micro-batches of at most `batch_size` images.
+    """Return one rank's part of a step, as micro-batches of at most `batch_size` images.
 
-    The parts of ranks 0, 1, ... and their micro-batches, one after the other, are the step's images in order.
-    Parts differ by at most one image; a process without any gets the first image as a filler.
+    The parts of ranks 0, 1, ..., concatenated, are the step's images in order. Parts differ by at most one
+    image; a rank without any gets the first image as a filler.
     """
     total = len(step.images)
     start, end = total * rank // world, total * (rank + 1) // world
@@ -121,25 +114,24 @@ def slice_step(step: StepPlan, batch_size: int, rank: int = 0, world: int = 1) -
 
 
 Group = tuple[Bucket, str]
-"""The images that may share a batch: a bucket and a batch_id."""
+"""A bucket and a batch_id, whose images may share a batch."""
 
 
 class _Groups:
-    """Which images share batches in an epoch, and how often each comes."""
+    """The images of each group in an epoch, and how often each is shown."""
 
     def __init__(self, index: Index, resolution: int | Sequence[int], seed: int) -> None:
         resolutions = (resolution,) if isinstance(resolution, int) else tuple(resolution)
         tables = [buckets(each) for each in resolutions]
         members: dict[tuple[tuple[Bucket, ...], str], list[int]] = defaultdict(list)
         for identity, record in enumerate(index.records):
-            members[
-                tuple(nearest(record.width, record.height, table) for table in tables), record.batch_id
-            ].append(identity)
+            sizes = tuple(nearest(record.width, record.height, table) for table in tables)
+            members[sizes, record.batch_id].append(identity)
         shares, turns = stream(seed, "multiply"), stream(seed, "resolution")
         self._kinds: list[_Kind] = []
         for sizes, batch_id in sorted(members):
             ids = np.array(members[sizes, batch_id])
-            # Rounded, so that no fraction is so near to one that a sum of it counts an image twice.
+            # Rounded, so that a sum of fractions near 1 never counts an image twice.
             multiply = np.round([index.records[identity].multiply for identity in ids], 9)
             # Evenly spaced, so that the size of a group hardly varies.
             phase = (shares.permutation(len(ids)) + shares.random()) / len(ids)
@@ -150,21 +142,20 @@ class _Groups:
 
     @property
     def period(self) -> int | None:
-        """After how many epochs the numbers of images repeat; None where fractions let them vary."""
+        """The epochs after which the numbers of images repeat; None with a fractional multiply."""
         whole = all((kind.multiply % 1 == 0).all() for kind in self._kinds)
         return len(self._kinds[0].groups) if whole else None
 
     def of_epoch(self, epoch: int) -> dict[Group, tuple[np.ndarray, np.ndarray]]:
-        """Return, by group in a fixed order, record ids and how often each comes in it; ids ascend."""
+        """Return ascending record ids and their numbers of showings by group, in a fixed order."""
         found: dict[Group, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
         for kind in self._kinds:
             before, after = kind.showings(epoch), kind.showings(epoch + 1)
             count = len(kind.groups)
-            for place, group in enumerate(kind.groups):
-                # The showings s, counted over the run, with s + turn = place modulo the number of
-                # resolutions.
-                times = (after + kind.turn - place + count - 1) // count - (
-                    before + kind.turn - place + count - 1
+            for number, group in enumerate(kind.groups):
+                # The showings s, counted over the run, with s + turn = number modulo the resolutions.
+                times = (after + kind.turn - number + count - 1) // count - (
+                    before + kind.turn - number + count - 1
                 ) // count
                 found[group].append((kind.ids, times))
         return {group: _together(found[group]) for group in sorted(found)}
@@ -183,15 +174,15 @@ class _Kind:
     ids: np.ndarray
     multiply: np.ndarray
     phase: np.ndarray
-    """In [0, 1): when the fraction of a multiply comes due."""
+    """In [0, 1): offset at which the fraction of a multiply is due."""
     turn: np.ndarray
-    """With which of the resolutions an image begins."""
+    """The number of an image's first resolution."""
 
     def showings(self, epoch: int) -> np.ndarray:
-        """Return how often each image has come before an epoch.
+        """Return the number of showings of each image before an epoch, by systematic sampling.
 
-        Systematic sampling: an image with fraction f comes once more in the epochs in which epoch x f + phase
-        passes a whole number.
+        An image with fraction f is shown once more in the epochs in which epoch x f + phase passes a whole
+        number.
         """
         whole = np.floor(self.multiply)
         return (epoch * whole + np.floor(epoch * (self.multiply - whole) + self.phase)).astype(np.int64)

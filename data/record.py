@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.captions import Caption
+from data.captions.caption import Caption
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

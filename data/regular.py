@@ -14,7 +14,7 @@ LARGEST_CONFIG = 4 << 20
 """Bytes of a configuration; a larger file is something else."""
 
 LARGEST_STATE = 256 << 20
-"""Bytes of a file of this program that grows with the model or the data: a manifest, a state, a list of hashes."""
+"""Bytes of a manifest, a state or a list of hashes, which grow with the model or the data."""
 
 _KINDS = (
     (stat.S_ISFIFO, "pipe"),

@@ -1,11 +1,12 @@
-"""kohya's folders: images of `10_a cat` are shown ten times an epoch and, without captions of their own, as "a cat"."""
+"""kohya's folders: `10_a cat` holds images to show ten times an epoch, captioned "a cat" by default."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
 
-from data.captions import Entry, Remark, parse_caption
+from data.captions.caption import parse_caption
+from data.captions.entry import Entry, Remark
 
 SOURCE = "folder name"
 

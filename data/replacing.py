@@ -24,7 +24,7 @@ _NO_FOLDER_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a hidden draft beside `path`. It is flushed and replaces `path` if the block succeeds, else deleted.
+    """Yield a hidden draft beside `path` that is flushed and replaces it if the block succeeds.
 
     If several processes write the same path at once, one of them wins. A missing folder is made.
 

@@ -1,4 +1,4 @@
-"""What a data set holds and what training will do to it, before it does."""
+"""Report a data set before training: its captions, sizes, buckets and problems."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import Any, Protocol
 
 from data.buckets import Bucket, buckets, nearest
-from data.captions import FILE_NAME
+from data.captions.file_name import SOURCE as FILE_NAME
 from data.duplicates import find_duplicates
 from data.index import Index
 from data.options import DataOptions
@@ -21,15 +21,15 @@ _SHOWN = 10
 """Names listed of one kind; the rest are counted."""
 
 _WORDS = 80
-"""Letters shown of what is cut off a caption."""
+"""Letters shown of the end of a long caption."""
 
 
 class Tokens(Protocol):
-    """What counts the tokens of captions. None of them spans white space."""
+    """Counts the tokens of captions, none of which spans white space."""
 
     @property
     def limit(self) -> int:
-        """The tokens of a caption that are read."""
+        """The most tokens of a caption."""
         ...
 
     def counts(self, texts: Sequence[str]) -> list[int]:
@@ -39,17 +39,17 @@ class Tokens(Protocol):
 
 @dataclass(frozen=True)
 class LongCaption:
-    """A caption of which the text encoder sees the beginning only."""
+    """A caption beyond the token limit."""
 
     name: str
     tokens: int
     cut: str
-    """The words that are not seen."""
+    """The words beyond the limit."""
 
 
 @dataclass(frozen=True)
 class Enlarged:
-    """An image that is smaller than its bucket at the largest resolution."""
+    """An image smaller than its bucket at the largest resolution."""
 
     name: str
     size: tuple[int, int]
@@ -59,84 +59,82 @@ class Enlarged:
 
 @dataclass(frozen=True)
 class BucketUse:
-    """The images that are trained at one size."""
+    """The images of one bucket."""
 
     resolution: int
     bucket: Bucket
     images: int
     an_epoch: float
-    """How many of them an epoch shows, on average."""
+    """Mean number of showings in an epoch."""
     cropped: float
-    """Share of the images' pixels that lies outside the crop, 0 to 1."""
+    """Share of the images' pixels outside the crop, 0 to 1."""
     upscaled: int
-    """Images that are smaller than the bucket."""
+    """Images smaller than the bucket."""
 
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """The findings, by name; `lines` words them."""
+    """The findings; `lines` puts them into words."""
 
     roots: tuple[str, ...]
     images: int
     an_epoch: float
-    """How many images an epoch shows, repeats counted, on average."""
+    """Mean number of showings in an epoch."""
     excluded: int
-    """Images that a multiply of 0 leaves out; the other numbers do not count them."""
+    """Images with a multiply of 0; the other numbers do not count them."""
     batch_size: int
     images_per_step: int
     several: int
     """Images with more than one caption."""
     missing: tuple[str, ...]
-    """Images without a caption of their own, whose file name is used."""
+    """Images captioned by their file name."""
     folder_named: tuple[str, ...]
-    """Likewise, whose folder's name is used."""
+    """Images captioned by their folder's name."""
     empty: tuple[str, ...]
-    """Images whose caption is the empty text."""
+    """Images with an empty caption."""
     token_limit: int | None
-    """Tokens of a caption that are read; None where no tokenizer was at hand to count."""
+    """The most tokens of a caption; None without a tokenizer."""
     long: tuple[LongCaption, ...]
     enlarged: tuple[Enlarged, ...]
     """The most enlarged first."""
     duplicates: tuple[tuple[str, ...], ...] | None
-    """Images with the same content; None where they were not looked for."""
+    """Groups of images with the same content; None if not searched for."""
     buckets: tuple[BucketUse, ...]
     bad: tuple[BadFile, ...]
     notices: tuple[Notice, ...]
 
     def small(self, use: BucketUse) -> bool:
-        """Return whether a bucket never fills the batch of a step."""
+        """Return True if a bucket never fills the batch of a step."""
         return use.an_epoch < self.images_per_step
 
     def notes(self) -> tuple[str, ...]:
-        """Return a sentence for each thing that a run should warn about, besides the files left out; none for clean data."""
+        """Return a warning sentence for each problem except skipped files."""
         notes = [*map(str, self.notices)]
         if self.missing:
-            notes.append(
-                f"{_count(self.missing, 'image')} without a caption, trained on the file name: {_names(self.missing)}"
-            )
+            images = _count(self.missing, "image")
+            notes.append(f"{images} without a caption, trained on the file name: {_names(self.missing)}")
         if self.empty:
             notes.append(f"{_count(self.empty, 'image')} with an empty caption: {_names(self.empty)}")
         if self.long:
-            names = _names([caption.name for caption in self.long])
-            notes.append(
-                f"{_count(self.long, 'caption')} over {self.token_limit} tokens, of which the end is not seen: {names}"
-            )
+            names, captions = _names([caption.name for caption in self.long]), _count(self.long, "caption")
+            notes.append(f"{captions} over {self.token_limit} tokens, of which the end is not seen: {names}")
         if self.enlarged:
             names = _names([image.name for image in self.enlarged])
             notes.append(f"{_count(self.enlarged, 'image')} smaller than trained, and so enlarged: {names}")
         if self.batch_size > self.images:
             notes.append(
                 f"batch_size {self.batch_size} is larger than the number of images, {self.images}: "
-                "every step is trained with what there is, so a smaller batch_size uses less memory for the same"
+                "every step is trained with what there is, so a smaller batch_size uses less memory for the "
+                "same"
             )
         return tuple(notes)
 
     def lines(self) -> list[str]:
-        """Return the report as plain text, a line each."""
+        """Return the report as lines of text."""
         return list(self._lines())
 
     def as_json(self) -> dict[str, Any]:
-        """Return the report as JSON holds it, all names in full."""
+        """Return the report as JSON values, with all names."""
         return {
             "roots": list(self.roots),
             "images": self.images,
@@ -204,13 +202,14 @@ class DatasetReport:
         ]
         yield from _listed("images smaller than trained, and so enlarged", described)
         several_resolutions = len({use.resolution for use in self.buckets}) > 1
-        yield f"{'resolution  ' if several_resolutions else ''}bucket        images   an epoch   cropped   upscaled"
+        first = "resolution  " if several_resolutions else ""
+        yield f"{first}bucket        images   an epoch   cropped   upscaled"
         for use in self.buckets:
             short = f"   fewer than the {self.images_per_step} of a step" if self.small(use) else ""
             resolution = f"{use.resolution:>10}  " if several_resolutions else ""
             width, height = use.bucket
-            shape = f"{width:>5} x {height:<5} {use.images:>6}   {_number(use.an_epoch):>8}   {use.cropped:>6.1%}   {use.upscaled:>8}"
-            yield resolution + shape + short
+            shape = f"{width:>5} x {height:<5} {use.images:>6}   {_number(use.an_epoch):>8}"
+            yield f"{resolution}{shape}   {use.cropped:>6.1%}   {use.upscaled:>8}{short}"
 
 
 def report(
@@ -221,18 +220,16 @@ def report(
     tokens: Tokens | None = None,
     duplicates: bool = False,
 ) -> DatasetReport:
-    """Return what an index holds.
+    """Return the report of an index.
 
     Args:
-        index: the scanned images.
-        options: resolutions and batch size.
-        images_per_step: of a whole optimizer step, against which buckets are called small.
-        tokens: counts the tokens of captions; without it, lengths are not reported.
-        duplicates: whether to look for images with the same content, which reads files of the same size.
+        images_per_step: a bucket with fewer showings in an epoch is called small.
+        tokens: None reports no lengths of captions.
+        duplicates: search for images with the same content, which reads files of equal size.
     """
     used = [record for record in index.records if record.multiply > 0]
     return DatasetReport(
-        roots=tuple(str(root) for root in index.roots),
+        roots=tuple(map(str, index.roots)),
         images=len(used),
         an_epoch=round(sum(record.multiply for record in used), 6),
         excluded=len(index.records) - len(used),
@@ -308,7 +305,7 @@ def _long(records: Sequence[Record], tokens: Tokens) -> Iterator[LongCaption]:
 
 
 def _surely_fits(text: str, tokens: Tokens) -> bool:
-    """Return whether a caption is short without counting: each letter of ASCII is one token at most."""
+    """Recognise a short caption without counting: each letter of ASCII is one token at most."""
     return len(text) <= tokens.limit and text.isascii()
 
 
@@ -317,7 +314,7 @@ def _count(things: Sequence[object], noun: str) -> str:
 
 
 def _number(count: float) -> str:
-    """Return a count as a whole number from 1,000 up, and below with four digits, for images may be shown in some epochs only."""
+    """Format a mean count with four digits, or as a whole number from 1,000 up."""
     return f"{count:.0f}" if count >= 1000 else f"{count:.4g}"
 
 

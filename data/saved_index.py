@@ -1,8 +1,7 @@
-"""The index of a large data set, saved: scanning 100 000 images again takes a minute, looking whether anything changed a few seconds.
+"""The saved index of a large data set, which takes seconds to validate; 100 000 images take a minute to scan.
 
-The whole index is kept, and holds only as long as nothing has changed: not one file below the roots (by size
-and times), none of the options that enter it, and none of this package's code. So no convention has to be
-known here.
+A saved index is valid while nothing has changed: no file of the roots (by size and times), no option that
+enters it, and no code of this package. So no caption convention has to be known here.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ from data.regular import read_regular
 from data.replacing import replacing
 
 FEWEST = 2000
-"""Images from which an index is worth saving: fewer are scanned in a second."""
+"""Images of an index worth saving: fewer are scanned in a second."""
 
 _LARGEST = 4 << 30
 """Bytes of a saved index: that of ten million images."""
 
-_GRAIN = 2_000_000_000
-"""Nanoseconds within which a file could change once more and keep its times."""
+_CLOCK_GRAIN = 2_000_000_000
+"""Nanoseconds within which a file system may give a changed file the same times."""
 
-_IDLE = (
+_UNUSED_OPTIONS = (
     "resolution",
     "batch_size",
     "flip_p",
@@ -51,46 +50,39 @@ _IDLE = (
     "on_bad_image",
     "num_workers",
 )
-"""Options that act when images are shown, not when they are scanned. A new option counts until it is named here."""
+"""Options without effect on a scan. A new option counts until it is named here."""
 
 
 def remembered_index(options: DataOptions, folder: Path) -> Index:
-    """Return what `build_index` returns, from an earlier call if nothing has changed since.
+    """Return `build_index`'s result, saved in `folder` by an earlier call if nothing has changed since.
 
-    Only folders are remembered, not lists of images.
-
-    Args:
-        options: as for `build_index`.
-        folder: where indices are kept; one that is damaged or cannot be written is as good as none.
+    Lists of images are always scanned. A damaged file is as good as none, and failing to write is no error.
 
     Raises:
         DataError: as `build_index`.
     """
-    roots = [
-        Path(root)
-        for root in ([options.data_root] if isinstance(options.data_root, str) else options.data_root)
-    ]
+    named = [options.data_root] if isinstance(options.data_root, str) else options.data_root
+    roots = [Path(root) for root in named]
     if not roots or not all(root.is_dir() for root in roots):
         return build_index(options)
-    named = "\n".join(str(root.resolve()) for root in roots)
-    path = folder / f"index-{_hash(named.encode(errors='surrogateescape'))[:16]}.saved"
+    key = "\n".join(str(root.resolve()) for root in roots)
+    path = folder / f"index-{_hash(key.encode(errors='surrogateescape'))[:16]}.saved"
     signature, youngest = _signature(options, roots)
     index = _load(path, signature)
     if index is None:
-        began = time.time_ns()
+        started = time.time_ns()
         index = build_index(options)
         transient = any("cannot be read" in file.reason for file in index.bad)
-        if len(index.records) >= FEWEST and not transient and began - youngest > _GRAIN:
+        if len(index.records) >= FEWEST and not transient and started - youngest > _CLOCK_GRAIN:
             _save(path, signature, index)
     return index
 
 
 def _signature(options: DataOptions, roots: list[Path]) -> tuple[str, int]:
-    """Return a hash of all that the index depends on, and the time, in nanoseconds, of the last change of a file."""
+    """Return a hash of all that the index depends on, and the latest change of a file in nanoseconds."""
     digest = hashlib.blake2b(digest_size=16)
-    settings = [
-        (field.name, getattr(options, field.name)) for field in fields(options) if field.name not in _IDLE
-    ]
+    names = [field.name for field in fields(options) if field.name not in _UNUSED_OPTIONS]
+    settings = [(name, getattr(options, name)) for name in names]
     digest.update(repr((settings, _code())).encode())
     youngest = 0
     for root in roots:
@@ -99,7 +91,7 @@ def _signature(options: DataOptions, roots: list[Path]) -> tuple[str, int]:
             start = str(folder.path) + os.sep
             for name in (*folder.files, *folder.others):
                 try:
-                    status = os.stat(start + name)  # noqa: PTH116  # a path object for each file would take longer than the rest
+                    status = os.stat(start + name)  # noqa: PTH116  # Path takes longer than the rest
                     stamp = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
                     youngest = max(youngest, status.st_mtime_ns, status.st_ctime_ns)
                 except OSError as error:
@@ -109,39 +101,36 @@ def _signature(options: DataOptions, roots: list[Path]) -> tuple[str, int]:
 
 
 def _code() -> tuple[str, str, list[bool]]:
-    """Return what stands for the code that makes an index."""
+    """Return a fingerprint of the code that makes an index."""
     digest = hashlib.blake2b(digest_size=16)
     for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())
-    return (
-        digest.hexdigest(),
-        PIL.__version__,
-        [importlib.util.find_spec(name) is not None for name in ("pillow_heif", "pyarrow")],
-    )
+    optional = [importlib.util.find_spec(name) is not None for name in ("pillow_heif", "pyarrow")]
+    return digest.hexdigest(), PIL.__version__, optional
 
 
 def _save(path: Path, signature: str, index: Index) -> None:
     written = io.BytesIO()
     _Pickler(written, protocol=5).dump(index)
     content = written.getvalue()
-    head = {"signature": signature, "content": _hash(content)}
+    header = {"signature": signature, "content": _hash(content)}
     with suppress(OSError), replacing(path) as draft:
-        draft.write_bytes(json.dumps(head).encode() + b"\n" + content)
+        draft.write_bytes(json.dumps(header).encode() + b"\n" + content)
 
 
 def _load(path: Path, signature: str) -> Index | None:
     try:
-        head, _, content = read_regular(path, _LARGEST).partition(b"\n")
-        if json.loads(head) != {"signature": signature, "content": _hash(content)}:
+        header, _, content = read_regular(path, _LARGEST).partition(b"\n")
+        if json.loads(header) != {"signature": signature, "content": _hash(content)}:
             return None
     except (OSError, ValueError):
         return None
     collecting = gc.isenabled()
-    gc.disable()  # a million new objects and no garbage: collections would take most of the time
+    gc.disable()  # collections would take most of the time, and a million new objects hold no garbage
     try:
         found = _Unpickler(io.BytesIO(content)).load()
-        gc.freeze()  # nor does any later collection have to look at them
-    except pickle.UnpicklingError:  # a file that was made to run something
+        gc.freeze()  # later collections need not look at them either
+    except pickle.UnpicklingError:  # a crafted file
         return None
     finally:
         if collecting:
@@ -150,7 +139,7 @@ def _load(path: Path, signature: str) -> Index | None:
 
 
 class _Pickler(pickle.Pickler):
-    """Writes dataclasses with slots as their values; pickle's own way for them takes four times as long to read."""
+    """Write dataclasses with slots as their values, which load four times as fast as pickle's own form."""
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
@@ -160,7 +149,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds dataclasses of this package and paths, and nothing else: a file that someone was given must not run code."""
+    """Build this package's dataclasses and paths only: a file from somebody else must not run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == (__name__, _rebuild.__name__):
@@ -176,14 +165,14 @@ class _Unpickler(pickle.Unpickler):
 
 def _rebuild(kind: Any, values: tuple[Any, ...]) -> Any:
     built = object.__new__(kind)
-    for put, value in zip(_slots(kind), values, strict=True):
+    for put, value in zip(_setters(kind), values, strict=True):
         put(built, value)
     return built
 
 
 @cache
-def _slots(kind: Any) -> tuple[Callable[[Any, Any], None], ...]:
-    """Return what sets each field, frozen or not."""
+def _setters(kind: Any) -> tuple[Callable[[Any, Any], None], ...]:
+    """Return the setter of each slot, which works on frozen dataclasses too."""
     return tuple(getattr(kind, field.name).__set__ for field in fields(kind))
 
 

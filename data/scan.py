@@ -1,4 +1,4 @@
-"""One pass over the data roots: every image with what the files beside and around it say."""
+"""One pass over the data roots: every image with the content of the files beside and around it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.captions import (
-    SETTINGS,
-    CaptionSource,
-    Entry,
-    Remark,
-    TextFile,
-    UnknownKey,
-    choose_caption,
-    first_setting,
-    read_sidecars,
-    without_main,
-)
+from data.captions import CaptionSource, choose_caption, read_sidecars
+from data.captions.caption import without_main
+from data.captions.entry import SETTINGS, Entry, Remark, UnknownKey, first_setting
+from data.captions.text import TextFile
 from data.errors import DataError, FileError
 from data.folder import FOLDER_FILES, Folder, list_folder, walk
 from data.folder_files import read_global, read_local
@@ -28,40 +20,54 @@ from data.repeats import read_repeats
 from data.table import METADATA, BadRow, Metadata, Row, read_metadata, read_table
 
 _PLACES = 3
-"""Files that a notice names; the rest are counted."""
+"""Files named in a notice; the rest are counted."""
 
 _KEYS = 20
-"""Unknown keys that are named; the rest are counted."""
+"""Unknown keys named; the rest are counted."""
 
-_FIELDS = Record.__dataclass_fields__
+_RECORD_SETTINGS = [key for key in SETTINGS if key in Record.__dataclass_fields__]
 
 
 @dataclass(frozen=True)
 class _Around:
-    """What is said of a folder's images from outside of it, the nearest first."""
+    """The files outside a folder that concern its images, the nearest first."""
 
     below: tuple[Entry, ...] = ()
-    """global.yaml, of the folder itself and of those above."""
+    """global.yaml, of the folder itself and of its parents."""
     lists: tuple[Metadata, ...] = ()
     repeats: tuple[Entry, ...] = ()
-    """What kohya's name of a folder says; empty in other folders."""
+    """The entry of a folder name in kohya's layout."""
     trouble: BadFile | None = None
-    """The file that cannot be used, so that all images have to be left out."""
+    """An unusable file, because of which all images are skipped."""
+
+
+@dataclass(frozen=True)
+class _About:
+    """The entries about one image besides its own files, in the order of precedence."""
+
+    before: tuple[Entry, ...] = ()
+    """More important than the image's own files."""
+    after: tuple[Entry, ...] = ()
+    """Less important, but still about this image alone."""
+    around: tuple[Entry, ...] = ()
+    """About all images of the folder."""
+    problems: tuple[str, ...] = ()
+    kohya: bool = False
+    """The folder follows kohya's layout, and so do its captions."""
 
 
 class Scan:
-    """What has been found so far.
+    """The findings so far.
 
     Args:
-        chain: the kinds of files beside an image, of `sidecar_chain`.
-        caption_prefix: comes before every caption.
+        chain: kinds of files beside an image, of `sidecar_chain`.
     """
 
     def __init__(self, chain: Sequence[CaptionSource], *, caption_prefix: str = "") -> None:
         self.records: list[Record] = []
         self.bad: list[BadFile] = []
         self._chain = chain
-        self._kohyas = [
+        self._kohya_chain = [
             replace(source, first=True) if isinstance(source, TextFile) else source for source in chain
         ]
         self._caption_prefix = caption_prefix
@@ -70,18 +76,13 @@ class Scan:
         self._unknown: dict[str, list[str]] = {}
 
     def folders(self, root: Path, start: str) -> None:
-        """Add the images below a folder.
-
-        Args:
-            root: the folder.
-            start: what comes before its images' names.
-        """
-        listed = [(folder, _below(root, folder.path)) for folder in walk(root)]
+        """Add the images of a folder and its subfolders, their names prefixed with `start`."""
+        listed = [(folder, _relative(root, folder.path)) for folder in walk(root)]
         holding = {below.partition("/")[0] for folder, below in listed if any(map(_is_image, folder.files))}
         repeats, remarks = read_repeats(sorted(holding - {""}), images_beside="" in holding)
         self._remark(remarks, start)
         around: dict[Path, _Around] = {}
-        left_out: Counter[BadFile] = Counter()
+        skipped: Counter[BadFile] = Counter()
         for folder, below in listed:
             name = start + below
             if folder.problem:
@@ -90,26 +91,19 @@ class Scan:
             if repeat := repeats.get(below.removesuffix("/")):
                 here = replace(here, repeats=(repeat,))
             around[folder.path] = here
-            self._images(folder, name, here, left_out)
-        for file, images in left_out.items():
-            consequence = (
-                f"; {images} image{'s are' if images > 1 else ' is'} left out for it" if images else ""
-            )
+            self._images(folder, name, here, skipped)
+        for file, images in skipped.items():
+            are = "s are" if images > 1 else " is"
+            consequence = f"; {images} image{are} left out for it" if images else ""
             self.bad.append(replace(file, reason=file.reason + consequence))
         for folder, below in listed:
             for table in around[folder.path].lists:
                 if table.folder == folder.path:
-                    self._remark(
-                        [Remark(row.place, "its image is not there") for row in table.left_over()],
-                        start + below,
-                    )
+                    rows = table.left_over()
+                    self._remark([Remark(row.place, "its image is not there") for row in rows], start + below)
 
     def table(self, path: Path, start: str) -> None:
-        """Add the images of a list.
-
-        Args:
-            path: the list.
-            start: what comes before its images' names.
+        """Add the images of a list, their names prefixed with `start`.
 
         Raises:
             DataError: it cannot be read.
@@ -127,12 +121,12 @@ class Scan:
                     self._remark(row.entry.remarks, start)
                     if found.parent not in folders:
                         folders[found.parent] = list_folder(found.parent)
-                    self._image(folders[found.parent], found.name, name, before=(row.entry,))
+                    self._image(folders[found.parent], found.name, name, _About(before=(row.entry,)))
         except FileError as error:
             raise DataError(f"data_root: {path.parent / error.reason}") from error
 
     def notices(self) -> tuple[Notice, ...]:
-        """Return what has been remarked."""
+        """Return all remarks, grouped by text."""
         notices = [
             Notice(text, tuple(places[:_PLACES]), len(places)) for text, places in self._remarks.items()
         ]
@@ -140,86 +134,65 @@ class Scan:
             keys = [f"{key!r} ({len(places)})" for key, places in self._unknown.items()]
             more = f" and {len(keys) - _KEYS} more" if len(keys) > _KEYS else ""
             first = next(iter(self._unknown.values()))[0]
-            notices.append(
-                Notice(f"keys that mean nothing here: {', '.join(keys[:_KEYS])}{more}", (first,), 1)
-            )
+            text = f"keys that mean nothing here: {', '.join(keys[:_KEYS])}{more}"
+            notices.append(Notice(text, (first,), 1))
         return tuple(notices)
 
     def _enter(self, folder: Folder, start: str, above: _Around) -> _Around:
-        """Return what holds for a folder and what is below it."""
+        """Read the files that concern a folder and its subfolders."""
         if above.trouble:
             return above
         try:
             below = read_global(folder)
-            lists = tuple(
-                read_metadata(folder.path / name) for kind in METADATA if (name := folder.own(kind))
-            )
+            names = filter(None, map(folder.own, METADATA))
+            lists = tuple(read_metadata(folder.path / name) for name in names)
         except FileError as error:
-            return replace(above, trouble=_named(error, start))
+            return replace(above, trouble=_bad_file(error, start))
+        entries = list(below)
         for table in lists:
             self.bad += [BadFile(printable(start + row.place), row.reason) for row in table.nameless]
             again = "a later row names the same image and is used"
             self._remark([Remark(row.place, again) for row in table.repeated], start)
-        said = (
-            *below,
-            *(row.entry for table in lists for row in table.rows.values() if isinstance(row, Row)),
-        )
-        self._remark([remark for entry in said for remark in entry.remarks], start)
+            entries += [row.entry for row in table.rows.values() if isinstance(row, Row)]
+        self._remark_all(entries, start)
         return replace(above, below=below + above.below, lists=lists + above.lists)
 
-    def _images(self, folder: Folder, start: str, around: _Around, left_out: Counter[BadFile]) -> None:
+    def _images(self, folder: Folder, start: str, around: _Around, skipped: Counter[BadFile]) -> None:
         """Add the images of one folder."""
         broken = "it is a broken link or not an ordinary file"
         self.bad += [BadFile(printable(start + name), broken) for name in folder.others if _is_image(name)]
         images = [name for name in folder.files if _is_image(name)]
         trouble, local = around.trouble, ()
         if not images:
-            idle = [
-                name for kind in FOLDER_FILES if not kind.startswith("global.") and (name := folder.own(kind))
-            ]
-            text = "it has no effect: no image lies beside it, and of these files only global.yaml reaches the folders below"
-            self._remark([Remark(name, text) for name in idle], start)
+            local_files = filter(None, (folder.own(file) for file in FOLDER_FILES if "global" not in file))
+            text = (
+                "it has no effect: no image lies beside it, and of these files only global.yaml reaches the "
+                "folders below"
+            )
+            self._remark([Remark(name, text) for name in local_files], start)
         elif not trouble:
             try:
                 local = read_local(folder)
             except FileError as error:
-                trouble = _named(error, start)
+                trouble = _bad_file(error, start)
         if trouble:
-            left_out[trouble] += len(images)
-        self._remark([remark for entry in local for remark in entry.remarks], start)
-        said = (*local, *around.below, *around.repeats)
-        lists = [(table, _below(table.folder, folder.path)) for table in around.lists]
+            skipped[trouble] += len(images)
+        self._remark_all(local, start)
+        about = _About(around=(*local, *around.below, *around.repeats), kohya=bool(around.repeats))
+        lists = [(table, _relative(table.folder, folder.path)) for table in around.lists]
         for file in images:
             rows = [row for table, below in lists if (row := table.row(below + file))]
             if not trouble:
-                wrong = [row.reason for row in rows[:1] if isinstance(row, BadRow)]
                 after = tuple(row.entry for row in rows[:1] if isinstance(row, Row))
-                kohyas = bool(around.repeats)
+                problems = tuple(row.reason for row in rows[:1] if isinstance(row, BadRow))
                 self._image(
-                    folder,
-                    file,
-                    printable(start + file),
-                    after=after,
-                    around=said,
-                    problems=wrong,
-                    kohyas=kohyas,
+                    folder, file, printable(start + file), replace(about, after=after, problems=problems)
                 )
 
-    def _image(
-        self,
-        folder: Folder,
-        file: str,
-        name: str,
-        *,
-        before: tuple[Entry, ...] = (),
-        after: tuple[Entry, ...] = (),
-        around: tuple[Entry, ...] = (),
-        problems: Sequence[str] = (),
-        kohyas: bool = False,
-    ) -> None:
-        """Add one image, or what is wrong with it; its own files are read here, what else speaks of it comes before or after them."""
+    def _image(self, folder: Folder, file: str, name: str, about: _About) -> None:
+        """Read the files beside one image, and add it or its problems."""
         stem = file.rpartition(".")[0] or file
-        problems = list(problems)
+        problems = list(about.problems)
         width = height = 0
         beside: tuple[Entry, ...] = ()
         try:
@@ -227,26 +200,24 @@ class Scan:
         except FileError as error:
             problems.append(error.reason)
         try:
-            beside = read_sidecars(stem, folder, self._kohyas if kohyas else self._chain)
+            beside = read_sidecars(stem, folder, self._kohya_chain if about.kohya else self._chain)
         except FileError as error:
             problems.append(error.reason)
         if problems:
             self.bad.append(BadFile(name, "; ".join(problems)))
             return
-        self._remark([remark for entry in beside for remark in entry.remarks], name[: name.rfind("/") + 1])
+        self._remark_all(beside, name[: name.rfind("/") + 1])
         self._names[name] += 1
-        if self._names[name] > 1:  # a list may show an image with several captions
+        if self._names[name] > 1:  # a list may repeat an image with another caption
             name = f"{name} ({self._names[name]})"
-        own = (*before, *beside, *after)
+        own = (*about.before, *beside, *about.after)
+        entries = (*own, *about.around)
         settings = {
-            key: value
-            for key in SETTINGS
-            if key in _FIELDS and (value := first_setting((*own, *around), key)) is not None
+            key: value for key in _RECORD_SETTINGS if (value := first_setting(entries, key)) is not None
         }
-        caption = choose_caption(own, around, stem, prefix=self._caption_prefix)
-        caption = (
-            without_main(caption) if kohyas else caption
-        )  # kohya's keep_tokens counts from the first piece
+        caption = choose_caption(own, about.around, stem, prefix=self._caption_prefix)
+        if about.kohya:  # whose keep_tokens counts the words before the first comma
+            caption = without_main(caption)
         self.records.append(
             Record(
                 folder=folder.path,
@@ -259,6 +230,9 @@ class Scan:
             )
         )
 
+    def _remark_all(self, entries: Iterable[Entry], start: str) -> None:
+        self._remark([remark for entry in entries for remark in entry.remarks], start)
+
     def _remark(self, remarks: Iterable[Remark], start: str) -> None:
         for remark in remarks:
             known = self._unknown if isinstance(remark, UnknownKey) else self._remarks
@@ -266,16 +240,14 @@ class Scan:
 
 
 def printable(name: str) -> str:
-    """Return a name that can be shown on one line anywhere: what cannot be printed becomes the replacement character."""
-    return (
-        name
-        if name.isprintable()
-        else "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
-    )
+    """Replace unprintable letters, so that a name fits on one line anywhere."""
+    if name.isprintable():
+        return name
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
 
 
-def _named(error: FileError, start: str) -> BadFile:
-    """Return what is wrong with a folder's file, whose name and line begin the reason."""
+def _bad_file(error: FileError, start: str) -> BadFile:
+    """Return a folder's unusable file, whose name and line begin the reason."""
     name, _, reason = error.reason.partition(": ")
     return BadFile(printable(start + name), reason)
 
@@ -284,18 +256,18 @@ def _is_image(name: str) -> bool:
     return name.rpartition(".")[2].lower() in SUFFIXES
 
 
-def _below(root: Path, path: Path) -> str:
-    """Return the way from a folder to one inside it, with a slash at its end; nothing where they are the same."""
+def _relative(root: Path, path: Path) -> str:
+    """Return the relative path of a folder with a slash at its end; nothing for the root itself."""
     return "" if path == root else path.relative_to(root).as_posix() + "/"
 
 
 def _find(folder: Path, file: str) -> Path | None:
-    """Return the image that a list in `folder` means: relative to the list, else to the working directory."""
+    """Find the image of a list in `folder`: relative to the list, else to the working directory."""
     for written in dict.fromkeys((file, file.replace("\\", "/"))):
         for path in (folder / written, Path(written)):
             try:
                 if path.is_file():
                     return path
-            except (OSError, ValueError):  # a name that is too long, or no name at all
+            except (OSError, ValueError):  # too long, or not a file name
                 continue
     return None

@@ -1,4 +1,4 @@
-"""Lists of images with their captions: JSON, JSONL, CSV and Parquet, as a data root of their own or as the metadata of a folder."""
+"""Lists of captioned images, as a data root or as a folder's metadata: JSON, JSONL, CSV and Parquet."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
-from data.captions import Entry, read_text
-from data.captions.entry import read_entry
+from data.captions.entry import Entry, read_entry
 from data.captions.json_file import read_json
+from data.captions.text import read_text
 from data.errors import FileError
 from data.regular import read_regular
 
@@ -20,16 +20,16 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 """Extensions of files that can be a data root."""
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-"""Names of the lists that belong to the folder they lie in, as Hugging Face's imagefolder has them."""
+"""Names of a folder's own list, as in Hugging Face's imagefolder."""
 
 FILE_KEYS = ("image", "file_name", "image_path", "path")
-"""Keys that name a row's image; the first that is there."""
+"""Keys of a row's image in the order of precedence."""
 
 LARGEST_TABLE = 1 << 28
-"""Bytes; what JSON of nothing but brackets becomes in memory is twenty times as much."""
+"""Bytes; parsed JSON of nothing but brackets takes twenty times as much."""
 
 MOST_ROWS, MOST_BAD = 5_000_000, 100_000
-"""Rows of a list, and those of them that may be unusable: a file of more is no list of images."""
+"""Rows of a list, and unusable ones: a file with more is no list of images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +37,15 @@ class Row:
     """One image of a list."""
 
     file: str
-    """As it is written."""
+    """As written."""
     entry: Entry
     place: str
-    """The list and the line, or the number, of the row."""
+    """The list and the row's line or number."""
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that cannot be used. `file` is empty where it names no image; `reason` ends the sentence that the image or `place` begins."""
+    """An unusable row. `file` may be empty; `reason` ends the sentence that the image or `place` begins."""
 
     file: str
     place: str
@@ -54,31 +54,31 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Metadata:
-    """The list of a folder's images, by their path relative to it."""
+    """The list of a folder's images, by relative path."""
 
     folder: Path
     name: str
     rows: Mapping[str, Row | BadRow]
     nameless: tuple[BadRow, ...]
-    """Rows that name no image."""
+    """Rows without an image."""
     repeated: tuple[Row | BadRow, ...] = ()
-    """Rows whose image a later row names too."""
+    """Rows whose image a later row repeats."""
     used: set[str] = field(default_factory=set)
-    """Paths that were asked for."""
+    """Requested paths."""
 
     def row(self, below: str) -> Row | BadRow | None:
-        """Return the row of an image, by its path relative to the folder, with forward slashes."""
+        """Return the row of an image by its relative path, with forward slashes."""
         key = _key(below)
         self.used.add(key)
         return self.rows.get(key)
 
     def left_over(self) -> list[Row | BadRow]:
-        """Return the rows whose image was not asked for."""
+        """Return the rows that were never requested."""
         return [row for key, row in self.rows.items() if key not in self.used]
 
 
 def read_metadata(path: Path) -> Metadata:
-    """Return a folder's list; of several rows for one image the last counts.
+    """Read a folder's list; of several rows for one image the last counts.
 
     Raises:
         FileError: it cannot be read, or names no image at all.
@@ -102,7 +102,7 @@ def read_table(path: Path) -> Iterator[Row | BadRow]:
     """Yield the rows of a list.
 
     Raises:
-        FileError: it cannot be read as a whole.
+        FileError: the list itself cannot be read.
     """
     readers = {".jsonl": _json_lines, ".csv": _csv_rows}
     if (kind := path.suffix.lower()) == ".parquet":
@@ -121,22 +121,21 @@ def read_table(path: Path) -> Iterator[Row | BadRow]:
 
 def _row(values: Any, place: str) -> Row | BadRow:
     if not isinstance(values, dict):
-        return BadRow(
-            "", place, f'must hold keys and values, such as {{"{FILE_KEYS[1]}": "cat.jpg", "text": "a cat"}}'
-        )
+        example = f'{{"{FILE_KEYS[1]}": "cat.jpg", "text": "a cat"}}'
+        return BadRow("", place, f"must hold keys and values, such as {example}")
     key = next((key for key in FILE_KEYS if values.get(key)), None)
     if key is None or not isinstance(values[key], str):
         return BadRow("", place, f"names no image; a row needs a {FILE_KEYS[1]}")
     file = values[key]
-    said = {name: value for name, value in values.items() if name not in FILE_KEYS and not _missing(value)}
+    keys = {name: value for name, value in values.items() if name not in FILE_KEYS and not _missing(value)}
     try:
-        return Row(file, read_entry(said, file=place, source=place.partition(":")[0]), place)
+        return Row(file, read_entry(keys, file=place, source=place.partition(":")[0]), place)
     except FileError as error:
         return BadRow(file, place, error.reason)
 
 
 def _missing(value: Any) -> bool:
-    return value is None or value != value  # NaN is what pandas writes for nothing
+    return value is None or value != value  # pandas writes NaN
 
 
 def _json_lines(text: str, name: str) -> Iterator[tuple[str, Any]]:
@@ -151,16 +150,15 @@ def _json_lines(text: str, name: str) -> Iterator[tuple[str, Any]]:
 
 def _json_items(text: str, name: str) -> Iterator[tuple[str, Any]]:
     items = read_json(text, name)
-    if isinstance(items, dict):  # kohya's: the image's path, and what there is about it
+    if isinstance(items, dict):  # kohya's: keys and values by the image's path
         pairs = [
             {"image": file, **(about if isinstance(about, dict) else {"caption": about})}
             for file, about in items.items()
         ]
         items = pairs if all(isinstance(about, dict | str) for about in items.values()) else None
     if not isinstance(items, list):
-        raise FileError(
-            f'{name}: must be a list of images, such as [{{"image": "cat.jpg", "caption": "a cat"}}]'
-        )
+        example = '[{"image": "cat.jpg", "caption": "a cat"}]'
+        raise FileError(f"{name}: must be a list of images, such as {example}")
     for number, values in enumerate(items, 1):
         yield f"{name}: image {number}", values
 
@@ -176,14 +174,8 @@ def _csv_rows(text: str, name: str) -> Iterator[tuple[str, Any]]:
             return
         place = f"{name}:{rows.line_num}"
         if None in values:
-            yield (
-                place,
-                BadRow(
-                    "",
-                    place,
-                    "has more columns than the first line; put a text that holds commas into quotes",
-                ),
-            )
+            reason = "has more columns than the first line; put a text that holds commas into quotes"
+            yield place, BadRow("", place, reason)
         else:
             yield place, {key.strip(): value or None for key, value in values.items() if key.strip()}
 
@@ -195,7 +187,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         from pyarrow.parquet import read_table as read_parquet
     except ImportError as error:
         raise FileError(
-            f"{name}: Parquet is read with the package pyarrow: pip install pyarrow, or save the list as {METADATA[0]}"
+            f"{name}: Parquet is read with the package pyarrow: pip install pyarrow, or save the list as "
+            f"{METADATA[0]}"
         ) from error
     try:
         table = read_parquet(BytesIO(read_regular(path, LARGEST_TABLE)))

@@ -1,17 +1,16 @@
-"""Captions and settings of images. A new kind of file is a module here, a member of the union and a chain entry."""
+"""Captions and settings of images. A new kind of file needs a module and an entry in the chain."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from data.captions.caption import Caption, Tag, parse_caption, render, without_main
-from data.captions.entry import NOTHING, SETTINGS, Entry, Remark, UnknownKey, first_setting, read_setting
-from data.captions.file_name import SOURCE as FILE_NAME
+from data.captions.caption import Caption, Tag
+from data.captions.entry import NOTHING, Entry, Remark, first_setting
 from data.captions.file_name import from_file_name
 from data.captions.json_file import JsonFile
-from data.captions.text import TextFile, read_text
-from data.captions.yaml_file import YamlFile, read_yaml
+from data.captions.text import TextFile
+from data.captions.yaml_file import YamlFile
 from data.folder import Folder
 
 CaptionSource = YamlFile | TextFile | JsonFile
@@ -97,10 +96,3 @@ def _joined(tags: tuple[Tag, ...], added: Sequence[Tag]) -> tuple[Tag, ...]:
             present.add(tag.text)
             every.append(tag)
     return tuple(sorted(every, key=lambda tag: -tag.weight))
-
-
-__all__ = [
-    "FILE_NAME", "NOTHING", "SETTINGS", "Caption", "CaptionSource", "Entry", "JsonFile", "Remark", "Tag",
-    "TextFile", "UnknownKey", "YamlFile", "choose_caption", "first_setting", "from_file_name", "parse_caption",
-    "read_setting", "read_sidecars", "read_text", "read_yaml", "render", "sidecar_chain", "without_main",
-]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The content of one file about images, checked: captions, tags and settings. All kinds of files share the keys."""
+"""The checked content of one file about images: captions, tags and settings, under keys common to all files."""
 
 from __future__ import annotations
 

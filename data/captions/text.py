@@ -48,9 +48,15 @@ class TextFile:
             texts = lines
         elif len(lines) > 1 and self.first:
             texts = lines[:1]
-            remark = "its first line is the caption, as in kohya's scripts; with caption_lines a line is drawn each time"
+            remark = (
+                "its first line is the caption, as in kohya's scripts; with caption_lines a line is "
+                "drawn each time"
+            )
         elif len(lines) > 1:
-            remark = "its lines are joined into one caption; with caption_lines one of them would be drawn each time"
+            remark = (
+                "its lines are joined into one caption; with caption_lines one of them would be "
+                "drawn each time"
+            )
         return Entry(
             captions=tuple(parse_caption(each, self.suffix) for each in texts),
             source=self.suffix,

@@ -298,7 +298,7 @@ def test_the_check_is_a_report_for_programs(workplace, no_estimate, capsys):
 
 
 def test_a_check_keeps_the_index_of_a_large_data_set(workplace, no_estimate, monkeypatch):
-    for constant in ("FEWEST", "_GRAIN"):
+    for constant in ("FEWEST", "_CLOCK_GRAIN"):
         monkeypatch.setattr(f"data.saved_index.{constant}", 0)
     assert train.main(["--check"]) == 0
     (kept,) = (workplace / "logs" / "cache").iterdir()

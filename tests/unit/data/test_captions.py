@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.captions import Caption, Tag, choose_caption, parse_caption, read_sidecars, render, sidecar_chain
+from data.captions import choose_caption, read_sidecars, sidecar_chain
+from data.captions.caption import Caption, Tag, parse_caption, render
 from data.captions.text import LARGEST_TEXT
 from data.errors import FileError
 from data.folder import walk

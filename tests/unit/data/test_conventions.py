@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.captions import render
+from data.captions.caption import render
 from data.captions.entry import SETTINGS as SETTINGS_BY_KEY
 from data.captions.entry import WORDS, Entry, read_entry
 from data.captions.yaml_file import read_yaml

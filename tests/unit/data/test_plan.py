@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.buckets import buckets, nearest
-from data.captions import Caption
+from data.captions.caption import Caption
 from data.index import Index
 from data.plan import plan_epoch, slice_step, steps_before, steps_per_epoch
 from data.record import Record

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.captions import read_text
+from data.captions.text import read_text
 from data.contents import content_hash, content_hashes
 from data.errors import FileError
 from data.record import Record

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from data.captions import Caption, parse_caption
+from data.captions.caption import Caption, parse_caption
 from data.duplicates import find_duplicates
 from data.index import Index
 from data.options import DataOptions

@@ -21,7 +21,7 @@ from data.saved_index import remembered_index
 def data(tmp_path, monkeypatch):
     """Return the options of a small data set that counts as large and old enough to be saved."""
     monkeypatch.setattr(module, "FEWEST", 1)
-    monkeypatch.setattr(module, "_GRAIN", 0)
+    monkeypatch.setattr(module, "_CLOCK_GRAIN", 0)
     root = tmp_path / "root"
     (root / "sub").mkdir(parents=True)
     for name in ("a.png", "b.jpg", "sub/c.png", "sub/ünï\ncode.png"):
@@ -105,15 +105,17 @@ def test_options_count_where_they_enter_the_index(data, scans, tmp_path, monkeyp
     remembered_index(data, tmp_path / "cache")
     remembered_index(replace(data, resolution=768, batch_size=9, flip_p=1, num_workers=3), tmp_path / "cache")
     assert len(scans) == 1
-    monkeypatch.setattr(module, "_IDLE", tuple(name for name in module._IDLE if name != "batch_size"))
+    monkeypatch.setattr(
+        module, "_UNUSED_OPTIONS", tuple(name for name in module._UNUSED_OPTIONS if name != "batch_size")
+    )
     remembered_index(replace(data, batch_size=9), tmp_path / "cache")
     assert len(scans) == 2, "an option that is not known to be idle counts"
 
 
 def test_idle_options_are_options():
     known = {field.name for field in fields(DataOptions)} | {"max_tokens", "on_bad_image"}
-    assert set(module._IDLE) <= known
-    assert "data_root" not in module._IDLE
+    assert set(module._UNUSED_OPTIONS) <= known
+    assert "data_root" not in module._UNUSED_OPTIONS
 
 
 def test_other_code_makes_another_index(data, scans, tmp_path, monkeypatch):
@@ -161,7 +163,9 @@ def test_it_is_not_saved_where_that_is_not_worth_it(data, scans, tmp_path, monke
     monkeypatch.setattr(module, "FEWEST", 5)
     remembered_index(data, tmp_path / "cache")
     monkeypatch.setattr(module, "FEWEST", 1)
-    monkeypatch.setattr(module, "_GRAIN", 10**12)  # a file written a moment ago may change and keep its times
+    monkeypatch.setattr(
+        module, "_CLOCK_GRAIN", 10**12
+    )  # a file written a moment ago may change and keep its times
     remembered_index(data, tmp_path / "cache")
     assert not (tmp_path / "cache").exists() and len(scans) == 2
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data.captions import Caption
+from data.captions.caption import Caption
 from data.errors import DataError
 from data.index import Index
 from data.record import Record
