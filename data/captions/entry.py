@@ -1,4 +1,4 @@
-"""The checked content of one file about images: captions, tags and settings, under keys common to all files."""
+"""The checked content of one file about images: captions, tags and settings, under common keys."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class Tokenize:
 
 
 def encode_text(text_encoder: Any, tokens_BT: Tensor, clip_skip: int = 0) -> Tensor:
-    """Return the context_BTD of CLIP's text transformer: its windows encoded one by one and concatenated in T.
+    """Return the context_BTD of CLIP's text transformer: windows encoded one by one, concatenated in T.
 
     Args:
         text_encoder: a CLIPTextModel, possibly wrapped for several processes.

@@ -20,14 +20,14 @@ _RESCALING = (
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
 )
-"""diffusers' schedulers with rescale_betas_zero_snr, among those that Stable Diffusion models are saved with."""
+"""Schedulers with rescale_betas_zero_snr, among those that Stable Diffusion models are saved with."""
 
 
 def with_zero_terminal_snr(scheduler_config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Return a scheduler configuration with zero-terminal SNR (Lin et al. 2024, arXiv 2305.08891, algorithm 1).
+    """Return the configuration with zero-terminal SNR (Lin et al. 2024, arXiv 2305.08891, algorithm 1).
 
-    It also sets how to sample from the trained model: trailing timesteps, which start at the last trained one,
-    and a scheduler of diffusers that supports the rescaled betas. PNDM, usual for SD 1.5, does not.
+    It also sets how to sample from the trained model: trailing timesteps, which start at the last trained
+    one, and a scheduler that supports the rescaled betas. PNDM, usual for SD 1.5, does not.
 
     Args:
         source: the model's name in messages.

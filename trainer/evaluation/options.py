@@ -127,7 +127,7 @@ class ValidationFile:
     """Draws the automatic split and the fixed noise."""
 
     validate_training: bool = True
-    """Measure loss/val, on the images of val_split_mode; extra_manual_datasets are measured without it too."""
+    """Measure loss/val, on the images of val_split_mode. extra_manual_datasets are measured either way."""
 
     val_split_mode: Literal["automatic", "manual", "none"] = "automatic"
     """The images of loss/val: a split of data_root, manual_data_root, or none."""

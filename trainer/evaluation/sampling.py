@@ -133,7 +133,7 @@ class Sampler:
         return self._draw(self._drawing(models, device, autocast, lambda: None), self._jobs(0))
 
     def largest(self) -> tuple[tuple[int, int], int]:
-        """Return width and height of the largest batch of samples, and the rows of the UNet's batch for it."""
+        """Return width and height of the largest batch of samples, and the UNet's batch size for it."""
         batch = max(self._batches(self._jobs(0)), key=lambda jobs: len(jobs) * jobs[0].width * jobs[0].height)
         return (batch[0].width, batch[0].height), len(batch) * (2 if max(self._options.cfgs) > 1 else 1)
 
@@ -234,7 +234,7 @@ class Drawing:
     check: Callable[[], None]
 
     def attempt(self, batch: list[_Job], cfg: float) -> list[Image.Image | str]:
-        """Draw a batch; after a failure, most likely for memory, one by one. A failed sample is its reason."""
+        """Draw a batch, or after a failure, such as out of memory, one by one; a reason replaces a sample."""
         try:
             return self.images(batch, cfg)
         except Exception as error:  # no failed sample may end hours of training

@@ -21,7 +21,7 @@ class HeldOut:
     tag: str
     index: Index
     keys: tuple[tuple[int, ...], ...]
-    """By record id, the key of the image's fixed noise: its content and the seed, independent of other images."""
+    """By record id, the key of the image's fixed noise, made of the seed and the file's content."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def split_images(
         found = {VALIDATION_LOSS: held, **found}
     if not any(record.multiply > 0 for record in index.records):
         raise DataError(
-            "validation: every image of data_root is held out, and none is left to train on; name other folders"
+            "validation: every image of data_root is held out, and none is left to train on; name other "
+            "folders"
         )
     sets = []
     for number, (tag, held) in enumerate(found.items()):

@@ -17,7 +17,7 @@ def gaussian(shape_CHW: tuple[int, int, int], seed: int, *key: int) -> np.ndarra
 
 
 def pyramid(noise_CHW: np.ndarray, discount: float, seed: int, *key: int) -> np.ndarray:
-    """Add coarser noise to the unit-variance noise of one image, and scale the sum to a standard deviation of 1.
+    """Add coarser noise to the unit-variance noise of one image, and scale the sum to unit deviation.
 
     Level i is r^i times as coarse, r being drawn from 2 to 4 for each level, bilinearly enlarged and weighted
     by discount^i. The last one has a side of one latent. Level 0, of full resolution and weight 1, is a
@@ -68,14 +68,14 @@ ADDED: dict[str, Callable[..., np.ndarray]] = {
     "pyramid_noise_discount": pyramid,
     "zero_frequency_noise_ratio": offset,
 }
-"""Noises that are mixed into the plain one and predicted, in this order, by their option; None or 0 omits one.
+"""Noises that are mixed into the plain one and predicted, in this order, by option; None or 0 omits one.
 
 Each takes the noise of one image, the value of the option, the seed and the image's key.
 """
 
 
 def unseen(shape_CHW: tuple[int, int, int], strength: float, seed: int, *key: int) -> np.ndarray:
-    """Return fp32 noise of standard deviation `strength` that is mixed into one image's latents and not predicted.
+    """Return fp32 noise of deviation `strength` that is mixed into one image's latents and not predicted.
 
     Source: M. Ning et al., "Input Perturbation Reduces Exposure Bias in Diffusion Models", 2023 (arXiv
     2301.11706), algorithm 1.

@@ -48,7 +48,7 @@ def test_validation_up_while_training_falls_is_told_once_with_its_beginning():
     [sentence] = follow(OVERFITTING[4:], watch, first=4)
     assert sentence == (
         "step 40: the validation loss has been above its 0.8000 of step 10 for 3 evaluations (0.9500 now), while that of training images "
-        "fell from 0.9000 to 0.6000: possible overfitting since step 10; compare the pictures."
+        "fell from 0.9000 to 0.6000: possible overfitting since step 10; compare the samples."
     )
     assert (watch.overfitting_since, watch.best) == (10, 10)
 
@@ -58,7 +58,7 @@ def test_both_up_names_the_rates_then_and_now():
     assert sentence == (
         "step 40: the loss of training batches (0.8000 to 0.9000) and the fixed-noise loss (0.5000 to 0.8000) have both risen since "
         "step 10: the rate may be too high (d*lr of the unet 2e-06 then and 5e-06 now, lr of the text encoder 1e-06 then and 1e-06 now); "
-        "compare the pictures."
+        "compare the samples."
     )
 
 
