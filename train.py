@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from trainer.environment import check_environment
 from trainer.errors import UserError
@@ -14,8 +15,8 @@ from trainer.training.signals import Interrupted, StopSignals
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit code.
 
-    0 is done, 1 a run that failed or a check that found files which a run would refuse, 2 something that must
-    be put right before it can begin, 128 and more a signal that ended it: 130 for Ctrl-C, 143 for SIGTERM.
+    0: done. 1: a run that failed, or a check that found files which a run would refuse. 2: an error to fix
+    before a run can start. 128 and more: the signal that ended it, 130 for Ctrl-C and 143 for SIGTERM.
     """
     with StopSignals() as signals:
         try:
@@ -26,25 +27,26 @@ def main(arguments: list[str]) -> int:
             from trainer.models.quiet import quiet_libraries
 
             quiet_libraries()  # before anything imports diffusers, which logs as it loads
-            if loaded.action == "check":
-                if rank() > 0:  # of several processes the first checks for all
+            if loaded.command.check:
+                if rank() > 0:  # rank 0 checks for all
                     return 0
                 from trainer.planning.check import check
 
+                sheets = loaded.command.contact_sheets
                 return check(
                     loaded.config,
                     [*notes, *loaded.notes],
-                    weights_only=loaded.weights_only,
-                    as_json=loaded.check_json,
-                    contact_sheets=loaded.contact_sheets,
-                    vram=loaded.vram,
+                    weights_only=loaded.command.resume_weights_only,
+                    as_json=loaded.command.check == "json",
+                    contact_sheets=Path(sheets) if sheets else None,
+                    vram=loaded.command.vram,
                 )
             from trainer.run.lifecycle import run_training
 
             run_training(
                 loaded.config,
                 [*notes, *loaded.notes],
-                weights_only=loaded.weights_only,
+                weights_only=loaded.command.resume_weights_only,
                 arguments=arguments,
                 signals=signals,
             )
@@ -54,9 +56,7 @@ def main(arguments: list[str]) -> int:
             say(f"Stopped by {error}.", stream=sys.stderr)
             return error.exit_code
         except UserError as error:
-            if (
-                rank_on_machine() == 0
-            ):  # of several processes the others have found the same, or the first tells it
+            if rank_on_machine() == 0:  # the other ranks have found the same, or rank 0 reports theirs
                 say(*error.problems, stream=sys.stderr)
             return error.exit_code
     return 0

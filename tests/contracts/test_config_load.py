@@ -158,23 +158,15 @@ def test_values_of_the_command_line(folder: Path):
     assert config.precision.mixed_precision == "no"
 
 
-def test_check_is_an_action(folder: Path):
-    assert load().action == "train"
-    plain, structured = (
-        load({}, None, "--check"),
-        load({}, None, "--check", "json", "--contact_sheets", "sheets"),
-    )
-    assert (plain.action, plain.check_json, plain.contact_sheets) == ("check", False, None)
-    assert (structured.action, structured.check_json, structured.contact_sheets) == (
-        "check",
-        True,
-        Path("sheets"),
-    )
-    assert (
-        load({}, None, "--check=json").check_json
-        and load({}, None, "--check", "--lr", "1e-6").action == "check"
-    )
-    assert load({}, None, "--check", "null").action == "train"
+def test_the_check_is_an_option_with_a_form(folder: Path):
+    def form(*words: str) -> tuple[str | None, str | None]:
+        command = load({}, None, *words).command
+        return command.check, command.contact_sheets
+
+    assert form() == form("--check", "null") == (None, None)
+    assert form("--check") == form("--check", "--lr", "1e-6") == ("text", None)
+    assert form("--check=json") == ("json", None)
+    assert form("--check", "json", "--contact_sheets", "sheets") == ("json", "sheets")
 
 
 def test_input_paths_are_looked_for_beside_the_file_and_then_in_the_working_directory(folder: Path):

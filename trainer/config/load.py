@@ -1,4 +1,4 @@
-"""From the command line to a checked `TrainConfig`, all problems of all files together."""
+"""Turn a command line into a checked `TrainConfig`, and report the problems of all files together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from data.regular import read_regular
 from trainer.config.ed2 import RENAMED, in_optimizer_file, other_word, translate
@@ -60,35 +60,24 @@ from trainer.output import say
 _FREEZE = "; to leave a network as it is, set disable_unet_training or disable_textenc_training"
 _IN_A_FILE = "; write the keys into a .json file and name the file here"
 _NAMES_FILES = ("data_root", "optimizer_config")
-"""Keys whose defaults are looked for, and so only taken if the file was understood far enough to know that they are absent."""
+"""Keys whose defaults name files, and are only looked for after a file without syntax errors."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A configuration that passed every check, what to do with it, and what its author should know."""
+    """A configuration that passed every check, the command line's own options, and notes for its author."""
 
     config: TrainConfig
-    action: Literal["train", "check"]
+    command: CommandOptions
     notes: tuple[str, ...]
-    weights_only: bool = False
-    """Whether a checkpoint gives its weights to a new run instead of being continued."""
-    check_json: bool = False
-    """Whether the check prints for programs."""
-    contact_sheets: Path | None = None
-    """The folder for the check's pictures."""
-    vram: float | None = None
-    """GiB of the card that the check is for; None for the device of this machine."""
 
 
 def load_config(argv: Sequence[str]) -> Loaded:
-    """Return the configuration that a command line asks for; nothing but files of text is read, no library that trains is imported.
-
-    Args:
-        argv: the command line without the program's name.
+    """Return the configuration of a command line, without its program's name; read text files alone.
 
     Raises:
         UserError: all problems of the command line and of all files, each with its place.
-        SystemExit: after printing the help that was asked for.
+        SystemExit: after printing the help.
     """
     _check_names(argv)
     report = Report()
@@ -132,15 +121,8 @@ def load_config(argv: Sequence[str]) -> Loaded:
     if report.errors or optimizers is None:
         raise UserError(report.errors)
     config = _config(resolved(settings.values), optimizers)
-    return Loaded(
-        config=replace(config, source=source, optimizer_source=optimizer_source),
-        action="check" if arguments.command.check else "train",
-        check_json=arguments.command.check == "json",
-        contact_sheets=Path(arguments.command.contact_sheets) if arguments.command.contact_sheets else None,
-        vram=arguments.command.vram,
-        notes=report.notes,
-        weights_only=arguments.command.resume_weights_only,
-    )
+    config = replace(config, source=source, optimizer_source=optimizer_source)
+    return Loaded(config, arguments.command, report.notes)
 
 
 def _check_names(argv: Sequence[str]) -> None:
@@ -160,7 +142,7 @@ def _check_names(argv: Sequence[str]) -> None:
 
 
 def _read(path: Path, file: str, named: Place, report: Report) -> Document | None:
-    """Return what a file says; None, after reporting it at `named`, where it cannot be read at all."""
+    """Return a JSON file; None after reporting at `named` that it cannot be opened, or its syntax error."""
     problem = ""
     try:
         if path.is_dir():
@@ -181,7 +163,7 @@ def _read(path: Path, file: str, named: Place, report: Report) -> Document | Non
 
 
 def _written(document: Document, report: Report) -> dict[str, Written]:
-    """Return the entries of train.json by this program's keys; foreign and unknown keys are dealt with and absent."""
+    """Return the entries of train.json by this program's keys, and report foreign and unknown keys."""
     known = train_keys()
     result: dict[str, Written] = {}
     for name, entry in document.members(document.values).items():
@@ -248,24 +230,20 @@ def _settings(
 
 
 def _hint(name: str, value: Any) -> str:
-    """Return what to add to the sentence about a wrong value where it is clear what was meant."""
+    """Return the remedy to add to the sentence about a wrong value, if the intention is clear."""
     if name == "lr" and value == 0:
         return _FREEZE
     if name in ("optimizer_config", "sample_prompts", "validation_config") and isinstance(value, dict):
         return _IN_A_FILE
-    sides = (
-        re.fullmatch(r"(\d+)\s*[x,×]\s*(\d+)", value)
-        if name == "resolution" and isinstance(value, str)
-        else None
-    )
-    if sides is None:
+    sides = re.fullmatch(r"(\d+)\s*[x,×]\s*(\d+)", value) if isinstance(value, str) else None
+    if name != "resolution" or sides is None:
         return ""
     side = max(64, 64 * round((int(sides[1]) * int(sides[2])) ** 0.5 / 64))
     return f"; write {side}: images keep their shape and are resized to about its square in area"
 
 
 def _object(key: Key, entry: Written, document: Document | None, report: Report) -> tuple[bool, Any]:
-    """Return whether an object fits the options class that a key takes, and the options; what does not fit is reported."""
+    """Return whether an object fits a key's options class, and the options; report the keys that do not fit."""
     if not isinstance(entry.value, dict):
         report.error(entry.place, f"must be {accepts(key.annotation)}; got {shown(entry.value)}")
         return False, None
@@ -277,7 +255,7 @@ def _object(key: Key, entry: Written, document: Document | None, report: Report)
 
 
 def _resolve_paths(values: dict[str, Any], settings: Settings, report: Report) -> None:
-    """Make input paths absolute; those where nothing is are reported, and removed from `values`."""
+    """Make input paths absolute; report those that do not exist, and remove them from `values`."""
     single = {
         "resume_ckpt": resolve_model,
         "vae": resolve_vae,
@@ -294,10 +272,9 @@ def _resolve_paths(values: dict[str, Any], settings: Settings, report: Report) -
     if "data_root" not in values:
         return
     root = values["data_root"]
-    beside = Path.cwd() / settings.default.file
-    entry = settings.written.get("data_root") or Written(
-        root, replace(settings.default, key="data_root"), beside.parent
-    )
+    folder = (Path.cwd() / settings.default.file).parent
+    default = Written(root, replace(settings.default, key="data_root"), folder)
+    entry = settings.written.get("data_root", default)
     if root == ():
         report.error(entry.place, "is an empty list; name at least one folder of images")
     roots = [root] if isinstance(root, str) else root
@@ -309,7 +286,7 @@ def _resolve_paths(values: dict[str, Any], settings: Settings, report: Report) -
 
 
 def _optimizers(settings: Settings, source: Path, report: Report) -> tuple[OptimizerConfig | None, Path]:
-    """Read the optimizer file where it is known which it is."""
+    """Read the optimizer file, unless its name is wrong or unknown."""
     if "optimizer_config" not in settings.values:
         return None, source
     entry = settings.written.get("optimizer_config") or Written(
@@ -323,7 +300,10 @@ def _optimizers(settings: Settings, source: Path, report: Report) -> tuple[Optim
             else f"{entry.value} is a folder; name the file"
         )
         if path is None and entry.value.lower() in optimizer_classes():
-            sentence = f"{entry.value} is an optimizer, not a file; name a file such as optimizer.json whose base.optimizer it is"
+            sentence = (
+                f"{entry.value} is an optimizer, not a file; name a file such as optimizer.json whose "
+                "base.optimizer it is"
+            )
         report.error(entry.place, sentence)
         return None, source
     file = shown_path(path)
