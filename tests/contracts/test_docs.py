@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.contracts.test_imports import LAYERS
+
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -83,6 +85,18 @@ def test_links_and_anchors_lead_somewhere(page: Path):
 def test_the_readme_links_every_page():
     linked = {target.partition("#")[0] for _, target in LINK.findall(README.read_text(encoding="utf-8"))}
     assert {page.relative_to(ROOT).as_posix() for page in PAGES[1:]} <= linked
+
+
+def test_the_map_of_packages_is_in_the_order_of_imports():
+    page = (ROOT / "docs" / "code.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[([\w/]+)\]", page, re.MULTILINE)
+    packages = [
+        name.replace(".", "/")
+        for layer in LAYERS
+        for name in layer
+        if name not in ("train", "scripts", "trainer")
+    ]
+    assert rows == [*packages, "scripts", "tests"]
 
 
 def test_no_sentence_stands_twice():
