@@ -61,8 +61,9 @@ def check_cuda() -> list[str]:
             return []
     reason = f" ({str(caught[0].message).splitlines()[0]})" if caught else ""
     return [
-        f"nvidia-smi sees {', '.join(gpus)}, but torch {torch.__version__} cannot use CUDA {torch.version.cuda} here{reason}: training "
-        "would run on the CPU, many times slower; update the NVIDIA driver, or install a torch built for an older CUDA."
+        f"nvidia-smi sees {', '.join(gpus)}, but torch {torch.__version__} cannot use CUDA "
+        f"{torch.version.cuda} here{reason}: training would run on the CPU, many times slower; update the "
+        "NVIDIA driver, or install a torch built for an older CUDA."
     ]
 
 
@@ -110,7 +111,8 @@ def _missing(installed: dict[str, str | None]) -> list[str]:
         return []
     are = "package is" if len(names) == 1 else "packages are"
     return [
-        f"{len(names)} {are} not installed: {', '.join(names)}; install with `pip install -r requirements.txt`."
+        f"{len(names)} {are} not installed: {', '.join(names)}; install with `pip install -r "
+        "requirements.txt`."
     ]
 
 
@@ -124,7 +126,8 @@ def _other_versions(pins: dict[str, str], installed: dict[str, str | None]) -> l
     if not others:
         return []
     return [
-        f"Other package versions than the tested ones: {', '.join(others)}; `pip install -r requirements.txt` installs those."
+        f"Other package versions than the tested ones: {', '.join(others)}; `pip install -r "
+        "requirements.txt` installs those."
     ]
 
 
@@ -136,8 +139,9 @@ def _torch_without_cuda(pin: str) -> list[str]:
     if not gpus:
         return []
     return [
-        f"nvidia-smi sees {', '.join(gpus)}, but torch {build['__version__']} is built without CUDA: training would run on the CPU, many "
-        f"times slower; install the CUDA build with `pip install torch=={pin}+cu130 --extra-index-url {CUDA_INDEX}`."
+        f"nvidia-smi sees {', '.join(gpus)}, but torch {build['__version__']} is built without CUDA: "
+        "training would run on the CPU, many times slower; install the CUDA build with `pip install "
+        f"torch=={pin}+cu130 --extra-index-url {CUDA_INDEX}`."
     ]
 
 
@@ -158,8 +162,9 @@ def _broken_companions() -> list[str]:
         error = _import_error(name)
         if error is not None:
             problems.append(
-                f"{name} {own['__version__']} does not load beside torch {torch['__version__']} ({error}), which breaks diffusers and "
-                f"transformers; training does not need it: `pip uninstall {name}`."
+                f"{name} {own['__version__']} does not load beside torch {torch['__version__']} ({error}), "
+                "which breaks diffusers and transformers; training does not need it: `pip uninstall "
+                f"{name}`."
             )
     return problems
 

@@ -1,8 +1,7 @@
 """Keys of EveryDream2 and of other trainers that are not keys of this program.
 
-Everything that is not one of this program's own options stands in the tables below: what is accepted where it
-changes nothing, what is refused and with which alternative, what is merely old. A table's line goes when the
-option arrives.
+The tables list keys that are accepted without effect, keys that are refused with an alternative, and old
+keys. When an option arrives, its line goes.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ NEVER_NAMES: Mapping[str, str] = {
     "dadapt_adan": "dadapt_adam",
     "scalar_dowg": "dadapt_adam",
 }
-"""Optimizers that EveryDream2 names and this program leaves out, and what to use instead."""
+"""EveryDream2's optimizers that this program omits, and their substitutes."""
 
 UNUSED_OPTIMIZER: Mapping[str, Any] = {"no_prox": False}
-"""Keys of optimizer sections that only optimizers use which this program leaves out, with EveryDream2's defaults."""
+"""Keys of optimizers that this program omits, with EveryDream2's defaults."""
 
 RENAMED: Mapping[str, str] = {
     "base_model": "resume_ckpt",
@@ -36,12 +35,12 @@ RENAMED: Mapping[str, str] = {
     "ema_sample_ema_training": "ema_sample_ema_model",
     "ema_sample_raw_training": "ema_sample_nonema_model",
 }
-"""Other names of keys of train.json: EveryDream2's of before it renamed them, and base_model."""
+"""Other names of keys of train.json: EveryDream2's earlier ones, and base_model."""
 
 _REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "load_settings_every_epoch": (
         (False,),
-        'stop the run, change the file and go on with "resume_ckpt": "findlast"',
+        'stop the run, change the file and resume with "resume_ckpt": "findlast"',
     ),
     "plugins": (([], {}, ""), "plugins are not supported; remove it or set it to null"),
     "rated_dataset": (
@@ -54,7 +53,7 @@ _IDLE: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "rated_dataset_target_dropout_percent": ((50,), "rated_dataset"),
     "rated_dataset_target_dropout_rate": ((50,), "rated_dataset"),
 }
-"""Keys that do nothing unless another is set, which is refused: their usual values, and that other key."""
+"""Keys without effect unless another key is set, which is refused: their usual values, and that other key."""
 
 _OLD: Mapping[str, str] = {
     "disable_xformers": "attention is torch's own; see attn_type",
@@ -122,7 +121,7 @@ _OTHER_WORDS: Mapping[str, str] = {
     "xformers": "attn_type",
     "zero_terminal_snr": "enable_zero_terminal_snr",
 }
-"""Keys of train.json by what kohya's sd-scripts, diffusers' examples and others call them."""
+"""Keys of train.json by their names in kohya's sd-scripts, diffusers' examples and others."""
 
 _OTHER_OPTIMIZER_WORDS: Mapping[str, str] = {
     "adam_beta1": "betas",
@@ -144,7 +143,7 @@ _OTHER_OPTIMIZER_WORDS: Mapping[str, str] = {
     "use_8bit_adam": "optimizer",
     "warmup_steps": "lr_warmup_steps",
 }
-"""Likewise, of the optimizer file's sections."""
+"""Keys of the optimizer file's sections by their names elsewhere."""
 
 _OF_TEXT_ENCODER = ("learning_rate_te", "text_encoder_lr")
 
@@ -153,7 +152,7 @@ SECTION_WORDS: Mapping[str, str] = {
     "text_encoder": "text_encoder_overrides",
     "unet": "base",
 }
-"""What the optimizer file's sections are called elsewhere."""
+"""The optimizer file's sections by their names elsewhere."""
 
 
 def foreign_schema() -> dict[str, dict[str, Any]]:
@@ -190,7 +189,7 @@ def foreign_options() -> dict[str, Key]:
 
 
 def translate(name: str, written: Written, report: Report) -> dict[str, Written] | None:
-    """Return what a foreign key of train.json means in this program's keys, {} where it means nothing, None where it is unknown."""
+    """Return a foreign key of train.json as this program's keys; {} for none, None if it is unknown."""
     value, place = written.value, written.place
     if name == "amp":
         if value is False:
@@ -225,12 +224,12 @@ def translate(name: str, written: Written, report: Report) -> dict[str, Written]
 
 
 def other_word(name: str, *, optimizer: bool = False) -> str | None:
-    """Return the key that another trainer calls `name`."""
+    """Return the key that another trainer calls `name`, if there is one."""
     return (_OTHER_OPTIMIZER_WORDS if optimizer else _OTHER_WORDS).get(name.lower())
 
 
 def in_optimizer_file(name: str) -> str | None:
-    """Return the section and key of the optimizer file that a word outside it means; None where it means none."""
+    """Return the place in the optimizer file of a key outside it; None if it has none there."""
     key = other_word(name, optimizer=True) or name
     if other_word(name) is not None or key not in optimizer_keys():
         return None

@@ -1,4 +1,4 @@
-"""The two files for editors, as JSON Schemas, and for readers, as a page: the same keys, ranges and words as the checks and `--help`."""
+"""Export the keys of both files from the options: JSON Schemas for editors, a page for readers."""
 
 from __future__ import annotations
 
@@ -87,8 +87,9 @@ def key_reference() -> str:
     lines = [
         "# Every key",
         "",
-        "Written by `python scripts/export_schema.py` from the docstrings; `python train.py --help` says the same. "
-        "`null` always means the default. Every key of train.json is also an option of the command line, `--batch_size 2`.",
+        "Written by `python scripts/export_schema.py` from the docstrings; `python train.py --help` says "
+        "the same. `null` always means the default. Every key of train.json is also an option of the "
+        "command line, `--batch_size 2`.",
     ]
     for attribute, options in sections().items():
         lines += ["", f"## train.json: {attribute}", "", _first_line(options), "", *_table_of(options)]

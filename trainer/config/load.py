@@ -18,7 +18,7 @@ from trainer.config.overrides import help_text, parse
 from trainer.config.paths import (
     find,
     not_found,
-    resolve_average,
+    resolve_ema_model,
     resolve_images,
     resolve_json,
     resolve_model,
@@ -173,7 +173,8 @@ def _written(document: Document, report: Report) -> dict[str, Written]:
             if same.value != entry.value and {name, same.place.key} & RENAMED.keys():
                 report.error(
                     entry.place,
-                    f"{shown(entry.value)} contradicts {same.place.key}, which means the same; remove one of the two",
+                    f"{shown(entry.value)} contradicts {same.place.key}, which means the same; remove one "
+                    "of the two",
                 )
             continue
         foreign = translate(name, entry, report)
@@ -243,7 +244,7 @@ def _hint(name: str, value: Any) -> str:
 
 
 def _object(key: Key, entry: Written, document: Document | None, report: Report) -> tuple[bool, Any]:
-    """Return whether an object fits a key's options class, and the options; report the keys that do not fit."""
+    """Return whether an object fits a key's options class, and the options; report what does not fit."""
     if not isinstance(entry.value, dict):
         report.error(entry.place, f"must be {accepts(key.annotation)}; got {shown(entry.value)}")
         return False, None
@@ -261,7 +262,7 @@ def _resolve_paths(values: dict[str, Any], settings: Settings, report: Report) -
         "vae": resolve_vae,
         "sample_prompts": resolve_prompts,
         "validation_config": resolve_json,
-        "ema_resume_model": resolve_average,
+        "ema_resume_model": resolve_ema_model,
     }
     for name, resolve in single.items():
         if values.get(name) is not None:

@@ -1,4 +1,4 @@
-"""The rules between the optimizer file and the rest of a run: train.json, the model's size, the device, the steps."""
+"""The rules between the optimizer file and the rest of a run: train.json, model size, device, steps."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def check_rates(config: TrainConfig, trained_parameters: Mapping[str, int]) -> N
         "text encoder": (OVERRIDES, config.optimizers.text_encoder),
     }
     problems = [
-        f"{config.optimizer_source.name}: {section}.lr: {options.optimizer} at {options.lr:g} ruins a model of "
-        f"this size ({total / 1e6:.0f} million trained parameters); set lr to {HIGH_LR:g} or less (1e-6 is usual) "
-        f"there or in {config.source.name}, or set allow_high_lr to true"
+        f"{config.optimizer_source.name}: {section}.lr: {options.optimizer} at {options.lr:g} ruins a model "
+        f"of this size ({total / 1e6:.0f} million trained parameters); set lr to {HIGH_LR:g} or less (1e-6 "
+        f"is usual) there or in {config.source.name}, or set allow_high_lr to true"
         for network, (section, options) in networks.items()
         if trained_parameters.get(network) and not options.adapts and (options.lr or 0) > HIGH_LR
     ]
@@ -86,14 +86,14 @@ def check_fused_backward(config: TrainConfig, precision: Precision | None = None
     if processes > 1:
         raise UserError(
             f"{processes} processes were launched, which contradicts fused_backward: it updates the weights "
-            "inside the backward pass, before gradients are averaged over processes; set fused_backward to false "
-            f"in {config.optimizer_source.name}, or start one process."
+            "inside the backward pass, before gradients are averaged over processes; set fused_backward to "
+            f"false in {config.optimizer_source.name}, or start one process."
         )
     if precision is not None and precision.scaler is not None:
         raise UserError(
-            f"mixed_precision: auto is fp16 on {precision.device}, which has no native bf16, and fp16 contradicts "
-            "fused_backward: whether a scaled gradient has overflowed is known too late; set fused_backward to "
-            f"false in {config.optimizer_source.name}, or mixed_precision to no."
+            f"mixed_precision: auto is fp16 on {precision.device}, which has no native bf16, and fp16 "
+            "contradicts fused_backward: whether a scaled gradient has overflowed is known too late; set "
+            f"fused_backward to false in {config.optimizer_source.name}, or mixed_precision to no."
         )
 
 
@@ -119,7 +119,10 @@ def check_schedules(config: TrainConfig, total_steps: int) -> list[str]:
         zeros = (step for step in range(total_steps - 1) if factor(step) == 0 and factor(step + 1) == 0)
         still = next(zeros, None)
         if still is not None:
-            holds = f"{place}: lr_scheduler {options.lr_scheduler} holds lr at 0 from step {still} on, of {total_steps} in all"
+            holds = (
+                f"{place}: lr_scheduler {options.lr_scheduler} holds lr at 0 from step {still} on, of "
+                f"{total_steps} in all"
+            )
             advice = f"set lr_decay_steps to at least {total_steps}, or null for 1.5 times the run"
             if options.adapts:
                 problems.append(f"{holds}, where D-Adaptation cannot stand still without harm; {advice}")
@@ -149,27 +152,27 @@ def _is_fused(options: OptimizerOptions) -> bool:
 def _fused_backward(settings: Settings, off: str) -> None:
     if settings["grad_accum"] > 1:
         settings.error(
-            f"{settings['grad_accum']} contradicts fused_backward, which updates the weights inside every backward "
-            "pass, before the batches are averaged; raise batch_size instead and set grad_accum to 1, or "
-            f"{off}",
+            f"{settings['grad_accum']} contradicts fused_backward, which updates the weights inside every "
+            "backward pass, before the batches are averaged; raise batch_size instead and set grad_accum "
+            f"to 1, or {off}",
             "grad_accum",
         )
     if settings["clip_grad_norm"] is not None:
         settings.error(
-            "contradicts fused_backward, which updates the first weights before the norm of the whole gradient is "
-            f"known; D-Adaptation seldom needs clipping: set it to null, or {off}",
+            "contradicts fused_backward, which updates the first weights before the norm of the whole "
+            f"gradient is known; D-Adaptation seldom needs clipping: set it to null, or {off}",
             "clip_grad_norm",
         )
     if settings["mixed_precision"] == "fp16":
         settings.error(
-            "fp16 contradicts fused_backward, which updates weights before it is known whether the scaled gradient "
-            f"has overflowed; use bf16 or no, or {off}",
+            "fp16 contradicts fused_backward, which updates weights before it is known whether the scaled "
+            f"gradient has overflowed; use bf16 or no, or {off}",
             "mixed_precision",
         )
     if settings["compile"]:
         settings.note(
-            "a compiled backward pass hands over all gradients of a network at once, so fused_backward spares no "
-            "memory with it",
+            "a compiled backward pass hands over all gradients of a network at once, so fused_backward "
+            "spares no memory with it",
             "compile",
         )
 
@@ -202,9 +205,9 @@ def _bf16_weights(settings: Settings, sections: Sections, file: str) -> None:
     for name, options in sections.items():
         if not options.rounds_bf16:
             settings.error(
-                "bf16 needs an optimizer that rounds stochastically, since most steps are smaller than the spacing "
-                f"of bf16 numbers and would be lost with {options.optimizer} ({file}: {name}); use {able} there, "
-                "or weights_dtype fp32",
+                "bf16 needs an optimizer that rounds stochastically, since most steps are smaller than the "
+                f"spacing of bf16 numbers and would be lost with {options.optimizer} ({file}: {name}); use "
+                f"{able} there, or weights_dtype fp32",
                 "weights_dtype",
             )
 

@@ -1,4 +1,4 @@
-"""The optimizer file: two sections of optimizer options, inheritance between them, and the source of each learning rate."""
+"""The optimizer file: two sections of options, inheritance between them, and the sources of the rates."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class _Section:
-    """One section of the file: its optimizer (None: unknown), its right values, and whether its network is trained."""
+    """One section: its optimizer (None: unknown), right values, and whether its network is trained."""
 
     name: str
     optimizer: str | None
@@ -92,7 +92,8 @@ class _Reader:
         if BASE not in top and {"resume_ckpt", "data_root", "max_epochs", "optimizer_config"} & top.keys():
             report.error(
                 Place(self.document.file),
-                f"is a train.json, not an optimizer file, which holds {BASE}, {OVERRIDES} and {FREEZING}; see optimizer_config",
+                f"is a train.json, not an optimizer file, which holds {BASE}, {OVERRIDES} and {FREEZING}; "
+                "see optimizer_config",
             )
             return None
         options = self._top(top)
@@ -236,7 +237,7 @@ class _Reader:
             return own.values["lr"].value
         if base.adapts == own.adapts:
             return base_lr * scale
-        # A rate and a multiplier of a learned rate are unrelated: 0.1 is usual for one and ruin for the other.
+        # A rate and a multiplier are unrelated: 0.1 is usual for one and ruin for the other.
         lr = 1.0 if own.adapts else self._train_lr(OVERRIDES, own.trained)
         if "lr" in base.values and own.trained:
             what = {True: "lr multiplies the rate that it finds", False: "lr is the rate"}
@@ -281,8 +282,8 @@ class _Reader:
         if section.trained and own is not None and section.adapts and own.value < TINY_MULTIPLIER:
             self.report.note(
                 own.place,
-                f"{own.value:g} looks like a learning rate, but for {section.optimizer} lr multiplies the rate it "
-                "finds, and d grows in proportion to it; 1.0 is the method's own, 0.1 gentle",
+                f"{own.value:g} looks like a learning rate, but for {section.optimizer} lr multiplies the "
+                "rate it finds, and d grows in proportion to it; 1.0 is the method's own, 0.1 gentle",
             )
 
     def _note_difference(self, section: _Section, key: str) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `--key value` and `--no-key` for every key of train.json, and `--help`, all from the options' docstrings."""
+"""The command line: `--key value` and `--no-key` for every key of train.json, and `--help`."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ def parse(argv: Sequence[str], report: Report) -> Arguments:
 
 
 def help_text(width: int = 100) -> str:
-    """Return the text of `--help`: every key by section, with what it takes, its default and its docstring."""
+    """Return the text of `--help`: every key by section, with its type, default and docstring."""
     lines = [
         "usage: python train.py [--config train.json] [--check [json]] [--key value ...]",
         "",
         *textwrap.wrap(
-            "Fine-tunes Stable Diffusion as train.json says. Every key below is a key of train.json and an option here; the command "
-            "line wins over the file, the file over the default. --no-key turns a switch off, null stands for the default. The "
-            "optimizer file's keys are listed at the end.",
+            "Fine-tunes Stable Diffusion as train.json says. Every key below is a key of train.json and an "
+            "option here; the command line wins over the file, the file over the default. --no-key turns a "
+            "switch off, null stands for the default. The optimizer file's keys are listed at the end.",
             width,
         ),
     ]
@@ -195,7 +195,7 @@ def _report_rest(words: Sequence[str], report: Report) -> None:
 
 
 def _value(key: Key, text: str) -> Any:
-    """Return the JSON value that a word on the command line stands for."""
+    """Return a word of the command line as a JSON value."""
     if text == "null":
         return None
     scratch = Report()

@@ -1,6 +1,7 @@
-"""Input paths: looked for beside the file that names them, then in the working directory; from the command line only there.
+"""Find input paths: relative to the file that names them, then to the working directory.
 
-Optimizer files are also looked for in the program's configs/, so that a copy of one of its configurations works anywhere.
+Paths of the command line are relative to the working directory alone. Optimizer files are also looked for in
+the program's configs/, so that a copy of one of its configurations works anywhere.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _IMAGE_LISTS = (".json", ".jsonl", ".csv", ".parquet")
 
 
 def shown_path(path: Path) -> str:
-    """Return a path as messages show it: relative to the working directory where it lies inside."""
+    """Return a path as messages show it: relative to the working directory if it lies inside."""
     try:
         return path.relative_to(Path.cwd()).as_posix()
     except ValueError:
@@ -37,7 +38,7 @@ def shown_path(path: Path) -> str:
 
 
 def find(written: Written) -> Path | None:
-    """Return the absolute path that a written one means, None if nothing is there."""
+    """Return an existing path as an absolute one; None if there is none."""
     for folder in _folders(written):
         candidate = _inside(folder, written.value)
         if _exists(candidate):
@@ -46,7 +47,7 @@ def find(written: Written) -> Path | None:
 
 
 def resolve_model(written: Written, report: Report) -> str | None:
-    """Return `resume_ckpt` with a path made absolute, and a hub id or `findlast` as it is; None after reporting what is wrong."""
+    """Return `resume_ckpt`: an absolute path, a hub id or `findlast`; None after reporting a problem."""
     if written.value == FINDLAST:
         return FINDLAST
     found = _model_path(written, report, "the model")
@@ -66,25 +67,25 @@ def resolve_model(written: Written, report: Report) -> str | None:
     close = f"; did you mean '{written.value.rstrip('/')}/{inside[0]}'{newest}?" if inside else ""
     report.error(
         written.place,
-        f"no model in {written.value}: a diffusers folder holds model_index.json beside unet, text_encoder, vae, tokenizer and scheduler, "
-        f"and a run's folder holds ckpts{close}",
+        f"no model in {written.value}: a diffusers folder holds model_index.json beside unet, text_encoder, "
+        f"vae, tokenizer and scheduler, and a run's folder holds ckpts{close}",
     )
     return None
 
 
-def resolve_average(written: Written, report: Report) -> str | None:
-    """Return `ema_resume_model` with a path made absolute, and a hub id as it is; None after reporting what is wrong."""
+def resolve_ema_model(written: Written, report: Report) -> str | None:
+    """Return `ema_resume_model`: an absolute path or a hub id; None after reporting a problem."""
     if written.value == FINDLAST:
         report.error(
             written.place,
-            "findlast needs no key: a run that goes on brings its averaged weights; set it to null",
+            "findlast needs no key: a resumed run brings its EMA weights; set it to null",
         )
         return None
     return resolve_model(written, report)
 
 
 def resolve_vae(written: Written, report: Report) -> str | None:
-    """Return `vae` with a path made absolute, and a hub id as it is; None after reporting what is wrong."""
+    """Return `vae`: an absolute path or a hub id; None after reporting a problem."""
     found = _model_path(written, report, "the VAE")
     if isinstance(found, str) or found is None:
         return found
@@ -94,13 +95,14 @@ def resolve_vae(written: Written, report: Report) -> str | None:
         return str(found)
     report.error(
         written.place,
-        f"no VAE in {written.value}: its folder holds config.json and weights, a model's folder holds them in vae/",
+        f"no VAE in {written.value}: its folder holds config.json and weights, a model's folder holds them "
+        "in vae/",
     )
     return None
 
 
 def resolve_images(written: Written, report: Report) -> str | None:
-    """Return one folder or list of images as an absolute path; None after reporting what is wrong."""
+    """Return one folder or list of images as an absolute path; None after reporting a problem."""
     is_list = written.value.lower().endswith(_IMAGE_LISTS)
     path = _found(written, report, "file" if is_list else "folder")
     if path is None:
@@ -117,28 +119,30 @@ def resolve_images(written: Written, report: Report) -> str | None:
         if (package / "__init__.py").exists() and (package / "rng.py").exists():
             report.error(
                 written.place,
-                f"{written.value} holds the program itself (data/__init__.py), not your images; put them into a folder of their own",
+                f"{written.value} holds the program itself (data/__init__.py), not your images; put them "
+                "into a folder of their own",
             )
             return None
     return str(path)
 
 
 def resolve_prompts(written: Written, report: Report) -> str | None:
-    """Return the prompts file as an absolute path; None after reporting what is wrong."""
+    """Return the prompts file as an absolute path; None after reporting a problem."""
     path = _found(written, report, "file")
     if path is None:
         return None
     if not path.is_file() or path.suffix.lower() not in _PROMPT_FILES:
         report.error(
             written.place,
-            f"must be a .txt or .json file of prompts; {written.value} is {'not one' if path.is_file() else 'a folder'}",
+            "must be a .txt or .json file of prompts; "
+            f"{written.value} is {'not one' if path.is_file() else 'a folder'}",
         )
         return None
     return str(path)
 
 
 def resolve_json(written: Written, report: Report) -> str | None:
-    """Return a .json file as an absolute path; None after reporting what is wrong."""
+    """Return a .json file as an absolute path; None after reporting a problem."""
     path = _found(written, report, "file")
     if path is None:
         return None
@@ -152,7 +156,7 @@ def resolve_json(written: Written, report: Report) -> str | None:
 
 
 def not_found(written: Written, kind: str) -> str:
-    """Return the sentence about a path where nothing is: where it was looked for, and the closest name that is there."""
+    """Return the sentence about a missing path: the searched places, and the closest name in them."""
     close = next((close for folder in _folders(written) if (close := _close(folder, written))), "")
     configs = " and to the program's configs" if CONFIGS in _folders(written) else ""
     if Path(os.path.expanduser(written.value)).is_absolute():  # noqa: PTH111
@@ -192,7 +196,7 @@ def _found(written: Written, report: Report, kind: str) -> Path | None:
 
 
 def _model_path(written: Written, report: Report, what: str) -> Path | str | None:
-    """Return the path that exists, or the hub id; None after reporting that there is neither."""
+    """Return an existing path or a hub id; None after reporting that it is neither."""
     value = written.value
     if find(written) is None and _HUB_ID.fullmatch(value) and not value.lower().endswith(_MODEL_FILES):
         owner = Written(value.split("/")[0], written.place, written.folder)
@@ -227,9 +231,9 @@ def _model_file(path: Path, place: Place, report: Report) -> str | None:
 
 
 def _folders(written: Written) -> list[Path]:
-    beside = [] if written.folder is None else [written.folder]
+    own = [] if written.folder is None else [written.folder]
     configs = [CONFIGS] if written.place.key == "optimizer_config" else []
-    return list(dict.fromkeys([*beside, Path.cwd(), *configs]))
+    return list(dict.fromkeys([*own, Path.cwd(), *configs]))
 
 
 def _inside(folder: Path, value: str) -> Path:
@@ -245,7 +249,7 @@ def _exists(path: Path) -> bool:
 
 
 def _close(folder: Path, written: Written) -> str:
-    """Return "; did you mean ...?" with the first missing part of the path replaced by the closest name beside it."""
+    """Return "; did you mean ...?" with the closest name instead of the first missing part of the path."""
     value = written.value
     parts = Path(value).parts
     missing = next(
@@ -266,7 +270,7 @@ def _close(folder: Path, written: Written) -> str:
 
 
 def _misspelt(written: str, name: str) -> bool:
-    """Return whether each word of a name is close to one's; with another word or number it is a file for another GPU."""
+    """Return whether two names differ in spelling alone; another word or number means another GPU's file."""
     words, others = (re.split(r"[\W_]+", text.lower()) for text in (written, name))
     numbers, other_numbers = (re.findall(r"\d+", text) for text in (written, name))
     return (

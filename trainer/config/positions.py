@@ -1,4 +1,4 @@
-"""Read JSON strictly, with the line of every key, and explain the first syntax error to a person who edits by hand."""
+"""Read JSON strictly, with the line of every key, and explain the first syntax error."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Document:
         return Place(self.file, self.lines.get(path), _spelled(path))
 
     def members(self, value: Any, *path: str | int) -> dict[str, Written]:
-        """Return the entries of `value`, the object at `path`, without those for readers; none if it is no object."""
+        """Return the entries of the object `value` at `path`, but documentation; {} if it is no object."""
         entries = value.items() if isinstance(value, Mapping) else ()
         return {
             name: Written(inner, self.place(*path, name), self.folder)
@@ -62,7 +62,7 @@ class Document:
 
 
 class _SyntaxError(Exception):
-    """The first syntax error: a sentence without a full stop, and the position in the text (None: all of it)."""
+    """The first syntax error: a sentence without a full stop, and its position (None: the whole text)."""
 
     def __init__(self, sentence: str, position: int | None = None) -> None:
         self.sentence, self.position = sentence, position
@@ -94,7 +94,7 @@ def read_text(content: bytes, file: str, report: Report) -> str | None:
 
 
 def read_json(content: bytes, file: str, report: Report, folder: Path | None = None) -> Document | None:
-    """Return the object in a file of UTF-8 text; None after reporting the first syntax error with line and column.
+    """Return the object in a file; None after reporting the first syntax error with line and column.
 
     All keys that are written twice are reported. NaN and Infinity are read, as by `json.loads`.
     """
@@ -132,13 +132,13 @@ def _check_start(text: str) -> None:
         raise _SyntaxError("the file is empty; it must hold an object: { ... }")
     if not start.startswith(("{", "//", "/*", "#")):
         first = start.partition("\n")[0].strip()
-        what = {"[": "a list", '"': "text"}.get(start[0], f"'{_clip(first)}'")
-        sentence = f"the file must hold an object in braces, {{ ... }}, but begins with {what}"
+        kind = {"[": "a list", '"': "text"}.get(start[0], f"'{_clip(first)}'")
+        sentence = f"the file must hold an object in braces, {{ ... }}, but starts with {kind}"
         raise _SyntaxError(sentence, len(text) - len(start))
 
 
 def _lines(text: str) -> tuple[dict[KeyPath, int], list[tuple[KeyPath, int, int]]]:
-    """Return the line of every key and list item of valid JSON, and the keys written twice with both lines."""
+    """Return the line of each key and list item of valid JSON, and both lines of keys written twice."""
     lines: dict[KeyPath, int] = {}
     twice: list[tuple[KeyPath, int, int]] = []
     path: list[Any] = []  # of each open bracket the index, or the key: None before it

@@ -1,4 +1,4 @@
-"""Problems and notes: where each belongs, and the sentences that say what is wrong with a value."""
+"""Problems and notes: their places, and the sentences about wrong values."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pydantic import ValidationError
 from trainer.config.schema import Key, accepts
 
 _TINIEST = 1e-37
-"""About the smallest number of 32 bits whose inverse is one too."""
+"""About the smallest fp32 number whose inverse is one too."""
 
 COMMAND_LINE = "--"
-"""Stands for the command line where a place names its file."""
+"""The command line as the file of a `Place`."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where something was said: a file as the user knows it, a line in it and a key, as far as they apply."""
+    """The place of a problem or note: a file by its name in messages, and line, key and column if known."""
 
     file: str
     line: int | None = None
@@ -42,13 +42,13 @@ class Place:
         return str(self if self.file == COMMAND_LINE else self.at(""))
 
     def at(self, key: str) -> Place:
-        """Return the place of something inside this one that has no line of its own."""
+        """Return the place of a key inside this one that has no line of its own."""
         return Place(self.file, self.line, key)
 
 
 @dataclass(frozen=True)
 class Written:
-    """A value as someone wrote it, and the folder of the file it was written in (None: the command line)."""
+    """A value, its place, and the folder of its file (None: the command line)."""
 
     value: Any
     place: Place
@@ -57,7 +57,7 @@ class Written:
 
 @dataclass
 class Report:
-    """What is wrong with a configuration, and what its author should know although it is not wrong."""
+    """The problems of a configuration, and notes for its author."""
 
     files: list[str] = field(default_factory=lambda: [COMMAND_LINE])
     """The files in the order in which their problems are shown."""
@@ -71,7 +71,7 @@ class Report:
         self._errors.append((place, sentence))
 
     def note(self, place: Place, sentence: str) -> None:
-        """Add a note; the run goes on."""
+        """Add a note; the run is not refused."""
         self._know(place)
         self._notes.append((place, sentence))
 
@@ -95,7 +95,7 @@ class Report:
 
 
 def checked(key: Key, value: Any, place: Place, report: Report, hint: str = "") -> tuple[bool, Any]:
-    """Return whether `value` fits the key, and the value as the field's type; what does not fit is reported, `hint` appended."""
+    """Return whether `value` fits the key, and it as the field's type; report problems, with `hint`."""
     if isinstance(value, float) and not math.isfinite(value) and value != key.default:
         sentence = f"{shown(value)} is not a number to train with; write a number, or null for the default"
         report.error(place, sentence)
@@ -157,7 +157,7 @@ def _computable(value: Any) -> bool:
 
 
 def _sentences(key: Key, value: Any, error: ValidationError) -> list[tuple[tuple[int | str, ...], str]]:
-    """Return what is wrong: the place inside the value, and a sentence."""
+    """Return each problem as a path inside the value and a sentence."""
     if (
         len(key.variants) > 1
     ):  # pydantic reports every member of a union; what is meant shows in whether it is a list
@@ -232,7 +232,7 @@ def closest(found: str, known: Iterable[str]) -> str | None:
 
 
 def shown(value: Any) -> str:
-    """Return a value as the reader wrote it: text in single quotes, everything else as JSON."""
+    """Return a value for messages: text in single quotes, everything else as JSON."""
     text = f"'{value}'" if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:76] + " ..."
 

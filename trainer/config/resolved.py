@@ -1,4 +1,4 @@
-"""Write a configuration down completely, so that its run can be repeated."""
+"""Write a complete configuration, so that its run can be repeated."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ FORMAT = 2
 
 
 def clip_skip_of_format_1(value: int) -> int:
-    """Return the clip_skip that a resolved configuration of format 1 means by `value`."""
+    """Return the clip_skip of a resolved configuration of format 1 as today's."""
     return value + 1 if value > 0 else value
 
 
 def write_resolved(config: TrainConfig, folder: Path) -> None:
-    """Write train.json and optimizer.json into `folder`: every key, input paths absolute; loading them gives an equal configuration."""
+    """Write train.json and optimizer.json with every key and absolute paths; they load as equal options."""
     for name, values in documents(config).items():
         with appearing(folder / name) as draft:
             draft.write_text(

@@ -13,7 +13,7 @@ from trainer.models.options import EmaOptions
 from trainer.output import clean
 
 LONGEST_NAME = 150
-"""Bytes. File systems allow 255; a checkpoint adds up to 80: kind, epoch, step, ending and that of a draft."""
+"""Bytes. File systems allow 255; a checkpoint adds up to 80: kind, epoch, step and two endings."""
 
 _SAME = (
     ("no_save_ckpt", "save_format"),
@@ -101,8 +101,8 @@ def _objective(settings: Settings) -> None:
         )
     if settings["enable_zero_terminal_snr"] and settings["min_snr_gamma"] is not None:
         settings.note(
-            "weights a timestep without signal by 0, and those before it by almost 0, which are the ones that "
-            "enable_zero_terminal_snr is about; null lets them be learned",
+            "weights a timestep without signal by 0, and those before it by almost 0, which are the ones "
+            "that enable_zero_terminal_snr is about; null lets them be learned",
             "min_snr_gamma",
         )
 
@@ -174,8 +174,8 @@ def _keeping(settings: Settings) -> None:
         return
     if models is not None and resumable > models:
         settings.error(
-            f"{resumable} checkpoints to resume from need as many models: keep_last_n {models} must be at least "
-            "that",
+            f"{resumable} checkpoints to resume from need as many models: keep_last_n {models} must be at "
+            "least that",
             "keep_resume_n",
         )
     if settings["save_optimizer"]:
@@ -204,13 +204,13 @@ def _lora(settings: Settings) -> None:
         return
     if settings["ema_resume_model"] is not None:
         settings.error(
-            "contradicts lora: a model holds no LoRA that an average could begin from; set it to null",
+            "contradicts lora: a model holds no LoRA adapters for the EMA to start from; set it to null",
             "ema_resume_model",
         )
     if settings["enable_zero_terminal_snr"]:
         settings.note(
-            "a LoRA file cannot hold a noise schedule: set rescale_betas_zero_snr and timestep_spacing trailing "
-            "wherever you draw with it",
+            "a LoRA file cannot hold a noise schedule: set rescale_betas_zero_snr and timestep_spacing "
+            "trailing wherever you draw with it",
             "enable_zero_terminal_snr",
         )
 
@@ -224,8 +224,8 @@ def _cache(settings: Settings) -> None:
     wanted = settings["cache_latents"]
     if wanted in ("disk", "memory") and settings["crop_jitter"] > 0:
         settings.error(
-            f"{wanted} contradicts crop_jitter {settings['crop_jitter']:g}, with which no two crops are equal; "
-            "set one of the two to its default",
+            f"{wanted} contradicts crop_jitter {settings['crop_jitter']:g}, with which no two crops are "
+            "equal; set one of the two to its default",
             "cache_latents",
         )
 
@@ -247,8 +247,8 @@ def _names(settings: Settings) -> None:
     size = sum(len((settings[key] or "").encode()) for key in ("project_name", "run_name"))
     if size > LONGEST_NAME:
         settings.error(
-            f"project_name and run_name become file names and may have {LONGEST_NAME} bytes together, and have "
-            f"{size}; shorten them",
+            f"project_name and run_name become file names and may have {LONGEST_NAME} bytes together, and "
+            f"have {size}; shorten them",
             "run_name",
             "project_name",
         )

@@ -1,4 +1,4 @@
-"""The file of sample prompts: plain lines, or EveryDream2's JSON, checked like every other part of the configuration."""
+"""The file of sample prompts: plain lines, or EveryDream2's JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _UNUSED = {"cfgs": "EveryDream2 ignores it too; the cfgs beside samples draw eve
 
 
 def load_sample_prompts(path: Path | None) -> SamplePrompts:
-    """Return what a file of prompts asks for; None is no file, which leaves everything at its default.
+    """Return the contents of a file of prompts; without a file (None) the defaults.
 
     Raises:
         UserError: all problems of the file, each with its line.
@@ -31,12 +31,9 @@ def load_sample_prompts(path: Path | None) -> SamplePrompts:
 
 
 def read_sample_prompts(path: Path, report: Report) -> SamplePrompts | None:
-    """Return what a file of prompts asks for; None after reporting what is wrong.
+    """Return the contents of a file of prompts; None after reporting its problems.
 
-    Args:
-        path: a .txt file with one prompt a line, empty lines and lines that begin with # left out, or a .json
-        file.
-        report: is given the problems, and notes about what has no effect.
+    A .txt file has one prompt a line; empty lines and lines that start with # are skipped.
     """
     file = shown_path(path)
     report.files.append(file)

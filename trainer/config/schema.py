@@ -1,4 +1,4 @@
-"""What a run is configured by: the options of every part, and the keys that two JSON files spell them with.
+"""The options of every part of a run, and their keys in two JSON files.
 
 Nothing here lists a key twice. `train.json` is flat: its keys are the fields of the sections of
 `TrainConfig`, the dataclasses that stand beside the code they configure. The sections of an optimizer file
@@ -38,42 +38,42 @@ DEFAULT_OPTIMIZER = "adamw8bit"
 
 @dataclass(frozen=True, kw_only=True)
 class FileOptions:
-    """Where the rest of the configuration is."""
+    """The names of further configuration files."""
 
     optimizer_config: str = "optimizer.json"
-    """The optimizer file: optimizers, their rates and the frozen layers of the text encoder. It is also looked for in
-    the program's configs/, so that a copy of configs/sd15.json works in any folder."""
+    """The optimizer file: optimizers, rates and the frozen layers of the text encoder. It is also looked for
+    in the program's configs/, so that a copy of configs/sd15.json works in any folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommandOptions:
-    """What is said on the command line only."""
+    """Options of the command line alone."""
 
     config: str = "train.json"
     """The file that describes the run."""
 
     check: Literal["text", "json"] | None = None
-    """Check everything, scan the images, print what they hold, what would be trained and where, and stop
+    """Check everything, scan the images, print the plan of the run and its memory estimate, and stop
     without loading weights; json prints it for programs. The exit code is 1 where on_bad_image is error and
     there is one."""
 
     contact_sheets: str | None = None
-    """With check, a folder for pictures that show, for each bucket, all images as they are cropped, over their captions."""
+    """With check, a folder for contact sheets: all images of each bucket, cropped, with their captions."""
 
     vram: Annotated[float, Gt(0)] | None = None
-    """With check, the GiB of a graphics card, which need not be in this machine: whether the run fits it, and
-    if not, what would make it fit."""
+    """With check, the GiB of a GPU, which need not be in this machine: report whether the run fits, and if
+    not, the change that makes it fit."""
 
     resume_weights_only: bool = False
-    """Begin a new run, at step 0, from the weights of the checkpoint that resume_ckpt names, instead of continuing its run."""
+    """Start a new run, at step 0, from the weights of the checkpoint resume_ckpt, instead of resuming it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerFileOptions:
-    """Keys at the top of the optimizer file, beside its sections."""
+    """Keys at the top of the optimizer file, outside its sections."""
 
     text_encoder_lr_scale: Annotated[float, Gt(0)] = 1.0
-    """Multiplies the text encoder's lr where text_encoder_overrides leaves it null, so that it comes from base or train.json."""
+    """Multiplies the text encoder's lr if it comes from base or train.json, not text_encoder_overrides."""
 
     log_grad_norm: bool = True
     """Log the norm of each network's gradient."""
@@ -130,11 +130,11 @@ class Key:
     annotation: Any
     default: Any
     owner: type
-    """The options class that has it as a field."""
+    """The options class with this field."""
 
     @property
     def required(self) -> bool:
-        """Whether a configuration without it is refused."""
+        """True if a configuration without it is refused."""
         return self.default is MISSING
 
     @property
@@ -144,7 +144,7 @@ class Key:
 
     @property
     def variants(self) -> tuple[Any, ...]:
-        """The types it takes, null left out."""
+        """The types that it takes, without null."""
         return tuple(member for member in _members(self.annotation) if member is not types.NoneType)
 
     @property
@@ -176,7 +176,7 @@ class Key:
 
 @cache
 def sections() -> dict[str, Any]:
-    """Return the classes whose fields are the keys of train.json, by the attribute of `TrainConfig` that holds them."""
+    """Return the classes whose fields are the keys of train.json, by their attribute of `TrainConfig`."""
     hints = get_type_hints(TrainConfig)
     return {
         name: hint
@@ -201,7 +201,7 @@ def optimizer_classes() -> dict[str, Any]:
 
 @cache
 def optimizer_keys() -> dict[str, dict[str, Key]]:
-    """Return every key that some optimizer takes, and by optimizer name what it is there."""
+    """Return the keys of all optimizers, and each by optimizer name."""
     found: dict[str, dict[str, Key]] = {}
     for name, options in optimizer_classes().items():
         for key in keys_of(options).values():
@@ -210,7 +210,7 @@ def optimizer_keys() -> dict[str, dict[str, Key]]:
 
 
 def described(users: Mapping[str, Key]) -> str:
-    """Return the words about a key of the optimizer file: its docstring, which optimizers use it, and for which it is another thing."""
+    """Return the help for a key of the optimizer file: its docstring, its users and their differences."""
     names, first = list(users), next(iter(users.values()))
     words = [first.doc]
     if len(users) < len(optimizer_classes()):
@@ -291,7 +291,8 @@ def accepts(annotation: Any) -> str:
     if get_origin(kind) is dict:
         return f"an object in braces, {{ ... }}, each value {accepts(get_args(kind)[1])}"
     if dataclasses.is_dataclass(kind):
-        return f"an object in braces, {{ ... }}, of {', '.join(keys_of(kind))}"  # pyright: ignore[reportArgumentType]
+        names = ", ".join(keys_of(kind))  # pyright: ignore[reportArgumentType]
+        return f"an object in braces, {{ ... }}, of {names}"
     name = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
     return ", ".join([name, *(words for limit in limits if (words := _limit(limit)))])
 

@@ -1,4 +1,4 @@
-"""The file that validation_config names: EveryDream2's keys, checked like every other part of the configuration."""
+"""The validation file, `validation_config`, with EveryDream2's keys."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from trainer.errors import UserError
 from trainer.evaluation.options import ValidationFile
 
 _OLD = {"val_data_root": "manual_data_root", "val_split_proportion": "auto_split_proportion"}
-"""EveryDream2's earlier names of keys."""
+"""EveryDream2's earlier names of keys, and today's."""
 
 _RELATIVE = "use_relative_loss"
 
 
 def load_validation(path: Path | None) -> ValidationFile:
-    """Return what a validation file asks for; None is no file, with which nothing is held out.
+    """Return the contents of a validation file; without a file (None) there are no validation images.
 
     Raises:
         UserError: all problems of the file, each with its line.
@@ -36,12 +36,7 @@ def load_validation(path: Path | None) -> ValidationFile:
 
 
 def read_validation(path: Path, report: Report) -> ValidationFile | None:
-    """Return what a validation file asks for; None after reporting what is wrong.
-
-    Args:
-        path: a .json file; folders that it names are looked for beside it, then in the working directory.
-        report: is given the problems, and notes about what has no effect.
-    """
+    """Return the contents of a validation file, folders as absolute paths; None after reporting problems."""
     file = shown_path(path)
     report.files.append(file)
     before = len(report.errors)
@@ -98,7 +93,7 @@ def _resolve_folders(values: dict[str, Any], places: dict[str, Place], path: Pat
 
 
 def _check(found: ValidationFile, places: dict[str, Place], file: Place, report: Report) -> None:
-    """Report what contradicts or does nothing."""
+    """Report contradictions and keys without effect."""
     mode = found.val_split_mode
     if found.validate_training and mode == "manual" and found.manual_data_root is None:
         report.error(
