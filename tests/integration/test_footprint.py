@@ -11,7 +11,7 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import train
-import trainer.planning.memory_trace
+import trainer.planning.memory_ledger
 from scripts import bench_memory
 from tests.tiny import tiny_models
 from trainer.config.schema import OptimizerConfig, TrainConfig, optimizer_classes
@@ -22,8 +22,10 @@ from trainer.models.options import FreezingOptions, LoraOptions, ModelOptions, T
 from trainer.models.placement import place
 from trainer.models.trainable import apply_freezing
 from trainer.optim.optimizer_set import OptimizerSet
-from trainer.planning.memory import Estimate, cheapest_key, estimate
-from trainer.planning.memory_trace import ACTIVATIONS, COPIES, EMA, GRADIENTS, STATE, WEIGHTS, Work, footprint
+from trainer.planning.memory import Estimate, estimate
+from trainer.planning.memory_advice import cheapest_key
+from trainer.planning.memory_ledger import ACTIVATIONS, COPIES, EMA, GRADIENTS, STATE, WEIGHTS
+from trainer.planning.memory_trace import Work, footprint, meta_copies
 from trainer.training.precision import Precision
 from trainer.training.step import train_step
 
@@ -79,7 +81,7 @@ def test_a_lora_holds_its_matrices_beside_frozen_weights(models):
     whole = step(options(parts=replace(lora, lora=None)), models, CUDA)
     phase = step(options(parts=lora), models, CUDA)
     halved = step(options(parts=lora), models, replace(CUDA, weights=torch.bfloat16))
-    matrices = apply_freezing(trainer.planning.memory_trace._copies(models), lora, FreezingOptions())
+    matrices = apply_freezing(meta_copies(models), lora, FreezingOptions())
     size = rounded(parameter for named in matrices.parameters.values() for _, parameter in named)
     assert 0 < of(phase, GRADIENTS) <= size, "the peak is inside the backward pass"
     assert of(phase, STATE) == pytest.approx(3 * size, rel=0.15), "each is padded"
@@ -127,7 +129,7 @@ def test_a_step_holds_what_torch_counts(checkpointing, monkeypatch):
     with tracker:
         train_step([inputs], networks, objective, optimizers, step=1, images=8)
     counted = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    monkeypatch.setattr(trainer.planning.memory_trace, "_GRAIN", 1)  # which it rounds to on CUDA alone
+    monkeypatch.setattr(trainer.planning.memory_ledger, "GRAIN", 1)  # which it rounds to on CUDA alone
     on_cuda = Precision(
         torch.device("cuda"), None, None, torch.float32
     )  # where a VAE that is not needed waits elsewhere

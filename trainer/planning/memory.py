@@ -1,29 +1,26 @@
-"""What memory a run will take, told before it; and where memory has gone, and what would spare some, if it runs out."""
+"""The memory estimate: peak memory before a run starts, and what would save some where it does not fit."""
 
 from __future__ import annotations
 
-import errno
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+import torch
 
 from data.buckets import buckets, nearest
-from trainer.models.options import LoraOptions
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from data.index import Index
-    from trainer.config.schema import TrainConfig
-    from trainer.evaluation.sampling import Sampler
-    from trainer.models.pipeline import Models
-    from trainer.optim import OptimizerOptions
-    from trainer.planning.memory_trace import Phase, Work
-    from trainer.training.precision import Precision
-    from trainer.training.run import Run
+from data.dataset import shown_captions
+from data.index import Index
+from trainer.config.schema import TrainConfig
+from trainer.evaluation.fixed_noise import TIMESTEPS
+from trainer.evaluation.sampling import Sampler
+from trainer.models.pipeline import Models
+from trainer.planning.memory_advice import CHANGES
+from trainer.planning.memory_ledger import KINDS, NETWORKS
+from trainer.planning.memory_trace import Phase, Work, footprint
+from trainer.training.precision import Precision
 
 CONTEXT = 3 << 28
 """Bytes that the CUDA context and libraries are assumed to take beyond torch's allocator.
@@ -68,8 +65,6 @@ class Estimate:
 
     def lines(self) -> list[str]:
         """Return a table and what follows from it."""
-        from trainer.planning.memory_trace import KINDS, NETWORKS
-
         phase = self.largest
         name, unit = ("GiB", 2**30) if self.peak >= 2**30 else ("MiB", 2**20)
         table: list[tuple[str, list[str]]] = [(f"memory, {name}", [*NETWORKS])]
@@ -141,10 +136,6 @@ def estimate(
     Raises:
         UserError: an optimizer's library is not there.
     """
-    import psutil
-
-    from trainer.planning.memory_trace import footprint
-
     device = "cuda" if precision.device.type == "cuda" else "cpu"
     beside = CONTEXT if device == "cuda" else psutil.Process().memory_info().rss
     found = Estimate(footprint(config, models, precision, work), device, beside, holds)
@@ -152,7 +143,7 @@ def estimate(
         return found
     spared: list[tuple[str, int]] = []
     now, peak = config, found.peak
-    for change in _CHANGES:
+    for change in CHANGES:
         while peak > holds and (proposed := change(now)) is not None:
             sentence, changed = proposed
             less = footprint(changed, models, _with_weights(precision, changed), _with_less(work, changed))
@@ -183,10 +174,6 @@ def work_of(
         trains_text: whether the text encoder learns.
         held_out: images and timesteps that are measured at a time, 0 if none are held out.
     """
-    from data.dataset import shown_captions
-    from trainer.evaluation.fixed_noise import TIMESTEPS
-    from trainer.planning.memory_trace import Work
-
     shown: dict[tuple[int, int], float] = {}
     for record in index.records:
         for resolution in config.data.resolutions:
@@ -212,12 +199,8 @@ def work_of(
 
 def size_of_device(precision: Precision) -> int:
     """Return the bytes that the device that trains holds: a card's memory, or the main memory that is available."""
-    import psutil
-
     if precision.device.type != "cuda":
         return psutil.virtual_memory().available + psutil.Process().memory_info().rss
-    import torch
-
     return torch.cuda.mem_get_info(precision.device)[1]
 
 
@@ -240,245 +223,6 @@ def _with_less(work: Work, config: TrainConfig) -> Work:
 
 def _with_weights(precision: Precision, config: TrainConfig) -> Precision:
     """Return the precision with weights in the configuration's format."""
-    import torch
-
     if config.precision.weights_dtype == "fp32" or precision.weights == torch.bfloat16:
         return precision
     return replace(precision, weights=torch.bfloat16, dtype=torch.bfloat16)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory has run out, on whichever device."""
-    import torch
-
-    # On the CPU torch raises a plain RuntimeError of its allocator, or of oneDNN, which names no reason.
-    return (
-        isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-        or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None)
-    )
-
-
-_NO_MEMORY = re.compile(
-    r"DefaultCPUAllocator|could not create a (primitive|memory|memory object)$|could not execute a primitive$|std::bad_alloc"
-)
-
-
-def memory_table(run: Run) -> list[str]:
-    """Return what holds memory as aligned lines: weights and state as they are, gradients as they are during a step."""
-    from trainer.checkpoints.atomic import in_gib
-    from trainer.state_file import size_of_state
-
-    state = run.learner.optimizers.state_dict()
-    rows = []
-    held = 0
-    networks = run.learner.networks
-    for name, network in (
-        ("unet", networks.unet),
-        ("text encoder", networks.text_encoder),
-        ("vae", networks.vae),
-    ):
-        weights = [
-            parameter
-            for parameter in network.parameters()
-            if parameter.device.type == run.learner.precision.device.type
-        ]
-        parts = {
-            "weights": _bytes(weights),
-            "gradients": _bytes([parameter for parameter in weights if parameter.requires_grad]),
-            "optimizer state": size_of_state(state[name]["state"]) if name in state else 0,
-        }
-        held += sum(parts.values())
-        rows.append(
-            (
-                name,
-                ", ".join(f"{what} {in_gib(size)}" for what, size in parts.items() if size) or "on the CPU",
-            )
-        )
-    rows.append(
-        (
-            "together",
-            f"{in_gib(held)}; the rest of a step is activations, which grow with batch_size and resolution",
-        )
-    )
-    rows.append((str(run.learner.precision.device), _of_device(run.learner.precision.device)))
-    return [f"  {name:<13}{text}" for name, text in rows]
-
-
-def cheapest_key(config: TrainConfig) -> str:
-    """Return the change of the configuration that spares memory for least, in one sentence."""
-    last = "Train on a device with more memory: what this program can spare is spared already."
-    return next((sentence for sentence, _ in filter(None, (change(config) for change in _CHANGES))), last)
-
-
-Change = tuple[str, "TrainConfig"]
-"""A sentence that says what to set, and the configuration in which it is set."""
-
-
-def _checkpointing(config: TrainConfig) -> Change | None:
-    if config.parts.gradient_checkpointing:
-        return None
-    told = "the same result for about a third more time, with the least memory for activations"
-    return f"Set gradient_checkpointing to true: {told}.", replace(
-        config, parts=replace(config.parts, gradient_checkpointing=True)
-    )
-
-
-def _latents(config: TrainConfig) -> Change | None:
-    if config.cache.cache_latents != "no" or config.data.crop_jitter > 0:
-        return None
-    changed = replace(config, cache=replace(config.cache, cache_latents="disk"))
-    return "Set cache_latents to disk: the VAE leaves the device before training.", changed
-
-
-def _average(config: TrainConfig) -> Change | None:
-    if not config.ema.active or config.ema.ema_device == "cpu":
-        return None
-    return "Set ema_device to cpu: the average is kept in main memory.", replace(
-        config, ema=replace(config.ema, ema_device="cpu")
-    )
-
-
-def _accumulation(config: TrainConfig) -> Change | None:
-    fused = any(getattr(options, "fused_backward", False) for options in _learning(config).values())
-    if config.data.batch_size == 1 or fused:
-        return None
-    half = config.data.batch_size // 2
-    accumulated = -(-config.data.batch_size * config.loop.grad_accum // half)
-    changed = replace(
-        config, data=replace(config.data, batch_size=half), loop=replace(config.loop, grad_accum=accumulated)
-    )
-    return f"Set batch_size to {half} and grad_accum to {accumulated}: the same images a step.", changed
-
-
-def _eight_bits(config: TrainConfig) -> Change | None:
-    from trainer.config.schema import optimizer_classes
-
-    if config.parts.lora is not None:  # which has next to no state
-        return None
-    smaller = {
-        "dadapt_adam": "dadapt_adam8bit",
-        "dadapt_adam_reference": "dadapt_adam8bit",
-        "adamw": "adamw8bit",
-        "lion": "lion8bit",
-    }
-    for section, options in _learning(config).items():
-        if options.optimizer in smaller:
-            name = smaller[options.optimizer]
-            kind = optimizer_classes()[name]
-            known = {field.name for field in fields(kind)} - {"optimizer"}
-            changed = _with(
-                config, section, kind(**{key: value for key, value in vars(options).items() if key in known})
-            )
-            return (
-                f"Set {section}.optimizer to {name} in {config.optimizer_source.name}: it keeps its state in 8 bits.",
-                changed,
-            )
-    return None
-
-
-def _fused_backward(config: TrainConfig) -> Change | None:
-    if (
-        config.loop.grad_accum > 1
-        or config.gradients.clip_grad_norm is not None
-        or config.precision.mixed_precision == "fp16"
-    ):
-        return None
-    if config.parts.lora is not None:  # which has next to no gradients
-        return None
-    for section, options in _learning(config).items():
-        if getattr(options, "fused_backward", None) is False:
-            told = f"Set {section}.fused_backward to true in {config.optimizer_source.name}: gradients never exist together."
-            return told, _with(config, section, replace(options, fused_backward=True))  # type: ignore[call-arg]
-    return None
-
-
-def _bf16_weights(config: TrainConfig) -> Change | None:
-    computes = not config.precision.disable_amp and config.precision.mixed_precision in ("auto", "bf16")
-    rounded = config.parts.lora is not None or all(
-        options.rounds_bf16 for options in _learning(config).values()
-    )
-    if config.precision.weights_dtype == "bf16" or not computes or not rounded:
-        return None
-    changed = replace(config, precision=replace(config.precision, weights_dtype="bf16"))
-    return "Set weights_dtype to bf16: half the memory for weights and gradients.", changed
-
-
-def _fewer_images(config: TrainConfig) -> Change | None:
-    if config.data.batch_size == 1:
-        return None
-    half = config.data.batch_size // 2
-    return f"Set batch_size to {half}: fewer images a step.", replace(
-        config, data=replace(config.data, batch_size=half)
-    )
-
-
-def _smaller_images(config: TrainConfig) -> Change | None:
-    if max(config.data.resolutions) <= 512:
-        return None
-    return "Set resolution to 512: fewer activations.", replace(
-        config, data=replace(config.data, resolution=512)
-    )
-
-
-def _frozen_text_encoder(config: TrainConfig) -> Change | None:
-    if config.parts.disable_textenc_training or config.parts.disable_unet_training:
-        return None
-    told = "Set disable_textenc_training to true: no gradients and no state for the text encoder."
-    return told, replace(config, parts=replace(config.parts, disable_textenc_training=True))
-
-
-def _lora(config: TrainConfig) -> Change | None:
-    if config.parts.lora is not None or config.ema.ema_resume_model is not None:
-        return None
-    changed = replace(config, parts=replace(config.parts, lora=LoraOptions()))
-    return (
-        "Set lora to {}: matrices beside the layers learn, without gradients and state for the networks themselves.",
-        changed,
-    )
-
-
-_CHANGES = (
-    *(_checkpointing, _latents, _average, _accumulation),
-    *(_eight_bits, _fused_backward, _bf16_weights),
-    *(_fewer_images, _smaller_images, _frozen_text_encoder, _lora),
-)
-"""What spares memory: what changes no result, then what costs precision or bounds other keys, then what trains less."""
-
-
-def _learning(config: TrainConfig) -> dict[str, OptimizerOptions]:
-    """Return the optimizers of what learns by their section in the optimizer file."""
-    sections = {"base": config.optimizers.unet, "text_encoder_overrides": config.optimizers.text_encoder}
-    frozen = {
-        "base": config.parts.disable_unet_training,
-        "text_encoder_overrides": config.parts.disable_textenc_training,
-    }
-    return {section: options for section, options in sections.items() if not frozen[section]}
-
-
-def _with(config: TrainConfig, section: str, options: OptimizerOptions) -> TrainConfig:
-    """Return the configuration with another optimizer for one section."""
-    field = {"base": "unet", "text_encoder_overrides": "text_encoder"}[section]
-    changed: dict[str, Any] = {field: options}
-    return replace(config, optimizers=replace(config.optimizers, **changed))
-
-
-def _bytes(tensors: list[nn.Parameter]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _of_device(device: torch.device) -> str:
-    from trainer.checkpoints.atomic import in_gib
-
-    if device.type == "cuda":
-        import torch
-
-        free, total = torch.cuda.mem_get_info(device)
-        most: Any = torch.cuda.max_memory_allocated(device)
-        return (
-            f"{in_gib(total)}, of which tensors held {in_gib(most)} at most and {in_gib(free)} are free now"
-        )
-    import psutil
-
-    memory = psutil.virtual_memory()
-    return f"{in_gib(memory.total)}, of which {in_gib(memory.available)} are available now"

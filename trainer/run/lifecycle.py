@@ -12,12 +12,13 @@ from trainer.config.schema import TrainConfig
 from trainer.environment import check_cuda
 from trainer.errors import UserError, said
 from trainer.models.compiled import require_compiler
-from trainer.planning.memory import cheapest_key, is_out_of_memory, memory_table
+from trainer.planning.memory_advice import cheapest_key
 from trainer.planning.prepare import Plan, prepare
 from trainer.planning.resume import resume_command
 from trainer.reporting.console import Console
 from trainer.run.build import NAMED_FILES, build
 from trainer.run.learned_rate import hand_over
+from trainer.run.out_of_memory import is_out_of_memory, memory_table
 from trainer.training.loop import train
 from trainer.training.precision import resolve_precision
 from trainer.training.ranks import Processes, connect

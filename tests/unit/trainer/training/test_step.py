@@ -23,7 +23,7 @@ from trainer.models.options import FreezingOptions, LoraOptions, TrainableOption
 from trainer.models.trainable import apply_freezing
 from trainer.optim import AdamW8bitOptions, AdamWOptions, OptimizerOptions
 from trainer.optim.optimizer_set import OptimizerSet
-from trainer.planning.memory_trace import _AsOnDevice, _Ledger
+from trainer.planning.memory_ledger import AsOnDevice, Ledger
 from trainer.reporting.metrics import Meter
 from trainer.state_file import read_state, write_state
 from trainer.training.precision import Precision
@@ -455,7 +455,7 @@ def test_no_precision_reads_anything_back(chosen):
     models = replace(tiny_models(0), unet=networks.unet, text_encoder=networks.text_encoder)
     apply_freezing(models, TrainableOptions(**options.get("parts", {})), FreezingOptions())
     on_cuda = Precision(torch.device("cuda"), options.get("dtype"), None, torch.float32)
-    meta_autocast = _AsOnDevice(_Ledger(torch.device("meta")), on_cuda)  # torch.autocast knows no meta device
+    meta_autocast = AsOnDevice(Ledger(torch.device("meta")), on_cuda)  # torch.autocast knows no meta device
     with meta_autocast:
         name = "dadapt_adam" if "weights" in options else "adamw"
         _step_on_meta(name, networks, objective, optimizers, autocast=meta_autocast.autocast)

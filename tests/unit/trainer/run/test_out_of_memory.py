@@ -5,7 +5,7 @@ import errno
 import pytest
 import torch
 
-from trainer.planning.memory import is_out_of_memory
+from trainer.run.out_of_memory import is_out_of_memory
 
 
 @pytest.mark.parametrize(
