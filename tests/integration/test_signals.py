@@ -74,7 +74,7 @@ def at_call(monkeypatch, place, number, count):
             2,
             "interrupted-tiny-ep02-gs00004",
         ),
-        (signal.SIGINT, 130, "trainer.checkpoints.export.save_diffusers", 1, "tiny-ep01-gs00003"),
+        (signal.SIGINT, 130, "trainer.checkpoints.artifact.save_diffusers", 1, "tiny-ep01-gs00003"),
         (signal.SIGHUP, 129, "data.loader:StepLoader.steps", 2, "interrupted-tiny-ep02-gs00004"),
     ],
     ids=["step", "fixed loss", "samples", "saving", "reading"],

@@ -1,4 +1,4 @@
-"""Writing a model so that other programs read it: a diffusers folder, or one .safetensors file in the original layout; and a LoRA.
+"""Writing a model so that other programs read it: a diffusers folder, or one .safetensors file in the original layout.
 
 All write straight to the path that they are given; the caller writes beside and renames
 (`trainer.checkpoints.format`).
@@ -9,19 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from shutil import copyfile
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from trainer.models.checkpoint_file import ARCHITECTURE, CONFIGS, PREDICTION_TYPE, TOKENIZER
 from trainer.models.folder import INDEX, WEIGHTS, files_of_part
-from trainer.models.lora import ADAPTER_CONFIG, LORA_FILE, PREFIX, Lora, in_file, named
-from trainer.models.options import BASE_FILE
 from trainer.models.single_file import join, original_pieces
 from trainer.models.tensor_file import write_tensors
 from trainer.models.tokenizer import is_clip_tokenizer, tokenizer_to_text, write_tokenizer
@@ -61,7 +57,7 @@ def save_diffusers(
         **models.family.parts,
         **beside,
     }
-    _write_json(folder / INDEX, index)
+    write_json(folder / INDEX, index)
     configs = _configs(models)
     for network, (stem, _) in WEIGHTS.items():
         part = folder / network
@@ -75,14 +71,14 @@ def save_diffusers(
                 "torch_dtype": str(kept).removeprefix("torch."),
             }
             start = "text_model."
-        _write_json(part / "config.json", {**configs[network], **extra})
+        write_json(part / "config.json", {**configs[network], **extra})
         weights = {
             start + name.removeprefix(start): tensor
             for name, tensor in getattr(models, network).state_dict().items()
         }
         write_tensors(part / f"{stem}.safetensors", weights, kept, {"format": "pt"})
     (folder / "scheduler").mkdir(exist_ok=True)
-    _write_json(folder / "scheduler" / "scheduler_config.json", {**configs["scheduler"], **version})
+    write_json(folder / "scheduler" / "scheduler_config.json", {**configs["scheduler"], **version})
     write_tokenizer(models.tokenizer, folder / "tokenizer")
 
 
@@ -147,20 +143,14 @@ def save_single_file(
         among them.
     """
     configs = _configs(models)
-    prediction = configs["scheduler"].get("prediction_type", "epsilon")
     size = configs["unet"]["sample_size"]
     side = max(size if isinstance(size, (list, tuple)) else [size]) * 2 ** (
         len(configs["vae"]["block_out_channels"]) - 1
     )
-    header = {
-        "format": "pt",
-        "modelspec.sai_model_spec": "1.0.0",
-        ARCHITECTURE: architecture(models),
-        "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
-        "modelspec.title": path.stem,
-        "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
+    header = describe_file(models, path)
+    header |= {
         "modelspec.resolution": f"{side}x{side}",
-        PREDICTION_TYPE: "v" if prediction == "v_prediction" else prediction,
+        PREDICTION_TYPE: header.pop(PREDICTION_TYPE),  # its place in the header is after the resolution
         CONFIGS: json.dumps(configs, separators=(",", ":")),
     }
     if not is_clip_tokenizer(models.tokenizer, models.family.text.pad):
@@ -170,67 +160,18 @@ def save_single_file(
     write_tensors(path, shapes, dtype, {**header, **(metadata or {})}, read=lambda name: join(pieces[name]))
 
 
-def save_lora(lora: Lora, folder: Path) -> None:
-    """Write a folder that `pipe.load_lora_weights(folder)` loads, matrices in fp32, and beside them which model they belong to."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config: dict[str, Any] = {}
-    for network, learning in lora.parts.parameters.items():
-        layers = sorted({name.partition(".lora_")[0] for name, _ in learning})
-        values = {"r": lora.options.rank, "lora_alpha": lora.options.strength, "target_modules": layers}
-        config |= {f"{PREFIX[network]}.{key}": value for key, value in values.items()}
-    tensors = {in_file(name): tensor for name, tensor in named(lora.parts).items()}
-    write_tensors(
-        folder / LORA_FILE, tensors, torch.float32, {"format": "pt", ADAPTER_CONFIG: json.dumps(config)}
-    )
-    _write_json(folder / BASE_FILE, asdict(lora.base))
-
-
-def save_lora_file(
-    models: Models, lora: Lora, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]
-) -> None:
-    """Write one .safetensors file with the names and header fields of kohya's scripts, which web UIs and diffusers read.
-
-    Args:
-        models: under the LoRA.
-        lora: what is written.
-        path: the file to write.
-        dtype: of the matrices in the file.
-        metadata: further header fields; they win over those made here. `modelspec.title` is also kohya's
-            output name, which web UIs show.
-    """
+def describe_file(models: Models, path: Path, kind: str = "") -> dict[str, str]:
+    """Return the header fields that describe a model's file as the ModelSpec standard has it; `kind` ends the architecture's name."""
     prediction = models.scheduler_config.get("prediction_type", "epsilon")
-    strength = lora.options.strength
-    family = models.family
-    version = family.kohya_version + ("_v" if prediction == "v_prediction" else "")
-    header = {
+    return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
-        ARCHITECTURE: f"{architecture(models)}/lora",
+        ARCHITECTURE: architecture(models) + kind,
         "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
         "modelspec.title": path.stem,
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
         PREDICTION_TYPE: "v" if prediction == "v_prediction" else prediction,
-        "ss_base_model_version": version,
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(lora.options.rank),
-        "ss_network_alpha": str(strength),
-        "ss_output_name": metadata.get("modelspec.title", path.stem),
-        "ss_sd_model_name": Path(lora.base.model).name
-        if Path(lora.base.model).is_absolute()
-        else lora.base.model,
-        "ss_v2": str(family.kohya_v2),
     }
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in named(lora.parts).items():
-        layer, _, which = in_file(name).partition(".lora_")
-        kohya = (
-            layer.replace("text_encoder.", f"{family.text.lora_prefix}.", 1)
-            .replace("unet.", "lora_unet.", 1)
-            .replace(".", "_")
-        )
-        tensors[f"{kohya}.{'lora_down' if which.startswith('A') else 'lora_up'}.weight"] = tensor
-        tensors[f"{kohya}.alpha"] = torch.tensor(strength)
-    write_tensors(path, tensors, dtype, {**header, **metadata})
 
 
 def architecture(models: Models) -> str:
@@ -263,5 +204,6 @@ def _configs(models: Models) -> dict[str, dict[str, Any]]:
     }
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object with sorted keys."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

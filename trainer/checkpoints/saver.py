@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
-from trainer.checkpoints.atomic import appearing, free_bytes, in_gib, writing_speed
+import torch
+
+from trainer.checkpoints.artifact import Artifact
+from trainer.checkpoints.atomic import appearing, free_bytes, in_gib
 from trainer.checkpoints.format import EMA, KIND, RUN, STEP, TrainState, checkpoints, rotate, save_checkpoint
 from trainer.checkpoints.options import SaveOptions
 from trainer.errors import UserError
-from trainer.models.ema import SUFFIX
-
-if TYPE_CHECKING:
-    import torch
-
-    from trainer.models.ema import Ema
-    from trainer.models.lora import Lora
-    from trainer.models.pipeline import Models
-    from trainer.optim import OptimizerOptions
+from trainer.models.ema import SUFFIX, Ema
+from trainer.state_file import size_of_state, write_state
 
 Kind = Literal["", "last", "interrupted", "errored", "best"]
 """Why a checkpoint is written, the beginning of its name: on schedule, at the run's end, at a signal, at an
@@ -61,7 +55,7 @@ class Saver:
         options: what is written and kept.
         run: the run's folder.
         project: the project's name.
-        models: the networks.
+        artifact: what is saved.
         state: the run's counters.
         parts: what a continued run needs beside weights and counters, by name.
         about: what a continued run has to agree with, and the configuration.
@@ -69,7 +63,6 @@ class Saver:
         say: takes a sentence for people.
         ema: averaged weights, which are written too: as a single file with -ema in its name, or without
             single files as the folder ema inside the checkpoint.
-        lora: where one is trained, which is written instead of the model.
         writes: false for processes that are not the first: they write nothing.
         describe: writes what is published beside a checkpoint's model into its folder, where users may change
         it.
@@ -82,14 +75,13 @@ class Saver:
         *,
         run: Path,
         project: str,
-        models: Models,
+        artifact: Artifact,
         state: TrainState,
         parts: Mapping[str, Stateful],
         about: Mapping[str, Any],
         metadata: Mapping[str, str],
         say: Callable[[str], None],
         ema: Ema | None = None,
-        lora: Lora | None = None,
         writes: bool = True,
         describe: Callable[[Path], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -97,14 +89,13 @@ class Saver:
         self._options = options
         self._run = run
         self._project = project
-        self._models = models
+        self._artifact = artifact
         self._state = state
         self._parts = parts
         self._about = about
         self._metadata = metadata
         self._say = say
         self._ema = ema
-        self._lora = lora
         self._writes = writes
         self._describe = describe
         self._clock = clock
@@ -174,27 +165,25 @@ class Saver:
             self._say(f"Note: {folder} is whole, and its model card could not be written ({_reason(error)}).")
 
     def _write(self, kind: Kind, written: list[Path]) -> None:
-        import torch
-
-        from trainer.state_file import size_of_state, write_state
-
         state = self._state
         epoch = state.epoch + (1 if state.step_in_epoch else 0)
         prefix = "" if kind == "" or (kind == "last" and self._options.no_prepend_last) else f"{kind}-"
         name = f"{prefix}{self._project}-ep{epoch:02d}-gs{state.step:05d}"
-        stem = name if self._lora is None else f"{name}-lora"
+        stem = name + self._artifact.suffix
         folder, file = self._run / "ckpts" / name, self._single_folder / f"{stem}.safetensors"
         single = torch.float32 if self._options.save_full_precision else torch.float16
         training = {part: member.state_dict() for part, member in self._parts.items()}
 
         averaged = self._ema is not None and not self._options.writes_single
-        require_room(folder.parent, self._model_bytes() * (2 if averaged else 1) + size_of_state(training))
+        require_room(
+            folder.parent, self._artifact.folder_bytes() * (2 if averaged else 1) + size_of_state(training)
+        )
 
         def write_model(draft: Path) -> None:
-            self._write_folder(draft)
+            self._artifact.write_folder(draft)
             if self._ema is not None and averaged:
                 with self._ema.applied():
-                    self._write_folder(draft / SUFFIX)
+                    self._artifact.write_folder(draft / SUFFIX)
 
         save_checkpoint(
             folder,
@@ -206,7 +195,7 @@ class Saver:
         )
         written.append(folder)
         if self._options.writes_single:
-            require_room(file.parent, self._model_bytes(single))
+            require_room(file.parent, self._artifact.file_bytes(single))
             metadata = {
                 **self._metadata,
                 "modelspec.title": stem,
@@ -215,30 +204,16 @@ class Saver:
                 KIND: kind,
             }
             with appearing(file) as draft:
-                self._write_single(draft, single, metadata)
+                self._artifact.write_file(draft, single, metadata)
             written.append(file)
             if self._ema is not None:
                 file = file.with_name(f"{stem}-{SUFFIX}.safetensors")
-                require_room(file.parent, self._model_bytes(single))
+                require_room(file.parent, self._artifact.file_bytes(single))
                 with self._ema.applied(), appearing(file) as draft:
-                    self._write_single(draft, single, {**metadata, "modelspec.title": file.stem, EMA: "true"})
+                    self._artifact.write_file(
+                        draft, single, {**metadata, "modelspec.title": file.stem, EMA: "true"}
+                    )
                 written.append(file)
-
-    def _write_folder(self, folder: Path) -> None:
-        from trainer.checkpoints.export import save_diffusers, save_lora
-
-        if self._lora is None:
-            save_diffusers(self._models, folder, link=True)
-        else:
-            save_lora(self._lora, folder)
-
-    def _write_single(self, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
-        from trainer.checkpoints.export import save_lora_file, save_single_file
-
-        if self._lora is None:
-            save_single_file(self._models, path, dtype, metadata)
-        else:
-            save_lora_file(self._models, self._lora, path, dtype, metadata)
 
     def _failed(self, kind: Kind, error: Exception, written: list[Path]) -> None:
         self._failures += 1
@@ -261,10 +236,8 @@ class Saver:
 
     def _not_finite(self) -> list[str]:
         """Return the networks with a weight that is not finite: nobody can go on from such a checkpoint, and `findlast` would take it."""
-        import torch
-
-        found = []
-        for name, network in (("unet", self._models.unet), ("text encoder", self._models.text_encoder)):
+        found, models = [], self._artifact.models
+        for name, network in (("unet", models.unet), ("text encoder", models.text_encoder)):
             # Minimum and maximum take no memory beside the weights, and NaN is both where there is one.
             extremes = [
                 end.float()
@@ -275,18 +248,6 @@ class Saver:
             if extremes and not torch.stack(extremes).isfinite().all():
                 found.append(name)
         return found
-
-    def _model_bytes(self, dtype: torch.dtype | None = None) -> int:
-        """Return the bytes of all weights that are written, in `dtype` or each in its own."""
-        networks = (self._models.unet, self._models.text_encoder, self._models.vae)
-        everything = self._lora is None
-        weights = [
-            parameter
-            for network in networks
-            for parameter in network.parameters()
-            if everything or parameter.requires_grad
-        ]
-        return sum(parameter.numel() * (dtype or parameter.dtype).itemsize for parameter in weights)
 
 
 def require_room(folder: Path, size: int) -> None:
@@ -300,141 +261,6 @@ def require_room(folder: Path, size: int) -> None:
         raise OSError(
             errno.ENOSPC, f"{in_gib(size)} are needed and {in_gib(free)} are free on the disk of {folder}"
         )
-
-
-@dataclass(frozen=True)
-class DiskPlan:
-    """The room that a run's checkpoints take, before it begins.
-
-    Attributes:
-        folder: bytes of a diffusers folder, with averaged weights where they lie inside.
-        single: bytes of a checkpoint's single files, 0 where there are none.
-        resume: bytes of what is needed to go on from a checkpoint.
-        saves: how many checkpoints the run writes by epochs, the last one included.
-        beside: bytes of what the base's pipeline has beside the networks, which the run keeps once.
-    """
-
-    options: SaveOptions
-    folder: int
-    single: int
-    resume: int
-    saves: int
-    beside: int = 0
-
-    @property
-    def checkpoint(self) -> int:
-        """Bytes that one save writes."""
-        return self.folder + self.single + self.resume
-
-    @property
-    def most(self) -> int:
-        """Bytes at the fullest moment: what is kept, and one checkpoint more, since nothing is deleted before that one is whole."""
-        options = self.options
-        models = min(self.saves, options.keep_last_n or self.saves)
-        resumable = models if options.save_optimizer else min(models, options.keep_resume_n)
-        folders = resumable if options.save_format == "single" else models
-        dropped = models < self.saves or resumable < models
-        if options.keep_best:
-            folders, models = folders + 1, models + 1
-        kept = (
-            folders * self.folder
-            + models * self.single
-            + resumable * self.resume
-            + (self.checkpoint if dropped else 0)
-        )
-        return kept + self.beside
-
-    def rows(self, logdir: Path) -> list[tuple[str, str]]:
-        """Return the plan in words, with the time that a save takes where a probe can be written and flushed."""
-        minutes = self.options.ckpt_every_n_minutes
-        more = f", and one every {minutes:g} minutes" if minutes else ""
-        sizes = [
-            (self.folder, "the folder"),
-            (self.single, "single files"),
-            (self.resume, "to go on from it"),
-        ]
-        parts = " + ".join(f"{in_gib(size)} {what}" for size, what in sizes if size)
-        free = free_bytes(logdir)
-        full = "" if free > self.most else ": not enough"
-        return [
-            ("a checkpoint", f"{in_gib(self.checkpoint)}: {parts}; {self._time(logdir)}"),
-            (
-                "disk",
-                f"{in_gib(self.most)} for {self.saves} of them{more}, of {in_gib(free)} that are free{full}",
-            ),
-        ]
-
-    def _time(self, logdir: Path) -> str:
-        try:
-            speed = writing_speed(logdir)
-        except OSError as error:
-            return f"how long a save takes could not be measured ({_reason(error)})"
-        seconds = self.checkpoint / speed + (self.folder + self.resume) / hashing_speed()
-        return f"training waits {max(seconds, 0.1):.1f} s or more for it, at the {speed / 1e6:,.0f} MB/s of a probe just now"
-
-
-def plan_disk(
-    options: SaveOptions,
-    *,
-    networks: Mapping[str, tuple[int, int]],
-    vae: int,
-    optimizers: Mapping[str, OptimizerOptions],
-    weights: torch.dtype,
-    epochs: int,
-    averaged: bool,
-    beside: int = 0,
-) -> DiskPlan:
-    """Return the room that a run's checkpoints will take.
-
-    Args:
-        options: what is written and kept.
-        networks: by name, how many parameters learn and how many there are.
-        vae: the VAE's parameters.
-        optimizers: their options, by network.
-        weights: the format of the networks that learn.
-        epochs: of the run.
-        averaged: whether averaged weights are kept.
-        beside: bytes of the base's further parts.
-
-    Raises:
-        UserError: a library that an optimizer needs is missing.
-    """
-    total, learning = (sum(counts[place] for counts in networks.values()) for place in (1, 0))
-    copies = 2 if averaged else 1
-    folder = total * weights.itemsize + 4 * vae
-    single = (total + vae) * (4 if options.save_full_precision else 2)
-    state = sum(count * state_bytes(optimizers[network]) for network, (count, _) in networks.items() if count)
-    every, first = options.save_every_n_epochs, options.save_ckpts_from_n_epochs
-    scheduled = [epoch for epoch in range(every, epochs, every) if epoch >= first] if every else []
-    return DiskPlan(
-        options=options,
-        folder=folder * (1 if options.writes_single else copies),
-        single=single * copies if options.writes_single else 0,
-        resume=round(state) + (4 * learning if averaged else 0),
-        saves=len(scheduled) + 1,
-        beside=beside,
-    )
-
-
-def state_bytes(options: OptimizerOptions) -> float:
-    """Return the bytes of state that an optimizer keeps for a parameter, measured on one of 65,536 after a step."""
-    import torch
-
-    from trainer.state_file import size_of_state
-
-    parameter = torch.nn.Parameter(torch.ones(256, 256))
-    optimizer = options.build([parameter], options.lr or 1.0)
-    parameter.grad = torch.full_like(parameter, 1e-3)
-    optimizer.step()
-    return size_of_state(optimizer.state_dict()["state"]) / parameter.numel()
-
-
-def hashing_speed(size: int = 1 << 24) -> float:
-    """Return bytes per second of SHA-256 on this machine."""
-    block = bytes(size)
-    began = time.perf_counter()
-    hashlib.sha256(block).digest()
-    return size / (time.perf_counter() - began)
 
 
 def _reason(error: Exception) -> str:

@@ -51,19 +51,10 @@ class Base:
     """Its commit on the hub."""
 
 
-@dataclass(frozen=True)
-class Lora:
-    """A LoRA as it is written."""
+def attach(network: nn.Module, options: LoraOptions) -> str:
+    """Put adapters beside the targeted trained layers, train these alone, and return in words what is trained.
 
-    options: LoraOptions
-    base: Base
-    parts: TrainedParts
-
-
-def attach(network: nn.Module, options: LoraOptions) -> int:
-    """Put matrices beside the targeted layers whose weights would learn, let these alone learn, and return how many layers have them.
-
-    All matrices are 0 until `begin` gives them values. Works on networks of the meta device too.
+    All adapters are 0 until `begin` gives them values. Works on networks of the meta device too.
 
     Raises:
         UserError: peft is not there.
@@ -90,7 +81,9 @@ def attach(network: nn.Module, options: LoraOptions) -> int:
             for parameter in network.parameters():
                 if parameter.requires_grad:
                     parameter.zero_()
-    return len(layers)
+    kind = {"attention": "attention layers", "all": "layers"}[options.targets]
+    size = f"rank {options.rank} and alpha {options.strength:g}"
+    return f"a LoRA of {size} on {len(layers)} {kind}" if layers else "nothing"
 
 
 def begin(parts: TrainedParts, seed: int, values: Mapping[str, Tensor] | None = None) -> None:
@@ -115,7 +108,7 @@ def named(parts: TrainedParts) -> dict[str, nn.Parameter]:
     }
 
 
-def read_adapter(folder: Path, parts: TrainedParts, options: LoraOptions | None) -> dict[str, Tensor]:
+def read_adapter(folder: Path, parts: TrainedParts, options: LoraOptions) -> dict[str, Tensor]:
     """Return the matrices of a checkpoint by the names of `named`.
 
     Raises:
@@ -123,10 +116,6 @@ def read_adapter(folder: Path, parts: TrainedParts, options: LoraOptions | None)
     """
     file = TensorFile(inside(folder, LORA_FILE))
     where = f"resume_ckpt: {folder} holds a LoRA"
-    if options is None:
-        raise UserError(
-            f"{where}, and lora is null; set lora to the rank, alpha and targets that it was trained with."
-        )
     here = {in_file(name): (name, tuple(parameter.shape)) for name, parameter in named(parts).items()}
     if {name: shape for name, (_, shape) in here.items()} != file.shapes:
         raise UserError(

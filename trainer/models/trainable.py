@@ -8,7 +8,7 @@ from torch import nn
 
 from trainer.errors import UserError
 from trainer.models.lora import attach
-from trainer.models.options import FreezingOptions, LoraOptions, TrainableOptions
+from trainer.models.options import FreezingOptions, TrainableOptions
 from trainer.models.pipeline import Models, Part, TrainedParts
 
 UNET = "unet"
@@ -33,9 +33,7 @@ def apply_freezing(models: Models, parts: TrainableOptions, freezing: FreezingOp
     networks: dict[str, nn.Module] = {UNET: models.unet, TEXT_ENCODER: models.text_encoder}
     words = {UNET: "everything" if unet_trains else "nothing", TEXT_ENCODER: what}
     if parts.lora is not None:
-        words = {
-            name: _in_words(parts.lora, attach(network, parts.lora)) for name, network in networks.items()
-        }
+        words = {name: attach(network, parts.lora) for name, network in networks.items()}
         text_encoder_trains = words[TEXT_ENCODER] != "nothing"
     if not unet_trains and not text_encoder_trains:
         reason = "disable_textenc_training" if parts.disable_textenc_training else "text_encoder_freezing"
@@ -69,14 +67,6 @@ def apply_freezing(models: Models, parts: TrainableOptions, freezing: FreezingOp
             )
             for name, network in networks.items()
         },
-    )
-
-
-def _in_words(lora: LoraOptions, layers: int) -> str:
-    """Return what learns of a network that has matrices beside `layers` layers."""
-    kind = {"attention": "attention layers", "all": "layers"}[lora.targets]
-    return (
-        f"a LoRA of rank {lora.rank} and alpha {lora.strength:g} on {layers} {kind}" if layers else "nothing"
     )
 
 

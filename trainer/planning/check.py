@@ -10,19 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data.index import Index
 from data.record import BadFile
 from data.report import DatasetReport, report
-from trainer.checkpoints.export import size_beside
-from trainer.checkpoints.saver import plan_disk
 from trainer.config.schema import TrainConfig
 from trainer.diffusion.conditioning import Tokenize
 from trainer.output import say
 from trainer.planning.contact_sheets import ContactSheets
+from trainer.planning.disk import plan_disk
 from trainer.planning.memory import Estimate
-from trainer.planning.prepare import Plan, aligned, optimizers_of, prepare
+from trainer.planning.prepare import Plan, aligned, prepare
 from trainer.training.latent_cache import plan_latents
 from trainer.training.precision import Precision, imagined_precision, resolve_precision
 from trainer.training.ranks import Processes, expected
@@ -171,19 +168,5 @@ def _latents(plan: Plan, index: Index, processes: Processes) -> Any:
 
 
 def _disk_rows(plan: Plan, precision: Precision) -> list[tuple[str, str]]:
-    config, models = plan.config, plan.models
-    lora = config.parts.lora is not None  # its checkpoints hold the adapter weights alone, in fp32
-    disk = plan_disk(
-        config.saving,
-        networks={
-            network: (part.trained, part.trained if lora else part.total)
-            for network, part in plan.counts.items()
-        },
-        vae=0 if lora else sum(parameter.numel() for parameter in models.vae.parameters()),
-        optimizers=optimizers_of(config),
-        weights=torch.float32 if lora else precision.weights,
-        epochs=config.loop.max_epochs,
-        averaged=config.ema.active,
-        beside=0 if lora else size_beside(models),
-    )
-    return disk.rows(Path(config.logging.logdir))
+    disk = plan_disk(plan.config, plan.artifact, plan.counts, precision.weights)
+    return disk.rows(Path(plan.config.logging.logdir))

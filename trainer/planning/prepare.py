@@ -14,6 +14,7 @@ from data.errors import DataError
 from data.index import refuse_bad
 from data.plan import steps_before, steps_per_epoch
 from data.saved_index import FEWEST, remembered_index
+from trainer.checkpoints.artifact import Artifact, artifact_of
 from trainer.config import TrainConfig, check_fused_backward, check_rates, check_schedules
 from trainer.config.paths import shown_path
 from trainer.config.sample_file import load_sample_prompts
@@ -27,7 +28,6 @@ from trainer.evaluation.schedulers import check_scheduler
 from trainer.evaluation.validation import Split, split_images
 from trainer.models.ema import plan_ema
 from trainer.models.load import describe
-from trainer.models.lora import read_adapter
 from trainer.models.pipeline import Models, Part
 from trainer.models.trainable import TEXT_ENCODER, UNET, apply_freezing
 from trainer.optim import OptimizerOptions
@@ -53,6 +53,7 @@ class Plan:
     models: Models
     """The networks on the meta device."""
 
+    artifact: Artifact
     counts: Mapping[str, Part]
     """Trained and all parameters, by network."""
 
@@ -155,7 +156,7 @@ class Plan:
                 "samples",
                 f"every {samples.sample_steps} steps, from {samples.sample_prompts or 'four captions of the data'}",
             ),
-            ("checkpoints", f"{every}at the end: {_forms(lora=config.parts.lora is not None)[kind]}"),
+            ("checkpoints", f"{every}at the end: {_forms(self.artifact)[kind]}"),
             ("outputs", shown_path(self.start.run or new)),
         ]
 
@@ -213,13 +214,13 @@ def prepare(
     models = describe(replace(config.model, resume_ckpt=start.model, revision=start.revision))
     config = replace(config, model=replace(config.model, revision=models.revision or start.revision))
     set_noise_schedule(config, prompts, models)
+    artifact = artifact_of(config.parts.lora, models)
     parts = apply_freezing(models, config.parts, config.optimizers.freezing)
     check_rates(config, {network: part.trained for network, part in parts.counts.items()})
-    if start.adapter is not None:
-        read_adapter(start.adapter, parts, config.parts.lora)  # refuses one of another shape
     about = about_run(config, split.train, parts, total_steps, processes.count)
     if start.about is not None:
         check_same_run(about, start.about, str(start.checkpoint))
+    artifact.take(parts, start.adapter)
     latents = plan_latents(
         config.cache,
         config.data,
@@ -235,6 +236,7 @@ def prepare(
         validation=validation,
         split=split,
         models=models,
+        artifact=artifact,
         counts=parts.counts,
         total_steps=total_steps,
         steps_of_epoch=steps_per_epoch(split.train, epoch=0, **_planned(config, processes.count)),
@@ -362,11 +364,9 @@ def _log_folder_problem(logdir: Path) -> str | None:
     return None
 
 
-def _forms(*, lora: bool) -> dict[str, str]:
+def _forms(artifact: Artifact) -> dict[str, str]:
     """Return the forms of a checkpoint in words, by save_format."""
-    folder, single = (
-        ("LoRA folder", "LoRA .safetensors") if lora else ("diffusers folder", "single .safetensors")
-    )
+    folder, single = artifact.folder_name, artifact.file_name
     return {"both": f"{folder} and {single}", "diffusers": folder, "single": single}
 
 

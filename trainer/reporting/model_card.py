@@ -16,6 +16,7 @@ from trainer.models.family import OPENRAIL, licence_of
 from trainer.state_file import as_kind
 
 if TYPE_CHECKING:
+    from trainer.checkpoints.artifact import Artifact
     from trainer.checkpoints.format import TrainState
     from trainer.reporting.curves import Curves
 
@@ -87,7 +88,7 @@ class Card:
         rates: by network, the tag of its rate.
         plan: rows about the run, as name and text.
         files: the configuration's files as JSON texts.
-        lora: whether the checkpoint is a LoRA and no model.
+        artifact: what the checkpoint holds.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Card:
         rates: Mapping[str, str],
         plan: Sequence[tuple[str, str]],
         files: Mapping[str, str],
-        lora: bool,
+        artifact: Artifact,
     ) -> None:
         self._project, self._origin, self.curves, self._state = project, origin, curves, state
         self._total, self._losses, self._rates, self._plan = (
@@ -111,7 +112,7 @@ class Card:
             dict(rates),
             tuple(plan),
         )
-        self._files, self._lora = dict(files), lora
+        self._files, self._artifact = dict(files), artifact
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the run began from."""
@@ -144,23 +145,22 @@ class Card:
     def _page(self, drawn: bool, sampled: int | None) -> str:
         from huggingface_hub import ModelCardData
 
-        origin, kind = self._origin, "adapter" if self._lora else "finetune"
+        origin, artifact = self._origin, self._artifact
         tags = [
             "stable-diffusion",
             "stable-diffusion-diffusers",
             "text-to-image",
             "diffusers",
             "sd-dadapt",
-            *(["lora"] if self._lora else []),
+            *artifact.tags,
         ]
         known: dict[str, Any] = {"license": origin.license} if origin.license else {}
-        known |= {"base_model": origin.hub, "base_model_relation": kind} if origin.hub else {}
+        known |= {"base_model": origin.hub, "base_model_relation": artifact.relation} if origin.hub else {}
         header = (
             ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **known)
             .to_yaml()
             .strip()
         )
-        what = "A LoRA for" if self._lora else "Fine-tuned from"
         began = (
             f"[{origin.hub}](https://huggingface.co/{origin.hub})"
             if origin.hub == origin.name
@@ -171,7 +171,7 @@ class Card:
         rows = [f"| {_text(name)} | {_text(text)} |" for name, text in [*self._plan, *self._numbers()]]
         lines = [
             *("---", header, "---", "", f"# {_text(self._project)}", ""),
-            f"{what} {began}{made_from}: {self._state.step:,} of {self._total:,} steps, {self._state.images:,} images.",
+            f"{artifact.opening} {began}{made_from}: {self._state.step:,} of {self._total:,} steps, {self._state.images:,} images.",
             *([] if sampled is None else ["", f"![samples of step {sampled}]({SAMPLES})"]),
             *("", "## Use", "", "```python", *self._use(), "```"),
             *(
@@ -199,18 +199,10 @@ class Card:
 
     def _use(self) -> list[str]:
         name = re.sub(r"[^\w.-]+", "-", self._project)
-        base = self._origin.hub if self._origin.hub == self._origin.name else self._origin.name
-        lines = ["from diffusers import StableDiffusionPipeline", ""]
-        if not self._lora:
-            return [
-                *lines,
-                f'pipeline = StableDiffusionPipeline.from_pretrained("YOUR_NAME/{name}")',
-                'pipeline("...").images[0]',
-            ]
         return [
-            *lines,
-            f"pipeline = StableDiffusionPipeline.from_pretrained({json.dumps(base)})",
-            f'pipeline.load_lora_weights("YOUR_NAME/{name}")',
+            f"from diffusers import {self._artifact.models.family.pipeline}",
+            "",
+            *self._artifact.usage(f"YOUR_NAME/{name}", self._origin.name),
             'pipeline("...").images[0]',
         ]
 

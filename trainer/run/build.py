@@ -63,7 +63,7 @@ def build(
         UserError: the model, the environment or the checkpoint does not allow the run.
         DataError: the images do not.
     """
-    models, parts, lora = load(plan, precision)
+    models, parts, artifact = load(plan, precision)
     if models.revision is not None:
         plan = plan.at_revision(models.revision)
     config, start, index = plan.config, plan.start, plan.split.train
@@ -131,7 +131,7 @@ def build(
         loggers = open_folder(
             folder, plan, state, console, ending, adaptive=list(adaptive), curves=card.curves
         )
-        notes = keep_beside(models, folder) if lora is None else []
+        notes = keep_beside(models, folder)
     announce(plan, notes, encoded, optimizers, tokenize, precision, folder, state, console)
 
     fixed = fixed_images(plan)
@@ -186,7 +186,7 @@ def build(
             config.saving,
             run=folder,
             project=config.logging.project_name,
-            models=models,
+            artifact=artifact,
             state=state,
             parts=stateful,
             about=plan.about,
@@ -196,7 +196,6 @@ def build(
             },
             say=console.event,
             ema=ema,
-            lora=lora,
             writes=processes.main,
             describe=lambda checkpoint: card.write(checkpoint, folder / "samples"),
         ),

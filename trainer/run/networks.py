@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import torch
 
+from trainer.checkpoints.artifact import Artifact, artifact_of
 from trainer.models.ema import Ema, decay_of, weights_of
 from trainer.models.load import load_models
-from trainer.models.lora import Lora, base_of, begin, read_adapter
 from trainer.models.pipeline import Models, TrainedParts
 from trainer.models.placement import place
 from trainer.models.trainable import apply_freezing
@@ -16,24 +16,21 @@ from trainer.planning.prepare import Plan, set_noise_schedule
 from trainer.training.precision import Precision
 
 
-def load(plan: Plan, precision: Precision) -> tuple[Models, TrainedParts, Lora | None]:
-    """Load the networks, mark what is trained, move them to the device and attach LoRA adapters.
+def load(plan: Plan, precision: Precision) -> tuple[Models, TrainedParts, Artifact]:
+    """Load the networks, mark what is trained, move them to the device and give LoRA adapters their values.
 
     Raises:
         UserError: the model or the adapter does not allow it.
     """
-    config, start, options = plan.config, plan.start, plan.config.parts.lora
+    config, start = plan.config, plan.start
     models = load_models(replace(config.model, resume_ckpt=start.model))
     set_noise_schedule(config, plan.prompts, models)
-    base = base_of(models, start.model, start.adapter) if options is not None else None  # before adapters
+    artifact = artifact_of(config.parts.lora, models, start.model, start.adapter)
     parts = apply_freezing(models, config.parts, config.optimizers.freezing)
-    adapter = read_adapter(start.adapter, parts, options) if start.adapter is not None else None
+    artifact.take(parts, start.adapter)
     place(models, precision.device, channels_last=config.precision.channels_last, weights=precision.weights)
-    if options is None or base is None:
-        return models, parts, None
-    lora = Lora(options, base, parts)
-    begin(parts, config.loop.seed, adapter)
-    return models, parts, lora
+    artifact.begin(config.loop.seed)
+    return models, parts, artifact
 
 
 def make_ema(plan: Plan, parts: TrainedParts, device: torch.device) -> Ema | None:

@@ -39,7 +39,7 @@ def make_card(plan: Plan, state: TrainState) -> Card:
         rates=rates,
         plan=[(name, text) for name, text in plan.rows() if name in CARD_ROWS],
         files=without_folders(config),
-        lora=config.parts.lora is not None,
+        artifact=plan.artifact,
     )
 
 

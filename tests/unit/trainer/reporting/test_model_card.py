@@ -8,7 +8,10 @@ import pytest
 import torch
 from huggingface_hub import metadata_load
 
+from tests.tiny import tiny_models
+from trainer.checkpoints.artifact import Adapters, WholeModel
 from trainer.checkpoints.format import TrainState
+from trainer.models.options import LoraOptions
 from trainer.models.tensor_file import write_tensors
 from trainer.reporting.curves import MOST, Curves
 from trainer.reporting.model_card import OPENRAIL, PAGE, Card, Origin, origin_of
@@ -57,7 +60,7 @@ def test_a_page_without_curves_and_samples_has_a_header_for_the_hub(tmp_path, lo
         rates={"unet": "rate"},
         plan=[("seed", "5")],
         files={"train.json": '{"lr": 1e-5}'},
-        lora=lora,
+        artifact=Adapters(LoraOptions(), tiny_models(), None) if lora else WholeModel(tiny_models()),
     )
     card.write(tmp_path, tmp_path / "samples")
     assert [path.name for path in tmp_path.iterdir()] == [PAGE]
@@ -95,7 +98,7 @@ def test_names_and_licences_of_strangers_are_text_on_the_page_and_nothing_else(t
         rates={},
         plan=[("unet", HOSTILE)],
         files={"train.json": json.dumps({"project_name": HOSTILE + "```"})},
-        lora=lora,
+        artifact=Adapters(LoraOptions(), tiny_models(), None) if lora else WholeModel(tiny_models()),
     )
     card.load_state_dict({"name": folder.name, "hub": HOSTILE, "license": HOSTILE})
     card.write(tmp_path, tmp_path / "samples")

@@ -1,0 +1,142 @@
+"""The disk space that a run's checkpoints take, and how long a save takes."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from trainer.checkpoints.artifact import Artifact
+from trainer.checkpoints.atomic import free_bytes, in_gib, writing_speed
+from trainer.checkpoints.export import size_beside
+from trainer.checkpoints.options import SaveOptions
+from trainer.config.schema import TrainConfig
+from trainer.models.pipeline import Part
+from trainer.optim import OptimizerOptions
+from trainer.state_file import size_of_state
+
+
+@dataclass(frozen=True)
+class DiskPlan:
+    """The room that a run's checkpoints take, before it begins.
+
+    Attributes:
+        folder: bytes of a diffusers folder, with averaged weights where they lie inside.
+        single: bytes of a checkpoint's single files, 0 where there are none.
+        resume: bytes of what is needed to go on from a checkpoint.
+        saves: how many checkpoints the run writes by epochs, the last one included.
+        beside: bytes of what the base's pipeline has beside the networks, which the run keeps once.
+    """
+
+    options: SaveOptions
+    folder: int
+    single: int
+    resume: int
+    saves: int
+    beside: int = 0
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes that one save writes."""
+        return self.folder + self.single + self.resume
+
+    @property
+    def most(self) -> int:
+        """Bytes at the fullest moment: what is kept, and one checkpoint more, since nothing is deleted before that one is whole."""
+        options = self.options
+        models = min(self.saves, options.keep_last_n or self.saves)
+        resumable = models if options.save_optimizer else min(models, options.keep_resume_n)
+        folders = resumable if options.save_format == "single" else models
+        dropped = models < self.saves or resumable < models
+        if options.keep_best:
+            folders, models = folders + 1, models + 1
+        kept = (
+            folders * self.folder
+            + models * self.single
+            + resumable * self.resume
+            + (self.checkpoint if dropped else 0)
+        )
+        return kept + self.beside
+
+    def rows(self, logdir: Path) -> list[tuple[str, str]]:
+        """Return the plan in words, with the time that a save takes where a probe can be written and flushed."""
+        minutes = self.options.ckpt_every_n_minutes
+        more = f", and one every {minutes:g} minutes" if minutes else ""
+        sizes = [
+            (self.folder, "the folder"),
+            (self.single, "single files"),
+            (self.resume, "to go on from it"),
+        ]
+        parts = " + ".join(f"{in_gib(size)} {what}" for size, what in sizes if size)
+        free = free_bytes(logdir)
+        full = "" if free > self.most else ": not enough"
+        return [
+            ("a checkpoint", f"{in_gib(self.checkpoint)}: {parts}; {self._time(logdir)}"),
+            (
+                "disk",
+                f"{in_gib(self.most)} for {self.saves} of them{more}, of {in_gib(free)} that are free{full}",
+            ),
+        ]
+
+    def _time(self, logdir: Path) -> str:
+        try:
+            speed = writing_speed(logdir)
+        except OSError as error:
+            return f"how long a save takes could not be measured ({error.strerror or error})"
+        seconds = self.checkpoint / speed + (self.folder + self.resume) / hashing_speed()
+        return f"training waits {max(seconds, 0.1):.1f} s or more for it, at the {speed / 1e6:,.0f} MB/s of a probe just now"
+
+
+def plan_disk(
+    config: TrainConfig, artifact: Artifact, counts: Mapping[str, Part], weights: torch.dtype
+) -> DiskPlan:
+    """Return the disk space that a run's checkpoints will take.
+
+    Args:
+        config: of the run.
+        artifact: what its checkpoints hold.
+        counts: how much of each network is trained.
+        weights: format of the trained networks.
+
+    Raises:
+        UserError: a library that an optimizer needs is missing.
+    """
+    options = config.saving
+    optimizers = {"unet": config.optimizers.unet, "text encoder": config.optimizers.text_encoder}
+    trained = {network: part.trained for network, part in counts.items() if part.trained}
+    copies = 2 if config.ema.active else 1
+    single = artifact.file_bytes(torch.float32 if options.save_full_precision else torch.float16)
+    state = sum(count * state_bytes(optimizers[network]) for network, count in trained.items())
+    every, first = options.save_every_n_epochs, options.save_ckpts_from_n_epochs
+    scheduled = (
+        [epoch for epoch in range(every, config.loop.max_epochs, every) if epoch >= first] if every else []
+    )
+    return DiskPlan(
+        options=options,
+        folder=artifact.folder_bytes(weights) * (1 if options.writes_single else copies),
+        single=single * copies if options.writes_single else 0,
+        resume=round(state) + (4 * sum(trained.values()) if config.ema.active else 0),
+        saves=len(scheduled) + 1,
+        beside=size_beside(artifact.models),
+    )
+
+
+def state_bytes(options: OptimizerOptions) -> float:
+    """Return the bytes of state that an optimizer keeps for a parameter, measured on one of 65,536 after a step."""
+    parameter = torch.nn.Parameter(torch.ones(256, 256))
+    optimizer = options.build([parameter], options.lr or 1.0)
+    parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer.step()
+    return size_of_state(optimizer.state_dict()["state"]) / parameter.numel()
+
+
+def hashing_speed(size: int = 1 << 24) -> float:
+    """Return bytes per second of SHA-256 on this machine."""
+    block = bytes(size)
+    began = time.perf_counter()
+    hashlib.sha256(block).digest()
+    return size / (time.perf_counter() - began)
