@@ -1,4 +1,4 @@
-"""Errors that are shown as sentences: a `UserError` stops the run, a `FileError` skips one file. Others are bugs."""
+"""Errors that are shown as sentences: a `UserError` stops the run, a `FileError` skips one file."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""What a run needs of the machine: Python, the packages, and a torch that fits the GPU and its neighbours.
+"""Check the machine: Python, the packages, and a torch that fits the GPU and the other packages.
 
-`check_environment` imports no third-party package, since what it looks for may be missing or broken: versions
-come from the installed metadata, and what torch was built for from its version.py, which says so in
-constants.
+`check_environment` imports no third-party package, since one may be missing or broken: versions come from the
+installed metadata, and the CUDA version of torch from the constants in its version.py.
 """
 
 from __future__ import annotations
@@ -22,23 +21,23 @@ from trainer.errors import UserError
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
 
 CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
-"""Where torch's builds for CUDA 13.0 are, which is what the package index has for Linux alone."""
+"""The index of torch's builds for CUDA 13.0, which PyPI has for Linux alone."""
 
 OPTIONAL = frozenset({"bitsandbytes", "dadaptation", "peft", "prodigyopt", "triton-windows"})
-"""Pinned packages that only LoRA, some choices of optimizer or compiling need: those ask for them."""
+"""Pinned packages that only LoRA, some optimizers or compiling need; those ask for them."""
 
 COMPANIONS = ("torchvision", "torchaudio")
-"""Packages that training does not need, but that diffusers and transformers import wherever they are installed."""
+"""Packages that training does not need, but that diffusers and transformers import if they are installed."""
 
 
 def check_environment() -> list[str]:
-    """Return a sentence about each thing that will slow or surprise the run, before anything heavy is imported.
+    """Return a warning for everything that will slow or surprise the run, before anything slow is imported.
 
     Raises:
         UserError: Python is too old, packages are missing, or one is installed that breaks the import of
         diffusers.
     """
-    if sys.version_info < (3, 11):  # noqa: UP036 (whoever starts an older Python is to read a sentence, so this file keeps to its syntax)
+    if sys.version_info < (3, 11):  # noqa: UP036 (older versions must be able to parse this file)
         raise UserError(f"Python {sys.version.split()[0]} is too old: Python 3.11 or newer is needed.")
     pins = _pins()
     installed = {name: _installed_version(name) for name in pins}
@@ -49,7 +48,7 @@ def check_environment() -> list[str]:
 
 
 def check_cuda() -> list[str]:
-    """Return a sentence where torch was built for CUDA and nvidia-smi sees a GPU, yet torch cannot use it. Imports torch."""
+    """Return a warning if nvidia-smi sees a GPU that a torch built for CUDA cannot use. Imports torch."""
     import torch
 
     gpus = visible_gpus()
@@ -68,7 +67,7 @@ def check_cuda() -> list[str]:
 
 
 def visible_gpus() -> list[str]:
-    """Return the names of the NVIDIA GPUs that the driver reports and that CUDA_VISIBLE_DEVICES does not hide."""
+    """Return the names of the NVIDIA GPUs that the driver reports, unless CUDA_VISIBLE_DEVICES hides all."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
         return []  # hidden on purpose
     program = shutil.which("nvidia-smi")
@@ -79,7 +78,7 @@ def visible_gpus() -> list[str]:
             [program, "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
         )
     except (OSError, subprocess.TimeoutExpired):
-        return []  # a driver that does not answer has no GPU to offer
+        return []  # a driver that does not answer offers no GPU
     return (
         [line.strip() for line in answer.stdout.splitlines() if line.strip()]
         if answer.returncode == 0
@@ -88,7 +87,7 @@ def visible_gpus() -> list[str]:
 
 
 def _pins() -> dict[str, str]:
-    """Return the packages of requirements.txt with their pinned versions, without those for another system."""
+    """Return the pinned versions of requirements.txt by package, without those for another system."""
     lines = (line.partition("#")[0].strip() for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines())
     pins = {}
     for requirement, _, marker in (line.partition(";") for line in lines):
@@ -117,7 +116,7 @@ def _missing(installed: dict[str, str | None]) -> list[str]:
 
 
 def _other_versions(pins: dict[str, str], installed: dict[str, str | None]) -> list[str]:
-    """Name the packages whose versions are not the tested ones: the first thing to know when something fails later."""
+    """Return a warning about packages whose versions are not the tested ones."""
     others = [
         f"{name} {version} (tested: {pins[name]})"
         for name, version in installed.items()
@@ -146,10 +145,10 @@ def _torch_without_cuda(pin: str) -> list[str]:
 
 
 def _broken_companions() -> list[str]:
-    """Name the companions that were built for another torch and do not import beside this one.
+    """Return a problem for each companion that was built for another torch and does not import with this one.
 
-    Metadata alone cannot tell whether a package loads, and importing each takes seconds; so only those whose
-    metadata or build does not fit are imported, in a process of their own.
+    Metadata does not show whether a package loads, and importing each takes seconds. So only those whose
+    metadata or build does not fit are imported, each in a process of its own.
     """
     torch = _constants("torch")
     if torch is None:
@@ -170,7 +169,7 @@ def _broken_companions() -> list[str]:
 
 
 def _fits(name: str, version: str, torch: dict[str, object]) -> bool:
-    """Tell whether a companion asks for the installed torch release and was built for the same CUDA, as far as it says."""
+    """Return whether a companion was built for the installed torch and, if its version shows it, for its CUDA."""
     torch_version = str(torch["__version__"]).partition("+")[0]
     for requirement in metadata.requires(name) or ():
         wanted = requirement.replace(" ", "").replace("(", "").partition(";")[0]
@@ -182,7 +181,7 @@ def _fits(name: str, version: str, torch: dict[str, object]) -> bool:
 
 
 def _import_error(name: str) -> str | None:
-    """Return the last line that importing `name` in a fresh interpreter fails with, None where it succeeds."""
+    """Return the last line of the error of importing `name` in a fresh interpreter; None if it imports."""
     # -P keeps the working directory off the path; -I would also hide packages installed with --user or by
     # PYTHONPATH.
     command = [sys.executable, "-P", "-c", f"import {name}"]
@@ -194,7 +193,7 @@ def _import_error(name: str) -> str | None:
 
 
 def _constants(name: str) -> dict[str, object] | None:
-    """Return the constants that a package's version.py assigns, without importing the package; None where there is none."""
+    """Return the constants of a package's version.py without importing the package; None if there is none."""
     spec = PathFinder.find_spec(name)
     if spec is None or spec.origin is None:
         return None

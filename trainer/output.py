@@ -1,4 +1,4 @@
-"""Where text leaves for people: no file name, key or value can steer a terminal or forge a line."""
+"""Write text for people, so that no file name, key or value can steer a terminal or forge a line."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-# Control characters, what ends a line or turns the direction of text, and halves of surrogate pairs. Joiners
-# stay: emoji need them.
+# Control characters, line ends, changes of text direction and halves of surrogate pairs. Joiners stay: emoji
+# need them.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def clean(text: str, encoding: str = "utf-8") -> str:
-    """Return a text as one line, every character that is unsafe to show or that `encoding` lacks spelled as an escape."""
+    """Return a text as one line, with escapes for characters that are unsafe or that `encoding` lacks."""
     line = _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
     return line.encode(encoding, "backslashreplace").decode(encoding)
 
@@ -33,7 +33,7 @@ def say(*lines: str, stream: TextIO) -> None:
 
 @contextmanager
 def surviving(stream: TextIO) -> Iterator[None]:
-    """Send a stream nowhere from now on if its terminal was closed, or the program at the other end of its pipe has ended."""
+    """Send a stream to the null device from now on if its terminal or pipe was closed."""
     try:
         yield
     except OSError:
@@ -43,13 +43,14 @@ def surviving(stream: TextIO) -> Iterator[None]:
 
 
 def open_streams() -> None:
-    """Send nowhere the standard streams that were closed when the program started.
+    """Open the null device for standard streams that were closed when the program started.
 
-    The next file to be opened would take the number of one, and libraries' messages would be written into it.
+    Otherwise the next file to be opened takes the number of one, and libraries write their messages into it.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+            mode = "w" if number else "r"
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115

@@ -1,4 +1,4 @@
-"""Case files: titles, the files of a case, its command line, and what is said about them."""
+"""Case files: titles, the files of a case, its command line, and the expected messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GOOD_OPTIMIZER = '{"base": {"optimizer": "adamw", "lr": 1e-6}}\n'
 
 @dataclass
 class Case:
-    """One case: what is there, and what is said."""
+    """One case: files, command line and expected messages."""
 
     title: str
     files: dict[str, str] = field(default_factory=dict)
@@ -24,7 +24,7 @@ class Case:
     notes: list[str] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
-        """Write the case's files into `folder`, beside a model, two folders of images and prompts that are right."""
+        """Write the case's files into `folder`, with a model, folders of images and prompts."""
         for name in ("model", "models/mini-sd"):
             (folder / name).mkdir(parents=True)
             (folder / name / "model_index.json").write_text("{}")
@@ -40,7 +40,7 @@ class Case:
 
 
 def _with_optimizers(line: str) -> str:
-    """Return a message with `{optimizers}`, `{optimizers with KEY}` and `{optimizers that ATTRIBUTE}` filled in."""
+    """Fill in `{optimizers}`, `{optimizers with KEY}` and `{optimizers that ATTRIBUTE}` of a message."""
     line = line.replace("{optimizers}", ", ".join(map(repr, optimizer_classes())))
     for pattern, key in set(re.findall(r"({optimizers with (\w+)})", line)):
         line = line.replace(pattern, " and ".join(", ".join(optimizer_keys()[key]).rsplit(", ", 1)))

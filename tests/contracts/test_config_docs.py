@@ -1,4 +1,4 @@
-"""Help, schemas and tables are made of the same keys as the checks; and checking needs no library that trains."""
+"""Help, schemas and tables are made of the keys of the checks, and checks import no training library."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_help_lists_every_key_with_its_range_default_and_words(capsys: pytest.Ca
     for name in [*optimizer_keys(), *keys_of(FreezingOptions), *keys_of(OptimizerFileOptions)]:
         assert any(line.startswith(f"  {name}: ") for line in lines), name
     assert (
-        "  --resolution: a whole number, at least 64, at most 8192, a multiple of 64, or a list of such; default 512"
-        in lines
+        "  --resolution: a whole number, at least 64, at most 8192, a multiple of 64, or a list of such; "
+        "default 512" in lines
     )
     assert "  --resume_ckpt: text; required" in lines
     assert "  optimizer: text; default adamw8bit" in lines
@@ -148,7 +148,8 @@ HEAVY = {"torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "da
 
 
 def run(folder: Path, program: str, *words: str) -> list[str]:
-    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {program}; print(sorted({HEAVY!r} & set(sys.modules)))"
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {program}"
+    program += f"; print(sorted({HEAVY!r} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", program, *words], cwd=folder, capture_output=True, text=True, timeout=120
     )

@@ -1,4 +1,4 @@
-"""What a configuration comes to: which value wins, what is inherited, where paths lead, and that it can be written down."""
+"""The configuration that is loaded: precedence, inheritance, paths, and writing it again."""
 
 from __future__ import annotations
 
@@ -387,8 +387,9 @@ def test_a_high_rate_on_a_full_size_model_is_refused(folder: Path):
     with pytest.raises(UserError) as error:
         check_rates(config, {"unet": 859_520_964, "text encoder": 123_060_480})
     assert error.value.problems == (
-        "optimizer.json: base.lr: adamw at 0.0001 ruins a model of this size (983 million trained parameters); set lr to 1e-05 or less "
-        "(1e-6 is usual) there or in train.json, or set allow_high_lr to true",
+        "optimizer.json: base.lr: adamw at 0.0001 ruins a model of this size (983 million trained "
+        "parameters); set lr to 1e-05 or less (1e-6 is usual) there or in train.json, or set allow_high_lr "
+        "to true",
     )
 
 
@@ -521,7 +522,10 @@ def test_no_suggestion_names_an_optimizer_file_for_another_gpu(
     with pytest.raises(UserError) as refused:
         load_config(["--optimizer_config", written])
     (problem,) = refused.value.problems
-    looked = f"--optimizer_config: optimizer file not found: {written} (relative to the working directory and to the program's configs)"
+    looked = (
+        f"--optimizer_config: optimizer file not found: {written} (relative to the working directory and to "
+        "the program's configs)"
+    )
     assert problem == looked + (f"; did you mean '{suggested}'?" if suggested else "")
 
 

@@ -1,4 +1,4 @@
-"""Every message of the configuration, word for word: the cases are in bad_configs and good_configs, one file a topic."""
+"""Every message of the configuration, word for word; the cases are in bad_configs and good_configs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The JSON reader: it agrees with `json` on valid text, knows every line, and explains the first syntax error."""
+"""The JSON reader agrees with `json` on valid text, knows every line, and explains the first syntax error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.config.positions import Document, read_json
 from trainer.config.report import Report
 
 # A path of Windows with single backslashes, "C:\new", is JSON for something else, and reported all the same.
-texts = st.text().filter(lambda text: text[1:3] != ":\\" and not text.startswith("\\\\"))
+texts = st.text().filter(lambda text: not re.match(r"[A-Za-z]:|\\", text))
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),

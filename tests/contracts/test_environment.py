@@ -63,7 +63,8 @@ def package(
 
 
 def torch_build(site: Path, *, version: str, cuda: str | None) -> None:
-    text = f"from typing import Optional\n__version__ = '{version}'\ncuda: Optional[str] = {cuda!r}\nhip: Optional[str] = None\n"
+    text = f"from typing import Optional\n__version__ = '{version}'\n"
+    text += f"cuda: Optional[str] = {cuda!r}\nhip: Optional[str] = None\n"
     package(
         site,
         "torch",
@@ -127,7 +128,8 @@ def test_missing_packages_are_named_together(tmp_path, monkeypatch):
     with pytest.raises(UserError) as error:
         check_environment()
     assert error.value.problems == (
-        "2 packages are not installed: no-such-thing, nor-this-one; install with `pip install -r requirements.txt`.",
+        "2 packages are not installed: no-such-thing, nor-this-one; install with `pip install -r "
+        "requirements.txt`.",
     )
     assert error.value.exit_code == 2
 
@@ -145,13 +147,14 @@ def test_a_package_for_another_system_is_not_missing(tmp_path, monkeypatch):
 
 
 def test_a_python_with_no_packages_at_all_gets_the_sentence():
-    """The command itself, as after a clone: without the site module Python sees its standard library and nothing else."""
+    """The command itself, as after a clone: without its site module Python has the standard library alone."""
     answer = subprocess.run(
         [sys.executable, "-S", "-E", "train.py"], capture_output=True, text=True, cwd=ROOT
     )
     assert answer.returncode == 2, answer.stderr
     assert answer.stderr.startswith(
-        f"{len(environment._pins().keys() - environment.OPTIONAL)} packages are not installed: torch, diffusers, "
+        f"{len(environment._pins().keys() - environment.OPTIONAL)} packages are not installed: torch, "
+        "diffusers, "
     )
     assert answer.stderr.count("\n") == 1 and answer.stdout == ""
 
@@ -170,8 +173,8 @@ def test_a_gpu_beside_a_torch_without_cuda_is_noted_without_importing_torch(site
     (note,) = check_environment()
     assert note.startswith(f"nvidia-smi sees {GPU}, but torch {pinned('torch')}+cpu is built without CUDA")
     assert (
-        f"`pip install torch=={pinned('torch')}+cu130 --extra-index-url https://download.pytorch.org/whl/cu130`"
-        in note
+        f"`pip install torch=={pinned('torch')}+cu130 --extra-index-url "
+        "https://download.pytorch.org/whl/cu130`" in note
     )
 
 
@@ -271,13 +274,14 @@ def test_a_companion_that_fits_is_not_even_imported(site):
 
 def test_nothing_third_party_is_imported_by_the_check():
     code = (
-        "import sys; before = set(sys.modules); from trainer.environment import check_environment; check_environment();"
-        "print(sorted({name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names))"
+        "import sys; before = set(sys.modules); from trainer.environment import check_environment; "
+        "check_environment();print(sorted({name.partition('.')[0] for name in set(sys.modules) - before} - "
+        "sys.stdlib_module_names))"
     )
     answer = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
-    assert answer.stdout.strip() == "['trainer']"
+    assert answer.stdout.strip() == "['data', 'trainer']"
 
 
 def test_a_cuda_torch_that_cannot_reach_the_gpu_is_noted_with_its_reason(nvidia_smi, monkeypatch):
@@ -285,7 +289,8 @@ def test_a_cuda_torch_that_cannot_reach_the_gpu_is_noted_with_its_reason(nvidia_
 
     def unavailable():
         warnings.warn(
-            "CUDA initialization: The NVIDIA driver on your system is too old (found version 12020).\nPlease update.",
+            "CUDA initialization: The NVIDIA driver on your system is too old (found version "
+            "12020).\nPlease update.",
             stacklevel=2,
         )
         return False
@@ -295,7 +300,8 @@ def test_a_cuda_torch_that_cannot_reach_the_gpu_is_noted_with_its_reason(nvidia_
     monkeypatch.setattr(torch.cuda, "is_available", unavailable)
     (note,) = check_cuda()
     assert note.startswith(
-        f"nvidia-smi sees {GPU}, but torch {torch.__version__} cannot use CUDA 13.0 here (CUDA initialization: The NVIDIA driver"
+        f"nvidia-smi sees {GPU}, but torch {torch.__version__} cannot use CUDA 13.0 here (CUDA "
+        "initialization: The NVIDIA driver"
     )
     assert "(found version 12020).)" in note and "Please" not in note
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
