@@ -38,7 +38,7 @@ def surviving(stream: TextIO) -> Iterator[None]:
         yield
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())  # what is still in the stream's buffer goes there too
+        os.dup2(nowhere, stream.fileno())  # the rest of the stream's buffer goes there too
         os.close(nowhere)
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a machine is said in sentences, before anything heavy is imported.
+"""Problems of a machine are reported in sentences, before anything slow is imported.
 
 The packages here are real ones to Python: folders with metadata at the front of the module path, no part of
 the check replaced.
@@ -33,7 +33,7 @@ def site(tmp_path, monkeypatch):
 
 @pytest.fixture
 def nvidia_smi(tmp_path, monkeypatch):
-    """An nvidia-smi ahead of all others on the PATH, which prints or does what it is told."""
+    """An nvidia-smi ahead of all others on the PATH, with the given script."""
 
     def install(body):
         program = tmp_path / "bin" / "nvidia-smi"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.config.report import Report, Written, shown, unknown_value
+from trainer.config.report import Place, Report, Written, shown, unknown_value
 from trainer.config.schema import Key, optimizer_keys, train_keys
 
 NEVER_NAMES: Mapping[str, str] = {
@@ -190,37 +190,36 @@ def foreign_options() -> dict[str, Key]:
 
 def translate(name: str, written: Written, report: Report) -> dict[str, Written] | None:
     """Return a foreign key of train.json as this program's keys; {} for none, None if it is unknown."""
-    value, place = written.value, written.place
+    if name not in foreign_options():
+        return None
+    if name == "amp" and written.value is False:
+        return {"disable_amp": Written(True, written.place)}
+    if written.value is not None:
+        _report(name, written.value, written.place, report)
+    return {}
+
+
+def _report(name: str, value: Any, place: Place, report: Report) -> None:
+    """Report a foreign key whose value would have an effect elsewhere."""
     if name == "amp":
-        if value is False:
-            return {"disable_amp": Written(True, place)}
-        if value not in (True, None):
+        if value is not True:
             report.error(place, f"must be true or false; got {shown(value)}")
-        return {}
-    if name == "train_sampler":
-        if value not in (*_SAMPLERS, None):
+    elif name == "train_sampler":
+        if value not in _SAMPLERS:
             report.error(place, unknown_value(value, _SAMPLERS))
-        elif value not in ("ddpm", None):
+        elif value != "ddpm":
             report.note(place, f"{shown(value)} has no effect; training uses ddpm")
-        return {}
-    if name in _REFUSED:
+    elif name in _REFUSED:
         inert, instead = _REFUSED[name]
-        if value is not None and not _among(value, inert):
-            report.error(
-                place,
-                f"{shown(value)} is not supported; {instead}" if "not supported" not in instead else instead,
-            )
-        return {}
-    if name in _IDLE:
+        if not _among(value, inert):
+            refused = "" if "not supported" in instead else f"{shown(value)} is not supported; "
+            report.error(place, refused + instead)
+    elif name in _IDLE:
         usual, master = _IDLE[name]
-        if value is not None and not _among(value, usual):
+        if not _among(value, usual):
             report.note(place, f"has no effect without {master}")
-        return {}
-    if name in _OLD:
-        if value not in (False, None):
-            report.note(place, "; ".join(filter(None, ("an EveryDream2 key without effect", _OLD[name]))))
-        return {}
-    return None
+    elif value is not False:
+        report.note(place, "; ".join(filter(None, ("an EveryDream2 key without effect", _OLD[name]))))
 
 
 def other_word(name: str, *, optimizer: bool = False) -> str | None:

@@ -130,7 +130,7 @@ def _first_line(options: Any) -> str:
 
 
 def _section_key(users: dict[str, Key]) -> dict[str, Any]:
-    """Return one key of a section: what any of the optimizers takes, and which optimizers use it."""
+    """Return one key of a section: the types of all optimizers, and the optimizers that use it."""
     if next(iter(users.values())).name == "optimizer":
         return {
             "enum": [*users, None],

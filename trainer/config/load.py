@@ -244,7 +244,7 @@ def _hint(name: str, value: Any) -> str:
 
 
 def _object(key: Key, entry: Written, document: Document | None, report: Report) -> tuple[bool, Any]:
-    """Return whether an object fits a key's options class, and the options; report what does not fit."""
+    """Return whether an object fits a key's options class, and the options; report its problems."""
     if not isinstance(entry.value, dict):
         report.error(entry.place, f"must be {accepts(key.annotation)}; got {shown(entry.value)}")
         return False, None

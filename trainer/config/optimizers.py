@@ -68,7 +68,7 @@ class _Section:
 
     @property
     def adapts(self) -> bool:
-        """Whether the optimizer finds its own rate, so that lr multiplies it."""
+        """True if the optimizer finds its own rate, which lr multiplies."""
         return optimizer_classes()[self.optimizer or ""].adapts
 
 

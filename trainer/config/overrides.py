@@ -59,7 +59,7 @@ class _Append(argparse.Action):
 
 
 def parse(argv: Sequence[str], report: Report) -> Arguments:
-    """Return the options in `argv`, without the program's name; report what is no option or no value.
+    """Return the options in `argv`, without the program's name; report wrong options and values.
 
     Names take - for _. A value is read as JSON if the key takes no text; if it does, only null and lists are.
     """

@@ -179,7 +179,7 @@ def _check_escapes(token: str, position: int) -> None:
 
 
 def _explained(text: str, error: json.JSONDecodeError) -> tuple[str, int]:
-    """Return what is wrong and how to put it right, and the position."""
+    """Return the problem with its remedy, and the position."""
     if error.msg.startswith(("Invalid", "Unterminated")):
         return _explained_string(text, error)
     at = len(text) - len(text[error.pos :].lstrip())

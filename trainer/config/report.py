@@ -158,9 +158,8 @@ def _computable(value: Any) -> bool:
 
 def _sentences(key: Key, value: Any, error: ValidationError) -> list[tuple[tuple[int | str, ...], str]]:
     """Return each problem as a path inside the value and a sentence."""
-    if (
-        len(key.variants) > 1
-    ):  # pydantic reports every member of a union; what is meant shows in whether it is a list
+    if len(key.variants) > 1:
+        # pydantic reports every member of a union; a list or no list shows the intended one.
         meant = [
             kind for kind in key.variants if (get_origin(_plain(kind)) is tuple) == isinstance(value, list)
         ]

@@ -274,7 +274,7 @@ def closed_object(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def accepts(annotation: Any) -> str:
-    """Return in words what a type takes: "a whole number, at least 1", "one of 'mse', 'huber'"."""
+    """Return the values of a type in words: "a whole number, at least 1", "one of 'mse', 'huber'"."""
     members = [member for member in _members(annotation) if member is not types.NoneType]
     if len(members) == 2 and get_args(_limits(members[1])[0]) == (members[0], ...):
         return f"{accepts(members[0])}, or a list of such"

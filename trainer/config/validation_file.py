@@ -55,7 +55,7 @@ def read_validation(path: Path, report: Report) -> ValidationFile | None:
         same = members.setdefault(_OLD.get(name, name), written)
         if written.value is not None and same is not written:
             if same.value is not None:
-                report.error(written.place, f"says the same as {same.place.key}; remove one of the two")
+                report.error(written.place, f"duplicates {same.place.key}; remove one of the two")
             members[_OLD.get(name, name)] = written
 
     def foreign(name: str, written: Written) -> None:

@@ -134,7 +134,7 @@ def test_what_has_no_effect_is_a_note(tmp_path):
         ({"evry_n_epochs": 1}, "2: evry_n_epochs: unknown key; did you mean 'every_n_epochs'?"),
         (
             {"auto_split_proportion": 0.1, "val_split_proportion": 0.2},
-            "3: val_split_proportion: says the same as auto_split_proportion",
+            "3: val_split_proportion: duplicates auto_split_proportion",
         ),
     ],
 )
