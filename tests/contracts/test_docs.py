@@ -87,6 +87,40 @@ def test_the_readme_links_every_page():
     assert {page.relative_to(ROOT).as_posix() for page in PAGES[1:]} <= linked
 
 
+QUOTED = [
+    "x the d it finds",
+    "that are free",
+    "tensors alone: ",
+    "fits into ",
+    " GiB of the ",
+    "what would spare memory, the cheapest first",
+    "it keeps its state in 8 bits",
+    "training waited",
+    "Going on after step ",
+    "write the number without the quotes",
+    "unknown key; did you mean",
+    " could not be written",
+    "an older checkpoint could not be deleted",
+    "its event file was deleted",
+    "training goes on (",
+    "compare the samples",
+    "possible overfitting",
+    "the rate may be too high",
+]
+"""Pieces of the program's messages that the documentation quotes."""
+
+
+def test_quoted_messages_are_the_program_s():
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    source = "\n".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("trainer", "data")
+        for path in (ROOT / folder).rglob("*.py")
+    )
+    assert [piece for piece in QUOTED if piece not in pages] == [], "not quoted any more"
+    assert [piece for piece in QUOTED if piece not in source] == [], "reworded: change the documentation too"
+
+
 def test_the_map_of_packages_is_in_the_order_of_imports():
     page = (ROOT / "docs" / "code.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| \[([\w/]+)\]", page, re.MULTILINE)
