@@ -431,7 +431,7 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(workplace, monkeypatch,
 def test_an_event_file_that_is_locked_costs_its_numbers_only(workplace, monkeypatch, capsys):
     from trainer.reporting import tensorboard
 
-    real, calls = tensorboard._append, []
+    real, calls = tensorboard.append, []
 
     def append(file, events):
         calls.append(1)
@@ -439,7 +439,7 @@ def test_an_event_file_that_is_locked_costs_its_numbers_only(workplace, monkeypa
             raise PermissionError(errno.EACCES, "the file is used by another process")
         return real(file, events)
 
-    monkeypatch.setattr(tensorboard, "_append", append)
+    monkeypatch.setattr(tensorboard, "append", append)
     write(workplace, DADAPT, **SETTINGS)
     assert train.main([]) == 0
     out = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What a person watching the run sees: one bar, and one line for every event."""
+"""The console of a run: a progress bar, and a line for every event."""
 
 from __future__ import annotations
 
@@ -11,37 +11,39 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
+
+from tqdm import tqdm
 
 from trainer.output import clean, say, surviving
+
+_SHORT = {"text encoder": "text"}
+
+_WIDE = 116
+"""Columns of the whole progress bar; a narrower terminal shows its numbers without the bar."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """The numbers of a due report, as a person reads them."""
+    """The numbers of a report, for people."""
 
     loss: float
     """Mean loss since the last report."""
 
     rates: Mapping[str, float] = field(default_factory=dict)
-    """By network, the learning rate that acts."""
+    """Effective learning rate by network."""
 
     images_per_second: float | None = None
-    """Training speed; None where nothing was timed yet."""
 
     memory: int = 0
     """Bytes."""
 
     def __str__(self) -> str:
-        """Return the report as the end of a line."""
+        """Return the end of a line."""
         parts = [f"loss {self.loss:.4g}"]
         if self.rates:
-            parts.append(
-                "lr "
-                + " ".join(
-                    f"{_SHORT.get(network, network)} {rate:.2g}" for network, rate in self.rates.items()
-                )
-            )
+            rates = [f"{_SHORT.get(network, network)} {rate:.2g}" for network, rate in self.rates.items()]
+            parts.append(f"lr {' '.join(rates)}")
         if self.images_per_second is not None:
             parts.append(f"{self.images_per_second:.3g} images/s")
         if self.memory:
@@ -49,63 +51,55 @@ class Report:
         return ", ".join(parts)
 
     def compact(self) -> str:
-        """Return the same for a terminal of 80 columns; the rates stand in the order of the networks."""
+        """Return the same for a terminal of 80 columns, rates in the order of the networks."""
         rates = "/".join(f"{rate:.2g}" for rate in self.rates.values())
         speed = "" if self.images_per_second is None else f" {self.images_per_second:.3g}/s"
         memory = f" {self.memory / 2**30:.1f}G" if self.memory else ""
         return f"loss {self.loss:.4g}" + (f" lr {rates}" if rates else "") + speed + memory
 
 
-_SHORT = {"text encoder": "text"}
-
-_WIDE = 116
-"""Columns that the whole bar takes; a narrower terminal is shown its numbers without the bar."""
-
-
 class Console:
-    """A progress bar in a terminal; elsewhere (a file, nohup, CI) one plain line for each report. Events are lines above the bar.
+    """A progress bar below events in a terminal; elsewhere (a file, nohup, CI) a plain line per report.
 
-    Events and reports also go to a file, with the time, once `record_to` has named it.
+    After `record_to`, events and reports also go to a file, with the time.
 
     Args:
-        stream: where to write; the standard output if None.
-        enabled: false for processes that are not the main one: they show and record nothing.
+        stream: standard output if None.
+        enabled: false on ranks other than 0, which show and record nothing.
     """
 
     def __init__(self, *, stream: TextIO | None = None, enabled: bool = True) -> None:
         self._stream = sys.stdout if stream is None else stream
         self._enabled = enabled
         self._terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._bar: Any = None
+        self._bar: tqdm | None = None
         self._path: Path | None = None
         self._warned = False
         self._total = self._first = self._step = 0
-        self._began = 0.0
+        self._started = 0.0
         self._wide = True
-        self._place = ""
+        self._epoch = ""
 
     def record_to(self, path: Path) -> None:
-        """Also write all lines from now on to the end of `path`."""
+        """Append all later lines to `path` too."""
         self._path = path
 
     def event(self, sentence: str) -> None:
-        """Say one thing, on a line of its own."""
+        """Print an event on a line of its own."""
         if self._enabled:
             self._print(sentence)
             self._record(sentence)
 
     def start(self, *, total_steps: int, first_step: int = 0) -> None:
-        """Begin to show progress.
+        """Start to show progress.
 
         Args:
             total_steps: the last optimizer step of the run.
-            first_step: the optimizer steps that were made before, in a continued run.
+            first_step: earlier optimizer steps of a resumed run.
         """
-        from tqdm import tqdm
-
         self._wide = shutil.get_terminal_size().columns >= _WIDE
         wide = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
-        self._total, self._first, self._began = total_steps, first_step, time.monotonic()
+        self._total, self._first, self._started = total_steps, first_step, time.monotonic()
         if self._enabled and self._terminal:
             self._bar = tqdm(
                 total=total_steps,
@@ -117,18 +111,18 @@ class Console:
             )
 
     def step(self, *, epoch: int, epochs: int, step: int) -> None:
-        """Move on to optimizer step `step` of `epoch`, both counted from 1; cheap, to be called after every step."""
-        self._place, self._step = f"epoch {epoch}/{epochs}", step
+        """Advance to optimizer step `step` of `epoch`, both counted from 1; cheap enough for every step."""
+        self._epoch, self._step = f"epoch {epoch}/{epochs}", step
         if self._bar is not None:
-            self._bar.set_description_str(self._place, refresh=False)
+            self._bar.set_description_str(self._epoch, refresh=False)
             with surviving(self._stream):
                 self._bar.update(step - self._bar.n)
 
     def report(self, report: Report) -> None:
-        """Show a due report's numbers: in the bar until the next one, or as a line where there is no bar."""
+        """Show a report in the bar, or else on a line."""
         if not self._enabled:
             return
-        line = f"{self._place}, step {self._step}/{self._total}: {report}"
+        line = f"{self._epoch}, step {self._step}/{self._total}: {report}"
         if self._bar is not None:
             with surviving(self._stream):
                 self._bar.set_postfix_str(str(report) if self._wide else report.compact())
@@ -137,25 +131,21 @@ class Console:
         self._record(line)
 
     def close(self) -> None:
-        """Leave the bar as it stands; events may follow."""
+        """Leave the bar as it is; events may follow."""
         if self._bar is not None:
             with surviving(self._stream):
                 self._bar.close()
             self._bar = None
 
     def _remaining(self) -> str:
-        from tqdm import tqdm
-
-        done = self._step - self._first
-        return (
-            tqdm.format_interval((time.monotonic() - self._began) / done * (self._total - self._step))
-            if done
-            else "?"
-        )
+        if not (done := self._step - self._first):
+            return "?"
+        elapsed = time.monotonic() - self._started
+        return tqdm.format_interval(elapsed / done * (self._total - self._step))
 
     def _print(self, line: str) -> None:
-        apart = nullcontext() if self._bar is None else self._bar.external_write_mode(file=self._stream)
-        with surviving(self._stream), apart:
+        above_bar = nullcontext() if self._bar is None else self._bar.external_write_mode(file=self._stream)
+        with surviving(self._stream), above_bar:
             say(line, stream=self._stream)
 
     def _record(self, line: str) -> None:
@@ -164,9 +154,8 @@ class Console:
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {clean(line)}\n")
-        except OSError as reason:
+        except OSError as error:
             if not self._warned:
                 self._warned = True
-                self._print(
-                    f"{self._path}: events are not recorded ({reason.strerror or reason}); training goes on"
-                )
+                reason = error.strerror or error
+                self._print(f"{self._path}: events are not recorded ({reason}); training goes on")

@@ -1,27 +1,28 @@
-"""The few curves that tell a run, kept with it from its first step on, and drawn as one picture."""
+"""The main curves of a run, kept from its first step and drawn as one image."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
 
 from trainer.state_file import as_kind
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 MOST = 2000
-"""Points that are kept of a curve; where there are more, every second one goes."""
+"""Points of a curve, of which every second is dropped when there are more."""
 
 
 class Curves:
-    """A logger that keeps some of the numbers that it is given. They go into checkpoints, so a continued run goes on with its curves.
+    """A logger that keeps some of its numbers, and saves them in checkpoints for resumed runs.
 
     Args:
-        losses: by tag, what the curve is called in the upper part of the picture.
-        rates: likewise in the lower part, whose axis is logarithmic.
+        losses: by tag, names of curves in the upper plot.
+        rates: by tag, names of curves in the lower, logarithmic plot.
         noisy: the tag of a curve that is drawn thin, behind the others.
     """
 
@@ -33,19 +34,17 @@ class Curves:
         """Keep the numbers of the curves."""
         for tag in values.keys() & self._points.keys():
             points = self._points[tag]
-            while (
-                points and points[-1][0] >= step
-            ):  # of steps that were taken back, since nothing was trained in them
+            while points and points[-1][0] >= step:  # steps are taken back if nothing was trained in them
                 points.pop()
             points.append([step, float(values[tag])])
             if len(points) > MOST:
-                del points[1::2]  # the first one stays, which later ones are compared with
+                del points[1::2]  # the first stays for comparison
 
-    def image(self, tag: str, picture: Image.Image, step: int) -> None:
-        """Keep no picture."""
+    def image(self, tag: str, image: Image.Image, step: int) -> None:
+        """Do nothing."""
 
     def text(self, tag: str, text: str, step: int) -> None:
-        """Keep no text."""
+        """Do nothing."""
 
     def close(self) -> None:
         """Do nothing."""
@@ -59,42 +58,36 @@ class Curves:
         return {tag: [list(point) for point in points] for tag, points in self._points.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned; curves that are not drawn any more are dropped."""
+        """Resume from a `state_dict`, and drop curves that are not drawn any more."""
         for tag in self._points:
-            self._points[tag] = [
-                list(point) for point in as_kind(list[tuple[int, float]], state.get(tag, []))
-            ]
+            points = as_kind(list[tuple[int, float]], state.get(tag, []))
+            self._points[tag] = [list(point) for point in points]
 
     @property
     def begun(self) -> bool:
-        """Whether there is anything to draw."""
+        """True if there is anything to draw."""
         return any(self.points(tag) for tag in self._points)
 
     def draw(self, path: Path) -> None:
-        """Write the picture as PNG, whatever the path's ending."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
+        """Write the plots as PNG, whatever the path's extension."""
         figure = Figure(figsize=(9, 6), dpi=100, layout="constrained")
-        FigureCanvasAgg(figure)  # and no pyplot, whose state belongs to the whole process
-        places: Any = figure.subplots(2, 1, sharex=True)
-        for place, title, curves in zip(
-            places, ("loss", "rate that acts"), (self._losses, self._rates), strict=True
-        ):
+        FigureCanvasAgg(figure)  # no pyplot, whose state is global
+        axes: Any = figure.subplots(2, 1, sharex=True)
+        plots = (("loss", self._losses), ("effective learning rate", self._rates))
+        for plot, (title, curves) in zip(axes, plots, strict=True):
             for tag, name in curves.items():
                 points = self.points(tag)
-                look = (
-                    {"alpha": 0.35, "linewidth": 1, "zorder": 1} if tag == self._noisy else {"linewidth": 1.8}
-                )
+                style = {"linewidth": 1.8}
+                if tag == self._noisy:
+                    style = {"alpha": 0.35, "linewidth": 1, "zorder": 1}
                 if points:
-                    place.plot(
-                        *zip(*points, strict=True), label=name, marker="." if len(points) < 40 else "", **look
-                    )
-            place.set_ylabel(title)
-            place.grid(alpha=0.3)
-            if place.lines:
-                place.legend(frameon=False)
+                    marker = "." if len(points) < 40 else ""
+                    plot.plot(*zip(*points, strict=True), label=name, marker=marker, **style)
+            plot.set_ylabel(title)
+            plot.grid(alpha=0.3)
+            if plot.lines:
+                plot.legend(frameon=False)
         if any(value > 0 for tag in self._rates for _, value in self.points(tag)):
-            places[1].set_yscale("log")
-        places[1].set_xlabel("optimizer step")
+            axes[1].set_yscale("log")
+        axes[1].set_xlabel("optimizer step")
         figure.savefig(path, format="png")

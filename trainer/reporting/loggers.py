@@ -1,46 +1,41 @@
-"""Where a run's numbers, pictures and texts go: every recorder has the same four methods."""
+"""Loggers of a run's numbers, images and texts, with four methods each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
+
+from PIL import Image
 
 from trainer.reporting.jsonl import JsonlLogger
 from trainer.reporting.tensorboard import TensorBoardLogger
 from trainer.reporting.wandb import WandbLogger
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 
 class Logger(Protocol):
-    """A place that records a run. Steps are optimizer steps, 0 being before the first; tags are full names, such as loss/log_step."""
+    """Records a run. Step 0 is before the first optimizer step; tags are full names, as loss/log_step."""
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Record numbers by tag."""
         ...
 
-    def image(self, tag: str, picture: Image.Image, step: int) -> None:
-        """Record a picture."""
+    def image(self, tag: str, image: Image.Image, step: int) -> None:
+        """Record an image."""
         ...
 
     def text(self, tag: str, text: str, step: int) -> None:
-        """Record a text, shown as it is, every space and newline kept."""
+        """Record a text verbatim."""
         ...
 
     def close(self) -> None:
-        """Write out what is left; further calls do nothing."""
+        """Flush; further calls do nothing."""
         ...
 
 
 class Loggers:
-    """Several recorders as one.
-
-    Args:
-        members: each is given everything, in this order.
-    """
+    """Several loggers as one, called in this order."""
 
     def __init__(self, members: Sequence[Logger]) -> None:
         self._members = tuple(members)
@@ -50,18 +45,18 @@ class Loggers:
         for member in self._members:
             member.scalars(values, step)
 
-    def image(self, tag: str, picture: Image.Image, step: int) -> None:
-        """Record a picture."""
+    def image(self, tag: str, image: Image.Image, step: int) -> None:
+        """Record an image."""
         for member in self._members:
-            member.image(tag, picture, step)
+            member.image(tag, image, step)
 
     def text(self, tag: str, text: str, step: int) -> None:
-        """Record a text, shown as it is."""
+        """Record a text verbatim."""
         for member in self._members:
             member.text(tag, text, step)
 
     def close(self) -> None:
-        """Close every member, also where one of them fails."""
+        """Close every member, even after one fails."""
         with ExitStack() as stack:
             for member in self._members:
                 stack.callback(member.close)
@@ -77,17 +72,15 @@ def open_loggers(
     last_report: int = 0,
     wandb_project: str | None = None,
 ) -> Loggers:
-    """Return the recorders of a run.
+    """Open the loggers of a run in its folder.
 
     Args:
-        folder: the run's folder; TensorBoard's events go straight into it.
-        warn: is told, in one sentence, when recording fails; training goes on.
+        warn: called with one sentence when recording fails; training continues.
         networks: the trained networks, as their tags name them.
-        adaptive: those of them that D-Adaptation trains.
-        first_step: when a run is continued, the first step that it records again; what the broken-off run
-        recorded from there on is hidden.
-        last_report: the last step before it whose numbers were recorded.
-        wandb_project: the project on Weights & Biases, None where nothing is recorded there.
+        adaptive: those of them with a learned rate d.
+        first_step: the first step of a resumed run, from which earlier records are hidden.
+        last_report: the last step before it with a report.
+        wandb_project: None for no Weights & Biases.
 
     Raises:
         UserError: the folder cannot be written to, or Weights & Biases not be reached.

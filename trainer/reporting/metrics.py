@@ -1,4 +1,4 @@
-"""What a run measures between two reports, kept on the device until a report is due."""
+"""The measurements between two reports, kept on the device until a report is due."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
 
 from trainer.state_file import as_kind
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 DATA_WAIT = "performance/data wait"
 IMAGES_PER_SECOND = "performance/images per second"
@@ -20,13 +20,13 @@ MINUTES_PER_EPOCH = "performance/minutes per epoch"
 
 
 class Meter:
-    """Collect what the steps measure without waiting for the device; only `read`, `read_epoch` and `state_dict` wait, once each.
+    """Collect measurements; only `read`, `read_epoch` and `state_dict` wait for the device, once each.
 
-    Means leave out values that are not finite, so that one skipped step does not hide the others; if none is
-    finite, the mean is NaN. Sums are kept in float64.
+    Means skip non-finite values, so that one skipped step does not hide the others; without a finite value
+    they are NaN. Sums are float64.
 
     Args:
-        epoch_tags: for averaged tags that are also averaged over the epoch, the tag of that mean.
+        epoch_tags: for tags that are also averaged over the epoch, the tag of that mean.
         clock: returns seconds.
     """
 
@@ -48,12 +48,10 @@ class Meter:
         """Add one optimizer step.
 
         Args:
-            means: 0-d tensors by tag, averaged over the steps, each weighted by its images.
-            images: the images of the step, over all processes.
-            totals: 0-d tensors by tag, added up since the run began.
+            means: 0-d tensors by tag, averaged over the steps with the images as weights.
+            images: the images of the step on all ranks.
+            totals: 0-d tensors by tag, summed since the start of the run.
         """
-        import torch
-
         self._steps += 1
         self._images += images
         for tag, value in means.items():
@@ -77,7 +75,7 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time inside (samples, checkpoints, evaluations) out of the images per second."""
+        """Exclude the time inside (samples, checkpoints, evaluations) from the images per second."""
         before = self._clock()
         try:
             yield
@@ -85,18 +83,16 @@ class Meter:
             self._paused += self._clock() - before
 
     def read(self, latest: Mapping[str, Tensor | float] | None = None) -> dict[str, float]:
-        """Return the means since the last read, the totals, and speed: images per second, and seconds of waiting for data a step.
+        """Return the means since the last read, the totals and the speed.
 
         Args:
-            latest: further values by tag, 0-d tensors or numbers, that are returned as they are now; read in
-            the same transfer.
+            latest: further 0-d tensors or numbers by tag, read in the same transfer and returned as they are.
         """
         singles = {**self._totals, **(latest or {})}
         *pairs, last = _numbers([*self._window.values(), tuple(singles.values())])
-        numbers = {tag: _mean(pair) for tag, pair in zip(self._window, pairs, strict=True)} | dict(
-            zip(singles, last, strict=True)
-        )
-        if self._steps:  # after the transfer, so that the device has finished the steps it is timed for
+        numbers = {tag: _mean(pair) for tag, pair in zip(self._window, pairs, strict=True)}
+        numbers |= zip(singles, last, strict=True)
+        if self._steps:  # after the transfer, when the device has finished the steps
             seconds = self._clock() - self._since - self._paused
             numbers[IMAGES_PER_SECOND] = self._images / seconds if seconds > 0 else 0.0
             numbers[DATA_WAIT] = self._waited / self._steps
@@ -105,17 +101,16 @@ class Meter:
         return numbers
 
     def read_epoch(self) -> dict[str, float]:
-        """Return the epoch's means and its minutes of wall time, pauses included, and begin the next epoch."""
-        numbers = {
-            tag: _mean(pair) for tag, pair in zip(self._epoch, _numbers([*self._epoch.values()]), strict=True)
-        }
+        """Return the epoch's means and its minutes of wall time, and start the next epoch."""
+        sums = _numbers([*self._epoch.values()])
+        numbers = {tag: _mean(pair) for tag, pair in zip(self._epoch, sums, strict=True)}
         now = self._clock()
         numbers[MINUTES_PER_EPOCH] = (self._epoch_seconds + now - self._epoch_since) / 60
         self._epoch, self._epoch_seconds, self._epoch_since = {}, 0.0, now
         return numbers
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums of the unfinished window and epoch, so that a continued run reports what an unbroken one would have."""
+        """Return the sums so far, so that a resumed run reports the numbers of an uninterrupted one."""
         sums = [*self._window.values(), *self._epoch.values()]
         *pairs, totals = _numbers([*sums, tuple(self._totals.values())])
         return {
@@ -126,7 +121,7 @@ class Meter:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Resume from a `state_dict`."""
         self._window = as_kind(dict[str, tuple[float, float]], state["window"])
         self._epoch = as_kind(dict[str, tuple[float, float]], state["epoch"])
         self._totals = as_kind(dict[str, float], state["totals"])
@@ -141,13 +136,9 @@ class Meter:
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Return bytes: on CUDA the most that tensors have held at once so far, elsewhere what the process holds now."""
+    """Return bytes: on CUDA the peak memory of tensors, elsewhere the memory of the process now."""
     if device.type == "cuda":
-        import torch
-
         return torch.cuda.max_memory_allocated(device)
-    import psutil
-
     return psutil.Process().memory_info().rss
 
 
@@ -162,19 +153,17 @@ def _mean(sums: Sequence[float]) -> float:
 
 
 def _numbers(rows: Sequence[Sequence[Any]]) -> list[list[float]]:
-    """Return rows of tensors and numbers as floats, with one transfer for each device that holds any."""
-    import torch
-
+    """Return rows of tensors and numbers as floats, with one transfer per device."""
     numbers = [[0.0] * len(row) for row in rows]
-    places: dict[Any, list[tuple[int, int]]] = {}
+    tensors: dict[torch.device, list[tuple[int, int]]] = {}
     for y, row in enumerate(rows):
         for x, value in enumerate(row):
-            if isinstance(value, torch.Tensor):
-                places.setdefault(value.device, []).append((y, x))
+            if isinstance(value, Tensor):
+                tensors.setdefault(value.device, []).append((y, x))
             else:
                 numbers[y][x] = float(value)
-    for on_device in places.values():
-        read = torch.stack([rows[y][x].detach().double().reshape(()) for y, x in on_device]).tolist()
-        for (y, x), number in zip(on_device, read, strict=True):
+    for cells in tensors.values():
+        read = torch.stack([rows[y][x].detach().double().reshape(()) for y, x in cells]).tolist()
+        for (y, x), number in zip(cells, read, strict=True):
             numbers[y][x] = number
     return numbers

@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: README.md with the hub's header, the run's curves, samples and configuration."""
+"""The model card of a checkpoint: README.md with the run's curves, samples and configuration."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Origin:
 
 
 def origin_of(model: str, revision: str | None = None) -> Origin:
-    """Look up a base model: a hub id, a folder with a card, or a .safetensors file with a licence in its header."""
+    """Look up a base model: a hub id, a folder with a card, or a .safetensors file with a licence."""
     path = Path(model).expanduser()
     if path.is_dir():
         card = _header(path / PAGE)
@@ -73,7 +73,7 @@ def origin_of(model: str, revision: str | None = None) -> Origin:
 
 @dataclass(kw_only=True)
 class Card:
-    """The model card of each checkpoint of a run. Its state is the origin, since a resumed run has another base."""
+    """The model card of each checkpoint of a run. Its state is the origin, which a resumed run no longer sees."""
 
     project: str
     origin: Origin
@@ -154,8 +154,8 @@ class Card:
             if points := self.curves.points(tag):
                 (first, before), (last, now) = points[0], points[-1]
                 step, lowest = min(points, key=lambda point: point[1])
-                text = f"{before:.4f} at step {first}, {now:.4f} at step {last}; lowest {lowest:.4f} at step {step}"
-                rows.append((name, text))
+                text = f"{before:.4f} at step {first}, {now:.4f} at step {last}"
+                rows.append((name, f"{text}; lowest {lowest:.4f} at step {step}"))
         for network, tag in self.rates.items():
             if points := self.curves.points(tag):
                 rows.append((f"rate of the {network}", f"{points[-1][1]:.3g} at step {points[-1][0]}"))

@@ -1,4 +1,4 @@
-"""Where a run is recorded."""
+"""Options of reporting: the records of a run."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class LogOptions:
     """The project's name, the first part of the run folder's and every checkpoint's name."""
 
     run_name: str | None = None
-    """A name shown beside the project's in the run's folder; null leaves it out."""
+    """A name after the project's in the run folder's name; null omits it."""
 
     logdir: str = "logs"
     """The folder that holds the run folders."""
 
     log_step: Annotated[int, Ge(1)] = 25
-    """Report losses, rates and speed every n optimizer steps; the first step is always reported."""
+    """Report losses, learning rates and speed every n optimizer steps, and after the first."""
 
     wandb: bool = False
     """Record the run on Weights & Biases too, in the project of project_name. Needs the package wandb, and

@@ -1,9 +1,8 @@
 """TensorBoard event files.
 
-The events are built by `torch.utils.tensorboard` and framed by tensorboard's own `RecordWriter`, but written
-here rather than by `SummaryWriter`: that one writes from a thread, which dies of a full disk with a traceback
-of its own and then makes whatever call comes next raise. A report is a few dozen small records, so nothing
-would be gained by a thread.
+torch builds the events and tensorboard's `RecordWriter` frames them, but they are written here instead of by
+`SummaryWriter`. Its thread dies of a full disk with a traceback, and the next call raises. A report is a few
+dozen small records, so a thread would gain nothing.
 """
 
 from __future__ import annotations
@@ -16,33 +15,37 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL import Image
 
 from trainer.errors import UserError
+from trainer.reporting.jsonl import append
 
-if TYPE_CHECKING:
-    from PIL import Image
+# tensorboard looks for this module, and then does not import TensorFlow where it is installed (Colab), which
+# takes seconds and GPU memory and prints notices.
+sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
 
 Layout = dict[str, dict[str, list[Any]]]
 """TensorBoard's custom scalars: category -> chart -> ["Multiline", [regular expressions of tags]]."""
+
+_file_numbers = itertools.count()
+_EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 
 
 class TensorBoardLogger:
     """Record a run for TensorBoard.
 
-    What was given is in the file when a call returns. When writing fails (a full disk, a folder that was
-    deleted), `warn` is told once, the values are lost and training goes on; every later call tries again, so
-    recording resumes when the disk does.
+    A call returns after its values are in the file. If writing fails (a full disk, a deleted folder), the
+    values are lost, `warn` is called once and training continues; every later call tries again.
 
     Args:
-        folder: where the event file goes; made if missing.
-        warn: is told of trouble in one sentence.
-        networks: the trained networks, as their tags name them; they name the curves of the custom charts.
-        adaptive: those of them that D-Adaptation trains, which have charts of d.
-        purge_step: hide what earlier event files of this folder hold from this step on.
+        folder: made if missing.
+        networks: the trained networks, as their tags name them.
+        adaptive: those of them with a learned rate d, which has its own charts.
+        purge_step: hide the records of earlier event files from this step on.
 
     Raises:
         UserError: the folder cannot be written to.
@@ -62,14 +65,14 @@ class TensorBoardLogger:
         self._layout = layout(networks=networks, adaptive=adaptive)
         self._warned = False
         self._closed = False
-        _use_tensorflow_stub()
         try:
             self._path, self._file = self._open(purge_step)
-        except OSError as reason:
+        except OSError as error:
+            reason = error.strerror or error
             raise UserError(
-                f"{folder}: TensorBoard's events cannot be written here ({reason.strerror or reason}); make the folder writable or choose "
-                "another with --logdir"
-            ) from reason
+                f"{folder}: TensorBoard's events cannot be written here ({reason}); make the folder writable "
+                "or choose another with --logdir"
+            ) from error
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Record numbers by tag."""
@@ -77,19 +80,19 @@ class TensorBoardLogger:
 
         self._record([scalar(tag, value) for tag, value in values.items()], step)
 
-    def image(self, tag: str, picture: Image.Image, step: int) -> None:
-        """Record a picture, as PNG."""
+    def image(self, tag: str, image: Image.Image, step: int) -> None:
+        """Record an image as PNG."""
         from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 
         png = io.BytesIO()
-        picture.convert("RGB").save(png, "PNG")
-        image = Summary.Image(
-            width=picture.width, height=picture.height, colorspace=3, encoded_image_string=png.getvalue()
+        image.convert("RGB").save(png, "PNG")
+        value = Summary.Image(
+            width=image.width, height=image.height, colorspace=3, encoded_image_string=png.getvalue()
         )
-        self._record([Summary(value=[Summary.Value(tag=tag, image=image)])], step)
+        self._record([Summary(value=[Summary.Value(tag=tag, image=value)])], step)
 
     def text(self, tag: str, text: str, step: int) -> None:
-        """Record a text, shown as it is: TensorBoard renders Markdown, so the text is fenced as a block of code."""
+        """Record a text verbatim, fenced as code, since TensorBoard renders Markdown."""
         from torch.utils.tensorboard.summary import text as text_summary
 
         longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
@@ -114,9 +117,9 @@ class TensorBoardLogger:
                 self._warn_once("its event file was deleted")
                 self._file.close()
                 self._path, self._file = self._open(None)
-            _append(self._file, events)
-        except OSError as reason:
-            self._warn_once(reason.strerror or str(reason))
+            append(self._file, _framed(events))
+        except OSError as error:
+            self._warn_once(error.strerror or str(error))
 
     def _open(self, purge_step: int | None) -> tuple[Path, io.FileIO]:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
@@ -125,26 +128,19 @@ class TensorBoardLogger:
         now = time.time()
         events = [Event(wall_time=now, file_version="brain.Event:2")]
         if purge_step is not None:
-            events.append(
-                Event(wall_time=now, step=purge_step, session_log=SessionLog(status=SessionLog.START))
-            )
+            session = SessionLog(status=SessionLog.START)
+            events.append(Event(wall_time=now, step=purge_step, session_log=session))
         events.append(Event(wall_time=now, summary=custom_scalars(self._layout)))
 
         self._folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads a folder's event files in the order of their names, also where the computer's
-        # clock has been put back.
-        newest = max(
-            (int(found[1]) for path in self._folder.iterdir() if (found := _EVENT_FILE.match(path.name))),
-            default=0,
-        )
-        stamp = max(int(now), newest + 1)
-        path = (
-            self._folder
-            / f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}.{next(_file_numbers)}"
-        )
+        # TensorBoard reads event files in the order of their names, even after a clock was set back.
+        matches = [_EVENT_FILE.match(path.name) for path in self._folder.iterdir()]
+        stamp = max(int(now), 1 + max((int(match[1]) for match in matches if match), default=0))
+        name = f"{stamp:010d}.{socket.gethostname()}.{os.getpid()}.{next(_file_numbers)}"
+        path = self._folder / f"events.out.tfevents.{name}"
         file = path.open("xb", buffering=0)
         try:
-            _append(file, events)
+            append(file, _framed(events))
         except OSError:
             file.close()
             path.unlink()
@@ -155,42 +151,47 @@ class TensorBoardLogger:
         if not self._warned:
             self._warned = True
             self._warn(
-                f"{self._folder}: TensorBoard's events are not recorded ({reason}); training goes on, recording too as soon as it can"
+                f"{self._folder}: TensorBoard's events are not recorded ({reason}); training goes on, "
+                "recording too as soon as it can"
             )
 
 
 def layout(*, networks: Sequence[str], adaptive: Collection[str]) -> Layout:
-    """Return the charts of TensorBoard's Custom Scalars tab: curves that belong together, over each other.
+    """Return the charts of TensorBoard's Custom Scalars tab, for the tags of these networks.
 
     Args:
-        networks: the trained networks, as their tags name them.
-        adaptive: those that D-Adaptation trains.
+        adaptive: networks with a learned rate d.
     """
-    losses = {
-        "loss of the batches trained": ["loss/log_step", "loss/epoch"],
-        "loss at fixed images, noise and timesteps": ["loss/stabilize-train", "loss/val"],
+    learned = [network for network in networks if network in adaptive]
+    d = "d, the estimated distance to the solution"
+    categories = {
+        "losses": {
+            "loss of the batches trained": ["loss/log_step", "loss/epoch"],
+            "loss at fixed images, noise and timesteps": ["loss/stabilize-train", "loss/val"],
+        },
+        "rates": {"effective learning rate": [f"hyperparameter/lr {network}" for network in networks]},
+        "D-Adaptation": {
+            d: [f"dadapt/d {network}" for network in learned],
+            **{
+                f"{network}: d and the estimate that raises it": [
+                    f"dadapt/d {network}",
+                    f"dadapt/d_hat {network}",
+                ]
+                for network in learned
+            },
+        },
+        "gradients": {
+            "gradient norm, before clipping": ["optimizer/unet_grad_norm", "optimizer/te_grad_norm"]
+        },
+        "performance": {
+            "images per second": ["performance/images per second"],
+            "data wait: seconds a step": ["performance/data wait"],
+            "minutes per epoch": ["performance/minutes per epoch"],
+            "memory": ["performance/vram", "performance/ram"],
+        },
     }
-    rates = {"rate that acts": [f"hyperparameter/lr {network}" for network in networks]}
-    dadapt = {
-        "d, the estimated distance to the solution": [
-            f"dadapt/d {network}" for network in networks if network in adaptive
-        ]
-    }
-    for network in networks:
-        if network in adaptive:
-            dadapt[f"{network}: d and the estimate that raises it"] = [
-                f"dadapt/d {network}",
-                f"dadapt/d_hat {network}",
-            ]
-    gradients = {"gradient norm, before clipping": ["optimizer/unet_grad_norm", "optimizer/te_grad_norm"]}
-    performance = {
-        "images per second": ["performance/images per second"],
-        "data wait: seconds a step": ["performance/data wait"],
-        "minutes per epoch": ["performance/minutes per epoch"],
-        "memory": ["performance/vram", "performance/ram"],
-    }
-    categories = {"losses": losses, "rates": rates, **({"D-Adaptation": dadapt} if adaptive else {})}
-    categories |= {"gradients": gradients, "performance": performance}
+    if not adaptive:
+        del categories["D-Adaptation"]
     return {
         category: {
             title: ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]] for title, tags in charts.items()
@@ -199,32 +200,11 @@ def layout(*, networks: Sequence[str], adaptive: Collection[str]) -> Layout:
     }
 
 
-_file_numbers = itertools.count()
-_EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d+)\.")
-
-
-def _append(file: io.FileIO, events: Sequence[Any]) -> None:
-    """Write all events or, when that fails, none: half a record would hide everything after it."""
+def _framed(events: Sequence[Any]) -> bytes:
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     framed = io.BytesIO()
     writer = RecordWriter(framed)
     for event in events:
         writer.write(event.SerializeToString())
-    start = file.seek(0, os.SEEK_END)
-    left = memoryview(framed.getvalue())
-    try:
-        while left:
-            left = left[file.write(left) or 0 :]
-    except OSError:
-        with suppress(OSError):  # the first error says why
-            file.truncate(start)
-        raise
-
-
-def _use_tensorflow_stub() -> None:
-    """Keep tensorboard from importing TensorFlow where that is installed (Colab): it takes seconds, GPU memory and prints notices.
-
-    tensorboard looks for this module for exactly that purpose.
-    """
-    sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
+    return framed.getvalue()
