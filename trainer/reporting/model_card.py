@@ -73,7 +73,7 @@ def origin_of(model: str, revision: str | None = None) -> Origin:
 
 @dataclass(kw_only=True)
 class Card:
-    """The model card of each checkpoint of a run. Its state is the origin, which a resumed run no longer sees."""
+    """The model card of each checkpoint of a run. Its state is the origin, which resumed runs cannot see."""
 
     project: str
     origin: Origin
