@@ -163,7 +163,8 @@ def inspect(logdir: Path) -> int:
     Raises:
         Broken: a checkpoint is not whole, or a single file is cut short.
     """
-    from trainer.checkpoints.format import RESUME, checkpoints, model_problem, read_resume, resume_problem
+    from trainer.checkpoints.format import RESUME, model_problem, read_resume, resume_problem
+    from trainer.checkpoints.listing import checkpoints
     from trainer.errors import UserError
     from trainer.models.tensor_file import TensorFile
 
@@ -193,7 +194,7 @@ def compare(alone: Path, killed: Path) -> None:
     Raises:
         Broken: they differ.
     """
-    from trainer.checkpoints.format import checkpoints
+    from trainer.checkpoints.listing import checkpoints
 
     ours, theirs = (checkpoints(run)[0] for run in (alone, killed))
     for part in ("unet", "text_encoder", "vae", "resume"):

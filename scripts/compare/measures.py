@@ -151,14 +151,14 @@ def read_curves(run: Path) -> dict[str, Curve]:
 
 def last_checkpoint(run: Path) -> Path | None:
     """Return the folder of a run's last checkpoint, else its single file; None where there is neither."""
-    from trainer.checkpoints.format import checkpoints, single_files
+    from trainer.checkpoints.listing import checkpoints, single_files
 
     return next(iter([*checkpoints(run), *single_files(run / "ckpts", run.name)]), None)
 
 
 def _size(run: Path, checkpoint: Path) -> int:
     """Return the bytes of a checkpoint, its single file included, and without the state for resuming."""
-    from trainer.checkpoints.format import single_files
+    from trainer.checkpoints.listing import single_files
 
     files = [
         path

@@ -229,7 +229,7 @@ def train(run: Planned) -> Finished:
         UserError: it cannot begin.
         KeyboardInterrupt: it was interrupted.
     """
-    from trainer.checkpoints.format import find_last
+    from trainer.checkpoints.listing import find_last
 
     run.logdir.mkdir(parents=True, exist_ok=True)
     before = sorted(path.name for path in run.logdir.glob("run-*"))

@@ -105,7 +105,8 @@ def _is_run(name: str) -> bool:
 
 def _of_run(run: Path, base: str, *, named: bool) -> list[Column]:
     """Return a run's checkpoints, the first step first; single files of steps that have no folder any more among them."""
-    from trainer.checkpoints.format import STEP, checkpoints, single_files
+    from trainer.checkpoints.format import STEP
+    from trainer.checkpoints.listing import checkpoints, single_files
     from trainer.models.tensor_file import read_metadata
 
     found: dict[int, tuple[str, str]] = {}

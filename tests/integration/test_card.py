@@ -8,7 +8,8 @@ from PIL import Image
 
 import train
 from tests.runs import DADAPT, run_of, scalars, write
-from trainer.checkpoints.format import checkpoints, resume_problem
+from trainer.checkpoints.format import resume_problem
+from trainer.checkpoints.listing import checkpoints
 from trainer.reporting.model_card import PAGE, Card
 
 SETTINGS = {

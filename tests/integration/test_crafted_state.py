@@ -9,7 +9,8 @@ import pytest
 
 import train
 from tests.runs import ADAMW, DADAPT, run_of, write
-from trainer.checkpoints.format import MANIFEST, RESUME, _write_manifest, checkpoints, resume_problem
+from trainer.checkpoints.format import MANIFEST, RESUME, _write_manifest, resume_problem
+from trainer.checkpoints.listing import checkpoints
 from trainer.state_file import as_kind
 
 JUNK = ("x", [], {}, None, -1, 1e300, [["x", "y"]], True, {"$tensor": "nothing"}, {"$float": "x"})

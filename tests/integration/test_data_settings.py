@@ -16,7 +16,7 @@ from data.index import build_index
 from data.loader import StepLoader
 from data.options import DataOptions
 from tests.tiny import tiny_models, write_tiny_folder
-from trainer.checkpoints.format import checkpoints
+from trainer.checkpoints.listing import checkpoints
 from trainer.diffusion.conditioning import Tokenize
 from trainer.diffusion.objective import Networks, Objective
 from trainer.diffusion.options import ObjectiveOptions

@@ -6,7 +6,7 @@ from diffusers import StableDiffusionPipeline
 
 import train
 from tests.runs import ADAMW, DADAPT, run_of, same_run, scalars, weights, write
-from trainer.checkpoints.format import checkpoints, single_files
+from trainer.checkpoints.listing import checkpoints, single_files
 from trainer.models.load import load_models
 from trainer.models.options import ModelOptions
 from trainer.state_file import read_state

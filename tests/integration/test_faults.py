@@ -15,7 +15,8 @@ import torch
 
 import train
 from tests.runs import ADAMW, DADAPT, FUSED, run_of, same_run, scalars, uncut, write
-from trainer.checkpoints.format import checkpoints, resume_problem
+from trainer.checkpoints.format import resume_problem
+from trainer.checkpoints.listing import checkpoints
 
 SETTINGS = {
     "max_epochs": 2,

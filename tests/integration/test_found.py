@@ -8,7 +8,7 @@ import pytest
 import train
 import trainer.optim.watch
 from tests.runs import DADAPT, run_of, scalars, write
-from trainer.checkpoints.format import checkpoints
+from trainer.checkpoints.listing import checkpoints
 from trainer.config import load_config
 from trainer.config.export import optimizer_schema
 from trainer.optim import AdamW8bitOptions

@@ -17,7 +17,7 @@ from scripts.grids.draw import draw, read_prompts
 from tests.runs import ADAMW, model, run_of, workplace, write  # noqa: F401
 from tests.tiny import tiny_models, write_tiny_folder
 from trainer.checkpoints.export import save_single_file
-from trainer.checkpoints.format import checkpoints, single_files
+from trainer.checkpoints.listing import checkpoints, single_files
 from trainer.errors import UserError
 from trainer.models.lora import LORA_FILE
 from trainer.models.single_file import to_original

@@ -11,7 +11,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 import train
 from tests.runs import ADAMW, DADAPT, FUSED, run_of, scalars, write
 from tests.tiny import tiny_models, write_tiny_folder
-from trainer.checkpoints.format import checkpoints, single_files
+from trainer.checkpoints.listing import checkpoints, single_files
 from trainer.models.load import load_models
 from trainer.models.lora import LORA_FILE, begin, named, read_adapter
 from trainer.models.options import FreezingOptions, LoraOptions, ModelOptions, TrainableOptions

@@ -10,7 +10,8 @@ import pytest
 
 import train
 from tests.runs import DADAPT, run_of, write
-from trainer.checkpoints.format import checkpoints, resume_problem
+from trainer.checkpoints.format import resume_problem
+from trainer.checkpoints.listing import checkpoints
 from trainer.output import clean
 
 ROOT = Path(__file__).resolve().parents[2]

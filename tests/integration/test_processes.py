@@ -14,7 +14,8 @@ from PIL import Image
 
 import train
 from tests.runs import DADAPT, same_run, scalars, weights, write
-from trainer.checkpoints.format import checkpoints, read_resume, resume_problem
+from trainer.checkpoints.format import read_resume, resume_problem
+from trainer.checkpoints.listing import checkpoints
 from trainer.reporting.tags import GAP
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows cannot send itself these signals")

@@ -10,7 +10,7 @@ import train
 from data.replacing import WINDOWS
 from tests.runs import ADAMW, DADAPT, run_of, same_run, scalars, uncut, write
 from tests.unit.trainer.checkpoints.test_lock import held
-from trainer.checkpoints.format import checkpoints
+from trainer.checkpoints.listing import checkpoints
 from trainer.checkpoints.lock import LOCK
 from trainer.checkpoints.run_folder import MARKER
 from trainer.config import load_config

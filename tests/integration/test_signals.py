@@ -10,7 +10,8 @@ import pytest
 import train
 from scripts.torture import started, torture
 from tests.runs import DADAPT, run_of, same_run, scalars, uncut, write
-from trainer.checkpoints.format import checkpoints, resume_problem
+from trainer.checkpoints.format import resume_problem
+from trainer.checkpoints.listing import checkpoints
 from trainer.reporting.console import Console
 from trainer.training.signals import TOGETHER, Interrupted, StopSignals
 

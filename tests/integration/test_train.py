@@ -18,7 +18,8 @@ import train
 from tests.runs import ADAMW, ADAMW8BIT, DADAPT, FUSED, run_of, same_run, scalars, write
 from tests.tiny import tiny_models, write_parts_beside, write_tiny_folder
 from trainer.checkpoints.export import save_single_file
-from trainer.checkpoints.format import checkpoints, resume_problem
+from trainer.checkpoints.format import resume_problem
+from trainer.checkpoints.listing import checkpoints
 from trainer.diffusion.schedule import NoiseSchedule
 from trainer.models.load import load_models
 from trainer.models.options import ModelOptions

@@ -7,7 +7,7 @@ from PIL import Image
 
 import train
 from tests.runs import ADAMW, run_of, same_run, scalars, write
-from trainer.checkpoints.format import checkpoints, single_files
+from trainer.checkpoints.listing import checkpoints, single_files
 from trainer.evaluation.loss_watch import LossWatch
 
 UPDATE = LossWatch.update

@@ -13,19 +13,16 @@ file in the original layout is written the same way next to it.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data.regular import LARGEST_STATE, load_json, open_regular
-from trainer.checkpoints.atomic import appearing, drop, restore
-from trainer.checkpoints.lock import is_free
-from trainer.checkpoints.options import SaveOptions
+from trainer.checkpoints.atomic import appearing
 from trainer.contained import files_inside, inside
 from trainer.errors import UserError, said
 from trainer.state_file import as_kind
@@ -183,174 +180,7 @@ def resume_problem(folder: Path) -> str | None:
     return _problem(folder) or _problem(folder / RESUME)
 
 
-def find_last(logdir: Path, project: str, *, weights_only: bool = False) -> tuple[Path, list[str]]:
-    """Return the newest whole checkpoint of a project, and what is wrong with newer ones.
-
-    It is the one of the highest step in the newest run that has one. Runs are ordered by the timestamp in
-    their folders' names, never by the file system's times.
-
-    Args:
-        logdir: the folder of the run folders.
-        project: the project's name.
-        weights_only: a whole model will do, without the state that resuming needs.
-
-    Raises:
-        UserError: there is none.
-    """
-    runs = sorted(
-        (path for path in logdir.glob(f"{glob.escape(project)}-*") if path.is_dir()),
-        key=by_timestamp,
-        reverse=True,
-    )
-    none = f"findlast found no checkpoint of project {project!r} to resume in {logdir} ({len(runs)} runs looked at)"
-    return _newest(
-        runs, f"{none}; name a model to start a new run.", weights_only=weights_only, project=project
-    )
-
-
-def newest_of(run: Path, *, weights_only: bool = False) -> tuple[Path, list[str]]:
-    """Return a run's whole checkpoint of the highest step, and what is wrong with those of higher steps.
-
-    Raises:
-        UserError: there is none.
-    """
-    return _newest([run], f"the run {run} holds no checkpoint to resume.", weights_only=weights_only)
-
-
-def require_resumable(folder: Path) -> None:
-    """Refuse a checkpoint that no run can be resumed from.
-
-    Raises:
-        UserError: it has no resume state, or is damaged; the message says what to name instead.
-    """
-    if (problem := resume_problem(folder)) is None:
-        return
-    run = folder.parent.parent
-    others = (
-        [other for other in _folders(run) if resume_problem(other) is None]
-        if folder.parent.name == "ckpts"
-        else []
-    )
-    resumable = [f"To resume its run from {others[0]}, set --resume_ckpt {others[0]}."] if others else []
-    weights = [] if model_problem(folder) else [_start_from(folder)]
-    raise UserError([f"resume_ckpt: {problem}.", *resumable, *weights])
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """Return a run's checkpoint folders, the highest step first, and last those whose step is unknown.
-
-    Of the same step, one that was due comes before one that was written because the run ended untimely or the
-    loss was low: it owes nothing.
-    """
-    return [folder for folder in _folders(run) if (folder / MANIFEST).is_file()]
-
-
-def single_files(folder: Path, run: str, *, best: bool = False, ema: bool = False) -> list[Path]:
-    """Return the single files in `folder` that a run wrote, as their headers say, the highest step first.
-
-    Args:
-        folder: which other runs may write to, too.
-        run: the name of the run's folder.
-        best: those that `keep_best` made instead of all others.
-        ema: those of averaged weights instead of all others.
-    """
-    from trainer.models.tensor_file import read_metadata
-
-    found = []
-    for path in folder.glob("*.safetensors"):
-        try:
-            metadata = read_metadata(path)
-        except (OSError, UserError):
-            continue  # another program's file
-        is_kind = (metadata.get(KIND) == BEST) == best and (metadata.get(EMA) == "true") == ema
-        if metadata.get(RUN) == run and re.fullmatch(r"[0-9]{1,18}", metadata.get(STEP, "")) and is_kind:
-            found.append((int(metadata[STEP]), path))
-    return [path for _, path in sorted(found, key=lambda item: (-item[0], item[1].name))]
-
-
-def rotate(run: Path, options: SaveOptions, single_folder: Path) -> None:
-    """Drop what older checkpoints no longer need, and older checkpoints: to be called when a newer one is whole.
-
-    Resume state goes beyond `keep_resume_n`, with it the folders that are kept for resuming only; models go
-    beyond `keep_last_n`. What `keep_best` made is counted by itself: its newest stays.
-
-    Raises:
-        OSError: something cannot be deleted, for instance because another program has it open; what is left
-        is whole.
-    """
-    hidden, resumable = run / "ckpts", 0
-    places = {False: -1, True: -1}
-    for folder in checkpoints(run):
-        best = _manifest(folder)["kind"] == BEST
-        places[best] += 1
-        kept = 1 if best else options.keep_last_n
-        resumable += (folder / RESUME).is_dir()
-        if kept is not None and places[best] >= kept:
-            drop(folder)
-        elif (folder / RESUME).is_dir() and resumable > options.keep_resume_n and not options.save_optimizer:
-            drop(folder if options.save_format == "single" else folder / RESUME, hidden)
-    for ema in (False, True):
-        if options.keep_last_n is not None:
-            for path in single_files(single_folder, run.name, ema=ema)[options.keep_last_n :]:
-                drop(path)
-        for path in single_files(single_folder, run.name, best=True, ema=ema)[1:]:
-            drop(path)
-
-
-def _newest(
-    runs: Sequence[Path], none: str, *, weights_only: bool, project: str | None = None
-) -> tuple[Path, list[str]]:
-    """Return the newest whole checkpoint of several runs, the newest run first, and what is wrong with newer ones.
-
-    Args:
-        runs: the runs' folders.
-        none: the sentence for no checkpoint at all.
-        weights_only: a whole model will do.
-        project: of the checkpoints; None takes those of any.
-
-    Raises:
-        UserError: there is none.
-    """
-    # "demo-two" begins like "demo".
-    found = [
-        folder
-        for run in runs
-        for folder in _folders(run)
-        if project is None or _manifest(folder)["project"] in (project, None)
-    ]
-    damaged: list[str] = []
-    for folder in found:
-        if (problem := model_problem(folder) if weights_only else resume_problem(folder)) is None:
-            return folder, damaged
-        damaged.append(problem)
-    whole = next((folder for folder in found if not weights_only and model_problem(folder) is None), None)
-    raise UserError(
-        [
-            f"resume_ckpt: {none}",
-            *(f"{problem}." for problem in damaged),
-            *([_start_from(whole)] if whole else []),
-        ]
-    )
-
-
-def _start_from(folder: Path) -> str:
-    return f"To start a new run at step 0 from the weights of {folder}, set --resume_ckpt {folder} --resume_weights_only."
-
-
-def _folders(run: Path) -> list[Path]:
-    """Return `checkpoints`, and among them folders named like one whose manifest is lost."""
-    if is_free(run):  # a process that is replacing one now will do it itself
-        restore(run / "ckpts")
-    found = [
-        path for path in (run / "ckpts").glob("*/") if not path.name.startswith(".") and is_checkpoint(path)
-    ]
-    untimely = ("interrupted-", "errored-", f"{BEST}-")
-    return sorted(
-        found, key=lambda folder: (-_manifest(folder)["step"], folder.name.startswith(untimely), folder.name)
-    )
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
+def place_in_run(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's place in its run; of a damaged manifest the step in the folder's name, -1 if it has none."""
     try:
         manifest = load_json(folder / MANIFEST, LARGEST_STATE)
@@ -417,8 +247,3 @@ _LINKED: dict[tuple[int, ...], str] = {}
 def _digest(path: Path) -> str:
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def by_timestamp(run: Path) -> tuple[str, str]:
-    """Return what orders run folders from the oldest to the newest: the timestamp in their names."""
-    return run.name[-15:], run.name

@@ -56,3 +56,8 @@ def _is_run(folder: Path) -> bool:
     except (OSError, ValueError):
         written = ("train.json", "optimizer.json", "run.log")
         return _TIMED.search(folder.name) is not None and all((folder / name).is_file() for name in written)
+
+
+def by_timestamp(run: Path) -> tuple[str, str]:
+    """Return what orders run folders from the oldest to the newest: the timestamp in their names."""
+    return run.name[-15:], run.name

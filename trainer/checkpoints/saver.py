@@ -12,7 +12,8 @@ import torch
 
 from trainer.checkpoints.artifact import Artifact
 from trainer.checkpoints.atomic import appearing, free_bytes, in_gib
-from trainer.checkpoints.format import EMA, KIND, RUN, STEP, TrainState, checkpoints, rotate, save_checkpoint
+from trainer.checkpoints.format import EMA, KIND, RUN, STEP, TrainState, save_checkpoint
+from trainer.checkpoints.listing import checkpoints, rotate
 from trainer.checkpoints.options import SaveOptions
 from trainer.errors import UserError
 from trainer.models.ema import SUFFIX, Ema

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from data.regular import irregular
-from trainer.checkpoints.format import by_timestamp
+from trainer.checkpoints.run_folder import by_timestamp
 from trainer.config.report import Place, Report, Written, closest
 from trainer.models.options import BASE_FILE
 

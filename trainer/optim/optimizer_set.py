@@ -188,6 +188,7 @@ class OptimizerSet:
                 item for key, values in state.items() if isinstance(key, int) for item in values.items()
             ):
                 kinds.setdefault(name, set()).add(type(value))
+            _check_lengths(member.parameters, state)
             if odd := [name for name, types in kinds.items() if len(types) > 1]:
                 raise ValueError(f"{odd[0]} is not of one kind in the state of the {member.network}")
             member.optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -224,6 +225,23 @@ def _laid_out_like(parameter: nn.Parameter, value: Any) -> Any:
             parameter.shape, parameter.stride(), dtype=value.dtype, device=value.device
         ).copy_(value)
     return value
+
+
+def _check_lengths(parameters: Sequence[nn.Parameter], state: Mapping[Any, Any]) -> None:
+    """Raise ValueError where flat state has another size than its weights, though it has their shape elsewhere."""
+    entries = [
+        (key, name, value)
+        for key, each in state.items()
+        if isinstance(key, int)
+        for name, value in each.items()
+    ]
+    sizes = [(key, name, value) for key, name, value in entries if hasattr(value, "shape")]
+    shaped = {name for _, name, value in sizes if value.dim() > 1}
+    for key, name, value in sizes:
+        if name in shaped and value.dim() == 1 and value.numel() != parameters[key].numel():
+            raise ValueError(
+                f"{name} of {tuple(value.shape)} beside weights of {tuple(parameters[key].shape)}"
+            )
 
 
 def _listed(optimizers: Mapping[str, str]) -> str:

@@ -10,16 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.replacing import WINDOWS
-from trainer.checkpoints.format import (
-    RESUME,
-    RUN,
-    TrainState,
-    find_last,
-    is_checkpoint,
-    newest_of,
-    read_resume,
-    require_resumable,
-)
+from trainer.checkpoints.format import RESUME, RUN, TrainState, is_checkpoint, read_resume
+from trainer.checkpoints.listing import find_last, newest_of, require_resumable
 from trainer.checkpoints.run_folder import run_of
 from trainer.config import FORMAT, clip_skip_of_format_1, flattened
 from trainer.errors import UserError, said

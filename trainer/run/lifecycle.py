@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-from trainer.checkpoints.format import RESUME, checkpoints
+from trainer.checkpoints.format import RESUME
+from trainer.checkpoints.listing import checkpoints
 from trainer.checkpoints.lock import locked
 from trainer.config.schema import TrainConfig
 from trainer.environment import check_cuda

@@ -53,6 +53,22 @@ def test_what_cannot_be_saved_is_named(tmp_path):
         write_state({"a": [0, {1}]}, tmp_path / "state")
 
 
+@pytest.mark.parametrize("name", ["adamw", "dadapt_adam"])
+def test_state_of_another_length_than_its_weights_is_refused(name):
+    """Torch would accept it, and fail in the first step."""
+    weights = [torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(4))]
+    optimizers = OptimizerSet({"unet": optimizer_classes()[name](lr=1e-3)}, {"unet": weights}, total_steps=9)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizers.step(torch.tensor(0.0))
+    saved = optimizers.state_dict()
+    optimizers.load_state_dict(saved)
+    moment = next(key for key, value in saved["unet"]["state"][1].items() if value.shape == (4,))
+    saved["unet"]["state"][1][moment] = torch.zeros(3)
+    with pytest.raises(ValueError, match=rf"{moment} of \(3,\) beside weights of \(4,\)"):
+        optimizers.load_state_dict(saved)
+
+
 def _flat(value, name=""):
     if isinstance(value, dict):
         return {

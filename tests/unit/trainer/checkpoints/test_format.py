@@ -12,15 +12,17 @@ from trainer.checkpoints.format import (
     RUN,
     STEP,
     TrainState,
+    model_problem,
+    read_resume,
+    resume_problem,
+    save_checkpoint,
+)
+from trainer.checkpoints.listing import (
     checkpoints,
     find_last,
-    model_problem,
     newest_of,
-    read_resume,
     require_resumable,
-    resume_problem,
     rotate,
-    save_checkpoint,
     single_files,
 )
 from trainer.checkpoints.options import SaveOptions

@@ -12,7 +12,8 @@ from tests.tiny import tiny_models
 from trainer.checkpoints import saver as saving
 from trainer.checkpoints.artifact import WholeModel
 from trainer.checkpoints.atomic import size_of
-from trainer.checkpoints.format import TrainState, checkpoints, resume_problem
+from trainer.checkpoints.format import TrainState, resume_problem
+from trainer.checkpoints.listing import checkpoints
 from trainer.checkpoints.options import SaveOptions
 from trainer.checkpoints.saver import Saver, SavingError
 from trainer.config.schema import optimizer_classes
@@ -157,7 +158,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_note(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "used by another process", "demo-ep00-gs00001")
 
-    monkeypatch.setattr("trainer.checkpoints.format.drop", refuse)
+    monkeypatch.setattr("trainer.checkpoints.listing.drop", refuse)
     assert bench.save(2)
     assert "could not be deleted (used by another process: demo-ep00-gs00001)" in bench.said[-1]
 
