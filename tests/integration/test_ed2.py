@@ -66,7 +66,7 @@ TRAIN = {
     "grad_accum": To(2),
     "gradient_checkpointing": To(True),
     "keep_tags": To(1, {"shuffle_tags": True}),
-    "load_settings_every_epoch": To(True, error='go on with "resume_ckpt": "findlast"'),
+    "load_settings_every_epoch": To(True, error='resume with "resume_ckpt": "findlast"'),
     "log_step": To(1),
     "logdir": To("elsewhere"),
     "loss_type": To("mse"),

@@ -35,6 +35,8 @@ from trainer.config.schema import (
 )
 
 _NAME = re.compile(r"(?<=^--)[^=]+")
+_VALUE = re.compile(r"^-(?!-|h$)")
+"""The start of values such as -1e-6, which argparse takes for options unless something precedes it."""
 _NEED_CHECK = {
     "contact_sheets": "is made by a check; add --check",
     "vram": "is for a check; add --check",
@@ -65,15 +67,15 @@ def parse(argv: Sequence[str], report: Report) -> Arguments:
     """
     options = _options()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("-h", "--help", nargs="?", const=True)
     for option in options:
         parser.add_argument(option, nargs="?", action=_Append, default=argparse.SUPPRESS)
-    words = [_NAME.sub(lambda name: name[0].replace("-", "_"), word) for word in argv]
+    words = [_NAME.sub(lambda name: name[0].replace("-", "_"), _VALUE.sub("\0-", word)) for word in argv]
     found, rest = parser.parse_known_args(words, argparse.Namespace(given=[]))
     command: dict[str, Written] = {}
     values: dict[str, Written] = {}
-    for option, text in found.given:
-        key, off = options[option]
+    for option, given in found.given:
+        (key, off), text = options[option], given and given.removeprefix("\0")
         if key.name == "check" and (not text or text.endswith(".json")):
             rest, text = [*filter(None, [text]), *rest], "text"
         written = _written(key, off, text, Place(COMMAND_LINE, None, option[2:]), report)
@@ -87,7 +89,7 @@ def parse(argv: Sequence[str], report: Report) -> Arguments:
     for name, sentence in _NEED_CHECK.items():
         if getattr(own, name) is not None and own.check is None:
             report.error(Place(COMMAND_LINE, None, name), sentence)
-    return Arguments(own, "config" in command, found.help, values)
+    return Arguments(own, "config" in command, bool(found.help), values)
 
 
 def help_text(width: int = 100) -> str:
