@@ -62,7 +62,7 @@ def build_index(options: DataOptions) -> Index:
             problems += _no_images(root, scan.bad[bad:])
     if scan.records and not any(record.multiply > 0 for record in scan.records):
         problems.append(
-            f"data_root: all {len(scan.records)} images are left out by multiply 0; raise it for some"
+            f"data_root: all {len(scan.records)} images are excluded by multiply 0; raise it for some"
         )
     if problems:
         raise DataError(problems)

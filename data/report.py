@@ -176,11 +176,11 @@ class DatasetReport:
         }
 
     def _lines(self) -> Iterator[str]:
-        excluded = f" ({self.excluded} more left out by multiply 0)" if self.excluded else ""
+        excluded = f" ({self.excluded} more excluded by multiply 0)" if self.excluded else ""
         epoch = f"; {_number(self.an_epoch)} are shown in an epoch" if self.an_epoch != self.images else ""
         several = f"; {self.several} have several captions" if self.several else ""
         yield f"images: {self.images} in {', '.join(self.roots)}{excluded}{epoch}{several}"
-        yield from _listed("files left out", [str(file) for file in self.bad])
+        yield from _listed("files skipped", [str(file) for file in self.bad])
         if self.notices:
             yield from _listed("remarks", [str(notice) for notice in self.notices])
         yield from _listed("images without a caption, whose file name is used", self.missing)

@@ -94,7 +94,7 @@ class Scan:
             self._images(folder, name, here, skipped)
         for file, images in skipped.items():
             are = "s are" if images > 1 else " is"
-            consequence = f"; {images} image{are} left out for it" if images else ""
+            consequence = f"; {images} image{are} skipped for it" if images else ""
             self.bad.append(replace(file, reason=file.reason + consequence))
         for folder, below in listed:
             for table in around[folder.path].lists:

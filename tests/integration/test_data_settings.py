@@ -251,7 +251,7 @@ def test_bad_files_refuse_the_run_where_they_are_errors(workplace, no_estimate, 
     assert not (workplace / "logs").exists()
     assert train.main(["--on_bad_image", "error", "--check"]) == 1
     out = capsys.readouterr().out
-    assert "files left out: 2" in out and out.rstrip().endswith(
+    assert "files skipped: 2" in out and out.rstrip().endswith(
         "on_bad_image is error: a run would be refused for 2 of the files."
     )
     assert train.main([]) == 0

@@ -276,7 +276,7 @@ def test_a_run_folder_that_is_deleted_is_made_again_by_the_next_save(workplace, 
     at_step(monkeypatch, 4, lambda: shutil.rmtree(run_of(workplace)))
     assert train.main([]) == 0
     out = capsys.readouterr().out
-    assert "its event file was deleted" in out and "training goes on" in out
+    assert "its event file was deleted" in out and "training continues" in out
     assert [path.name for path in checkpoints(run_of(workplace))] == [LAST]
     assert list(scalars(run_of(workplace))["loss/log_step"]) == [4, 6]
 
@@ -304,7 +304,7 @@ def test_a_folder_that_has_become_read_only_is_survived_until_the_last_save(work
 
 def test_a_log_folder_that_cannot_be_written_to_is_said_before_anything_loads(workplace, monkeypatch, capsys):
     monkeypatch.setattr(os, "access", lambda *_: False)
-    monkeypatch.setattr("trainer.models.load.load_models", lambda *_: pytest.fail("nothing is to be loaded"))
+    monkeypatch.setattr("trainer.run.networks.load_models", lambda *_: pytest.fail("nothing is to be loaded"))
     assert train.main([]) == 2
     assert "cannot be written to; choose another logdir" in capsys.readouterr().err
 

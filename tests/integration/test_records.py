@@ -119,7 +119,7 @@ def test_without_the_package_or_a_login_a_sentence_says_what_to_do(offline, monk
     assert train.main([]) == 2
     error = capsys.readouterr().err
     assert (
-        "wandb: no run can be begun on Weights & Biases (" in error
+        "wandb: no run can be started on Weights & Biases (" in error
         and "WANDB_MODE to offline" in error
         and "Traceback" not in error
     )
@@ -143,7 +143,7 @@ def test_trouble_on_the_way_is_said_once_and_training_goes_on(tmp_path: Path, mo
     monkeypatch.setattr(logger._run, "log", fails)
     logger.scalars({"loss/val": 1.0}, 1)
     logger.scalars({"loss/val": 1.0}, 2)
-    assert said == ["Weights & Biases has not taken everything (gone); training goes on"]
+    assert said == ["Weights & Biases has not taken everything (gone); training continues"]
     logger.close()
     logger.close()
     logger.text("a", "b", 3)

@@ -306,6 +306,6 @@ def _decode(vae: Any, latents_1CHW: Tensor) -> Image.Image:
     latents_1CHW = latents_1CHW.to(vae.dtype) / vae.config.scaling_factor
     pixels_CHW = vae.decode(latents_1CHW, return_dict=False)[0][0].float()
     if not pixels_CHW.isfinite().all():
-        raise ArithmeticError("the picture holds values that are not finite (NaN)")
+        raise ArithmeticError("the sample holds values that are not finite (NaN)")
     bytes_HWC = ((pixels_CHW.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
     return Image.fromarray(bytes_HWC.cpu().numpy())

@@ -158,4 +158,4 @@ class Console:
             if not self._warned:
                 self._warned = True
                 reason = error.strerror or error
-                self._print(f"{self._path}: events are not recorded ({reason}); training goes on")
+                self._print(f"{self._path}: events are not recorded ({reason}); training continues")

@@ -89,8 +89,8 @@ class JsonlLogger:
                 self._warned = True
                 reason = error.strerror or str(error)
                 self._warn(
-                    f"{self._path}: numbers are not recorded ({reason}); training goes on, recording too as "
-                    "soon as it can"
+                    f"{self._path}: numbers are not recorded ({reason}); training continues, recording too "
+                    "as soon as it can"
                 )
 
     def image(self, tag: str, image: Image.Image, step: int) -> None:

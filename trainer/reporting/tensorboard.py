@@ -151,7 +151,7 @@ class TensorBoardLogger:
         if not self._warned:
             self._warned = True
             self._warn(
-                f"{self._folder}: TensorBoard's events are not recorded ({reason}); training goes on, "
+                f"{self._folder}: TensorBoard's events are not recorded ({reason}); training continues, "
                 "recording too as soon as it can"
             )
 

@@ -50,7 +50,7 @@ class WandbLogger:
             )
         except Exception as error:  # a service or a network raises anything
             raise UserError(
-                f"wandb: no run can be begun on Weights & Biases ({said(error)[:200]}); log in with wandb "
+                f"wandb: no run can be started on Weights & Biases ({said(error)[:200]}); log in with wandb "
                 "login, set the environment variable WANDB_MODE to offline, or set wandb to false."
             ) from error
         id_file.write_text(identity + "\n", encoding="utf-8")
@@ -85,4 +85,4 @@ class WandbLogger:
             if not self._warned:
                 self._warned = True
                 reason = said(error)[:200]
-                self._warn(f"Weights & Biases has not taken everything ({reason}); training goes on")
+                self._warn(f"Weights & Biases has not taken everything ({reason}); training continues")

@@ -563,17 +563,17 @@ def test_an_image_and_its_sidecar_may_both_be_wrong(root):
         (
             "multiply.txt",
             "twice",
-            "cats/multiply.txt: must be a number from 0 to 10000; got 'twice'; 2 images are left out for it",
+            "cats/multiply.txt: must be a number from 0 to 10000; got 'twice'; 2 images are skipped for it",
         ),
         (
             "multiply.txt",
             "",
-            "cats/multiply.txt: must be a number from 0 to 10000; got ''; 2 images are left out for it",
+            "cats/multiply.txt: must be a number from 0 to 10000; got ''; 2 images are skipped for it",
         ),
         (
             "local.yaml",
             "\nflip_p: 7\n",
-            "cats/local.yaml:2: flip_p: must be a number from 0 to 1; got '7'; 2 images are left out for it",
+            "cats/local.yaml:2: flip_p: must be a number from 0 to 1; got '7'; 2 images are skipped for it",
         ),
         (
             "global.yaml",
@@ -583,7 +583,7 @@ def test_an_image_and_its_sidecar_may_both_be_wrong(root):
         (
             "metadata.jsonl",
             '{"a": "b"}\n',
-            "cats/metadata.jsonl: names no images; each row needs a file_name; 3 images are left out for it",
+            "cats/metadata.jsonl: names no images; each row needs a file_name; 3 images are skipped for it",
         ),
     ],
 )
@@ -660,7 +660,7 @@ def test_each_of_several_roots_must_hold_something(tmp_path):
 def test_multiply_0_for_everything_is_refused(root):
     picture(root / "a.png")
     write(root / "multiply.txt", "0")
-    with pytest.raises(DataError, match="all 1 images are left out by multiply 0"):
+    with pytest.raises(DataError, match="all 1 images are excluded by multiply 0"):
         index_of(root)
 
 
@@ -855,7 +855,7 @@ def test_parquet_that_cannot_be_read_leaves_its_images_out_and_says_why(tmp_path
     ):
         (bad,) = index_of(tmp_path).bad
         assert str(bad).startswith(f"train/metadata.parquet: {reason}") and bad.reason.endswith(
-            "; 1 image is left out for it"
+            "; 1 image is skipped for it"
         )
         monkeypatch.setitem(sys.modules, "pyarrow", None)
 

@@ -66,8 +66,8 @@ def test_findings():
 
 def test_lines():
     assert report_of(INDEX, tokens=Words()).lines() == [
-        "images: 5 in pictures (1 more left out by multiply 0)",
-        "files left out: 1",
+        "images: 5 in pictures (1 more excluded by multiply 0)",
+        "files skipped: 1",
         "  x.png: it is empty (0 bytes)",
         "remarks: 1",
         "  a.yaml:3, b.yaml:1 and 7 more: unknown key 'mutliply'; did you mean 'multiply'?",
@@ -155,7 +155,7 @@ def test_clean_data_has_no_notes():
     found = report_of(index, batch_size=4, tokens=Words())
     assert found.notes() == ()
     assert found.lines()[1:6] == [
-        "files left out: none",
+        "files skipped: none",
         "images without a caption, whose file name is used: none",
         "images with an empty caption: none",
         "captions over 75 tokens: none",
