@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from data.regular import irregular
@@ -128,31 +129,21 @@ def resolve_images(written: Written, report: Report) -> str | None:
 
 def resolve_prompts(written: Written, report: Report) -> str | None:
     """Return the prompts file as an absolute path; None after reporting a problem."""
-    path = _found(written, report, "file")
-    if path is None:
-        return None
-    if not path.is_file() or path.suffix.lower() not in _PROMPT_FILES:
-        report.error(
-            written.place,
-            "must be a .txt or .json file of prompts; "
-            f"{written.value} is {'not one' if path.is_file() else 'a folder'}",
-        )
-        return None
-    return str(path)
+    return _file_of_kind(written, report, _PROMPT_FILES, "a .txt or .json file of prompts")
 
 
 def resolve_json(written: Written, report: Report) -> str | None:
     """Return a .json file as an absolute path; None after reporting a problem."""
+    return _file_of_kind(written, report, (".json",), "a .json file")
+
+
+def _file_of_kind(written: Written, report: Report, suffixes: Sequence[str], kind: str) -> str | None:
     path = _found(written, report, "file")
-    if path is None:
-        return None
-    if not path.is_file() or path.suffix.lower() != ".json":
-        report.error(
-            written.place,
-            f"must be a .json file; {written.value} is {'not one' if path.is_file() else 'a folder'}",
-        )
-        return None
-    return str(path)
+    if path is None or (path.is_file() and path.suffix.lower() in suffixes):
+        return None if path is None else str(path)
+    actual = "not one" if path.is_file() else "a folder"
+    report.error(written.place, f"must be {kind}; {written.value} is {actual}")
+    return None
 
 
 def not_found(written: Written, kind: str) -> str:
