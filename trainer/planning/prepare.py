@@ -215,7 +215,9 @@ def prepare(
     config = replace(config, model=replace(config.model, revision=models.revision or start.revision))
     set_noise_schedule(config, prompts, models)
     artifact = artifact_of(config.parts.lora, models)
-    parts = apply_freezing(models, config.parts, config.optimizers.freezing)
+    # diffusers hangs a local function on a network with gradient checkpointing; the plan must pickle for the ranks.
+    trained = replace(config.parts, gradient_checkpointing=False)
+    parts = apply_freezing(models, trained, config.optimizers.freezing)
     check_rates(config, {network: part.trained for network, part in parts.counts.items()})
     about = about_run(config, split.train, parts, total_steps, processes.count)
     if start.about is not None:
