@@ -1,0 +1,1 @@
+"""What does the UNet learn to predict? Read objective.py first."""
