@@ -169,7 +169,7 @@ def _broken_companions() -> list[str]:
 
 
 def _fits(name: str, version: str, torch: dict[str, object]) -> bool:
-    """Return whether a companion was built for the installed torch, and for its CUDA if its version shows it."""
+    """Return whether a companion fits the installed torch, and its CUDA as far as its version shows."""
     torch_version = str(torch["__version__"]).partition("+")[0]
     for requirement in metadata.requires(name) or ():
         wanted = requirement.replace(" ", "").replace("(", "").partition(";")[0]
