@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import safe_open
+from torch import Tensor
 
 from data.regular import LARGEST_STATE, load_json
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 T = TypeVar("T")
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Names of formats in a .safetensors header."""
 
 _TENSOR = "$tensor"
 _TUPLE = "$tuple"
@@ -30,14 +47,12 @@ def write_state(state: Any, path: Path) -> None:
     seen: dict[tuple[Any, ...], str] = {}
     tree = _to_tree(state, "state", tensors, seen)
     path.with_suffix(".json").write_text(json.dumps(tree, indent=1, allow_nan=False), encoding="utf-8")
-    with path.with_suffix(".safetensors").open("wb") as file:
-        write_safetensors(tensors, file)
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    write_safetensors(path.with_suffix(".safetensors"), tensors, None, dtypes)
 
 
 def read_state(path: Path) -> Any:
     """Return what `write_state` wrote, tensors on the CPU in their saved dtype."""
-    from safetensors import safe_open
-
     tree = load_json(path.with_suffix(".json"), LARGEST_STATE)
     with safe_open(path.with_suffix(".safetensors"), framework="pt") as file:
         return _from_tree(tree, file)
@@ -49,8 +64,6 @@ def as_kind(kind: type[T], value: Any) -> T:
     Raises:
         ValueError: it is nothing of the kind.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
@@ -66,36 +79,40 @@ def size_of_state(state: Any) -> int:
 
 
 def write_safetensors(
-    tensors: dict[str, Tensor], file: BinaryIO, metadata: dict[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None,
+    dtypes: Mapping[str, torch.dtype],
+    *,
+    align: int = 8,
+    read: Callable[[str], Tensor] | None = None,
 ) -> None:
-    """Write tensors in the safetensors format, copying one tensor at a time to the host."""
-    import torch
+    """Write tensors as a .safetensors file in the order of `dtypes`, converting and holding one at a time.
 
-    names = {
-        torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-        torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    }  # fmt: skip
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    offset = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": names[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for tensor in tensors.values():
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        file.write(flat.view(torch.uint8).numpy().data)
+    Args:
+        path: the file.
+        tensors: on any device, of any memory layout; on the meta device where `read` gives the numbers.
+        metadata: text fields for the header.
+        dtypes: of each tensor in the file.
+        align: bytes of which the header takes a multiple.
+        read: returns a tensor by its name when it is written, and only then.
+    """
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
+    for name, dtype in dtypes.items():
+        start, end = end, end + tensors[name].numel() * dtype.itemsize
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % align)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, dtype in dtypes.items():
+            tensor = (read or tensors.__getitem__)(name).detach().to(device="cpu", dtype=dtype).contiguous()
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _to_tree(value: Any, name: str, tensors: dict[str, Tensor], seen: dict[tuple[Any, ...], str]) -> Any:
-    import torch
-
     if isinstance(value, torch.Tensor):
         key = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride(), value.device)
         if value.numel() == 0 or key not in seen:

@@ -12,23 +12,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data.regular import open_regular
 from trainer.errors import UserError
+from trainer.state_file import DTYPES, write_safetensors
 
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 _LONGEST_HEADER = 32 << 20
 """Bytes. Stable Diffusion's take 0.2 MB; JSON takes some twenty times its size in memory."""
 
@@ -80,10 +70,8 @@ class TensorFile(Mapping[str, Tensor]):
             header = _read_header(path)
             self.metadata = header.pop("__metadata__")
             self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-            kinds = {written: dtype for dtype, written in _DTYPES.items()}
+            kinds = {written: dtype for dtype, written in DTYPES.items()}
             self.dtypes = {name: kinds.get(entry["dtype"]) for name, entry in header.items()}
-            from safetensors import SafetensorError, safe_open
-
             try:
                 self._tensors = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, ValueError) as error:  # ValueError: its header is not UTF-8
@@ -134,25 +122,8 @@ def write_tensors(
     # first, and the rest by the width of their numbers.
     lines = {name: tensors[name].numel() * stored[name].itemsize % _LINE == 0 for name in tensors}
     order = sorted(tensors, key=lambda name: (not lines[name], -stored[name].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name in order:
-        start, end = end, end + tensors[name].numel() * stored[name].itemsize
-        header[name] = {
-            "dtype": _DTYPES[stored[name]],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _LINE)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)))
-        file.write(text)
-        for name in order:
-            tensor = (
-                (read or tensors.__getitem__)(name).detach().to(device="cpu", dtype=stored[name]).contiguous()
-            )
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    dtypes = {name: stored[name] for name in order}
+    write_safetensors(path, tensors, metadata, dtypes, align=_LINE, read=read)
 
 
 def _read_header(path: Path) -> dict[str, Any]:
