@@ -145,7 +145,7 @@ def family_of_file(file: TensorFile) -> Family:
 
 
 def prediction(file: TensorFile) -> tuple[str, bool]:
-    """Return the prediction type of a whole model's file, as diffusers' schedulers name it, and False where it is assumed."""
+    """Return the prediction type of a whole model's file, and False where it is assumed."""
     header, family = file.metadata.get(PREDICTION_TYPE), family_of_file(file)
     if header in ("v", "v_prediction"):
         return "v_prediction", True
@@ -157,7 +157,7 @@ def prediction(file: TensorFile) -> tuple[str, bool]:
 
 
 def what_else(file: TensorFile) -> str | None:
-    """Return what a file is and what to do, where it is no whole Stable Diffusion 1.x or 2.x model; None where it looks like one."""
+    """Return what a file is and what to do, None where it looks like a whole SD 1.x or 2.x model."""
     names = file.shapes
 
     def has(*prefixes: str) -> bool:
@@ -205,7 +205,7 @@ def what_else(file: TensorFile) -> str | None:
 
 
 def _reads(file: TensorFile) -> int | None:
-    """Return the width of the text that the UNet in a file reads, as the shape of its first cross-attention says."""
+    """Return the width of the text that a file's UNet reads, by the shape of its first cross-attention."""
     if CONFIGS in file.metadata:  # it says itself what it is
         return None
     return next(
@@ -245,7 +245,7 @@ def _named(file: TensorFile) -> str:
 def _misfit(
     file: TensorFile, network: str, empty: Any, prefix: str | None = None, reader: TextReader | None = None
 ) -> str | None:
-    """Return what keeps a network from being read from a file, None where every tensor is there in its shape."""
+    """Return why a network cannot be read from a file, None where every tensor is there in its shape."""
     try:
         places = layout(network, empty.config, empty.state_dict(), prefix=prefix, reader=reader)
     except (ValueError, LookupError) as error:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _MOST_SHAPES = 1024
-"""Shapes that a network is compiled for, each by itself; beyond, torch would run it uncompiled without a word."""
+"""Shapes that a network is compiled for; beyond, torch would silently run it uncompiled."""
 
 
 def require_compiler(device: torch.device) -> None:

@@ -109,7 +109,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Put the averages in the place of the weights for the time of the block, and bring the weights back to the bit."""
+        """Swap the EMA weights in for the block, and restore the trained weights to the bit."""
         swapped: list[str] = []
         try:
             for network, average in self._averages.items():

@@ -143,7 +143,7 @@ FAMILIES = (SD1, SD2)
 
 
 def family_of(text_width: object) -> Family:
-    """Return the family whose text has this width; of other widths, such as the bundled model's, the first."""
+    """Return the family whose text has this width; for other widths, as of the bundled model, the first."""
     return next((family for family in FAMILIES if family.text.width == text_width), FAMILIES[0])
 
 

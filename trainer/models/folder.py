@@ -1,4 +1,4 @@
-"""Reading a diffusers folder: `model_index.json` beside one folder each for UNet, text encoder, VAE, tokenizer and scheduler.
+"""Reading a diffusers folder: `model_index.json` and a folder each for networks, tokenizer and scheduler.
 
 The checkpoints of this program are such folders too, with more files beside, which are left alone here.
 """
@@ -37,7 +37,7 @@ _BESIDE = {
     "feature_extractor": "transformers",
     "image_encoder": "transformers",
 }
-"""The further parts that diffusers' StableDiffusionPipeline takes, and the library of each; others are not copied."""
+"""Further parts of StableDiffusionPipeline, and the library of each; others are not copied."""
 _RENAMED = {"CLIPFeatureExtractor": "CLIPImageProcessor"}
 """Classes of pipelines of 2022 that have another name since, with the same settings."""
 _RENAMED_TENSORS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -47,7 +47,7 @@ _IS_WEIGHTS = re.compile(
     r"\.(safetensors|bin|msgpack|h5|onnx|pt|ckpt)$|\.(bin|\w+\.safetensors)\.index(\.\w+)?\.json$"
 )
 _PRECISION = {"": 0, "fp32": 1, "bf16": 2, "fp16": 3, "non_ema": 9}
-"""Which variant of the weights is taken where a folder holds several: plain ones first, weights without averaging last."""
+"""Order of preference among variants of the weights: plain ones first, non-EMA weights last."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def read_vae_folder(folder: Path, key: str, *, weights: bool) -> AutoencoderKL:
 
 
 def parts_beside(index: Mapping[str, Any], folder: Path, key: str) -> dict[str, tuple[str, str]]:
-    """Return library and class of a pipeline's further parts, as far as they are there: a hub id is downloaded without them.
+    """Return library and class of a pipeline's further parts that are there; a hub download lacks them.
 
     Raises:
         UserError: the index or a link in a part names a path outside the folder.
@@ -140,7 +140,7 @@ def parts_beside(index: Mapping[str, Any], folder: Path, key: str) -> dict[str, 
 
 
 def files_of_part(folder: Path) -> list[Path]:
-    """Return the files of a pipeline's part; of weights that are there in several forms, only those in the plain .safetensors form."""
+    """Return the files of a pipeline's part; of weights in several forms, only plain .safetensors."""
     files = files_inside(folder)
     plain = [path for path in files if re.fullmatch(r"\w+(-\d{5}-of-\d{5})?\.safetensors", path.name)]
     if not plain:
@@ -149,7 +149,7 @@ def files_of_part(folder: Path) -> list[Path]:
 
 
 def check_index(folder: Path, key: str, source: str | None = None) -> dict[str, Any]:
-    """Return the index of a model that this program trains, or raise UserError, which calls the model `source` or the folder."""
+    """Return a model's index, or raise UserError, which calls the model `source` or the folder."""
     if not (folder / INDEX).is_file():
         raise UserError(f"{key}: {_what_else(folder)}")
     index = read_json(inside(folder, INDEX), key)
@@ -169,7 +169,7 @@ def check_index(folder: Path, key: str, source: str | None = None) -> dict[str, 
 
 
 def read_network(folder: Path, network: str, key: str, *, weights: bool, weights_follow: bool = False) -> Any:
-    """Load one network in fp32 (on the meta device without weights, which must be there unless they follow), or raise UserError."""
+    """Load one network in fp32, on the meta device without weights, or raise UserError."""
     files = files_inside(folder)
     config = read_json(folder / "config.json", key)
     names = config.get("architectures")
@@ -228,7 +228,7 @@ def _current(name: str) -> str:
 
 
 def choose_weights(names: Collection[str], network: str) -> Choice | None:
-    """Return which of a folder's files hold the weights: full precision before variants, .safetensors before .bin; None if none does."""
+    """Return the files that hold the weights: full precision and .safetensors first; None if none does."""
     found: dict[tuple[int, int, str], list[str]] = {}
     for order, (stem, suffix) in enumerate(zip(WEIGHTS[network], ("safetensors", "bin"), strict=True)):
         pattern = re.compile(rf"{stem}(?:\.(\w+))?(?:-\d{{5}}-of-\d{{5}})?(?:\.(\w+))?\.{suffix}")

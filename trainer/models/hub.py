@@ -1,4 +1,4 @@
-"""Models by hub id: a complete copy in the cache is taken as it is, otherwise what training needs is downloaded, and no more."""
+"""Models by hub id: a complete copy in the cache, or a download of what training needs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cached_model(name: str, revision: str | None = None) -> Path | None:
 
 
 def cached_vae(name: str) -> Path | None:
-    """Return the folder of a VAE, or of a model with one, that the cache holds; None where it does not. Asks no network."""
+    """Return the folder of a VAE, or of a model's VAE, if the cache holds it. Asks no network."""
     for config, inside in (("config.json", "."), ("vae/config.json", "vae")):
         found = _cached(name, config)
         if found is not None and _choice(found / inside, "vae") is not None:
@@ -33,7 +33,7 @@ def cached_vae(name: str) -> Path | None:
 
 
 def fetch_model(name: str, key: str, *, weights: bool, revision: str | None = None) -> Path:
-    """Download a model that the cache does not hold and return its folder; without weights, only its configuration and tokenizer.
+    """Download a model and return its folder; without weights, only its configuration and tokenizer.
 
     Raises:
         HubUnreachable: the hub did not answer.

@@ -1,4 +1,4 @@
-"""Loading the networks of a Stable Diffusion model: a diffusers folder, a hub id or one file in the original layout."""
+"""Loading a Stable Diffusion model: a diffusers folder, a hub id or one file in the original layout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trainer.models.trial import complete, try_model, try_vae
 
 
 def load_models(options: ModelOptions) -> Models:
-    """Load the networks in fp32 on the CPU, whatever precision they have on disk; a hub id is downloaded unless it is cached.
+    """Load the networks in fp32 on the CPU; a hub id is downloaded unless it is cached.
 
     Prints nothing but a download's progress. The safety checker and its image processor are never read.
 
@@ -120,7 +120,7 @@ def _assumed(name: str) -> Models:
 
 
 def _check(models: Models) -> None:
-    """Raise UserError unless the parts fit together, work, and are of the kind that is trained; complete what is left out."""
+    """Complete what is left out; raise UserError unless the parts fit together, work, and can be trained."""
     unet: Any = models.unet.config
     where = f"resume_ckpt: {models.source}"
     taken, made = unet["in_channels"], models.vae.config["latent_channels"]

@@ -1,4 +1,4 @@
-"""LoRA: small matrices beside frozen layers, which learn in their place (Hu et al. 2021, arXiv 2106.09685; the layers are peft's)."""
+"""LoRA: adapters beside frozen layers (Hu et al. 2021, arXiv 2106.09685; the layers are peft's)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Base:
 
 
 def attach(network: nn.Module, options: LoraOptions) -> str:
-    """Put adapters beside the targeted trained layers, train these alone, and return in words what is trained.
+    """Put adapters beside the targeted layers, train these alone, and return in words what is trained.
 
     All adapters are 0 until `begin` gives them values. Works on networks of the meta device too.
 
@@ -162,7 +162,7 @@ def base_of(models: Models, model: str, adapter: Path | None) -> Base:
 
 
 def fingerprint(models: Models) -> str:
-    """Return a hash over 64 values of each tensor of UNet and text encoder, evenly spread: any training changes it."""
+    """Return a hash over 64 evenly spread values of each tensor of UNet and text encoder."""
     found = hashlib.blake2b(digest_size=16)
     for network in (models.unet, models.text_encoder):
         for name, tensor in network.state_dict().items():
@@ -176,7 +176,7 @@ def fingerprint(models: Models) -> str:
 
 
 def read_base(folder: Path) -> Base | None:
-    """Return the model that a checkpoint's LoRA belongs to, None where the checkpoint holds a model of its own.
+    """Return the base of a checkpoint's LoRA, None where the checkpoint holds a whole model.
 
     Raises:
         UserError: the file that says so cannot be read, or the model is not there any more.

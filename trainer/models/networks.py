@@ -18,7 +18,7 @@ from trainer.models.family import Configs
 from trainer.models.pipeline import Models
 
 _TEXT_KEYS = (*sd15.TEXT_ENCODER, "attention_dropout", "initializer_factor", "initializer_range")
-"""What a text encoder's configuration may say. Other keys choose attention code, quantization or files to load."""
+"""Accepted keys of a text encoder's configuration. Others choose attention code, quantization or files."""
 
 _COUNTS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")
 _MOST_LAYERS = 1000
@@ -107,7 +107,7 @@ def _problem(config: object) -> str | None:
 
 
 def _known(kind: type, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of a configuration that a class of diffusers takes; it would keep the others for every checkpoint."""
+    """Return the entries that a class of diffusers takes; it would keep the others for every checkpoint."""
     return {key: config[key] for key in inspect.signature(kind.__init__).parameters if key in config}
 
 

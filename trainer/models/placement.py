@@ -8,7 +8,7 @@ from trainer.models.pipeline import Models
 
 
 def place(models: Models, device: torch.device, *, channels_last: bool, weights: torch.dtype) -> None:
-    """Move the networks to the device, convolution weights channels last if asked, each tensor in memory of its own.
+    """Move the networks to the device, each tensor in memory of its own.
 
     UNet and text encoder are kept in the format `weights`, the VAE in fp32.
 
@@ -30,7 +30,7 @@ def place(models: Models, device: torch.device, *, channels_last: bool, weights:
 
 
 def skipped_layers(models: Models, clip_skip: int) -> list[str]:
-    """Return the names of the text encoder's parameters that clip_skip leaves without effect: those of its last layers."""
+    """Return the names of the text encoder's parameters that clip_skip leaves unused."""
     last = int(models.text_encoder.config.num_hidden_layers)
     layers = tuple(f"encoder.layers.{number}." for number in range(last + 1 - max(clip_skip, 1), last))
     return [

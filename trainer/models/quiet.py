@@ -1,4 +1,4 @@
-"""Keeping the libraries' own chatter off the console: what matters reaches people through errors and events."""
+"""Keeping the libraries' own notices off the console."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5's configurations, as published with the model: what a checkpoint in the original layout leaves out."""
+"""Stable Diffusion 1.5's configurations, as published; a single file leaves them out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The original (LDM) layout of a Stable Diffusion checkpoint: the same tensors as the diffusers networks under other names.
+"""The original (LDM) layout of a checkpoint: the tensors of the diffusers networks under other names.
 
 In the original layout the UNet is one list of input blocks, a middle block and one list of output blocks, and
 the position of an attention or an upsampler depends on what stands before it. The names are therefore derived
@@ -82,7 +82,7 @@ class Place:
     third: int | None = None
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Return the tensor's part in fp32; a third is copied, so that it does not keep all three in memory."""
+        """Return the tensor's part in fp32; a third is copied, so as not to keep all three in memory."""
         return (
             tensor.float() if self.third is None else tensor.chunk(3)[self.third].to(torch.float32, copy=True)
         )
@@ -98,7 +98,7 @@ class Shaped(Protocol):
 
 
 def to_original(models: Models) -> dict[str, Tensor]:
-    """Return all weights under their original names, sharing memory with the networks; only what is joined from thirds is copied."""
+    """Return all weights under their original names; only what is joined from thirds is copied."""
     return {name: join(pieces) for name, pieces in original_pieces(models).items()}
 
 
@@ -108,7 +108,7 @@ def join(pieces: list[Tensor]) -> Tensor:
 
 
 def original_pieces(models: Models) -> dict[str, list[Tensor]]:
-    """Return what each tensor of the original layout is joined from along its rows, mostly one piece. No weight is copied."""
+    """Return the pieces, mostly one, that each original tensor is joined from. No weight is copied."""
     found: dict[str, dict[int, Tensor]] = {}
     for network in NETWORKS:
         weights = _weights(getattr(models, network))
@@ -130,7 +130,7 @@ def from_original(
     prefix: str | None = None,
     reader: TextReader | None = None,
 ) -> dict[str, Tensor]:
-    """Return one network's weights in fp32 under their diffusers names; other networks' tensors are not touched.
+    """Return one network's weights in fp32 under their diffusers names; no other tensor is read.
 
     Args:
         tensors: by original name; each is read when it is needed, so a lazy mapping over a file holds one

@@ -1,4 +1,4 @@
-"""Files of named tensors: .safetensors read and written one tensor at a time, .ckpt read without running what is inside."""
+"""Files of named tensors: .safetensors, one tensor at a time, and .ckpt, without running its pickle."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def write_tensors(
 
 
 def _read_header(path: Path) -> dict[str, Any]:
-    """Return a .safetensors header with its metadata, empty or not, having compared what it promises with the file's size."""
+    """Return a .safetensors header with its metadata, checked against the file's size."""
     size = path.stat().st_size
     with open_regular(path) as file:
         start = file.read(8)
@@ -177,7 +177,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 def _read_ckpt(path: Path) -> tuple[dict[str, Tensor], int | None]:
-    """Return the tensors of a .ckpt, and its `global_step` if it has one; a pickle that wants to run code is refused, not run.
+    """Return the tensors of a .ckpt and its `global_step`, if any; refuse a pickle that asks for code.
 
     Lightning, which wrote Stable Diffusion's first files, put its own classes and numpy's numbers beside the
     weights. Nothing is made of them here: empty stand-ins take their names, so neither library is called nor
@@ -234,7 +234,7 @@ class _Nothing:
 
 
 def check_pickle(path: Path) -> list[str]:
-    """Return the names that a .ckpt or .bin file asks for beside those of plain tensors, all of which are harmless; runs nothing.
+    """Return the harmless names that a .ckpt or .bin asks for beside those of plain tensors; run nothing.
 
     Raises:
         UserError: it is something else, cut short, or asks for what weights have no use for.
@@ -263,7 +263,7 @@ def _unpacked_size(file: BinaryIO) -> int:
 
 
 def hostile(path: Path, error: Exception) -> str | None:
-    """Return, where torch refused to read a file of before 2020, which cannot be looked through beforehand, what it asks for; else None."""
+    """Return the globals a legacy (pre-2020) pickle asks for, after torch refused to load it, else None."""
     strange = re.findall(r"GLOBAL ([\w.]+)", str(error))
     return _refusal(path, strange) if strange else None
 
@@ -276,7 +276,7 @@ def _refusal(path: Path, strange: list[str]) -> str:
 
 
 def _foreign_names(path: Path) -> list[str]:
-    """Return the names that the pickle in a .ckpt asks for beside those of plain tensors, without running it."""
+    """Return the names that a .ckpt's pickle asks for beside those of plain tensors, without running it."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # damaged: reading it says how

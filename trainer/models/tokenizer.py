@@ -1,4 +1,4 @@
-"""The tokenizer: read from a model, written for new and old readers alike, or CLIP's own, which comes with this program.
+"""The tokenizer: read from a model, written for new and old readers, or CLIP's own, bundled here.
 
 A checkpoint in the original layout holds no tokenizer, and SD 1.x and 2.x all use the vocabulary of OpenAI's
 CLIP. It is shipped here (`clip_vocabulary/`, MIT licence), so that a single file loads without the hub.
@@ -41,7 +41,7 @@ _MERGES = Path(__file__).parent / "clip_vocabulary" / "merges.txt.gz"
 
 
 def clip_tokenizer(pad: str = END) -> CLIPTokenizer:
-    """Return the tokenizer of CLIP: 49 408 entries, start at 49406, end at 49407, 77 tokens; SD 1.x pads with the end, SD 2.x with "!"."""
+    """Return CLIP's tokenizer: 49,408 entries, 77 tokens; SD 2.x pads with "!"."""
     vocabulary, merges = _clip_vocabulary()
     arguments: dict[str, Any] = {"vocab": dict(vocabulary), "merges": list(merges)}
     return CLIPTokenizer(**arguments, pad_token=pad, model_max_length=TOKENS)
@@ -71,7 +71,7 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def write_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Write the tokenizer as this transformers does, plus the `vocab.json` and `merges.txt` that older ones need."""
+    """Write the tokenizer, with the `vocab.json` and `merges.txt` that older transformers need."""
     folder.mkdir(parents=True, exist_ok=True)
     _save(tokenizer, folder)
     model = _model(tokenizer)
@@ -164,7 +164,7 @@ def _plain(content: bytes) -> bytes:
 
 @cache
 def _clip_vocabulary() -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
-    """Return entries and merges. Entries are numbered in CLIP's order: bytes, bytes at the end of a word, merges, start, end."""
+    """Return entries, in CLIP's order (bytes, bytes ending a word, merges, start, end), and merges."""
     lines = gzip.decompress(_MERGES.read_bytes()).decode("utf-8").splitlines()
     merges = tuple((left, right) for left, _, right in (line.partition(" ") for line in lines))
     # Bytes that print stand for themselves and come first; the others are numbered from 256 on, as in GPT-2.

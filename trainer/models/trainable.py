@@ -16,7 +16,7 @@ TEXT_ENCODER = "text encoder"
 
 
 def apply_freezing(models: Models, parts: TrainableOptions, freezing: FreezingOptions) -> TrainedParts:
-    """Decide what learns: set requires_grad on every parameter, train mode on the networks that learn, eval mode on the others.
+    """Decide what is trained: set requires_grad on parameters, and train or eval mode on networks.
 
     Also turns on gradient checkpointing and attention slicing where they are asked for. The VAE never learns.
     Works on networks of the meta device too.
