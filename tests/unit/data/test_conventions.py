@@ -232,7 +232,7 @@ def test_eds_default_batch_is_no_batch_of_its_own(root):
 
 
 # --- words
-# ----------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_tags_of_all_levels_are_added_once_and_heavier_ones_come_first(root):
@@ -474,15 +474,18 @@ def test_files_of_the_folder_are_no_sidecars(root):
         ),
         (
             "caption: {a: b}\n",
-            "a.yaml:1: caption: must be text, or a list of texts of which one is drawn each time; got an object",
+            "a.yaml:1: caption: must be text, or a list of texts of which one is "
+            "drawn each time; got an object",
         ),
         (
             "multiply: x\nflip_p: y\n",
-            "a.yaml:1: multiply: must be a number from 0 to 10000; got 'x'; a.yaml:2: flip_p: must be a number",
+            "a.yaml:1: multiply: must be a number from 0 to 10000; got 'x'; a.yaml:2: "
+            "flip_p: must be a number",
         ),
         (
             "caption: a: b\n",
-            "a.yaml:1: is not YAML (mapping values are not allowed in this context); put a text that holds a colon",
+            "a.yaml:1: is not YAML (mapping values are not allowed in this context); "
+            "put a text that holds a colon",
         ),
         ("caption: 'a\n\n", "a.yaml:"),
         ("a cat, sitting\n", "a.yaml:1: must hold keys and values such as main_prompt: a cat"),
@@ -578,7 +581,8 @@ def test_an_image_and_its_sidecar_may_both_be_wrong(root):
         (
             "global.yaml",
             "a: b: c\n",
-            "cats/global.yaml:1: is not YAML (mapping values are not allowed in this context); put a text that holds",
+            "cats/global.yaml:1: is not YAML (mapping values are not allowed in this "
+            "context); put a text that holds",
         ),
         (
             "metadata.jsonl",
@@ -621,7 +625,8 @@ def test_remarks_about_folder_files(root):
     assert sorted(map(str, index.notices)) == [
         "in/flip_p.txt: it says 0.5 and local.yaml 0.25, which is used",
         "in/multiply.txt.txt: it is not read; did you mean multiply.txt?",
-        "multiply.txt: it has no effect: no image lies beside it, and of these files only global.yaml reaches the folders below",
+        "multiply.txt: it has no effect: no image lies beside it, and of these files "
+        "only global.yaml reaches the folders below",
     ]
 
 
@@ -633,8 +638,8 @@ def test_refusing_bad_files_names_them_all(root):
         refuse_bad(index_of(root))
     first, *files = caught.value.problems
     assert (
-        first
-        == 'data_root: 15 files cannot be used, and on_bad_image is "error"; mend or remove them, or set it to "skip"'
+        first == 'data_root: 15 files cannot be used, and on_bad_image is "error"; mend or '
+        'remove them, or set it to "skip"'
     )
     assert files == [f"bad {number}.png: it is empty (0 bytes)" for number in range(15)]
     for number in range(15):
@@ -665,7 +670,7 @@ def test_multiply_0_for_everything_is_refused(root):
 
 
 # --- lists
-# ----------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", ["image", "file_name", "image_path", "path"])
@@ -884,7 +889,7 @@ def test_names_in_lists_may_be_spelled_as_other_systems_do(tmp_path):
 
 
 # --- kohya's folders
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_kohyas_folders_are_read_and_said(tmp_path):
@@ -981,7 +986,7 @@ def test_the_page_on_pictures_has_every_key_file_and_source():
 
 
 # --- anything at all
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

@@ -16,7 +16,10 @@ RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
 def corners(size=(96, 64)):
-    """A picture whose corners tell how it was turned: red top left, green top right, blue bottom left, white bottom right."""
+    """A picture whose corners tell how it was turned.
+
+    Red top left, green top right, blue bottom left, white bottom right.
+    """
     picture = Image.new("RGB", (2, 2))
     picture.putdata([RED, GREEN, BLUE, WHITE])
     return picture.resize(size, Image.Resampling.NEAREST)
@@ -238,7 +241,10 @@ def test_colours_of_16_bits(tmp_path, colour_type, values):
 
 
 def cmyk_profile():
-    """A printer's profile, of version 2, whose cyan ink is red and whose magenta and yellow do nothing: 2 grid points for each ink."""
+    """A printer's profile, of version 2, whose cyan ink is red and whose magenta and yellow do nothing.
+
+    2 grid points for each ink.
+    """
 
     def text(kind, content):
         return kind + bytes(4) + content

@@ -1,4 +1,7 @@
-"""Files that are none: a pipe waits for its writer for ever and /dev/zero has no end, wherever a name leads to them."""
+"""Files that are none.
+
+A pipe waits for its writer for ever and /dev/zero has no end, wherever a name leads to them.
+"""
 
 import os
 import signal

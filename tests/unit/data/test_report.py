@@ -205,7 +205,10 @@ def test_a_picture_a_little_too_large_counts_as_cropped():
 
 @pytest.fixture
 def copies(tmp_path):
-    """Files of equal sizes: two copies, one that differs in the middle and one that differs beyond what is compared first."""
+    """Files of equal sizes.
+
+    Two copies, one that differs in the middle and one that differs beyond what is compared first.
+    """
     long = bytes(200_000)
     contents = {
         "a.png": long,

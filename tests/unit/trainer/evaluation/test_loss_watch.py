@@ -47,7 +47,8 @@ def test_validation_up_while_training_falls_is_told_once_with_its_beginning():
     assert follow(OVERFITTING[:4], watch) == [] and watch.overfitting_since is None
     [sentence] = follow(OVERFITTING[4:], watch, first=4)
     assert sentence == (
-        "step 40: the validation loss has been above its 0.8000 of step 10 for 3 evaluations (0.9500 now), while that of training images "
+        "step 40: the validation loss has been above its 0.8000 of step 10 for 3 "
+        "evaluations (0.9500 now), while that of training images "
         "fell from 0.9000 to 0.6000: possible overfitting since step 10; compare the samples."
     )
     assert (watch.overfitting_since, watch.best) == (10, 10)
@@ -56,8 +57,10 @@ def test_validation_up_while_training_falls_is_told_once_with_its_beginning():
 def test_both_up_names_the_rates_then_and_now():
     [sentence] = follow(TOO_HIGH)
     assert sentence == (
-        "step 40: the loss of training batches (0.8000 to 0.9000) and the fixed-noise loss (0.5000 to 0.8000) have both risen since "
-        "step 10: the rate may be too high (d*lr of the unet 2e-06 then and 5e-06 now, lr of the text encoder 1e-06 then and 1e-06 now); "
+        "step 40: the loss of training batches (0.8000 to 0.9000) and the fixed-noise "
+        "loss (0.5000 to 0.8000) have both risen since "
+        "step 10: the rate may be too high (d*lr of the unet 2e-06 then and 5e-06 "
+        "now, lr of the text encoder 1e-06 then and 1e-06 now); "
         "compare the samples."
     )
 

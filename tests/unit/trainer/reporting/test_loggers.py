@@ -1,4 +1,7 @@
-"""Records of a run: TensorBoard's event files are read back with TensorBoard's own reader; the console is a fake terminal."""
+"""Records of a run.
+
+TensorBoard's event files are read back with TensorBoard's own reader; the console is a fake terminal.
+"""
 
 from __future__ import annotations
 
@@ -292,7 +295,8 @@ def test_recording_is_quiet_and_leaves_tensorflow_alone(tmp_path: Path):
         "from PIL import Image\n"
         "from trainer.reporting.loggers import open_loggers\n"
         "log = open_loggers(Path('run'), warn=print, networks=['unet'], adaptive=['unet'])\n"
-        "log.scalars({'a': 1.0}, 1); log.text('b', 'c', 1); log.image('d', Image.new('RGB', (8, 8)), 1); log.close()\n"
+        "log.scalars({'a': 1.0}, 1); log.text('b', 'c', 1); log.image('d', "
+        "Image.new('RGB', (8, 8)), 1); log.close()\n"
     )
     paths = os.pathsep.join([str(tmp_path / "path"), str(Path(__file__).parents[4])])
     done = subprocess.run(
@@ -388,7 +392,8 @@ def test_without_a_terminal_every_report_is_one_plain_line():
     assert len(lines) == 4
     assert lines[0] == "Samples drawn: samples/gs00001.png"
     assert re.fullmatch(
-        r"epoch 1/2, step 1/6: loss 0\.04123, lr unet 2\.8e-05 text 1\.1e-05, 33\.6 images/s, 1\.50 GiB, 00:00 left",
+        r"epoch 1/2, step 1/6: loss 0\.04123, lr unet 2\.8e-05 text 1\.1e-05, 33\.6 "
+        r"images/s, 1\.50 GiB, 00:00 left",
         lines[1],
     )
 
