@@ -913,7 +913,7 @@ def test_kohyas_folders_are_read_and_said(tmp_path):
 def test_in_kohyas_folders_the_words_before_the_first_comma_are_a_tag_and_the_first_line_is_the_caption(
     tmp_path,
 ):
-    """sd-scripts: keep_tokens N keeps the first N pieces, 0 none; of a .txt the first line is read, all of them as wildcards."""
+    """sd-scripts keep the first N pieces of a .txt's first line, or of any line as wildcards."""
     picture(tmp_path / "10_sks dog/deep/a.png")
     write(tmp_path / "10_sks dog/deep/a.txt", "one, two, three, four\nfive, six\n")
     index = index_of(tmp_path)

@@ -465,7 +465,7 @@ def test_our_own_mistakes_are_not_taken_for_bad_files(tmp_path):
 
 
 def test_odd_tiffs_write_nothing_to_the_standard_error(tmp_path):
-    """libtiff writes to the file descriptor and Pillow to logging's last resort, a line for each oddity of each file."""
+    """libtiff writes to the file descriptor and Pillow to logging's last resort, a line per oddity."""
     files = []
     for compression in ("tiff_lzw", "packbits"):
         files.append(tmp_path / f"{compression}.tif")

@@ -9,7 +9,7 @@ from trainer.evaluation.loss_watch import LossWatch
 
 
 def follow(rows, watch=None, first=0):
-    """Return what is said of (fixed, validation, training) at steps 0, 10, ...; each report comes before its evaluation."""
+    """Return the warnings about (fixed, validation, training) at steps 0, 10, ..."""
     watch = watch or LossWatch(("unet",))
     said = []
     for number, (fixed, validation, training) in enumerate(rows, first):

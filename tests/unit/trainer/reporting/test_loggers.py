@@ -313,7 +313,8 @@ def test_recording_is_quiet_and_leaves_tensorflow_alone(tmp_path: Path):
 
 def test_options_cost_no_heavy_import():
     slow = ("torch", "tensorboard", "wandb")
-    program = f"import trainer.reporting.loggers, trainer.reporting.console, sys; print([m for m in {slow} if m in sys.modules])"
+    modules = "trainer.reporting.loggers, trainer.reporting.console"
+    program = f"import {modules}, sys; print([m for m in {slow} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=Path(__file__).parents[4],
@@ -508,7 +509,7 @@ def test_other_processes_show_and_record_nothing(tmp_path: Path):
 def test_d_adaptations_own_lines_do_not_reach_the_console(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ):
-    """The library logs every step through the root logger where its log_every is set, and prints when it decays decoupled."""
+    """The library logs every step by its log_every, and prints when it decays decoupled."""
     import logging
 
     import torch
