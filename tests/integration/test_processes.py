@@ -204,7 +204,11 @@ def test_two_processes_train_as_one_and_end_together(place, capsys):
     assert alone.keys() == together.keys()
     for tag, steps in alone.items():
         # A difference of nearly equal losses is as exact as they are, however small it is itself.
-        near = {"rel": 0, "abs": 1e-5 * max(alone["loss/val"].values())} if tag == GAP else {"rel": 1e-5}
+        # Six steps of growing rates multiply differences in last bits, which depend on the threads and the CPU;
+        # norms and D-Adaptation's estimates show them more than losses do.
+        near = {"rel": 1e-5 if tag.startswith("loss/") else 3e-4}
+        if tag == GAP:
+            near = {"rel": 0, "abs": 1e-5 * max(alone["loss/val"].values())}
         assert together[tag] == pytest.approx(steps, **near), tag
     assert max(alone["dadapt/d unet"].values()) > 2e-4, "d has moved"
     others = weights(whole / "ckpts" / "last-tiny-ep03-gs00006")
