@@ -98,15 +98,6 @@ def remove(path: Path) -> None:
     patiently(delete)
 
 
-def size_of(path: Path) -> int:
-    """Return the bytes of a file, or of all files in a folder."""
-    return (
-        path.stat().st_size
-        if path.is_file()
-        else sum(found.stat().st_size for found in path.rglob("*") if found.is_file())
-    )
-
-
 def nearest_folder(path: Path) -> Path:
     """Return the deepest folder on the way to `path` that exists."""
     place = path.absolute()
