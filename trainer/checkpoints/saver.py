@@ -17,6 +17,7 @@ from trainer.checkpoints.listing import checkpoints, rotate
 from trainer.checkpoints.options import SaveOptions
 from trainer.errors import UserError
 from trainer.models.ema import SUFFIX, Ema
+from trainer.networks import by_network
 from trainer.state_file import size_of_state, write_state
 
 Kind = Literal["", "last", "interrupted", "errored", "best"]
@@ -237,8 +238,8 @@ class Saver:
 
     def _not_finite(self) -> list[str]:
         """Return the networks with a weight that is not finite: nobody can go on from such a checkpoint, and `findlast` would take it."""
-        found, models = [], self._artifact.models
-        for name, network in (("unet", models.unet), ("text encoder", models.text_encoder)):
+        found = []
+        for name, network in by_network(self._artifact.models).items():
             # Minimum and maximum take no memory beside the weights, and NaN is both where there is one.
             extremes = [
                 end.float()

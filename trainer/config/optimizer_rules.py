@@ -10,6 +10,7 @@ from trainer.config.report import Place
 from trainer.config.rules import Settings, Unknown
 from trainer.config.schema import OptimizerConfig, TrainConfig, optimizer_classes
 from trainer.errors import UserError
+from trainer.networks import NETWORKS, by_network
 from trainer.optim import OptimizerOptions
 from trainer.optim.schedules import rate_factor, warmup_steps
 
@@ -59,15 +60,11 @@ def check_rates(config: TrainConfig, trained_parameters: Mapping[str, int]) -> N
     total = sum(trained_parameters.values())
     if config.rates.allow_high_lr or total <= FULL_SIZE:
         return
-    networks = {
-        "unet": (BASE, config.optimizers.unet),
-        "text encoder": (OVERRIDES, config.optimizers.text_encoder),
-    }
     problems = [
-        f"{config.optimizer_source.name}: {section}.lr: {options.optimizer} at {options.lr:g} ruins a model "
+        f"{config.optimizer_source.name}: {NETWORKS[network].section}.lr: {options.optimizer} at {options.lr:g} ruins a model "
         f"of this size ({total / 1e6:.0f} million trained parameters); set lr to {HIGH_LR:g} or less (1e-6 "
         f"is usual) there or in {config.source.name}, or set allow_high_lr to true"
-        for network, (section, options) in networks.items()
+        for network, options in by_network(config.optimizers).items()
         if trained_parameters.get(network) and not options.adapts and (options.lr or 0) > HIGH_LR
     ]
     if problems:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trainer.errors import UserError
 from trainer.models.options import EmaOptions
 from trainer.models.pipeline import Models
+from trainer.networks import by_network
 
 SUFFIX = "ema"
 """What files of averaged weights are marked with."""
@@ -157,7 +158,7 @@ def weights_of(
     Raises:
         UserError: it lacks some, or has them in other shapes.
     """
-    networks: dict[str, Any] = {"unet": models.unet, "text encoder": models.text_encoder}
+    networks = by_network(models)
     found: dict[str, list[Tensor]] = {}
     for network, learning in names.items():
         there = dict(networks[network].named_parameters())

@@ -22,6 +22,7 @@ from trainer.errors import UserError
 from trainer.models.options import BASE_FILE, LoraOptions
 from trainer.models.pipeline import Models, TrainedParts
 from trainer.models.tensor_file import TensorFile
+from trainer.networks import NETWORKS
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name that diffusers looks for in a folder."""
@@ -29,7 +30,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER_CONFIG = "lora_adapter_metadata"
 """Header field from which diffusers takes rank and alpha."""
 
-PREFIX = {"unet": "unet", "text encoder": "text_encoder"}
+PREFIX = {name: network.attribute for name, network in NETWORKS.items()}
 """What a network's tensors begin with in files."""
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")

@@ -10,9 +10,7 @@ from trainer.errors import UserError
 from trainer.models.lora import attach
 from trainer.models.options import FreezingOptions, TrainableOptions
 from trainer.models.pipeline import Models, Part, TrainedParts
-
-UNET = "unet"
-TEXT_ENCODER = "text encoder"
+from trainer.networks import TEXT_ENCODER, UNET, by_network
 
 
 def apply_freezing(models: Models, parts: TrainableOptions, freezing: FreezingOptions) -> TrainedParts:
@@ -30,7 +28,7 @@ def apply_freezing(models: Models, parts: TrainableOptions, freezing: FreezingOp
     unet_trains = not parts.disable_unet_training
     models.unet.requires_grad_(unet_trains)
     models.vae.requires_grad_(False)
-    networks: dict[str, nn.Module] = {UNET: models.unet, TEXT_ENCODER: models.text_encoder}
+    networks: dict[str, nn.Module] = by_network(models)
     words = {UNET: "everything" if unet_trains else "nothing", TEXT_ENCODER: what}
     if parts.lora is not None:
         words = {name: attach(network, parts.lora) for name, network in networks.items()}

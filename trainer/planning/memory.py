@@ -18,7 +18,7 @@ from trainer.evaluation.fixed_noise import TIMESTEPS
 from trainer.evaluation.sampling import Sampler
 from trainer.models.pipeline import Models
 from trainer.planning.memory_advice import CHANGES
-from trainer.planning.memory_ledger import KINDS, NETWORKS
+from trainer.planning.memory_ledger import COLUMNS, KINDS
 from trainer.planning.memory_trace import Phase, Work, footprint
 from trainer.training.precision import Precision
 
@@ -67,9 +67,9 @@ class Estimate:
         """Return a table and what follows from it."""
         phase = self.largest
         name, unit = ("GiB", 2**30) if self.peak >= 2**30 else ("MiB", 2**20)
-        table: list[tuple[str, list[str]]] = [(f"memory, {name}", [*NETWORKS])]
+        table: list[tuple[str, list[str]]] = [(f"memory, {name}", [*COLUMNS])]
         for kind in KINDS:
-            sizes = [phase.of(kind, network) for network in NETWORKS]
+            sizes = [phase.of(kind, network) for network in COLUMNS]
             if any(size >= unit // 100 for size in sizes):
                 table.append((kind, [f"{size / unit:.2f}" if size >= unit // 100 else "" for size in sizes]))
         lines = [f"{kind:<22}{''.join(f'{cell:>14}' for cell in cells)}".rstrip() for kind, cells in table]

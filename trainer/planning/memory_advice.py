@@ -7,6 +7,7 @@ from typing import Any
 
 from trainer.config.schema import TrainConfig, optimizer_classes
 from trainer.models.options import LoraOptions
+from trainer.networks import NETWORKS, TEXT_ENCODER, UNET, by_network
 from trainer.optim import OptimizerOptions
 
 
@@ -151,16 +152,13 @@ CHANGES = (
 
 def _learning(config: TrainConfig) -> dict[str, OptimizerOptions]:
     """Return the optimizers of what learns by their section in the optimizer file."""
-    sections = {"base": config.optimizers.unet, "text_encoder_overrides": config.optimizers.text_encoder}
-    frozen = {
-        "base": config.parts.disable_unet_training,
-        "text_encoder_overrides": config.parts.disable_textenc_training,
-    }
-    return {section: options for section, options in sections.items() if not frozen[section]}
+    frozen = {UNET: config.parts.disable_unet_training, TEXT_ENCODER: config.parts.disable_textenc_training}
+    options = by_network(config.optimizers)
+    return {NETWORKS[name].section: options[name] for name in options if not frozen[name]}
 
 
 def _with(config: TrainConfig, section: str, options: OptimizerOptions) -> TrainConfig:
     """Return the configuration with another optimizer for one section."""
-    field = {"base": "unet", "text_encoder_overrides": "text_encoder"}[section]
+    field = next(network.attribute for network in NETWORKS.values() if network.section == section)
     changed: dict[str, Any] = {field: options}
     return replace(config, optimizers=replace(config.optimizers, **changed))

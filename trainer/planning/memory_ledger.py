@@ -15,11 +15,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from trainer.models.trainable import TEXT_ENCODER, UNET
+from trainer.networks import NETWORKS, TEXT_ENCODER, UNET
 from trainer.training.precision import Precision
 
 VAE = "vae"
-NETWORKS = (UNET, TEXT_ENCODER, VAE)
+COLUMNS = (*NETWORKS, VAE)
 WEIGHTS, GRADIENTS, STATE, EMA, ACTIVATIONS, COPIES = KINDS = (
     "weights",
     "gradients",

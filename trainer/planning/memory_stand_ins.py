@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainer.models.trainable import UNET
+from trainer.networks import UNET
 from trainer.optim import OptimizerOptions
 from trainer.optim.schedules import ScheduleOptions
 from trainer.planning.memory_ledger import META, WEIGHTS, Ledger

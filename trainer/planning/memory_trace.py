@@ -26,7 +26,8 @@ from trainer.models.lora import named
 from trainer.models.networks import empty_text_encoder, empty_unet, empty_vae
 from trainer.models.pipeline import Models
 from trainer.models.placement import place
-from trainer.models.trainable import TEXT_ENCODER, UNET, apply_freezing
+from trainer.models.trainable import apply_freezing
+from trainer.networks import TEXT_ENCODER, by_network
 from trainer.optim import OptimizerOptions
 from trainer.optim.optimizer_set import OptimizerSet
 from trainer.planning.memory_ledger import EMA, META, STATE, VAE, WEIGHTS, AsOnDevice, Kind, Ledger
@@ -98,18 +99,11 @@ class _Trace:
         place(self._models, META, channels_last=config.precision.channels_last, weights=precision.weights)
         for matrix in named(self._parts).values() if config.parts.lora is not None else ():
             matrix.data = matrix.data.float()
-        self._networks: dict[str, Any] = {
-            UNET: self._models.unet,
-            TEXT_ENCODER: self._models.text_encoder,
-            VAE: self._models.vae,
-        }
-        for name, part in (
-            (UNET, self._models.unet),
-            (TEXT_ENCODER, self._models.text_encoder),
-            (VAE, self._models.vae.encoder),
-            (VAE, self._models.vae.decoder),
-        ):
-            self._ledger.follow(part, name)
+        self._networks: dict[str, Any] = {**by_network(self._models), VAE: self._models.vae}
+        for name, network in by_network(self._models).items():
+            self._ledger.follow(network, name)
+        for part in (self._models.vae.encoder, self._models.vae.decoder):
+            self._ledger.follow(part, VAE)
         for name, network in self._networks.items():
             self._ledger.put(_tensors(network), (WEIGHTS, name))
             for parameter in network.parameters():
@@ -151,10 +145,7 @@ class _Trace:
 
     def _optimizers(self) -> Any:
         """Return the run's optimizers with their state, those of libraries replaced by what takes as much memory."""
-        chosen: dict[str, OptimizerOptions] = {
-            UNET: self._config.optimizers.unet,
-            TEXT_ENCODER: self._config.optimizers.text_encoder,
-        }
+        chosen: dict[str, OptimizerOptions] = by_network(self._config.optimizers)
         options: dict[str, Any] = {
             name: option if traceable(option) else stand_in(option, self._precision)
             for name, option in chosen.items()

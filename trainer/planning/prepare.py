@@ -29,7 +29,8 @@ from trainer.evaluation.validation import Split, split_images
 from trainer.models.ema import plan_ema
 from trainer.models.load import describe
 from trainer.models.pipeline import Models, Part
-from trainer.models.trainable import TEXT_ENCODER, UNET, apply_freezing
+from trainer.models.trainable import apply_freezing
+from trainer.networks import TEXT_ENCODER, by_network
 from trainer.optim import OptimizerOptions
 from trainer.planning.memory import Estimate, estimate, size_of_device, work_of
 from trainer.planning.resume import Start, about_run, changes, check_same_run, find_start
@@ -162,7 +163,7 @@ class Plan:
 
     def _network(self, network: str) -> str:
         part = self.counts[network]
-        learning = f"{_optimizer(optimizers_of(self.config)[network])}; " if part.trained else ""
+        learning = f"{_optimizer(by_network(self.config.optimizers)[network])}; " if part.trained else ""
         return f"{learning}trains {part.what}: {part.trained:,} of {part.total:,} parameters"
 
     def _batch(self) -> str:
@@ -249,11 +250,6 @@ def prepare(
         notes=(*start.notes, *split.notes, *notes, *models.notes),
         computes=f"{precision.name} on {precision.device}",
     )
-
-
-def optimizers_of(config: TrainConfig) -> dict[str, OptimizerOptions]:
-    """Return the optimizer of each network."""
-    return {UNET: config.optimizers.unet, TEXT_ENCODER: config.optimizers.text_encoder}
 
 
 def images_per_step(config: TrainConfig, ranks: int) -> int:

@@ -16,6 +16,7 @@ from trainer.checkpoints.run_folder import run_of
 from trainer.config import FORMAT, clip_skip_of_format_1, flattened
 from trainer.errors import UserError, said
 from trainer.models.lora import read_base
+from trainer.networks import by_network
 
 if TYPE_CHECKING:
     from data.index import Index
@@ -183,7 +184,7 @@ def about_run(
         total_steps: optimizer steps of the whole run.
         processes: how many share each step.
     """
-    optimizers = {"unet": config.optimizers.unet, "text encoder": config.optimizers.text_encoder}
+    optimizers = by_network(config.optimizers)
     return {
         "project": config.logging.project_name,
         "total_steps": total_steps,

@@ -15,9 +15,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from trainer.networks import NETWORKS
 from trainer.output import clean, say, surviving
-
-_SHORT = {"text encoder": "text"}
 
 _WIDE = 116
 """Columns of the whole progress bar; a narrower terminal shows its numbers without the bar."""
@@ -42,7 +41,7 @@ class Report:
         """Return the end of a line."""
         parts = [f"loss {self.loss:.4g}"]
         if self.rates:
-            rates = [f"{_SHORT.get(network, network)} {rate:.2g}" for network, rate in self.rates.items()]
+            rates = [f"{NETWORKS[network].short} {rate:.2g}" for network, rate in self.rates.items()]
             parts.append(f"lr {' '.join(rates)}")
         if self.images_per_second is not None:
             parts.append(f"{self.images_per_second:.3g} images/s")

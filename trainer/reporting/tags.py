@@ -7,4 +7,3 @@ VALIDATION_LOSS = "loss/val"
 GAP = "loss/val minus stabilize-train"
 SKIPPED = "optimizer/skipped steps"
 NOT_FINITE = "optimizer/gradients not finite"
-NORM_TAGS = {"unet": "optimizer/unet_grad_norm", "text encoder": "optimizer/te_grad_norm"}

@@ -22,6 +22,7 @@ from typing import Any
 from PIL import Image
 
 from trainer.errors import UserError
+from trainer.networks import NETWORKS
 from trainer.reporting.jsonl import append
 
 # tensorboard looks for this module, and then does not import TensorFlow where it is installed (Colab), which
@@ -56,7 +57,7 @@ class TensorBoardLogger:
         folder: Path,
         *,
         warn: Callable[[str], None],
-        networks: Sequence[str] = ("unet", "text encoder"),
+        networks: Sequence[str] = tuple(NETWORKS),
         adaptive: Collection[str] = (),
         purge_step: int | None = None,
     ) -> None:

@@ -15,11 +15,11 @@ from trainer.evaluation.fixed_noise import FixedLoss, Validation
 from trainer.evaluation.loss_watch import LossWatch
 from trainer.models.compiled import compile_networks, uncompiled
 from trainer.models.placement import skipped_layers
-from trainer.models.trainable import TEXT_ENCODER, UNET
+from trainer.networks import NETWORKS, TEXT_ENCODER, UNET, by_network
 from trainer.optim.dadapt import EstimateOptions
 from trainer.optim.optimizer_set import OptimizerSet
 from trainer.optim.watch import AdaptationWatch
-from trainer.planning.prepare import Plan, optimizers_of
+from trainer.planning.prepare import Plan
 from trainer.planning.resume import restore_state
 from trainer.reporting.console import Console
 from trainer.reporting.loggers import Loggers
@@ -36,9 +36,7 @@ from trainer.training.ranks import Processes
 from trainer.training.run import Evaluation, Learner, Records, Run
 from trainer.training.signals import StopSignals
 
-__all__ = ["NAMED_FILES", "SECTIONS", "build"]
-
-SECTIONS = {UNET: "base", TEXT_ENCODER: "text_encoder_overrides"}
+__all__ = ["NAMED_FILES", "build"]
 
 
 def build(
@@ -83,7 +81,7 @@ def build(
         latents=encoded.latents,
     )
     optimizers = OptimizerSet(
-        optimizers_of(config),
+        by_network(config.optimizers),
         {network: [parameter for _, parameter in named] for network, named in parts.parameters.items()},
         total_steps=plan.total_steps,
     )
@@ -100,7 +98,7 @@ def build(
         for member in optimizers.members
         if isinstance(member.options, EstimateOptions)
     }
-    watch = AdaptationWatch(adaptive, SECTIONS)
+    watch = AdaptationWatch(adaptive, {name: network.section for name, network in NETWORKS.items()})
     measured_on = [held.index.fingerprint() for held in plan.split.held_out if held.tag == VALIDATION_LOSS]
     loss_watch = LossWatch(tuple(adaptive), " ".join(measured_on))
     state = start.state or TrainState()

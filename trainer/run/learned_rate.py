@@ -11,6 +11,7 @@ from trainer.checkpoints.atomic import appearing
 from trainer.config import check_rates
 from trainer.config.resolved import documents
 from trainer.errors import UserError
+from trainer.networks import NETWORKS
 from trainer.optim import AdamW8bitFusedOptions, AdamW8bitOptions
 from trainer.optim.dadapt import AdaptedMomentOptions
 
@@ -53,7 +54,8 @@ def hand_over(run: Run, config: TrainConfig) -> list[str]:
         handed = replace(
             config,
             optimizers=replace(
-                config.optimizers, **{_FIELD[network]: options for network, options in found.items()}
+                config.optimizers,
+                **{NETWORKS[network].attribute: options for network, options in found.items()},
             ),
         )
         rates = " and ".join(f"{options.lr:g} for the {network}" for network, options in found.items())
@@ -86,9 +88,6 @@ def hand_over(run: Run, config: TrainConfig) -> list[str]:
         },
     )
     return [f"Found rate:  {path}: AdamW in 8 bits at {rates}{needs}{'.' + caps if caps else ''}"]
-
-
-_FIELD = {"unet": "unet", "text encoder": "text_encoder"}
 
 
 def _reason(network: str, options: OptimizerOptions, watch: AdaptationWatch) -> str | None:

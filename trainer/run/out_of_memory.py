@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from trainer.checkpoints.atomic import in_gib
+from trainer.networks import by_network
 from trainer.state_file import size_of_state
 from trainer.training.run import Run
 
@@ -36,11 +37,7 @@ def memory_table(run: Run) -> list[str]:
     rows = []
     held = 0
     networks = run.learner.networks
-    for name, network in (
-        ("unet", networks.unet),
-        ("text encoder", networks.text_encoder),
-        ("vae", networks.vae),
-    ):
+    for name, network in {**by_network(networks), "vae": networks.vae}.items():
         weights = [
             parameter
             for parameter in network.parameters()

@@ -11,6 +11,7 @@ from trainer.config import without_folders
 from trainer.evaluation.fixed_noise import choose_images
 from trainer.models.ema import SUFFIX
 from trainer.models.pipeline import Models
+from trainer.networks import NETWORKS
 from trainer.planning.prepare import Plan
 from trainer.reporting.curves import Curves
 from trainer.reporting.model_card import Card, origin_of
@@ -18,7 +19,7 @@ from trainer.reporting.tags import FIXED_LOSS, LOSS, VALIDATION_LOSS
 from trainer.training.run import Run
 from trainer.transfer import visiting
 
-CARD_ROWS = ("unet", "text encoder", "batch", "ema", "precision", "seed")
+CARD_ROWS = (*NETWORKS, "batch", "ema", "precision", "seed")
 """Rows of the plan that the model card shows."""
 
 

@@ -6,7 +6,8 @@ import torch
 from tests.tiny import TEXT_LAYERS, tiny_models
 from trainer.errors import UserError
 from trainer.models.options import FreezingOptions, TrainableOptions
-from trainer.models.trainable import TEXT_ENCODER, UNET, apply_freezing
+from trainer.models.trainable import apply_freezing
+from trainer.networks import TEXT_ENCODER, UNET
 
 EMBEDDINGS, NORM = "embeddings", "final_layer_norm"
 
