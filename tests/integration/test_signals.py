@@ -107,7 +107,7 @@ def test_the_first_signal_saves_and_the_run_goes_on_to_the_bit(
     [
         "trainer.models.load._base",
         "trainer.training.latent_cache._encode",
-        "trainer.run.build.OptimizerSet",
+        "trainer.run.saved.OptimizerSet",
         "trainer.run.announce.show_data",
         "trainer.evaluation.fixed_noise:FixedLoss.measure",
         "trainer.evaluation.sampling:Drawing.images",

@@ -17,7 +17,8 @@ from trainer.planning.memory_advice import cheapest_key
 from trainer.planning.prepare import Plan, prepare
 from trainer.planning.resume import resume_command
 from trainer.reporting.console import Console
-from trainer.run.build import NAMED_FILES, build
+from trainer.run.announce import NAMED_FILES
+from trainer.run.build import build
 from trainer.run.learned_rate import hand_over
 from trainer.run.out_of_memory import is_out_of_memory, memory_table
 from trainer.training.loop import train

@@ -7,13 +7,16 @@ from dataclasses import replace
 import torch
 
 from trainer.checkpoints.artifact import Artifact, artifact_of
+from trainer.diffusion.objective import Networks
 from trainer.models.ema import Ema, decay_of, weights_of
 from trainer.models.load import load_models
 from trainer.models.pipeline import Models, TrainedParts
-from trainer.models.placement import place
+from trainer.models.placement import place, skipped_layers
 from trainer.models.trainable import apply_freezing
+from trainer.networks import TEXT_ENCODER, UNET
 from trainer.planning.prepare import Plan, set_noise_schedule
 from trainer.training.precision import Precision
+from trainer.training.ranks import Processes
 
 
 def load(plan: Plan, precision: Precision) -> tuple[Models, TrainedParts, Artifact]:
@@ -31,6 +34,16 @@ def load(plan: Plan, precision: Precision) -> tuple[Models, TrainedParts, Artifa
     place(models, precision.device, channels_last=config.precision.channels_last, weights=precision.weights)
     artifact.begin(config.loop.seed)
     return models, parts, artifact
+
+
+def wrap(models: Models, parts: TrainedParts, processes: Processes, clip_skip: int) -> Networks:
+    """Return the networks as a step runs them: the trained ones average their gradients over ranks."""
+    unet, text_encoder = models.unet, models.text_encoder
+    if UNET in parts.parameters:
+        unet = processes.wrap(unet)
+    if TEXT_ENCODER in parts.parameters:
+        text_encoder = processes.wrap(text_encoder, skipped_layers(models, clip_skip))
+    return Networks(unet, text_encoder, models.vae)
 
 
 def make_ema(plan: Plan, parts: TrainedParts, device: torch.device) -> Ema | None:
