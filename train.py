@@ -8,7 +8,8 @@ from pathlib import Path
 from trainer.environment import check_environment
 from trainer.errors import UserError
 from trainer.output import open_streams, say
-from trainer.training.ranks import ToldElsewhere, rank, rank_on_machine
+from trainer.training.launch import rank, rank_on_machine
+from trainer.training.ranks import ToldElsewhere
 from trainer.training.signals import Interrupted, StopSignals
 
 

@@ -148,7 +148,7 @@ def build(config: TrainConfig) -> Run:
     from trainer.models.quiet import quiet_libraries
     from trainer.reporting.console import Console
     from trainer.run.lifecycle import start
-    from trainer.training.ranks import connect
+    from trainer.training.launch import connect
     from trainer.training.signals import StopSignals
 
     quiet_libraries()

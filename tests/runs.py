@@ -57,7 +57,7 @@ def workplace(tmp_path, model, monkeypatch):
 def no_estimate(monkeypatch):
     """Let --check leave out the memory that a run will need, which takes it two seconds: for tests of what else it tells."""
     monkeypatch.setattr(
-        "trainer.planning.prepare.estimate", lambda *_, **__: SimpleNamespace(lines=list, as_json=dict)
+        "trainer.planning.plan.estimate", lambda *_, **__: SimpleNamespace(lines=list, as_json=dict)
     )
 
 

@@ -126,9 +126,9 @@ def draw(
     from scripts.grids.columns import load
     from trainer.evaluation.sampling import Sampler
     from trainer.models.quiet import quiet_libraries
+    from trainer.training.launch import expected
     from trainer.training.options import PrecisionOptions
     from trainer.training.precision import resolve_precision
-    from trainer.training.ranks import expected
 
     if x == y:
         raise UserError(f"--x and --y: both are {x}; name two of {', '.join(AXES)}.")

@@ -242,7 +242,7 @@ def test_a_command_runs(command, copy, monkeypatch, capsys):
 @pytest.mark.parametrize("command", CHECKED)
 def test_a_training_command_passes_its_check(command, copy, monkeypatch, capsys):
     monkeypatch.chdir(copy)
-    monkeypatch.setattr("trainer.planning.prepare.estimate", lambda *_, **__: Estimate([], "cpu", 0, None))
+    monkeypatch.setattr("trainer.planning.plan.estimate", lambda *_, **__: Estimate([], "cpu", 0, None))
     monkeypatch.setattr(Estimate, "lines", lambda _: [])
     program, *arguments = here(command.replace(" --vram 12", "").removesuffix(" --check"), copy)
     if (copy, *arguments) in CHECKS:

@@ -19,10 +19,12 @@ from trainer.output import say
 from trainer.planning.contact_sheets import ContactSheets
 from trainer.planning.disk import plan_disk
 from trainer.planning.memory import Estimate
-from trainer.planning.prepare import Plan, aligned, prepare
+from trainer.planning.plan import Plan, aligned
+from trainer.planning.prepare import prepare
 from trainer.training.latent_cache import plan_latents
+from trainer.training.launch import expected
 from trainer.training.precision import Precision, imagined_precision, resolve_precision
-from trainer.training.ranks import Processes, expected
+from trainer.training.ranks import Processes
 
 
 def check(

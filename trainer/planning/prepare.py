@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,165 +13,24 @@ from data.errors import DataError
 from data.index import refuse_bad
 from data.plan import steps_before, steps_per_epoch
 from data.saved_index import FEWEST, remembered_index
-from trainer.checkpoints.artifact import Artifact, artifact_of
+from trainer.checkpoints.artifact import artifact_of
 from trainer.config import TrainConfig, check_fused_backward, check_rates, check_schedules
-from trainer.config.paths import shown_path
 from trainer.config.sample_file import load_sample_prompts
 from trainer.config.validation_file import load_validation
-from trainer.diffusion.conditioning import Tokenize
 from trainer.diffusion.schedule import with_zero_terminal_snr
 from trainer.errors import UserError
 from trainer.evaluation.options import SamplePrompts, ValidationFile
-from trainer.evaluation.sampling import Sampler
 from trainer.evaluation.schedulers import check_scheduler
 from trainer.evaluation.validation import Split, split_images
 from trainer.models.ema import plan_ema
 from trainer.models.load import describe
-from trainer.models.pipeline import Models, Part
+from trainer.models.pipeline import Models
 from trainer.models.trainable import apply_freezing
-from trainer.networks import TEXT_ENCODER, by_network
-from trainer.optim import OptimizerOptions
-from trainer.planning.memory import Estimate, estimate, size_of_device, work_of
+from trainer.planning.plan import Plan, images_per_step
 from trainer.planning.resume import Start, about_run, changes, check_same_run, find_start
-from trainer.training.latent_cache import LatentPlan, cache_folder, plan_latents
+from trainer.training.latent_cache import cache_folder, plan_latents
 from trainer.training.precision import Precision
 from trainer.training.ranks import Processes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Everything about a run that is decided before weights load; the same on all ranks."""
-
-    config: TrainConfig
-    """The configuration with its open values decided: seed, revision, steps between samples."""
-
-    start: Start
-    prompts: SamplePrompts
-    validation: ValidationFile
-    split: Split
-
-    models: Models
-    """The networks on the meta device."""
-
-    artifact: Artifact
-    counts: Mapping[str, Part]
-    """Trained and all parameters, by network."""
-
-    total_steps: int
-    steps_of_epoch: int
-    """Optimizer steps of the first epoch."""
-
-    ranks: int
-    latents: LatentPlan
-
-    about: Mapping[str, Any]
-    """The run as its checkpoints record it."""
-
-    changed: tuple[str, ...]
-    """Differences from the resumed run's configuration."""
-
-    notes: tuple[str, ...]
-
-    computes: str
-    """Number format and device in words."""
-
-    @property
-    def images_per_step(self) -> int:
-        """Images of a full optimizer step over all ranks."""
-        return images_per_step(self.config, self.ranks)
-
-    @property
-    def trains_text(self) -> bool:
-        """Whether the text encoder has trained parameters."""
-        return self.counts[TEXT_ENCODER].trained > 0
-
-    @property
-    def validation_batch(self) -> int:
-        """Images and timesteps that are validated at a time."""
-        return self.validation.batch_size or self.config.data.batch_size
-
-    def at_revision(self, revision: str) -> Plan:
-        """Return the plan with the commit that a model on the hub was downloaded from."""
-        config = replace(self.config, model=replace(self.config.model, revision=revision))
-        about = {**self.about, "config": {**self.about["config"], "revision": revision}}
-        return replace(self, config=config, about=about)
-
-    def tokenize(self, tokenizer: Any) -> Tokenize:
-        """Return the function that turns captions into tokens."""
-        return Tokenize(tokenizer, _chunks(self.config))
-
-    def sampler(self) -> Sampler:
-        """Return the sampler of the run's prompts."""
-        config = self.config
-        return Sampler(
-            self.prompts,
-            resolution=max(config.data.resolutions),
-            seed=config.loop.seed,
-            batch_size=config.data.batch_size,
-            captions=[record.caption.text for record in self.split.train.records],
-            clip_skip=config.objective.clip_skip,
-            chunks=_chunks(config),
-        )
-
-    def memory(self, precision: Precision, size: int | None = None) -> Estimate:
-        """Estimate the peak memory.
-
-        Args:
-            precision: number format and device.
-            size: bytes of the device; None for those of the device at hand.
-        """
-        work = work_of(
-            self.config,
-            self.split.train,
-            self.sampler(),
-            latents_kept=self.latents.mode != "no",
-            trains_text=self.trains_text,
-            held_out=self.validation_batch if self.split.held_out else 0,
-        )
-        holds = size_of_device(precision) if size is None else size
-        return estimate(self.config, self.models, precision, work, holds=holds)
-
-    def rows(self) -> list[tuple[str, str]]:
-        """Return the plan as names and texts."""
-        config = self.config
-        loop, saving, samples = config.loop, config.saving, config.samples
-        limits = [f"{loop.stop_after_steps}"] if loop.stop_after_steps else []
-        limits += [f"{loop.max_train_time:g} minutes of training"] if loop.max_train_time else []
-        stop = f", stopping after {' or '.join(limits)}" if limits else ""
-        every = f"every {saving.save_every_n_epochs} epochs and " if saving.save_every_n_epochs else ""
-        kind = "diffusers" if saving.no_save_ckpt else saving.save_format
-        averaged, held_out = plan_ema(config.ema, self.total_steps), self.split.lines()
-        new = Path(config.logging.logdir) / f"{run_name(config)}-<time>"
-        return [
-            ("model", self.models.source),
-            *((network, self._network(network)) for network in self.counts),
-            ("steps", f"{self.total_steps:,} = {loop.max_epochs} epochs of {self.steps_of_epoch:,}{stop}"),
-            ("batch", self._batch()),
-            ("latents", str(self.latents)),
-            *([("held out", ", ".join(held_out))] if held_out else []),
-            *([("ema", averaged)] if averaged else []),
-            ("precision", self.computes),
-            ("seed", str(loop.seed)),
-            (
-                "samples",
-                f"every {samples.sample_steps} steps, from {samples.sample_prompts or 'four captions of the data'}",
-            ),
-            ("checkpoints", f"{every}at the end: {_forms(self.artifact)[kind]}"),
-            ("outputs", shown_path(self.start.run or new)),
-        ]
-
-    def _network(self, network: str) -> str:
-        part = self.counts[network]
-        learning = f"{_optimizer(by_network(self.config.optimizers)[network])}; " if part.trained else ""
-        return f"{learning}trains {part.what}: {part.trained:,} of {part.total:,} parameters"
-
-    def _batch(self) -> str:
-        data, passes = self.config.data, self.config.loop.grad_accum
-        own = data.batch_size * passes
-        among = f", {own} on each of {self.ranks} processes" if self.ranks > 1 else ""
-        split = f" in {passes} passes of {data.batch_size}" if passes > 1 else ""
-        sizes = " and ".join(map(str, data.resolutions))
-        return f"{own * self.ranks} images a step{among}{split}, resolution {sizes}"
 
 
 def prepare(
@@ -252,21 +110,6 @@ def prepare(
     )
 
 
-def images_per_step(config: TrainConfig, ranks: int) -> int:
-    """Return the images of a full optimizer step over all ranks."""
-    return config.data.batch_size * config.loop.grad_accum * ranks
-
-
-def run_name(config: TrainConfig) -> str:
-    """Return the name of a run without its time."""
-    return "-".join(part for part in (config.logging.project_name, config.logging.run_name) if part)
-
-
-def aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
-    """Return names and texts as lines."""
-    return [f"{name:<13}{text}" for name, text in rows]
-
-
 def set_noise_schedule(config: TrainConfig, prompts: SamplePrompts, models: Models) -> None:
     """Give the model the noise schedule that it is trained, sampled and saved with.
 
@@ -276,11 +119,6 @@ def set_noise_schedule(config: TrainConfig, prompts: SamplePrompts, models: Mode
     if config.objective.enable_zero_terminal_snr and not models.assumed:
         models.scheduler_config = with_zero_terminal_snr(models.scheduler_config, models.source)
     check_scheduler(prompts, models.scheduler_config)
-
-
-def _chunks(config: TrainConfig) -> int:
-    """Return the 75-token chunks of a caption."""
-    return config.data.max_tokens // 75
 
 
 def _scan(config: TrainConfig, validation: ValidationFile, *, for_run: bool) -> Split:
@@ -360,16 +198,3 @@ def _log_folder_problem(logdir: Path) -> str | None:
     if not os.access(place, os.W_OK | os.X_OK):
         return f"logdir: the folder {place} cannot be written to; choose another logdir or change its permissions."
     return None
-
-
-def _forms(artifact: Artifact) -> dict[str, str]:
-    """Return the forms of a checkpoint in words, by save_format."""
-    folder, single = artifact.folder_name, artifact.file_name
-    return {"both": f"{folder} and {single}", "diffusers": folder, "single": single}
-
-
-def _optimizer(options: OptimizerOptions) -> str:
-    rate = f"lr {options.lr:g}" + (" x the d it finds" if options.adapts else "")
-    rate_max = getattr(options, "rate_max", math.inf)
-    cap = f", at most {rate_max:g}" if rate_max < math.inf else ""
-    return f"{options.optimizer}, {rate}{cap}, {options.lr_scheduler}"

@@ -10,7 +10,7 @@ from trainer.checkpoints.format import TrainState
 from trainer.diffusion.conditioning import Tokenize
 from trainer.optim.optimizer_set import OptimizerSet
 from trainer.optim.schedules import rate_factor
-from trainer.planning.prepare import Plan, aligned
+from trainer.planning.plan import Plan, aligned
 from trainer.reporting.console import Console
 from trainer.run.encode import Encoded
 from trainer.training.precision import Precision

@@ -9,7 +9,7 @@ from data.loader import StepLoader
 from trainer.diffusion.objective import make_objective
 from trainer.evaluation.fixed_noise import FixedLoss, Validation
 from trainer.models.compiled import compile_networks, uncompiled
-from trainer.planning.prepare import Plan
+from trainer.planning.plan import Plan
 from trainer.reporting.console import Console
 from trainer.reporting.loggers import Loggers
 from trainer.run.announce import announce

@@ -18,7 +18,7 @@ from trainer.errors import UserError
 from trainer.evaluation.fixed_noise import TIMESTEPS, held_out_batches
 from trainer.evaluation.validation import HeldOut
 from trainer.models.pipeline import Models
-from trainer.planning.prepare import Plan
+from trainer.planning.plan import Plan
 from trainer.reporting.console import Console
 from trainer.training.latent_cache import cache_folder, encode_captions, encode_images
 from trainer.training.precision import Precision

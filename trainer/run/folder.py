@@ -16,7 +16,7 @@ from trainer.checkpoints.run_folder import mark
 from trainer.config import TrainConfig, write_resolved
 from trainer.errors import UserError
 from trainer.models.pipeline import Models
-from trainer.planning.prepare import Plan, run_name
+from trainer.planning.plan import Plan, run_name
 from trainer.reporting.console import Console
 from trainer.reporting.curves import Curves
 from trainer.reporting.loggers import Loggers, open_loggers

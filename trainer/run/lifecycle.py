@@ -14,16 +14,18 @@ from trainer.environment import check_cuda
 from trainer.errors import UserError, said
 from trainer.models.compiled import require_compiler
 from trainer.planning.memory_advice import cheapest_key
-from trainer.planning.prepare import Plan, prepare
+from trainer.planning.plan import Plan
+from trainer.planning.prepare import prepare
 from trainer.planning.resume import resume_command
 from trainer.reporting.console import Console
 from trainer.run.announce import NAMED_FILES
 from trainer.run.build import build
 from trainer.run.learned_rate import hand_over
 from trainer.run.out_of_memory import is_out_of_memory, memory_table
+from trainer.training.launch import connect
 from trainer.training.loop import train
 from trainer.training.precision import resolve_precision
-from trainer.training.ranks import Processes, connect
+from trainer.training.ranks import Processes
 from trainer.training.run import Run
 from trainer.training.signals import StopSignals
 

@@ -14,7 +14,8 @@ from trainer.models.pipeline import Models, TrainedParts
 from trainer.models.placement import place, skipped_layers
 from trainer.models.trainable import apply_freezing
 from trainer.networks import TEXT_ENCODER, UNET
-from trainer.planning.prepare import Plan, set_noise_schedule
+from trainer.planning.plan import Plan
+from trainer.planning.prepare import set_noise_schedule
 from trainer.training.precision import Precision
 from trainer.training.ranks import Processes
 

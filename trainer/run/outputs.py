@@ -12,7 +12,7 @@ from trainer.evaluation.fixed_noise import choose_images
 from trainer.models.ema import SUFFIX
 from trainer.models.pipeline import Models
 from trainer.networks import NETWORKS
-from trainer.planning.prepare import Plan
+from trainer.planning.plan import Plan
 from trainer.reporting.curves import Curves
 from trainer.reporting.model_card import Card, origin_of
 from trainer.reporting.tags import FIXED_LOSS, LOSS, VALIDATION_LOSS

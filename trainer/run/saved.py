@@ -20,7 +20,7 @@ from trainer.networks import NETWORKS, by_network
 from trainer.optim.dadapt import EstimateOptions
 from trainer.optim.optimizer_set import OptimizerSet
 from trainer.optim.watch import AdaptationWatch
-from trainer.planning.prepare import Plan
+from trainer.planning.plan import Plan
 from trainer.planning.resume import restore_state
 from trainer.reporting.console import Console
 from trainer.reporting.metrics import Meter

@@ -8,7 +8,8 @@ import torch
 from accelerate import PartialState
 
 from trainer.errors import UserError
-from trainer.training.ranks import Processes, connect, expected, launched, rank, rank_on_machine
+from trainer.training.launch import connect, expected, launched, rank, rank_on_machine
+from trainer.training.ranks import Processes
 from trainer.training.signals import Interrupted, StopSignals
 
 
