@@ -72,7 +72,9 @@ def functions(name: str, text: str) -> dict[str, int]:
 
 def test_functions_fit_a_screen():
     program = {name: text for name, text in sources().items() if not name.startswith("scripts")}
-    lengths = {name: lines for module, text in program.items() for name, lines in functions(module, text).items()}
+    lengths = {
+        name: lines for module, text in program.items() for name, lines in functions(module, text).items()
+    }
     long = {name for name, lines in lengths.items() if lines > LONGEST_FUNCTION}
     assert long == set(LONG_FUNCTIONS)
 
@@ -85,7 +87,9 @@ def test_files_stay_short():
 def test_no_import_goes_round_among_files():
     """Imports for types count too: a circle means that two files are one."""
     tree = {name: read_imports(text, set(sources())) for name, text in sources().items()}
-    edges = {name: {found.target for found in imports if found.target in tree} for name, imports in tree.items()}
+    edges = {
+        name: {found.target for found in imports if found.target in tree} for name, imports in tree.items()
+    }
     done: set[str] = set()
 
     def circle(name: str, way: tuple[str, ...]) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ DIFFUSION = (
 LIBRARIES = {  # which modules may import a library; the scripts may import all, and others are free
     "diffusers": DIFFUSION,
     "transformers": DIFFUSION,
-    "accelerate": ("trainer.training.ranks",),
+    "accelerate": ("trainer.training.launch",),
     "peft": ("trainer.models.lora",),
     "pydantic": ("trainer.config", "trainer.state_file"),
     "bitsandbytes": ("trainer.optim",),

@@ -25,32 +25,23 @@ FOUND = "optimizer.found.json"
 
 
 def hand_over(run: Run, config: TrainConfig) -> list[str]:
-    """Write the optimizer file of the rates that a run has found into its folder, in the place of an older one, and say so in a sentence.
+    """Write the optimizer file of the learned rates into the run folder; return sentences that say so, or why not.
 
-    The sentence is the reason where there is no such file; there is none at all where no optimizer of the run
-    finds its rate.
-
-    Args:
-        run: at its end, or wherever it was stopped.
-        config: the run's.
+    There are none where no optimizer of the run adapts.
     """
     learning = {member.network: member.options for member in run.learner.optimizers.members}
-    if not run.records.watch.networks:
+    watch = run.records.watch
+    if not watch.networks:
         return []
     path = run.folder / FOUND
     try:
         path.unlink(missing_ok=True)  # of an earlier stop, at which d may have been another
         if reasons := [
-            reason
-            for network in run.records.watch.networks
-            if (reason := _reason(network, learning[network], run.records.watch))
+            reason for network in watch.networks if (reason := _reason(network, learning[network], watch))
         ]:
             return [f"No {FOUND}: {'; '.join(reasons)}."]
         half = config.precision.weights_dtype == "bf16" and config.parts.lora is None
-        found = {
-            network: _as_adamw(learning[network], run.records.watch.d(network), half)
-            for network in run.records.watch.networks
-        }
+        found = {network: _as_adamw(learning[network], watch.d(network), half) for network in watch.networks}
         handed = replace(
             config,
             optimizers=replace(

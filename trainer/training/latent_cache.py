@@ -121,23 +121,22 @@ def encode_images(
     folder: Path,
     tell: Callable[[str], None],
 ) -> Latents | None:
-    """Encode what the plan asks for and is not there from an earlier run, one image at a time.
+    """Encode the planned latents that no earlier run has cached, one image at a time.
 
-    An image's moments therefore depend on nothing but the image and the network. Files that cannot be read
-    are passed on as such.
+    An image's moments therefore depend on nothing but the image and the network. Unreadable files are listed
+    in the result's `bad`.
 
     Args:
-        plan: what to encode.
+        plan: the latents to encode.
         index: the scanned images.
-        data: the number of workers that read them.
+        data: for the number of DataLoader workers.
         vae: on the precision's device.
-        precision: in which the VAE computes.
-        folder: where things are kept for later runs.
-        tell: is told what happens, in sentences.
+        precision: the VAE's.
+        folder: of what later runs use again.
+        tell: takes sentences about progress.
 
     Raises:
-        UserError: the disk is too small or cannot be written to, or the VAE returns values that are not
-        finite.
+        UserError: the disk is too small or cannot be written to, or latents are not finite.
     """
     if plan.mode == "no":
         return None
