@@ -1,4 +1,4 @@
-"""Paths that a folder of unknown origin names, kept inside that folder: a name or a link may lead anywhere."""
+"""Keep the paths that a folder of unknown origin names inside that folder: names and links may lead out."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def inside(folder: Path, name: str | Path) -> Path:
     if place.is_relative_to(root) or place.parent in _blobs(root):
         return path
     raise UserError(
-        f"{folder}: {str(name)!r} leads outside the folder, to {place}; nothing of it is read or copied. If it is yours, put the file "
-        "itself there; otherwise choose another model."
+        f"{folder}: {str(name)!r} leads outside the folder, to {place}; nothing of it is read or copied. "
+        "If it is yours, put the file itself there; otherwise choose another model."
     )
 
 
@@ -39,5 +39,5 @@ def files_inside(folder: Path) -> list[Path]:
 
 
 def _blobs(root: Path) -> list[Path]:
-    """Return where the hub cache keeps the files of a folder in it: models--owner--name/blobs, beside its snapshots."""
+    """Return the hub cache's folders of blobs for a folder in it: models--owner--name/blobs."""
     return [parent.parent / "blobs" for parent in (root, *root.parents) if parent.name == "snapshots"]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return `tensor` on `device`; to CUDA through pinned memory, so that the copy runs beside the computation."""
+    """Return `tensor` on `device`; to CUDA through pinned memory, so that the copy is asynchronous."""
     if device.type != "cuda":
         return tensor.to(device)
     return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
@@ -20,7 +20,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 @contextmanager
 def visiting(networks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Have networks that wait on the CPU on `device` for the time of the block, and leave its memory to others afterwards."""
+    """Move networks that wait on the CPU to `device` for the time of the block."""
     import torch
 
     try:

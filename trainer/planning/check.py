@@ -36,7 +36,7 @@ def check(
     contact_sheets: Path | None = None,
     vram: float | None = None,
 ) -> int:
-    """Check all that can be checked without loading weights, scan the images, print what they hold and the plan.
+    """Check everything that needs no weights, scan the images, print a report on them and the plan.
 
     Args:
         config: the checked configuration.

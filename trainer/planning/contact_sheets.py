@@ -1,4 +1,4 @@
-"""Contact sheets: every image as it is cropped for training, over its caption, a sheet or more for each bucket."""
+"""Contact sheets: every image as it is cropped for training, over its caption, by bucket."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ContactSheets:
         """Images that could not be decoded, by name."""
 
     def write(self, folder: Path) -> Iterator[Path]:
-        """Write the sheets into a folder, which is made if missing, and yield their paths as they are written.
+        """Write the sheets into a folder, made if missing, and yield their paths as they are written.
 
         Raises:
             UserError: the folder or a file in it cannot be written.
@@ -78,7 +78,8 @@ class ContactSheets:
                         yield path
         except OSError as error:
             raise UserError(
-                f"--contact_sheets: {folder} cannot be written to ({error.strerror or error}); name another folder."
+                f"--contact_sheets: {folder} cannot be written to ({error.strerror or error}); "
+                "name another folder."
             ) from error
 
     def _buckets(self, resolution: int) -> dict[Bucket, list[Record]]:

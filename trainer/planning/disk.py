@@ -46,7 +46,7 @@ class DiskPlan:
 
     @property
     def most(self) -> int:
-        """Bytes at the fullest moment: what is kept, and one checkpoint more, since nothing is deleted before that one is whole."""
+        """Bytes at the fullest moment: all kept checkpoints and one more, since deletion follows a whole save."""
         options = self.options
         models = min(self.saves, options.keep_last_n or self.saves)
         resumable = models if options.save_optimizer else min(models, options.keep_resume_n)
@@ -63,7 +63,7 @@ class DiskPlan:
         return kept + self.beside
 
     def rows(self, logdir: Path) -> list[tuple[str, str]]:
-        """Return the plan in words, with the time that a save takes where a probe can be written and flushed."""
+        """Return the plan in words, with the duration of a save where a probe can be written."""
         minutes = self.options.ckpt_every_n_minutes
         more = f", and one every {minutes:g} minutes" if minutes else ""
         sizes = [
@@ -88,7 +88,8 @@ class DiskPlan:
         except OSError as error:
             return f"how long a save takes could not be measured ({error.strerror or error})"
         seconds = self.checkpoint / speed + (self.folder + self.resume) / hashing_speed()
-        return f"training waits {max(seconds, 0.1):.1f} s or more for it, at the {speed / 1e6:,.0f} MB/s of a probe just now"
+        wait, rate = max(seconds, 0.1), speed / 1e6
+        return f"training waits {wait:.1f} s or more for it, at the {rate:,.0f} MB/s of a probe just now"
 
 
 def plan_disk(
@@ -126,7 +127,7 @@ def plan_disk(
 
 
 def state_bytes(options: OptimizerOptions) -> float:
-    """Return the bytes of state that an optimizer keeps for a parameter, measured on one of 65,536 after a step."""
+    """Return an optimizer's bytes of state per element, measured on a weight of 65,536 after a step."""
     parameter = torch.nn.Parameter(torch.ones(256, 256))
     optimizer = options.build([parameter], options.lr or 1.0)
     parameter.grad = torch.full_like(parameter, 1e-3)

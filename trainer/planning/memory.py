@@ -46,7 +46,7 @@ class Estimate:
     holds: int | None
     """Bytes of the device, None if that is not to be told."""
     spared: Sequence[tuple[str, int]] = ()
-    """Where it does not fit: changes of the configuration, the cheapest first, with the peak after this one and all before it."""
+    """Where it does not fit: changes of the configuration, cheapest first, each with the peak it leads to."""
 
     @property
     def largest(self) -> Phase:
@@ -74,7 +74,8 @@ class Estimate:
                 table.append((kind, [f"{size / unit:.2f}" if size >= unit // 100 else "" for size in sizes]))
         lines = [f"{kind:<22}{''.join(f'{cell:>14}' for cell in cells)}".rstrip() for kind, cells in table]
         beside = {
-            "cuda": f"assumed: the CUDA context and workspaces, and {SLACK:.0%} that the allocator holds unused",
+            "cuda": "assumed: the CUDA context and workspaces, "
+            f"and {SLACK:.0%} that the allocator holds unused",
             "cpu": "Python and its libraries",
         }[self.device]
         others = "".join(
@@ -83,7 +84,8 @@ class Estimate:
         return [
             *lines,
             f"{'beside tensors':<22}{(self.peak - phase.total) / unit:>14.2f}  {beside}",
-            f"peak: {self.peak / unit:.1f} {name}, in the {phase.name} (tensors alone: {phase.total / unit:.1f}{others})",
+            f"peak: {self.peak / unit:.1f} {name}, in the {phase.name} "
+            f"(tensors alone: {phase.total / unit:.1f}{others})",
             *self._verdict(),
         ]
 
@@ -101,7 +103,8 @@ class Estimate:
     def _verdict(self) -> list[str]:
         if self.holds is None:
             return []
-        of = f"the {self.holds / _GIB:.1f} GiB of the {'card' if self.device == 'cuda' else 'main memory that are available'}"
+        device = "card" if self.device == "cuda" else "main memory that are available"
+        of = f"the {self.holds / _GIB:.1f} GiB of the {device}"
         if self.fits:
             return [f"fits into {of}"]
         lines = [f"does not fit into {of}; what would spare memory, the cheapest first:"]
@@ -198,7 +201,7 @@ def work_of(
 
 
 def size_of_device(precision: Precision) -> int:
-    """Return the bytes that the device that trains holds: a card's memory, or the main memory that is available."""
+    """Return the bytes of the training device: all GPU memory, or available main memory."""
     if precision.device.type != "cuda":
         return psutil.virtual_memory().available + psutil.Process().memory_info().rss
     return torch.cuda.mem_get_info(precision.device)[1]

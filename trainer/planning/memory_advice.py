@@ -75,7 +75,8 @@ def _eight_bits(config: TrainConfig) -> Change | None:
                 config, section, kind(**{key: value for key, value in vars(options).items() if key in known})
             )
             return (
-                f"Set {section}.optimizer to {name} in {config.optimizer_source.name}: it keeps its state in 8 bits.",
+                f"Set {section}.optimizer to {name} in {config.optimizer_source.name}: "
+                "it keeps its state in 8 bits.",
                 changed,
             )
     return None
@@ -92,8 +93,10 @@ def _fused_backward(config: TrainConfig) -> Change | None:
         return None
     for section, options in _learning(config).items():
         if getattr(options, "fused_backward", None) is False:
-            told = f"Set {section}.fused_backward to true in {config.optimizer_source.name}: gradients never exist together."
-            return told, _with(config, section, replace(options, fused_backward=True))  # type: ignore[call-arg]
+            changed = replace(options, fused_backward=True)  # type: ignore[call-arg]
+            file = config.optimizer_source.name
+            sentence = f"Set {section}.fused_backward to true in {file}: gradients never exist together."
+            return sentence, _with(config, section, changed)
     return None
 
 
@@ -137,7 +140,7 @@ def _lora(config: TrainConfig) -> Change | None:
         return None
     changed = replace(config, parts=replace(config.parts, lora=LoraOptions()))
     return (
-        "Set lora to {}: matrices beside the layers learn, without gradients and state for the networks themselves.",
+        "Set lora to {}: adapter weights alone are trained, without gradients and state for the networks.",
         changed,
     )
 
@@ -147,7 +150,7 @@ CHANGES = (
     *(_eight_bits, _fused_backward, _bf16_weights),
     *(_fewer_images, _smaller_images, _frozen_text_encoder, _lora),
 )
-"""What spares memory: what changes no result, then what costs precision or bounds other keys, then what trains less."""
+"""Changes without effect on results first, then those that cost precision, then those that train less."""
 
 
 def _learning(config: TrainConfig) -> dict[str, OptimizerOptions]:

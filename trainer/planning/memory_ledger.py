@@ -37,7 +37,7 @@ GRAIN = 512
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of all storages on one kind of device while they live, by what they are and of which network."""
+    """Counts the bytes of all living storages on one kind of device, by kind and network."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class AsOnDevice(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _backward(self, loss: Tensor) -> None:
-        """Go backwards with this mode on, for the passes that are computed again; torch turns it off inside its own functions."""
+        """Run backward with this mode on, for recomputed passes; torch turns it off inside its own functions."""
         engine: Any = torch.autograd.graph._engine_run_backward  # pyright: ignore[reportPrivateUsage]
         with self, self.autocast():
             engine(

@@ -65,7 +65,7 @@ def traceable(options: OptimizerOptions) -> bool:
 
 
 def stand_in(options: OptimizerOptions, precision: Precision) -> _Alike:
-    """Return options of an optimizer that takes as much memory as one of a library, measured on a small weight."""
+    """Return options that take as much memory as a library's optimizer, measured on a small weight."""
     # What is written in Python does the same everywhere; inside the kernels of torch and bitsandbytes nothing
     # can be seen.
     by_kernel = {
@@ -94,7 +94,7 @@ def stand_in(options: OptimizerOptions, precision: Precision) -> _Alike:
 
 @cache
 def _of_one_weight(options: OptimizerOptions, elements: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Return the bytes that a library's optimizer keeps and takes for one weight, of which the second step is measured."""
+    """Return the bytes that a library's optimizer keeps, and takes in its second step, for one weight."""
     parameter = nn.Parameter(torch.ones(elements, dtype=dtype))
     optimizer = options.build([parameter], 1.0)
     ledger = Ledger(torch.device("cpu"))
@@ -123,7 +123,7 @@ def _of_one_weight(options: OptimizerOptions, elements: int, dtype: torch.dtype)
 
 
 def compiles() -> bool:
-    """Return whether D-Adaptation's step will be compiled on CUDA, as far as can be told before; without a CUDA device it is assumed."""
+    """Return whether D-Adaptation's step will be compiled on CUDA; assumed without a CUDA device."""
     if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         return False
     return not torch.cuda.is_available() or importlib.util.find_spec("triton") is not None

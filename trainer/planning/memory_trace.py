@@ -74,7 +74,7 @@ class Phase:
 
 
 def footprint(config: TrainConfig, models: Models, precision: Precision, work: Work) -> list[Phase]:
-    """Return what a run does in turn, each at its peak: the most bytes that its tensors take on the device that trains.
+    """Return the phases of a run, each at its peak of tensor bytes on the training device.
 
     Args:
         config: the run's.
@@ -144,7 +144,7 @@ class _Trace:
         encode_pixels(self._models.vae, torch.empty(1, 3, height, width, device=META), self._device.autocast)
 
     def _optimizers(self) -> Any:
-        """Return the run's optimizers with their state, those of libraries replaced by what takes as much memory."""
+        """Return the run's optimizers with their state; stand-ins for those of libraries."""
         chosen: dict[str, OptimizerOptions] = by_network(self._config.optimizers)
         options: dict[str, Any] = {
             name: option if traceable(option) else stand_in(option, self._precision)

@@ -141,7 +141,8 @@ class Plan:
             ("seed", str(loop.seed)),
             (
                 "samples",
-                f"every {samples.sample_steps} steps, from {samples.sample_prompts or 'four captions of the data'}",
+                f"every {samples.sample_steps} steps, "
+                f"from {samples.sample_prompts or 'four captions of the data'}",
             ),
             ("checkpoints", f"{every}at the end: {_forms(self.artifact)[kind]}"),
             ("outputs", shown_path(self.start.run or new)),

@@ -74,7 +74,7 @@ def prepare(
     config = replace(config, model=replace(config.model, revision=models.revision or start.revision))
     set_noise_schedule(config, prompts, models)
     artifact = artifact_of(config.parts.lora, models)
-    # diffusers hangs a local function on a network with gradient checkpointing; the plan must pickle for the ranks.
+    # diffusers puts a local function on networks with gradient checkpointing; the plan must pickle.
     trained = replace(config.parts, gradient_checkpointing=False)
     parts = apply_freezing(models, trained, config.optimizers.freezing)
     check_rates(config, {network: part.trained for network, part in parts.counts.items()})
@@ -176,8 +176,8 @@ def _read_validation_file(config: TrainConfig) -> ValidationFile:
     wanted = [key for key, value in needs_loss.items() if value]
     if wanted and (not file.validate_training or file.val_split_mode == "none"):
         raise UserError(
-            f"{' and '.join(wanted)}: there is no loss/val, since validation_config sets validate_training to "
-            "false or val_split_mode to none; change that, or set what needs it to false."
+            f"{' and '.join(wanted)}: there is no loss/val, since validation_config sets validate_training "
+            "to false or val_split_mode to none; change that, or set what needs it to false."
         )
     measured = config.fixed_loss.fixed_loss_images or file.stabilize_training_loss
     if "stop_on_overfit" in wanted and not measured:
@@ -196,5 +196,8 @@ def _log_folder_problem(logdir: Path) -> str | None:
     if not place.is_dir():
         return f"logdir: {place} is a file, not a folder; choose another logdir."
     if not os.access(place, os.W_OK | os.X_OK):
-        return f"logdir: the folder {place} cannot be written to; choose another logdir or change its permissions."
+        return (
+            f"logdir: the folder {place} cannot be written to; "
+            "choose another logdir or change its permissions."
+        )
     return None

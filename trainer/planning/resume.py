@@ -1,4 +1,4 @@
-"""Where a run begins: from a model, or in the middle of itself; and what may change when it goes on."""
+"""The start of a run: from a model, or from a checkpoint of its own; and what may change on resume."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ def find_start(config: TrainConfig, *, weights_only: bool) -> Start:
     elif not is_checkpoint(folder):
         if config.model.revision is not None and folder.expanduser().exists():
             raise UserError(
-                f"revision: {named} is a file or folder, and only models on the hub have revisions; set it to null."
+                f"revision: {named} is a file or folder, and only models on the hub have revisions; "
+                "set it to null."
             )
         noted = [] if weights_only else _of_run(folder, Path(config.logging.logdir))
         weights_only = True
@@ -102,7 +103,8 @@ def find_start(config: TrainConfig, *, weights_only: bool) -> Start:
     run = run_of(folder)
     if run is None:
         notes.append(
-            f"{folder} lies outside the folder of its run, so the resumed run gets a new one in {config.logging.logdir}"
+            f"{folder} lies outside the folder of its run, "
+            f"so the resumed run gets a new one in {config.logging.logdir}"
         )
     revision = about["config"].get("revision") if base is None else base.revision
     return Start(model, folder, revision, run, state, adapter, about, [*notes, *_migrate(about)])
@@ -139,8 +141,8 @@ def restore_state(parts: Mapping[str, Stateful], checkpoint: Path) -> None:
         problem = said(error)
     if problem:
         raise UserError(
-            f"{path}: the state of the run cannot be used ({problem}); choose another checkpoint, or start a new run from its weights with "
-            "--resume_weights_only."
+            f"{path}: the state of the run cannot be used ({problem}); choose another checkpoint, "
+            "or start a new run from its weights with --resume_weights_only."
         )
 
 
@@ -168,14 +170,15 @@ def _of_run(file: Path, logdir: Path) -> list[str]:
         (place for place in (file.parent.parent, logdir / run) if place.name == run and place.is_dir()), run
     )
     return [
-        f"resume_ckpt: {file.name} starts a new run from these weights; to resume theirs, name the run's folder, {folder}"
+        f"resume_ckpt: {file.name} starts a new run from these weights; "
+        f"to resume theirs, name the run's folder, {folder}"
     ]
 
 
 def about_run(
     config: TrainConfig, index: Index, parts: TrainedParts, total_steps: int, processes: int
 ) -> dict[str, Any]:
-    """Return what a checkpoint remembers of its run's configuration.
+    """Return the record of a run's configuration in its checkpoints.
 
     Args:
         config: the run's configuration.
@@ -210,7 +213,7 @@ def about_run(
 
 
 def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], checkpoint: str) -> None:
-    """Refuse to continue a run as another one.
+    """Refuse to resume a run with another seed, other data or other trained parameters.
 
     Args:
         now: `about_run` of this start.
@@ -234,14 +237,15 @@ def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], checkpoint: 
     if differences:
         raise UserError(
             [
-                f"resume_ckpt: {checkpoint} belongs to another run, which this configuration cannot continue; put these back, {_NEW_RUN}."
+                f"resume_ckpt: {checkpoint} belongs to another run, which this configuration cannot continue; "
+                f"put these back, {_NEW_RUN}."
             ]
             + [f"  {difference}" for difference in differences]
         )
 
 
 def changes(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
-    """Return what a continued run's configuration changes, each as "key: old -> new"; the configuration is what counts."""
+    """Return the keys that a resumed run's configuration changes, each as "key: old -> new"."""
     before, after = {"processes": 1, **then["config"]}, now["config"]
     return [
         f"{key}: {_shown(before.get(key))} -> {_shown(after.get(key))}"
@@ -257,7 +261,7 @@ def resume_command(
     changed: Mapping[str, str],
     launcher: Sequence[str] = ("python",),
 ) -> str:
-    """Return the command line that goes on with the run in `folder`.
+    """Return the command line that resumes the run in `folder`.
 
     Args:
         arguments: this start's own, without the program's name.

@@ -70,7 +70,7 @@ def rate_jumps(optimizers: OptimizerSet, step: int, total_steps: int, total_befo
         if abs(now - before) > 0.01 * max(now, before):
             jumps.append(
                 f"the run has {total_steps} steps instead of {total_before}, over which "
-                f"{member.options.lr_scheduler} stretches: the rate of the {member.network} goes on at {now:.3g} of "
-                f"its full size instead of {before:.3g}"
+                f"{member.options.lr_scheduler} stretches: the rate of the {member.network} goes on at "
+                f"{now:.3g} of its full size instead of {before:.3g}"
             )
     return jumps

@@ -87,7 +87,7 @@ def open_folder(
 
 
 def keep_beside(models: Models, folder: Path) -> list[str]:
-    """Copy the base's further parts, a safety checker for instance, into the run folder, for every checkpoint.
+    """Copy the base's further parts, such as a safety checker, into the run folder for every checkpoint.
 
     The base may be a checkpoint that this run deletes, and hard links are only guaranteed to work inside one
     directory. Returns a note where the parts cannot be copied; checkpoints are without them then.

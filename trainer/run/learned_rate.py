@@ -1,4 +1,4 @@
-"""The rate that D-Adaptation found, handed over: an optimizer file for AdamW in 8 bits, or the reason why there is none."""
+"""Export of the learned rate: an optimizer file for AdamW in 8 bits, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FOUND = "optimizer.found.json"
 
 
 def hand_over(run: Run, config: TrainConfig) -> list[str]:
-    """Write the optimizer file of the learned rates into the run folder; return sentences that say so, or why not.
+    """Write the optimizer file of the learned rates into the run folder; return sentences about it.
 
     There are none where no optimizer of the run adapts.
     """
@@ -60,7 +60,8 @@ def hand_over(run: Run, config: TrainConfig) -> list[str]:
             if held
             else ""
         )
-        doc = f"AdamW in 8 bits at the rates that D-Adaptation found in {run.folder.name} up to step {run.state.step}: {rates}.{caps}"
+        found_in = f"{run.folder.name} up to step {run.state.step}"
+        doc = f"AdamW in 8 bits at the rates that D-Adaptation found in {found_in}: {rates}.{caps}"
         with appearing(path) as draft:
             text = json.dumps(
                 {"doc": doc, **documents(handed)["optimizer.json"]},
@@ -82,14 +83,15 @@ def hand_over(run: Run, config: TrainConfig) -> list[str]:
 
 
 def _reason(network: str, options: OptimizerOptions, watch: AdaptationWatch) -> str | None:
-    """Return why the rate of a network cannot be handed over, as a clause; None where it can."""
+    """Return why the rate of a network cannot be exported, as a clause; None where it can."""
     if not isinstance(options, AdaptedMomentOptions):
-        return f"{options.optimizer} of the {network} takes other steps than AdamW, to which its rate means nothing"
+        other = f"{options.optimizer} of the {network} takes other steps than AdamW"
+        return f"{other}, to which its rate means nothing"
     return watch.unsettled(network)
 
 
 def _as_adamw(options: Any, d: float, half: bool) -> AdamW8bitOptions | AdamW8bitFusedOptions:
-    """Return AdamW in 8 bits whose steps, schedule and decay are those that an Adam with estimate `d` has come to.
+    """Return AdamW in 8 bits with the steps, schedule and decay of an Adam with estimate `d`.
 
     It is the one that takes no more memory than the run: with fused backward, or with bf16 weights if `half`,
     this program's own.

@@ -186,7 +186,7 @@ def _explained(error: Exception, config: TrainConfig, run: Run | None = None) ->
 
 
 def _is_of_worker(error: Exception) -> bool:
-    """Return whether an error is of a killed DataLoader worker or of missing shared memory; torch has no class for it."""
+    """Return whether an error is of a killed DataLoader worker or of shared memory; torch has no class for it."""
     words = str(error)
     return isinstance(error, RuntimeError) and (
         words.startswith("DataLoader worker") or "shared memory" in words
@@ -196,7 +196,7 @@ def _is_of_worker(error: Exception) -> bool:
 def _worker_killed(error: Exception) -> str:
     last = str(error).strip().splitlines()[-1]
     return (
-        "a process that reads images was killed or could not hand an image over, most likely because memory ran "
-        "out, main memory or a container's shared memory: set num_workers lower, 0 reads without such processes "
-        f"({last})."
+        "a process that reads images was killed or could not hand an image over, most likely because memory "
+        "ran out, main memory or a container's shared memory: set num_workers lower, 0 reads without such "
+        f"processes ({last})."
     )

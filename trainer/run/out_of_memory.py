@@ -27,12 +27,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 _NO_MEMORY = re.compile(
-    r"DefaultCPUAllocator|could not create a (primitive|memory|memory object)$|could not execute a primitive$|std::bad_alloc"
+    r"DefaultCPUAllocator|could not create a (primitive|memory|memory object)$"
+    r"|could not execute a primitive$|std::bad_alloc"
 )
 
 
 def memory_table(run: Run) -> list[str]:
-    """Return what holds memory as aligned lines: weights and state as they are, gradients as they are during a step."""
+    """Return what holds memory as aligned lines: weights, state, and gradients as during a step."""
     state = run.learner.optimizers.state_dict()
     rows = []
     held = 0

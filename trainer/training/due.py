@@ -1,6 +1,7 @@
 """Work that is due after a step: fixed-noise and validation loss, best checkpoint, samples, checkpoint.
 
-It is listed in `TrainState.pending` before it is done, so that a resumed run starts with what a signal interrupted.
+It is listed in `TrainState.pending` before it is done, so that a resumed run starts with what a signal
+interrupted.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def evaluate(run: Run, *, validation: bool) -> None:
 
 
 def judge(run: Run, fixed: Measured | None, validation: Measured | None) -> None:
-    """Report what the losses' curves may mean; list the best checkpoint or end the run where that is asked for."""
+    """Report what the losses' curves may mean; list the best checkpoint or end the run where asked for."""
     state, evaluation, watch = run.state, run.evaluation, run.evaluation.loss_watch
     measures = run.learner.optimizers.measures()
     rates = {network: float(measured["rate"]) for network, measured in measures.items()}

@@ -15,7 +15,9 @@ MOST_UNREAD = 10
 
 
 def count_images(run: Run, images: int) -> int:
-    """Return the images of a step over all ranks, of which this one has read `images`; report unreadable files once each.
+    """Return the images of a step over all ranks, and report each unreadable file once.
+
+    This rank has read `images` of them.
 
     Raises:
         Interrupted, UserError: another rank has been asked to end, or has failed.
@@ -39,8 +41,8 @@ def check_readable(run: Run, images: int) -> None:
     health.before_unread = None if images else health.before_unread or replace(state)
     if health.before_unread is not None and state.step - health.before_unread.step >= MOST_UNREAD:
         raise UserError(
-            f"of the last {MOST_UNREAD} steps no image could be read (see the names above): put the images back "
-            "where they were.",
+            f"of the last {MOST_UNREAD} steps no image could be read (see the names above): "
+            "put the images back where they were.",
             exit_code=1,
         )
 
@@ -72,9 +74,9 @@ def check_progress(run: Run, skipped: int) -> None:
         ]
         more = f" and {len(images) - 8} more" if len(images) > 8 else ""
         raise UserError(
-            f"no step has had finite gradients since step {state.last_finite} (now at step {state.step}), so no "
-            f"weight has changed since; the last one trained, each at its timestep, {', '.join(images[:8])}{more}: "
-            "lower the rate, try mixed_precision: no, or look at these images.",
+            f"no step has had finite gradients since step {state.last_finite} (now at step {state.step}), so "
+            "no weight has changed since; the last one trained, each at its timestep, "
+            f"{', '.join(images[:8])}{more}: lower the rate, try mixed_precision: no, or look at these images.",
             exit_code=1,
         )
 
@@ -96,14 +98,16 @@ def check_ranks(run: Run) -> None:
     if different := run.processes.difference(numbers):
         run.learner.optimizers.updating = True  # nobody can say whose weights are right: nothing to save
         raise UserError(
-            f"step {state.step}: {different}, so the processes no longer train the same model; go on from the last "
-            "checkpoint, and look for a device or a version of a library that differs.",
+            f"step {state.step}: {different}, so the processes no longer train the same model; go on from the "
+            "last checkpoint, and look for a device or a version of a library that differs.",
             exit_code=1,
         )
 
 
 def check_gradients(run: Run) -> None:
-    """Stop where only a part of a step was made: fused backward cannot undo updates when a later gradient is not finite.
+    """Stop where only a part of a step was made.
+
+    Fused backward cannot undo updates when a later gradient is not finite.
 
     Raises:
         UserError: there was such a gradient since the run started.
@@ -117,7 +121,7 @@ def check_gradients(run: Run) -> None:
         where = " and ".join(f"{count} of the {network}" for network, count in met.items() if count)
         raise UserError(
             f"gradients were not finite although the loss was ({where}; now at step {run.state.step}): with "
-            "fused_backward only these weights were left out, the others of the same step have moved; go on from the "
-            "last checkpoint with fused_backward false, or with mixed_precision: no.",
+            "fused_backward only these weights were left out, the others of the same step have moved; go on from "
+            "the last checkpoint with fused_backward false, or with mixed_precision: no.",
             exit_code=1,
         )

@@ -1,4 +1,4 @@
-"""What is encoded once, before training: the images by the VAE, and the captions by a text encoder that does not learn."""
+"""Cached latents, and captions of a frozen text encoder: encoded once, before training."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ class LatentPlan:
         if self.mode == "no":
             return "encoded in every step" + (f" ({self.why})" if self.why else "")
         place = "in memory" if self.mode == "memory" else "on the disk"
-        return f"encoded once, before training: {len(self.entries):,} of {self.size / 2**20:,.1f} MiB, kept {place}"
+        size = f"{len(self.entries):,} of {self.size / 2**20:,.1f} MiB"
+        return f"encoded once, before training: {size}, kept {place}"
 
 
 def plan_latents(
@@ -102,11 +103,15 @@ def plan_latents(
         if len(found) > epochs * sum(record.multiply for record in index.records):
             return LatentPlan("no", (), shape, "the run shows hardly any image twice")
         if size > free // SHARE:
-            why = f"{_gib(size)} of latents are more than a quarter of the {_gib(free)} that are free; cache_latents disk would keep them"
+            why = (
+                f"{_gib(size)} of latents are more than a quarter of the {_gib(free)} that are free; "
+                "cache_latents disk would keep them"
+            )
             return LatentPlan("no", (), shape, why)
     if wanted == "memory" and size > free:
         raise UserError(
-            f"cache_latents: memory needs {_gib(size)} for {len(found):,} latents and {_gib(free)} are free; use disk, auto or no."
+            f"cache_latents: memory needs {_gib(size)} for {len(found):,} latents and {_gib(free)} are free; "
+            "use disk, auto or no."
         )
     return LatentPlan("disk" if wanted == "disk" else "memory", found, shape)
 
@@ -156,11 +161,13 @@ def encode_images(
         _check_disk(folder, size)
     if len(missing) < len(plan.entries):
         tell(
-            f"Latents of {len(plan.entries) - len(missing):,} of {len(plan.entries):,} images are in {place} already."
+            f"Latents of {len(plan.entries) - len(missing):,} of {len(plan.entries):,} images "
+            f"are in {place} already."
         )
     if isinstance(latents, DiskLatents) and latents.damaged:
         tell(
-            f"Deleted {latents.damaged:,} damaged or outdated files of cached latents in {place}; their images are encoded again."
+            f"Deleted {latents.damaged:,} damaged or outdated files of cached latents in {place}; "
+            "their images are encoded again."
         )
     if missing:
         tell(f"Encoding {len(missing):,} images once: {size / 2**20:,.1f} MiB of latents, kept in {place}.")
@@ -168,7 +175,8 @@ def encode_images(
         _encode(latents, missing, contents, index, data, vae, precision, tell)
     except OSError as error:
         raise UserError(
-            f"cache_latents: {place} cannot be written to ({error.strerror or error}); choose another cache_dir, or memory or no."
+            f"cache_latents: {place} cannot be written to ({error.strerror or error}); "
+            "choose another cache_dir, or memory or no."
         ) from error
     return latents
 
@@ -182,7 +190,7 @@ def encode_captions(
     clip_skip: int,
     processes: int = 1,
 ) -> Contexts | None:
-    """Return what a frozen text encoder makes of all captions, or None where they are too many for a quarter of the free memory.
+    """Encode all captions with a frozen text encoder; None where they need over a quarter of free memory.
 
     Args:
         captions: every text that the run shows; None where these cannot be told, for their tags are shuffled.
@@ -210,7 +218,7 @@ def encode_captions(
 
 
 def identity(vae: Any, precision: Precision) -> str:
-    """Return a hash of all that decides what a VAE makes of given pixels: weights, configuration, device and number format."""
+    """Return a hash of a VAE's weights and configuration, device and number format: equal for equal latents."""
     settings = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     layout = [
         parameter.is_contiguous(memory_format=torch.channels_last)
@@ -251,8 +259,8 @@ def _encode(
             if not moments_1CHW.isfinite().all():
                 name = index.records[crop.view.record].name
                 raise UserError(
-                    f"the VAE returns values that are not finite for {name} in {precision.name}; set mixed_precision to bf16 or no, or "
-                    "use another vae."
+                    f"the VAE returns values that are not finite for {name} in {precision.name}; "
+                    "set mixed_precision to bf16 or no, or use another vae."
                 )
             latents.add(crop.view, moments_1CHW[0])
             if (now := time.monotonic()) - told > EVERY:
@@ -270,7 +278,8 @@ def _check_disk(folder: Path, size: int) -> None:
     free = shutil.disk_usage(place).free
     if size + SPARE_DISK > free:
         raise UserError(
-            f"cache_latents: disk needs {_gib(size)} in {folder} and {_gib(free)} are free; make room, choose another cache_dir, or use "
+            f"cache_latents: disk needs {_gib(size)} in {folder} and {_gib(free)} are free; "
+            "make room, choose another cache_dir, or use "
             "memory or no."
         )
 

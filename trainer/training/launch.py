@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 PATIENCE = timedelta(days=30)
-"""How long processes wait for each other: the first one may encode, sample or save for hours. One that has died is noticed at once."""
+"""Time that ranks wait for each other: rank 0 may encode, sample or save for hours. A dead one is noticed at once."""
 
 _SHARDING = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -36,12 +36,12 @@ def rank() -> int:
 
 
 def rank_on_machine() -> int:
-    """Return this process's number among those of its machine; number 0 shows what goes wrong before they are connected."""
+    """Return the rank on this machine; 0 reports what goes wrong before ranks are connected."""
     return _number("LOCAL_RANK", 0) if launched() > 1 else 0
 
 
 def expected(gpuid: int) -> Processes:
-    """Return what `connect` would, of as many processes as were launched, without connecting any: to plan with.
+    """Return the ranks that `connect` would connect, to plan with.
 
     Raises:
         UserError: as `connect`.
@@ -83,11 +83,13 @@ def connect(gpuid: int, signals: StopSignals) -> Processes:
     device = torch.device("cpu") if device.type == "cpu" else device  # which has no number
     if state.num_processes != count:
         raise UserError(
-            f"{count} processes were launched, and devices of type {device.type} cannot train together; start one, with python train.py."
+            f"{count} processes were launched, and devices of type {device.type} cannot train together; "
+            "start one, with python train.py."
         )
     if gpuid and device.type == "cuda":
         notes.append(
-            f"gpuid {gpuid} is not used: of several processes each takes the CUDA device of its number on its machine"
+            f"gpuid {gpuid} is not used: "
+            "of several processes each takes the CUDA device of its number on its machine"
         )
     signals.quiet = state.process_index > 0
     return Processes(
@@ -103,13 +105,14 @@ def connect(gpuid: int, signals: StopSignals) -> Processes:
 
 
 def _own_device(gpuid: int, notes: list[str]) -> torch.device:
-    """Return the device of a process that trains alone, and add to `notes` why it is not the one that was asked for."""
+    """Return the device of a single rank, and add to `notes` why it is not the requested one."""
     import torch
 
     count = torch.cuda.device_count()
     if count and gpuid >= count:
         raise UserError(
-            f"gpuid: {gpuid} was asked for, and this machine has {count} CUDA device(s), numbered from 0; choose one of those."
+            f"gpuid: {gpuid} was asked for, and this machine has {count} CUDA device(s), numbered from 0; "
+            "choose one of those."
         )
     if count and not _flag("ACCELERATE_USE_CPU"):
         torch.cuda.set_device(gpuid)
@@ -125,8 +128,8 @@ def _on_machine(count: int) -> int:
     on_machine, devices = _number("LOCAL_WORLD_SIZE", count), torch.cuda.device_count()
     if devices and on_machine > devices and not _flag("ACCELERATE_USE_CPU"):
         raise UserError(
-            f"{on_machine} processes were launched on this machine, and it has {devices} CUDA device(s), one for each process; launch at "
-            "most that many, and raise grad_accum to keep the images of a step."
+            f"{on_machine} processes were launched on this machine, and it has {devices} CUDA device(s), "
+            "one for each process; launch at most that many, and raise grad_accum to keep the images of a step."
         )
     return on_machine
 
@@ -141,15 +144,15 @@ def _check_launcher() -> None:
     for variable, least in {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
         if variable in os.environ and _number(variable, -1) < least:
             raise UserError(
-                f"the environment variable {variable} must be a whole number, at least {least}; it is {os.environ[variable]!r}: unset it, "
-                "or start with torchrun or accelerate launch."
+                f"the environment variable {variable} must be a whole number, at least {least}; "
+                f"it is {os.environ[variable]!r}: unset it, or start with torchrun or accelerate launch."
             )
     for variable, name in _SHARDING.items():
         if _flag(variable):
             raise UserError(
-                f"accelerate was asked for {name}, which splits a model over processes, and this program trains with a whole model in each "
-                "(DDP); choose plain multi-GPU in accelerate config or with accelerate launch --multi_gpu, and for less memory see "
-                "--check, dadapt_adam8bit and lora."
+                f"accelerate was asked for {name}, which splits a model over processes, and this program trains "
+                "with a whole model in each (DDP); choose plain multi-GPU in accelerate config or with "
+                "accelerate launch --multi_gpu, and for less memory see --check, dadapt_adam8bit and lora."
             )
 
 
@@ -160,13 +163,13 @@ def _notes() -> list[str]:
     other = torch.accelerator.current_accelerator(check_available=True)
     if other is not None and other.type != "cuda":
         notes.append(
-            f"this machine's GPU ({other.type}) is not used, and training runs on the CPU: only CUDA devices are supported; "
-            "Apple's GPUs lack fp64, which D-Adaptation's sums need"
+            f"this machine's GPU ({other.type}) is not used, and training runs on the CPU: "
+            "only CUDA devices are supported; Apple's GPUs lack fp64, which D-Adaptation's sums need"
         )
     if _flag("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ and launched() == 1:
         notes.append(
-            "accelerate launch starts one process on the CPU, however many are asked for, as it leaves that to MPI; torchrun "
-            "--nproc_per_node 2 train.py starts two"
+            "accelerate launch starts one process on the CPU, however many are asked for, as it leaves that "
+            "to MPI; torchrun --nproc_per_node 2 train.py starts two"
         )
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no":

@@ -38,7 +38,7 @@ class Precision:
     """Whether the loss scale changes more gently as the run goes on."""
 
     def pace(self, step: int) -> None:
-        """Set how the loss scale, if there is one, grows and shrinks in optimizer step `step`, counted from 0."""
+        """Set the growth of the loss scale, if there is one, in optimizer step `step`, counted from 0."""
         if self.scaler is not None and self.paced:
             factor, steps = scale_growth(step)
             self.scaler.set_growth_factor(factor)
@@ -65,7 +65,7 @@ class Precision:
 
 
 def scale_growth(step: int) -> tuple[float, int]:
-    """Return the factor by which fp16's loss scale grows, and shrinks after a gradient that overflows, and after how many good steps.
+    """Return the factor of fp16's loss scale, growing or after an overflow, and the good steps between.
 
     EveryDream2's course: the scale is found quickly and then disturbed ever less.
     """
@@ -94,7 +94,8 @@ def resolve_precision(options: PrecisionOptions, device: torch.device) -> Precis
     if kind == "bf16" and device.type == "cuda" and not native_bf16:
         name = torch.cuda.get_device_name(device)
         raise UserError(
-            f"mixed_precision: {name} does not compute bf16 natively; use auto or fp16, and weights_dtype fp32."
+            f"mixed_precision: {name} does not compute bf16 natively; "
+            "use auto or fp16, and weights_dtype fp32."
         )
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -104,7 +105,7 @@ def resolve_precision(options: PrecisionOptions, device: torch.device) -> Precis
 
 
 def imagined_precision(options: PrecisionOptions) -> Precision:
-    """Return what the options come to on a CUDA card that is not here and computes bf16 natively; without a scaler."""
+    """Return the precision on an absent CUDA GPU that computes bf16 natively; without a scaler."""
     kind = "no" if options.disable_amp else options.mixed_precision
     dtype = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[kind]
     return Precision(

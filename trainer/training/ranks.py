@@ -1,4 +1,4 @@
-"""The processes that train as one: which of them this is, where they wait for each other, and how all end when one does.
+"""The ranks that train as one: where they wait for each other, and how all end when one does.
 
 Launched by accelerate or torchrun, one process for each device. Every process runs the same program on the
 same plan; the networks that learn are wrapped by torch's DistributedDataParallel, which averages gradients,
@@ -107,7 +107,7 @@ class Processes:
 
     @property
     def launcher(self) -> list[str]:
-        """The words before train.py in a command line that launches as many; between machines it needs the address of one, too."""
+        """The words before train.py that launch as many; several machines need an address too."""
         machines = self.count // self.on_machine
         nodes = ["--nnodes", str(machines)] if machines > 1 else []
         return (
@@ -115,7 +115,7 @@ class Processes:
         )
 
     def gather(self, value: T) -> list[T]:
-        """Return every process's value, by rank. All wait here for all, and learn here that one of them has failed.
+        """Return every rank's value. All wait here for all, and learn here that one has failed.
 
         Raises:
             Interrupted: a signal has asked one of them to end.
@@ -149,7 +149,7 @@ class Processes:
 
     @contextmanager
     def first_before_others(self) -> Iterator[None]:
-        """Run the block on the first process, and then on all others, which find what it has left on a disk that they share."""
+        """Run the block on rank 0, then on the others, which find its files on a shared disk."""
         if not self.main:
             self.gather(None)
         yield
@@ -166,7 +166,7 @@ class Processes:
         return value
 
     def wrap(self, network: nn.Module, unused: Sequence[str] = ()) -> nn.Module:
-        """Return a network that learns so that its gradients are averaged over all processes, and give it the first one's weights.
+        """Wrap a trained network: its gradients are averaged over ranks, and its weights are rank 0's.
 
         Args:
             network: on its device, with what is to learn marked.
@@ -190,7 +190,7 @@ class Processes:
             )
 
     def difference(self, numbers: Mapping[str, Any]) -> str | None:
-        """Return the first of some values that is not the same in all processes, in words, or None where all are.
+        """Return the first value that differs between ranks, in words, or None where all are equal.
 
         Raises:
             Interrupted, UserError: as `gather`.
@@ -204,7 +204,7 @@ class Processes:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Mark work in which processes wait for each other's tensors: one that fails inside can tell nobody, and ends so that all do.
+        """Mark work in which ranks wait for each other's tensors: one that fails inside ends so that all do.
 
         Raises:
             UserError: another process is gone.
@@ -219,14 +219,13 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Leave no process waiting: where the block fails in one of them, it fails in all, and all leave it at the same time.
+        """Leave no rank waiting: where the block fails on one, it fails on all, and all leave it together.
 
         They have to: whoever launched them ends all others as soon as one is gone, and the first may still be
         saving.
 
         Raises:
-            ToldElsewhere: in all processes but the first, in the place of what the first or this one has
-            told.
+            ToldElsewhere: on ranks other than 0: raised instead of the error that rank 0 reports.
         """
         try:
             yield
@@ -243,7 +242,7 @@ class Processes:
 
     def _leave(self, error: BaseException) -> None:
         if not self._parted:
-            self._signals.ignore()  # what was to be saved is saved, and whoever launched this process may be impatient
+            self._signals.ignore()  # all is saved, and the launcher may be impatient
             with suppress(UserError):
                 if not self._told:
                     self._exchange(self._failure(error))
@@ -261,7 +260,8 @@ class Processes:
             return _Failure(tuple(problems), error.exit_code)
         return _Failure(
             (
-                f"process {self.rank} has failed ({type(error).__name__}: {error}); its own output says where.",
+                f"process {self.rank} has failed ({type(error).__name__}: {error}); "
+                "its own output says where.",
             ),
             1,
         )
@@ -280,7 +280,7 @@ class Processes:
 
 
 def _is_of_connection(error: BaseException) -> bool:
-    """Return whether an error is one of the connection between processes: gloo's have no type of their own."""
+    """Return whether an error is of the connection between ranks: gloo's have no type of their own."""
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
@@ -288,6 +288,6 @@ def _is_of_connection(error: BaseException) -> bool:
 
 def _gone(error: BaseException) -> str:
     return (
-        "another process has ended without a word, so this one ends too; look for its last lines above, and whether the system was out of "
-        f"memory ({str(error).splitlines()[0]})."
+        "another process has ended without a word, so this one ends too; look for its last lines above, "
+        f"and whether the system was out of memory ({str(error).splitlines()[0]})."
     )

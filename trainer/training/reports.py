@@ -13,7 +13,9 @@ from trainer.training.run import Run
 
 
 def report(run: Run) -> None:
-    """Read, record and show the numbers since the last report: the only time that the host waits for the device.
+    """Read, record and show the numbers since the last report.
+
+    Only here does the host wait for the device.
 
     Raises:
         UserError: no step has been finite for `MOST_SKIPPED` steps, ranks differ, or a fused backward met a

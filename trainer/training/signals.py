@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: the first is met at the next safe place, a later one ends the process at once."""
+"""Signals that ask a run to end: the first is obeyed at the next safe place, a later one at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 TOGETHER = 1.0
-"""Seconds after the first signal in which further ones repeat it: service managers and launchers often send two."""
+"""Seconds in which further signals repeat the first: service managers and launchers often send two."""
 
 
 class Interrupted(BaseException):
@@ -24,12 +24,12 @@ class Interrupted(BaseException):
 
     def __init__(self, number: int) -> None:
         self.exit_code = 128 + number
-        """What shells report of a process that the signal has ended: 130 for SIGINT (Ctrl-C), 143 for SIGTERM."""
+        """The exit code that shells report for the signal: 130 for SIGINT (Ctrl-C), 143 for SIGTERM."""
         super().__init__(signal.Signals(number).name)
 
 
 class StopSignals:
-    """Turn SIGINT, SIGTERM and what else asks a process to end into `Interrupted`, while the `with` block runs.
+    """Turn SIGINT, SIGTERM and other requests to end into `Interrupted` while the `with` block runs.
 
     Outside `deferred`, where nothing can be lost (imports, loading, caching), it is raised where the program
     happens to be. Inside, the first signal is only noted, and `check` raises it at places that are safe. A
@@ -78,7 +78,7 @@ class StopSignals:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Only note a first signal while the block runs, inside `deferred` or not; outside, raise it afterwards.
+        """Only note a first signal while the block runs; raise it afterwards unless inside `deferred`.
 
         Raises:
             Interrupted: there was one in the block.
@@ -119,18 +119,19 @@ class StopSignals:
             raise Interrupted(number)
         if not self.quiet:
             _say(
-                f"\n{name}: stopping after this step and saving a checkpoint; another one, a second later, stops at once, without.\n"
+                f"\n{name}: stopping after this step and saving a checkpoint; "
+                "another one, a second later, stops at once, without.\n"
             )
 
 
 def _numbers() -> list[int]:
-    """Return the signals that ask a process to end, as far as the platform has them: Ctrl-C, kill, a closed terminal, Ctrl-Break."""
+    """Return the platform's signals that ask a process to end: Ctrl-C, kill, a closed terminal, Ctrl-Break."""
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 def _say(text: str) -> None:
-    """Write to the standard error as it is: a handler may run inside a print, which cannot be entered twice."""
+    """Write to standard error unbuffered: a handler may run inside a print, which cannot be entered twice."""
     try:
         os.write(2, text.encode())
     except OSError:
