@@ -145,16 +145,7 @@ def encode_images(
     """
     if plan.mode == "no":
         return None
-    if plan.mode == "memory":
-        latents = MemoryLatents(plan.shape)
-        contents, place = None, "memory"
-    else:
-        if len(index.records) >= MANY:
-            tell(f"Comparing the content of {len(index.records):,} images with what is kept in {folder}.")
-        contents = content_hashes(index.records, folder / f"contents-{_roots(index)}.json")
-        own = folder / "latents" / identity(vae, precision)
-        latents = DiskLatents(own, plan.shape, contents)
-        place = str(own)
+    latents, contents, place = _open(plan, index, vae, precision, folder, tell)
     missing = latents.missing(plan.entries)
     size = plan.shape.nbytes(missing)
     if plan.mode == "disk":
@@ -179,6 +170,24 @@ def encode_images(
             "choose another cache_dir, or memory or no."
         ) from error
     return latents
+
+
+def _open(
+    plan: LatentPlan,
+    index: Index,
+    vae: Any,
+    precision: Precision,
+    folder: Path,
+    tell: Callable[[str], None],
+) -> tuple[DiskLatents | MemoryLatents, dict[int, str] | None, str]:
+    """Return the store of latents, the images' content hashes where it is on the disk, and its place in words."""
+    if plan.mode == "memory":
+        return MemoryLatents(plan.shape), None, "memory"
+    if len(index.records) >= MANY:
+        tell(f"Comparing the content of {len(index.records):,} images with what is kept in {folder}.")
+    contents = content_hashes(index.records, folder / f"contents-{_roots(index)}.json")
+    own = folder / "latents" / identity(vae, precision)
+    return DiskLatents(own, plan.shape, contents), contents, str(own)
 
 
 def encode_captions(
