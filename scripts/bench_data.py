@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     print(
-        f"Python {platform.python_version()}, torch {torch.__version__}, Pillow {PIL.__version__}, {os.cpu_count()} cores, load {load:.1f}"
+        f"Python {platform.python_version()}, torch {torch.__version__}, Pillow {PIL.__version__}, "
+        f"{os.cpu_count()} cores, load {load:.1f}"
     )
     with tempfile.TemporaryDirectory() as folder:
         if given.what == "pixels":
@@ -206,7 +207,8 @@ def scan(folder: Path, largest: int, rounds: int) -> None:
             statistics.median(run[key] for run in runs) for runs in (anew, saved) for key in ("wall", "cpu")
         ]
         print(
-            f"{size:>7,}   {seconds[0]:>7.2f}   {seconds[1]:>6.2f}   {seconds[2]:>8.2f}   {seconds[3]:>6.2f}   {held:>14,.0f}",
+            f"{size:>7,}   {seconds[0]:>7.2f}   {seconds[1]:>6.2f}   {seconds[2]:>8.2f}   "
+            f"{seconds[3]:>6.2f}   {held:>14,.0f}",
             flush=True,
         )
 
@@ -263,7 +265,8 @@ def scan_once(folder: Path, cache: Path) -> dict[str, Any]:
 def latents(folder: Path, rounds: int) -> None:
     """Print images per second of training the embedded model with and without kept latents, a step of each in turn."""
     print(
-        f"\nembedded model, batch 8, 64 px, fp32 on the CPU, one thread, {rounds} steps each in turns, CPU time"
+        f"\nembedded model, batch 8, 64 px, fp32 on the CPU, one thread, {rounds} steps each in turns, "
+        "CPU time"
     )
     torch.set_num_threads(1)
     for title, extra in {
@@ -283,7 +286,8 @@ def latents(folder: Path, rounds: int) -> None:
         )
         speeds = {kept: 8 / statistics.median(measured) for kept, measured in seconds.items()}
         print(
-            f"  {title:<22} encoded in every step {speeds['no']:6.1f} images/s   kept {speeds['memory']:6.1f} images/s   {ratio:5.2f} times"
+            f"  {title:<22} encoded in every step {speeds['no']:6.1f} images/s   kept "
+            f"{speeds['memory']:6.1f} images/s   {ratio:5.2f} times"
         )
 
 

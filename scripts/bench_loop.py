@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if turn:  # the first allocates
                     seconds[name].append(_now() - began)
     print(
-        f"{date.today()}  torch {torch.__version__}  {options.threads} threads, {options.rounds} rounds of one epoch each"
+        f"{date.today()}  torch {torch.__version__}  {options.threads} threads, "
+        f"{options.rounds} rounds of one epoch each"
     )
     print(f"\n{'':<46}{'s/epoch':>8}{'images/s':>10}")
     for name, each in seconds.items():

@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 print(
-                    f"{name}: ended with status {done.returncode}; -9 is what the system does when memory runs out",
+                    f"{name}: ended with status {done.returncode}; -9 is what the system does when memory "
+                    "runs out",
                     flush=True,
                 )
                 continue
@@ -145,7 +146,8 @@ def print_cards(cards: Sequence[float]) -> None:
 
     models = empty_models()
     print(
-        f"estimated, torch {torch.__version__}: 512 px, 16-bit autocast, gradient checkpointing, latents cached"
+        f"estimated, torch {torch.__version__}: 512 px, 16-bit autocast, gradient checkpointing, "
+        "latents cached"
     )
     print(f"{'':<58}{'peak GiB of 1':>14}{''.join(f'{card:>7g}' for card in cards)}  GiB")
     for title, config, weights in _card_rows():
@@ -271,11 +273,14 @@ def _print(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]
         return
     any_result = next(iter(results.values()))[0]
     print(
-        f"{date.today()}  {any_result['machine']}  torch {torch.__version__}  Python {platform.python_version()}"
+        f"{date.today()}  {any_result['machine']}  torch {torch.__version__}  Python "
+        f"{platform.python_version()}"
     )
     print(
-        f"{options.networks}: {any_result['trained'] / 1e6:.0f}M parameters trained, {options.resolution} px, batch {options.batch_size}, "
-        f"gradient checkpointing, mixed_precision {options.mixed_precision}; {options.steps} steps, {options.rounds} rounds\n"
+        f"{options.networks}: {any_result['trained'] / 1e6:.0f}M parameters trained, "
+        f"{options.resolution} px, batch {options.batch_size}, "
+        f"gradient checkpointing, mixed_precision {options.mixed_precision}; {options.steps} steps, "
+        f"{options.rounds} rounds\n"
     )
     base = statistics.median(result["peak"] for result in results[BASE]) if BASE in results else None
     print(

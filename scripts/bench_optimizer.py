@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     numel = sum(shape.numel() for shape in shapes)
     print(f"{date.today()}  {_machine(options.device)}  torch {torch.__version__}")
     print(
-        f"{options.network}: {len(shapes)} tensors, {numel / 1e6:.1f}M parameters (every {options.every}.), {options.rounds} rounds"
+        f"{options.network}: {len(shapes)} tensors, {numel / 1e6:.1f}M parameters (every {options.every}.), "
+        f"{options.rounds} rounds"
     )
     with TemporaryDirectory() as empty:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty  # compiling shall take the time that it takes
@@ -197,11 +198,13 @@ def _bench(shapes: Sequence[torch.Size], numel: int, threads: int, options: argp
         bandwidth.append(12 * PROBE_NUMEL / seconds / 1e9)
 
     print(
-        f"\n{threads} thread{'s' * (threads > 1)}; streaming {statistics.median(bandwidth):.1f} GB/s (median), {max(bandwidth):.1f} (best)"
+        f"\n{threads} thread{'s' * (threads > 1)}; streaming {statistics.median(bandwidth):.1f} GB/s "
+        f"(median), {max(bandwidth):.1f} (best)"
     )
     counted = "launches" if options.device != "cpu" else "compiled calls"
     print(
-        f"{'':20} {'ms':>8} {'ratio':>6} {'host ms':>8} {'ratio':>6} {'state B/param':>13} {'peak MB':>8} {counted:>14}"
+        f"{'':20} {'ms':>8} {'ratio':>6} {'host ms':>8} {'ratio':>6} {'state B/param':>13} {'peak MB':>8} "
+        f"{counted:>14}"
     )
     for name, step in built.items():
         ratios = [
@@ -210,8 +213,10 @@ def _bench(shapes: Sequence[torch.Size], numel: int, threads: int, options: argp
         ]
         peak, calls = _peak(step, options.device), _calls(step, options.device)
         print(
-            f"{name:20} {statistics.median(wall[name]):8.1f} {ratios[0]:6.2f} {statistics.median(host[name]):8.1f} {ratios[1]:6.2f}"
-            f" {_state_bytes(optimizers[name]) / numel:13.2f} {'-' if peak is None else round(peak / 1e6):>8} {calls:14}",
+            f"{name:20} {statistics.median(wall[name]):8.1f} {ratios[0]:6.2f} "
+            f"{statistics.median(host[name]):8.1f} {ratios[1]:6.2f}"
+            f" {_state_bytes(optimizers[name]) / numel:13.2f} "
+            f"{'-' if peak is None else round(peak / 1e6):>8} {calls:14}",
             flush=True,
         )
     if threads == options.threads[0]:

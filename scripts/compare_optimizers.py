@@ -90,7 +90,8 @@ def compare(options: argparse.Namespace, changes: list[str], command: str) -> No
     shown = options.prompts or runs[0].config.get("sample_prompts")
     if shown is None:
         raise UserError(
-            "--prompts: train.json names no sample_prompts; name a .json or .txt file of prompts to compare pictures of."
+            "--prompts: train.json names no sample_prompts; name a .json or .txt file of prompts to compare "
+            "pictures of."
         )
     prompts = read_prompts([str(shown)])
     unrelated = read_prompts([str(options.unrelated)]) if options.unrelated else prompts

@@ -58,7 +58,8 @@ def draw_grid(options: argparse.Namespace) -> int:
     target = options.out or Path("grid.png")
     if target.suffix.lower() != ".png":
         raise UserError(
-            f"--out: {target} is not named .png, which is what is written; the page beside it gets the same name in .html."
+            f"--out: {target} is not named .png, which is what is written; "
+            "the page beside it gets the same name in .html."
         )
     columns = find_columns(options.checkpoints, base=options.base, against=options.against)
     grid = draw(
@@ -98,14 +99,16 @@ def merge(options: argparse.Namespace) -> int:
         raise UserError("--blend only merges; draw its result with another command.")
     if (options.weights is None) == (options.add_difference is None):
         raise UserError(
-            "--blend: give --weights with a number for each file, or --add_difference with one for three files A + w (B - C)."
+            "--blend: give --weights with a number for each file, or --add_difference with one for three "
+            "files A + w (B - C)."
         )
     if options.weights is not None:
         weighted_sum(options.blend, options.weights, options.out)
     else:
         add_difference(options.blend, options.add_difference, options.out)
     print(
-        f"{options.out}: written. To look at it:  python scripts/grid.py {options.out} --base {options.blend[0]} --prompts PROMPTS"
+        f"{options.out}: written. To look at it:  python scripts/grid.py {options.out} --base "
+        f"{options.blend[0]} --prompts PROMPTS"
     )
     return 0
 
@@ -129,7 +132,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--prompts",
         nargs="+",
         default=[str(ROOT / "examples" / "sample_prompts.json")],
-        help="a .json or .txt file as for sample_prompts, or the prompts themselves (default: examples/sample_prompts.json)",
+        help=(
+            "a .json or .txt file as for sample_prompts, or the prompts themselves (default: "
+            "examples/sample_prompts.json)"
+        ),
     )
     parser.add_argument(
         "--seeds",

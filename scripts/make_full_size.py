@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
     parameters = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     print(
-        f"{options.out}: {parameters} parameters; {size / 1e9:.2f} GB written in {time.perf_counter() - began:.0f} s"
+        f"{options.out}: {parameters} parameters; {size / 1e9:.2f} GB written in "
+        f"{time.perf_counter() - began:.0f} s"
     )
     return 0
 

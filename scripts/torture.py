@@ -53,7 +53,8 @@ class Tally:
     def __str__(self) -> str:
         """Return it as a sentence."""
         return (
-            f"{self.kills} kills, {self.while_saving} of them while a checkpoint was being written and {self.before_any_checkpoint} before "
+            f"{self.kills} kills, {self.while_saving} of them while a checkpoint was being written and "
+            f"{self.before_any_checkpoint} before "
             f"the first one; {self.runs} runs finished, each to the bit; every checkpoint whole, none lost"
         )
 

@@ -20,7 +20,10 @@ NUMBERS = (0, 1, 2, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 13_000, 
 SIDECARS = {
     "txt": "a cat, sitting, on a mat",
     "caption": "\ufeffein Löwe, groß",
-    "yaml": "main_prompt: a cat\ntags:\n  - {tag: sitting, weight: 2.5}\n  - on a mat\nmultiply: 2\nflip_p: 0.5\nshuffle_tags: true\n",
+    "yaml": (
+        "main_prompt: a cat\ntags:\n  - {tag: sitting, weight: 2.5}\n  - on a mat\nmultiply: "
+        "2\nflip_p: 0.5\nshuffle_tags: true\n"
+    ),
     "yml": "caption: 'a dog'\nmax_caption_length: 20\ncond_dropout: .1\nloss_scale: 0.5\nbatch_id: one\n",
     "json": json.dumps({"caption": "a bird", "tags": ["small", "red"], "multiply": 1.5}),
 }

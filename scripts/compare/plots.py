@@ -65,8 +65,10 @@ def draw_plots(files: Sequence[Compared], folder: Path) -> list[Plot]:
     add(
         "loss",
         "Training loss",
-        f"Faint: the mean loss of the steps between two reports, as logged. Strong: the mean of the last {_WINDOW} such values, of fewer "
-        "at the beginning. Timesteps and noise differ from step to step but are the same in every run, so distances between lines say more "
+        "Faint: the mean loss of the steps between two reports, as logged. Strong: "
+        f"the mean of the last {_WINDOW} such values, of fewer "
+        "at the beginning. Timesteps and noise differ from step to step but are the same in every run, "
+        "so distances between lines say more "
         "than the bumps that they share.",
         [("", LOSS)],
         log=False,
@@ -75,7 +77,8 @@ def draw_plots(files: Sequence[Compared], folder: Path) -> list[Plot]:
     add(
         "fixed",
         "Fixed-noise loss, and loss of images held out",
-        "The same images, noise and timesteps at every measurement; each point is a measurement, nothing is smoothed.",
+        "The same images, noise and timesteps at every measurement; each point is a measurement, "
+        "nothing is smoothed.",
         [("training images (fixed-noise loss)", FIXED), ("images held out (validation)", VALIDATION)],
         log=False,
     )

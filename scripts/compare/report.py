@@ -85,7 +85,8 @@ def write_report(
     ]
     seeds = sorted({run.end.planned.seed for file in files for run in file.runs})
     head = [
-        f"{len(files)} optimizer files, {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}; the same data, order, noise "
+        f"{len(files)} optimizer files, {'seed' if len(seeds) == 1 else 'seeds'} "
+        f"{', '.join(map(str, seeds))}; the same data, order, noise "
         f"and timesteps for each file. {settings}.",
         f"Trained on: {device}.",
     ]
@@ -96,7 +97,8 @@ def write_report(
     failed = [f"{file.label}: {sentence}" for file in files for sentence in file.failed]
     board = f"tensorboard --logdir {shlex.quote(str(out / 'runs'))}"
     board_words = (
-        "shows all runs side by side, one line each: tick them on the left. The tab Custom Scalars has the losses, rates and d of a run "
+        "shows all runs side by side, one line each: tick them on the left. The tab Custom Scalars has the "
+        "losses, rates and d of a run "
         "in one place."
     )
 
@@ -164,7 +166,8 @@ def _losses(files: Sequence[Compared]) -> Table:
             cells += [_cell(file.over_seeds(measure), ".4f"), _ratio(file, files[0], measure)]
         rows.append(Row(file.label, colour(number), tuple(cells)))
     words = (
-        "Lowest: of the measurements after the first step. To the first: the mean divided by the first file's. A lower fixed-noise loss "
+        "Lowest: of the measurements after the first step. To the first: "
+        "the mean divided by the first file's. A lower fixed-noise loss "
         "is a closer fit to the training images"
     )
     words += (
@@ -192,8 +195,10 @@ def _cost(files: Sequence[Compared]) -> Table:
         for number, file in enumerate(files)
     ]
     words = (
-        "Medians of a run, samples and validation left out. What else the machine was doing shows in the times. Memory is the most that "
-        "tensors held on CUDA, and the most that the whole process held on a CPU. Bytes are of optimizer state for each parameter that "
+        "Medians of a run, samples and validation left out. What else the machine was doing shows in the "
+        "times. Memory is the most that "
+        "tensors held on CUDA, and the most that the whole process held on a CPU. Bytes are of optimizer "
+        "state for each parameter that "
         "learns. The checkpoint is without what resuming needs."
     )
     return Table("Cost", words, tuple(head for head, _, _ in of), tuple(rows))
@@ -224,8 +229,10 @@ def _drift(files: Sequence[Compared], drawn: Drawn) -> Table:
             ]
         rows.append(Row(file.label, colour(number), tuple(cells)))
     words = (
-        f"Pictures of {drawn.unrelated}, from the same noise with the base and with each last checkpoint. Saturation: largest less "
-        "smallest channel, mean over pixels, 0 to 1. Contrast: standard deviation of a picture's luma, mean over pictures. A model that "
+        f"Pictures of {drawn.unrelated}, from the same noise with the base and with each last checkpoint. "
+        "Saturation: largest less "
+        "smallest channel, mean over pixels, 0 to 1. Contrast: standard deviation of a picture's luma, "
+        "mean over pictures. A model that "
         "was trained too hard tends to show in both before it shows in the loss."
     )
     return Table(

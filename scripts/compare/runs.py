@@ -101,7 +101,8 @@ def plan_runs(
     ]
     if taken:
         raise UserError(
-            f"{taken[0]}: the comparison sets this itself; name files after --config, seeds after --seeds, a folder with --out."
+            f"{taken[0]}: the comparison sets this itself; name files after --config, seeds after --seeds, "
+            "a folder with --out."
         )
     doubled = [
         path
@@ -131,16 +132,19 @@ def plan_runs(
                 continue
             if config.loop.seed == -1:
                 raise UserError(
-                    "seed: -1 draws another seed for each run, which cannot be compared; name one or more with --seeds."
+                    "seed: -1 draws another seed for each run, which cannot be compared; "
+                    "name one or more with --seeds."
                 )
             if config.loop.stop_after_steps is not None or config.loop.max_train_time is not None:
                 raise UserError(
-                    "stop_after_steps, max_train_time: the runs would end at different places; shorten them by max_epochs."
+                    "stop_after_steps, max_train_time: the runs would end at different places; "
+                    "shorten them by max_epochs."
                 )
             model = Path(config.model.resume_ckpt)
             if model.name == "findlast" or (model / "ckpts").is_dir() or (model / "resume").is_dir():
                 raise UserError(
-                    f"resume_ckpt: {config.model.resume_ckpt} belongs to a run; every run of a comparison starts from a model."
+                    f"resume_ckpt: {config.model.resume_ckpt} belongs to a run; "
+                    "every run of a comparison starts from a model."
                 )
             logdir = out / "runs" / label / f"seed-{config.loop.seed}"
             known = {key: value for key, value in flattened(config).items() if key not in _PLACES}
@@ -215,7 +219,8 @@ def finished(run: Planned) -> Finished | None:
     if different:
         key = min(different)
         raise UserError(
-            f"{run.logdir}: the run there is another one: {key} was {record['config'].get(key)} and is {run.config.get(key)} now; name "
+            f"{run.logdir}: the run there is another one: {key} was {record['config'].get(key)} and is "
+            f"{run.config.get(key)} now; name "
             "another folder with --out, or delete this one."
         )
     folder = run.logdir / record["folder"] if record["folder"] else None
@@ -251,7 +256,8 @@ def train(run: Planned) -> Finished:
         if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             raise KeyboardInterrupt
         raise UserError(
-            f"{run.label}, seed {run.seed}: the run's process ended with code {code}, as one does that is killed, perhaps for memory; see "
+            f"{run.label}, seed {run.seed}: the run's process ended with code {code}, "
+            "as one does that is killed, perhaps for memory; see "
             f"{run.output}. The same command goes on.",
             exit_code=1,
         )

@@ -132,7 +132,8 @@ def _environment(steps: dict[str, dict[str, Any]]) -> list[str]:
         lines += ["## Environment", "", *table(("", ""), [row for row in rows if row[1]])]
     for found in results(steps.get("environment"), "speed"):
         lines += [
-            f"Copying {found['copy']:.0f} GB/s (read and written); products {found['product']:.1f} TFLOPS {found['product_dtype']}.",
+            f"Copying {found['copy']:.0f} GB/s (read and written); products {found['product']:.1f} TFLOPS "
+            f"{found['product_dtype']}.",
             "",
         ]
     return lines
@@ -260,8 +261,10 @@ def _training(steps: dict[str, dict[str, Any]]) -> list[str]:
         "gradient checkpointing, cached latents"
     )
     legend = (
-        "Milliseconds, medians. `backward` has the updates of an optimizer that steps inside it. `floor`: the optimizer's memory traffic "
-        "at the measured speed of copying. `host`: until all work was handed to the GPU; where it equals the step, the CPU is the "
+        "Milliseconds, medians. `backward` has the updates of an optimizer that steps inside it. `floor`: "
+        "the optimizer's memory traffic "
+        "at the measured speed of copying. `host`: until all work was handed to the GPU; "
+        "where it equals the step, the CPU is the "
         "limit. `beside`: memory in use beyond torch's allocator."
     )
     return [title, "", *([legend, "", *times, *memory, *launches] if rows else ["not measured yet", ""])]
@@ -301,7 +304,8 @@ def _profile(steps: dict[str, dict[str, Any]]) -> list[str]:
         lines += [
             f"### One traced step, {found['change']}",
             "",
-            f"{found['wall']:.0f} ms with tracing, of which the GPU computes {found['busy']:.0f} ms ({share:.0%}): "
+            f"{found['wall']:.0f} ms with tracing, of which the GPU computes {found['busy']:.0f} ms "
+            f"({share:.0%}): "
             f"{found['launches']} launches, {found['operators']} host operators.",
             "",
         ]

@@ -63,7 +63,8 @@ def weighted_sum(files: Sequence[Path], weights: Sequence[float], target: Path) 
     total = math.fsum(weights)
     if not all(map(math.isfinite, weights)) or abs(total - 1) > 1e-6:
         raise UserError(
-            f"--weights: {_list(weights)} add up to {total:g}, and must add up to 1 for the weights to keep their size."
+            f"--weights: {_list(weights)} add up to {total:g}, and must add up to 1 for the weights to keep "
+            "their size."
         )
     _write(files, weights, target, "weighted sum")
 
@@ -81,7 +82,8 @@ def add_difference(files: Sequence[Path], weight: float, target: Path) -> None:
     """
     if len(files) != 3:
         raise UserError(
-            f"--add_difference: takes three files, A, B and C for A + w (B - C), and --blend names {len(files)}."
+            "--add_difference: takes three files, A, B and C for A + w (B - C), "
+            f"and --blend names {len(files)}."
         )
     if not math.isfinite(weight):
         raise UserError(f"--add_difference: {weight:g} is not a number to multiply by.")
@@ -144,19 +146,22 @@ def _check(files: Sequence[TensorFile], names: Sequence[Mapping[str, str]]) -> N
         if lacking := sorted(ours - theirs) or sorted(theirs - ours):
             has, lacks = (first, file) if lacking[0] in ours else (file, first)
             raise UserError(
-                f"--blend: {lacks.path} has no {lacking[0]} ({len(lacking)} such tensors), and {has.path} has; they are of different "
+                f"--blend: {lacks.path} has no {lacking[0]} ({len(lacking)} such tensors), "
+                f"and {has.path} has; they are of different "
                 f"models, or one is not whole: {_CONVERT}."
             )
         for name in sorted(ours):
             shapes = first.shapes[own[name]], file.shapes[known[name]]
             if shapes[0] != shapes[1]:
                 raise UserError(
-                    f"--blend: {name} is {shapes[0]} in {first.path} and {shapes[1]} in {file.path}; name models of one kind."
+                    f"--blend: {name} is {shapes[0]} in {first.path} and {shapes[1]} in {file.path}; "
+                    "name models of one kind."
                 )
         kinds = prediction(first)[0], prediction(file)[0]
         if kinds[0] != kinds[1]:
             raise UserError(
-                f"--blend: {first.path} predicts {kinds[0]} and {file.path} {kinds[1]}; name models of one kind."
+                f"--blend: {first.path} predicts {kinds[0]} and {file.path} {kinds[1]}; "
+                "name models of one kind."
             )
 
 

@@ -85,7 +85,8 @@ def read_prompts(named: Sequence[str]) -> SamplePrompts:
         prompts = load_sample_prompts(Path(named[0]))
         if not prompts.samples or any(prompt.random_caption for prompt in prompts.samples):
             raise UserError(
-                f"--prompts: {named[0]} asks for captions of the data, which are not known here; name prompts."
+                f"--prompts: {named[0]} asks for captions of the data, which are not known here; "
+                "name prompts."
             )
         return prompts
     return SamplePrompts(samples=tuple(SamplePrompt(prompt=text) for text in named), cfgs=(7.0,))

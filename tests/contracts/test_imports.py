@@ -114,7 +114,10 @@ def test_importing_the_configuration_loads_nothing_slow():
     """The same as above, seen from outside: what Python has loaded once everything before the models is imported."""
     modules = sorted(name for name in sources() if name.startswith("trainer.config"))
     assert "trainer.config" in modules
-    code = f"import sys, trainer.environment, {', '.join(modules)}; print(sorted({set(SLOW)!r} & set(sys.modules)))"
+    code = (
+        f"import sys, trainer.environment, {', '.join(modules)}; print(sorted({set(SLOW)!r} & "
+        "set(sys.modules)))"
+    )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (answer.stdout.strip(), answer.stderr) == ("[]", "")
 
@@ -236,7 +239,8 @@ def strayed(tree: Tree) -> list[str]:
             library = found.target.partition(".")[0]
             if library in LIBRARIES and not inside(module, ("scripts", *LIBRARIES[library])):
                 problems.append(
-                    f"{module}:{found.line}: imports {library}, which belongs to {', '.join(LIBRARIES[library])}"
+                    f"{module}:{found.line}: imports {library}, which belongs to "
+                    f"{', '.join(LIBRARIES[library])}"
                 )
             elif library not in sys.stdlib_module_names and not all(
                 inside(
@@ -246,14 +250,16 @@ def strayed(tree: Tree) -> list[str]:
                 for names in allowed
             ):
                 problems.append(
-                    f"{module}:{found.line}: imports {found.target}, which is not among what its package may import"
+                    f"{module}:{found.line}: imports {found.target}, which is not among what its package "
+                    "may import"
                 )
     return problems
 
 
 def not_options(tree: Tree) -> list[str]:
     return [
-        f"trainer.config.schema:{found.line}: imports {found.name or found.target}, which is no class of options"
+        f"trainer.config.schema:{found.line}: imports {found.name or found.target}, "
+        "which is no class of options"
         for found in tree.get("trainer.config.schema", [])
         if is_ours(found.target)
         and not inside(found.target, ("trainer.config", "trainer.errors"))

@@ -150,8 +150,8 @@ def test_a_loss_that_is_nan_once_skips_that_step_and_is_counted(workplace, monke
     poison(monkeypatch, {4}, float("nan"))
     assert train.main([]) == 0
     assert (
-        "Note: the gradients of 1 of the last 2 steps were not finite, so these steps changed nothing (1 of 4 in all)."
-        in (capsys.readouterr().out)
+        "Note: the gradients of 1 of the last 2 steps were not finite, "
+        "so these steps changed nothing (1 of 4 in all)." in (capsys.readouterr().out)
     )
     assert scalars(run_of(workplace))["optimizer/skipped steps"] == {1: 0, 2: 0, 4: 1, 6: 1}
     assert checkpoints(run_of(workplace))[0].name == LAST
@@ -167,8 +167,8 @@ def test_infinite_gradients_without_end_stop_the_run_with_images_and_timesteps(
         assert train.main([]) == 1
     error = capsys.readouterr().err
     assert (
-        "no step has had finite gradients since step 4 (now at step 8), so no weight has changed since; the last one trained"
-        in error
+        "no step has had finite gradients since step 4 (now at step 8), so no weight has changed since; "
+        "the last one trained" in error
     )
     assert ".png at " in error
     found = checkpoints(run_of(workplace))[0]

@@ -227,7 +227,8 @@ def test_what_does_not_fit_a_lora_is_refused(workplace, capsys, tmp_path):
     for more, sentence in (
         (
             ["--lora", '{"rank": 3}'],
-            "what learns of the unet was a LoRA of rank 2 and alpha 2 on 32 attention layers, and is a LoRA of rank 3",
+            "what learns of the unet was a LoRA of rank 2 and alpha 2 on 32 attention layers, "
+            "and is a LoRA of rank 3",
         ),
         (["--lora", "null"], "and is everything now"),
         (

@@ -55,7 +55,8 @@ CHECKED = [
     "python train.py --config train.json",
     "python train.py --config train.json --optimizer_config optimizer.json",
     "python train.py --config train.json --sample_steps 50 --validation_config validation.json",
-    "python train.py --config train.json --ema_decay_rate 0.99 --ema_update_interval 10 --ema_sample_ema_model",
+    "python train.py --config train.json --ema_decay_rate 0.99 --ema_update_interval 10 "
+    "--ema_sample_ema_model",
     "python train.py --config train.json --stop_after_steps 8",
     _FOLLOWFOX,
     f"{_FOLLOWFOX} --optimizer_config configs/followfox/optimizer_adamw8bit.json",
@@ -71,11 +72,13 @@ CHECKS: set[tuple[Path | str, ...]] = set()
 _GRID = "python scripts/grid.py"
 _COMPARE = "python scripts/compare_optimizers.py --config train.json optimizer.json optimizer_dadapt.json --out compare --seeds 1 2"
 _TORTURE = (
-    "python scripts/torture.py --out ... --kills 200 --config train.json --max_epochs 4 --batch_size 12 --save_every_n_epochs 1 "
+    "python scripts/torture.py --out ... --kills 200 --config train.json --max_epochs 4 --batch_size 12 "
+    "--save_every_n_epochs 1 "
     "--keep_last_n 2 --sample_steps 1000 --sample_prompts null"
 )
 _TWO_GPUS = (
-    "train.py --config configs/sd15.json --data_root examples/faces --optimizer_config optimizer_dadapt.json --batch_size 4 "
+    "train.py --config configs/sd15.json --data_root examples/faces --optimizer_config "
+    "optimizer_dadapt.json --batch_size 4 "
     "--stop_after_steps 40 --log_step 10 --no_save_ckpt"
 )
 HELPED = {

@@ -149,8 +149,8 @@ def test_what_has_changed_is_told_and_the_configuration_counts(workplace, no_est
     )
     assert all(f"Changed: {change}" in out for change in wanted), out
     assert (
-        "Changed: the run has 9 steps instead of 6, over which cosine stretches: the rate of the unet goes on at"
-        in out
+        "Changed: the run has 9 steps instead of 6, over which cosine stretches: "
+        "the rate of the unet goes on at" in out
     )
     assert "seed" not in out.partition("Going on")[2].partition("step 5")[0], (
         "what has not changed is not told"
@@ -301,7 +301,10 @@ def test_a_run_s_single_file_starts_a_new_run_and_a_note_says_how_to_resume(work
         capsys.readouterr()
         assert train.main(["--resume_ckpt", str(path), "--check"]) == 0
         place = run if path == file else run.relative_to(workplace)
-        note = f"Note: resume_ckpt: {file.name} starts a new run from these weights; to resume theirs, name the run's folder, {place}\n"
+        note = (
+            f"Note: resume_ckpt: {file.name} starts a new run from these weights; to resume theirs, "
+            f"name the run's folder, {place}\n"
+        )
         assert note in capsys.readouterr().out
     assert train.main(["--resume_ckpt", str(file), "--check", "--resume_weights_only"]) == 0
     assert "starts a new run" not in capsys.readouterr().out
@@ -340,7 +343,10 @@ def test_a_copied_checkpoint_is_resumed_in_a_new_run_and_overwrites_nothing(
     before = files(workplace)
     capsys.readouterr()
     assert train.main(["--resume_ckpt", place, "--check"]) == 0
-    sentence = f"Note: {workplace / place} lies outside the folder of its run, so the resumed run gets a new one in logs\n"
+    sentence = (
+        f"Note: {workplace / place} lies outside the folder of its run, "
+        "so the resumed run gets a new one in logs\n"
+    )
     assert sentence in capsys.readouterr().out and files(workplace) == before
     assert train.main(["--resume_ckpt", place]) == 0
     run = run_of(workplace)

@@ -242,7 +242,8 @@ def test_launches_of_a_step_of_stable_diffusion(unet, bits, fused, most):
             optimizer.step()
         launches = optimizer.launches - before
         print(
-            f"{len(params)} tensors, {bits} bits, fused {fused}: {launches} own launches, {operations.count} of torch"
+            f"{len(params)} tensors, {bits} bits, fused {fused}: {launches} own launches, "
+            f"{operations.count} of torch"
         )
         assert launches >= 3 and launches + operations.count <= most
         optimizer.zero_grad()

@@ -118,7 +118,8 @@ class WholeModel:
         """Refuse to start from a LoRA."""
         if adapter is not None:
             raise UserError(
-                f"resume_ckpt: {adapter} holds a LoRA, and lora is null; set lora to the rank, alpha and targets that "
+                f"resume_ckpt: {adapter} holds a LoRA, and lora is null; set lora to the rank, "
+                "alpha and targets that "
                 "it was trained with."
             )
 

@@ -47,7 +47,10 @@ def find_last(logdir: Path, project: str, *, weights_only: bool = False) -> tupl
         key=by_timestamp,
         reverse=True,
     )
-    none = f"findlast found no checkpoint of project {project!r} to resume in {logdir} ({len(runs)} runs looked at)"
+    none = (
+        f"findlast found no checkpoint of project {project!r} to resume in {logdir} ({len(runs)} runs "
+        "looked at)"
+    )
     return _newest(
         runs, f"{none}; name a model to start a new run.", weights_only=weights_only, project=project
     )
@@ -177,7 +180,10 @@ def _newest(
 
 
 def _start_from(folder: Path) -> str:
-    return f"To start a new run at step 0 from the weights of {folder}, set --resume_ckpt {folder} --resume_weights_only."
+    return (
+        f"To start a new run at step 0 from the weights of {folder}, "
+        f"set --resume_ckpt {folder} --resume_weights_only."
+    )
 
 
 def _folders(run: Path) -> list[Path]:

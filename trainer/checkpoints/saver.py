@@ -133,7 +133,8 @@ class Saver:
         began, written = time.perf_counter(), []
         if networks := self._not_finite():
             raise SavingError(
-                f"step {self._state.step}: weights of the {' and the '.join(networks)} are not finite, so no checkpoint is saved and the "
+                f"step {self._state.step}: weights of the {' and the '.join(networks)} are not finite, "
+                "so no checkpoint is saved and the "
                 f"run ends; {self._last_good()}; go on from it with a lower rate.",
                 exit_code=1,
             )
@@ -146,13 +147,15 @@ class Saver:
             self._publish(written[0])
             seconds = time.perf_counter() - began
             self._say(
-                f"step {self._state.step}: saved {' and '.join(map(str, written))}; training waited {seconds:.1f} s"
+                f"step {self._state.step}: saved {' and '.join(map(str, written))}; "
+                f"training waited {seconds:.1f} s"
             )
             try:
                 rotate(self._run, self._options, self._single_folder)
             except OSError as error:
                 self._say(
-                    f"Note: an older checkpoint could not be deleted ({_reason(error)}); the next save tries again."
+                    f"Note: an older checkpoint could not be deleted ({_reason(error)}); "
+                    "the next save tries again."
                 )
         self._last_time = self._clock()
         return written

@@ -61,7 +61,8 @@ def check_rates(config: TrainConfig, trained_parameters: Mapping[str, int]) -> N
     if config.rates.allow_high_lr or total <= FULL_SIZE:
         return
     problems = [
-        f"{config.optimizer_source.name}: {NETWORKS[network].section}.lr: {options.optimizer} at {options.lr:g} ruins a model "
+        f"{config.optimizer_source.name}: {NETWORKS[network].section}.lr: "
+        f"{options.optimizer} at {options.lr:g} ruins a model "
         f"of this size ({total / 1e6:.0f} million trained parameters); set lr to {HIGH_LR:g} or less (1e-6 "
         f"is usual) there or in {config.source.name}, or set allow_high_lr to true"
         for network, options in by_network(config.optimizers).items()

@@ -82,7 +82,8 @@ def read_file(path: Path, key: str, *, weights: bool) -> Models:
     notes = ()
     if CONFIGS not in file.metadata and not prediction(file)[1]:
         notes = (
-            f"{key}: {path} does not say what it predicts; v-prediction is assumed, as of SD 2.x at 768 px, but models of 512 px predict "
+            f"{key}: {path} does not say what it predicts; v-prediction is assumed, as of SD 2.x at 768 px, "
+            "but models of 512 px predict "
             "noise: where you are not certain, name the model's diffusers folder, whose scheduler says it.",
         )
     return Models(
@@ -168,7 +169,10 @@ def what_else(file: TensorFile) -> str | None:
         ".lora_" in name or "lora_down." in name or name.startswith(("lora_unet_", "lora_te"))
         for name in names
     ):
-        return f"is a LoRA, a small change to a model; merge it into its base with the tool that made it, or {whole}."
+        return (
+            "is a LoRA, a small change to a model; merge it into its base with the tool that made it, "
+            f"or {whole}."
+        )
     if has("conditioner.embedders."):
         return f"is an SDXL model, which this program does not train; {whole}."
     if _reads(file) in _SDXL_WIDTHS:
@@ -200,7 +204,10 @@ def what_else(file: TensorFile) -> str | None:
             f"is an inpainting or editing model (its UNet takes {channels} channels instead of 4); {whole}."
         )
     if has(UNET_PREFIX + "label_emb."):
-        return f"is an unCLIP model or another whose UNet needs more than text, which this program does not give it; {whole}."
+        return (
+            "is an unCLIP model or another whose UNet needs more than text, "
+            f"which this program does not give it; {whole}."
+        )
     return None
 
 
@@ -260,5 +267,8 @@ def _misfit(
     wrong = [name for name, accepted in shapes.items() if file.shapes[name] not in accepted]
     if wrong:
         first, (expected, _) = file.shapes[wrong[0]], shapes[wrong[0]]
-        return f"{len(wrong)} of {len(shapes)} tensors have other shapes: {wrong[0]} is {first} instead of {expected}"
+        return (
+            f"{len(wrong)} of {len(shapes)} tensors have other shapes: "
+            f"{wrong[0]} is {first} instead of {expected}"
+        )
     return None

@@ -35,7 +35,8 @@ def decay_of(options: EmaOptions, total_steps: int) -> float:
     updates = total_steps // options.ema_update_interval
     if updates == 0:
         raise UserError(
-            f"ema_strength_target: ema_update_interval is {options.ema_update_interval} and the run has {total_steps} optimizer steps, so "
+            f"ema_strength_target: ema_update_interval is {options.ema_update_interval} and the run has "
+            f"{total_steps} optimizer steps, so "
             "the average is never updated; lower ema_update_interval."
         )
     return options.ema_strength_target ** (1 / updates)
@@ -137,7 +138,8 @@ class Ema:
         """
         if state.keys() != self._averages.keys():
             raise UserError(
-                f"resume_ckpt: the checkpoint holds averaged weights of {' and '.join(state)}, and what is trained now is "
+                f"resume_ckpt: the checkpoint holds averaged weights of {' and '.join(state)}, "
+                "and what is trained now is "
                 f"{' and '.join(self._averages)}; train the same networks, or start a new run."
             )
         self.begin_from({network: saved["averages"] for network, saved in state.items()})
@@ -167,7 +169,8 @@ def weights_of(
         ]
         if wrong:
             raise UserError(
-                f"ema_resume_model: {source} is another kind of model: {len(wrong)} tensors of its {network} are missing or of other "
+                f"ema_resume_model: {source} is another kind of model: {len(wrong)} tensors of its "
+                f"{network} are missing or of other "
                 f"shapes, {wrong[0]} among them; name averaged weights of the model that is trained."
             )
         found[network] = [there[name].detach() for name, _ in learning]

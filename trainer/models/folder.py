@@ -92,7 +92,8 @@ def read_folder(
         scheduler_config=read_json(inside(folder, "scheduler/scheduler_config.json"), key),
         source=source or str(folder),
         notes=(
-            f"{key}: checkpoints are without the base's {' and '.join(dropped)}, which diffusers does not know.",
+            f"{key}: checkpoints are without the base's {' and '.join(dropped)}, "
+            "which diffusers does not know.",
         )
         if dropped
         else (),
@@ -107,7 +108,8 @@ def read_vae_folder(folder: Path, key: str, *, weights: bool) -> AutoencoderKL:
         folder = inside(folder, "vae")
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"{key}: {folder} is not a VAE's folder: it holds no config.json; name a folder with config.json and weights."
+            f"{key}: {folder} is not a VAE's folder: it holds no config.json; "
+            "name a folder with config.json and weights."
         )
     return read_network(folder, "vae", key, weights=weights)
 
@@ -120,7 +122,8 @@ def parts_beside(index: Mapping[str, Any], folder: Path, key: str) -> dict[str, 
     """
     if strange := [name for name in index if not re.fullmatch(r"[A-Za-z0-9_]+", name)]:
         raise UserError(
-            f"{key}: {folder / INDEX} has the key {strange[0]!r}; keys have letters, digits and underscores only. Remove it, or choose "
+            f"{key}: {folder / INDEX} has the key {strange[0]!r}; keys have letters, "
+            "digits and underscores only. Remove it, or choose "
             "another model."
         )
     found = {}
@@ -155,7 +158,8 @@ def check_index(folder: Path, key: str, source: str | None = None) -> dict[str, 
     index = read_json(inside(folder, INDEX), key)
     if "text_encoder_2" in index or "transformer" in index or "XL" in str(index.get("_class_name")):
         raise UserError(
-            f"{key}: {source or folder} is a {index.get('_class_name')}, which this program does not train; name a Stable Diffusion 1.x or "
+            f"{key}: {source or folder} is a {index.get('_class_name')}, which this program does not train; "
+            "name a Stable Diffusion 1.x or "
             "2.x model."
         )
     for network, accepted in ((network, PARTS[network][1]) for network in WEIGHTS):
@@ -163,7 +167,8 @@ def check_index(folder: Path, key: str, source: str | None = None) -> dict[str, 
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if found != accepted:
             raise UserError(
-                f"{key}: {folder / INDEX} names {found or 'nothing'} as {network}; Stable Diffusion 1.x and 2.x have {accepted} there."
+                f"{key}: {folder / INDEX} names {found or 'nothing'} as {network}; "
+                f"Stable Diffusion 1.x and 2.x have {accepted} there."
             )
     return index
 
@@ -178,7 +183,8 @@ def read_network(folder: Path, network: str, key: str, *, weights: bool, weights
     )
     if found != PARTS[network][1]:
         raise UserError(
-            f"{key}: {folder} holds a {found}; {PARTS[network][1]} is the only class that is trained as {network}."
+            f"{key}: {folder} holds a {found}; {PARTS[network][1]} is the only class that is trained as "
+            f"{network}."
         )
     choice = choose_weights([path.name for path in files if path.parent == folder], network)
     if choice is None and not weights_follow:
@@ -197,7 +203,8 @@ def read_network(folder: Path, network: str, key: str, *, weights: bool, weights
     shapes = {name: (_current(name), tuple(tensor.shape)) for name, tensor in empty.state_dict().items()}
     if missing := sorted(name for name, (known, _) in shapes.items() if known not in tensors):
         raise UserError(
-            f"{key}: {folder}: {len(missing)} tensors are missing from the weights, {missing[0]} among them; download the model again."
+            f"{key}: {folder}: {len(missing)} tensors are missing from the weights, "
+            f"{missing[0]} among them; download the model again."
         )
     for name, (known, shape) in shapes.items():
         file, own = tensors[known]
@@ -209,7 +216,8 @@ def read_network(folder: Path, network: str, key: str, *, weights: bool, weights
         dtype = file.dtypes[own]
         if dtype is None or not dtype.is_floating_point:
             raise UserError(
-                f"{key}: {folder}: the weights are quantized ({name} is {dtype or 'of 8 bits'}); name the model in fp16 or fp32."
+                f"{key}: {folder}: the weights are quantized ({name} is {dtype or 'of 8 bits'}); "
+                "name the model in fp16 or fp32."
             )
     if weights:
         fill(
@@ -273,4 +281,7 @@ def _what_else(folder: Path) -> str:
             return f"{folder} holds no {INDEX}; to load a single file, name the file: {folder / files[0]}."
         if not any(folder.iterdir()):
             return f"{folder} is empty; name a diffusers folder, which holds {INDEX}."
-    return f"{folder} is not a model: it holds no {INDEX}; name a diffusers folder, a hub id or a .safetensors file."
+    return (
+        f"{folder} is not a model: it holds no {INDEX}; name a diffusers folder, "
+        "a hub id or a .safetensors file."
+    )

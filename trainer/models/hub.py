@@ -42,7 +42,8 @@ def fetch_model(name: str, key: str, *, weights: bool, revision: str | None = No
     files = _listed(name, key, revision)
     if INDEX not in files:
         raise UserError(
-            f"{key}: {name} on the hub is no diffusers model: it holds no {INDEX}; name another, or download its single file."
+            f"{key}: {name} on the hub is no diffusers model: it holds no {INDEX}; name another, "
+            "or download its single file."
         )
     settings = _downloaded(name, key, [*_SETTINGS], revision)
     check_index(settings, key, name)
@@ -73,7 +74,8 @@ def fetch_vae(name: str, key: str) -> Path:
     choice = choose_weights([file.removeprefix(inside) for file in files if file.startswith(inside)], "vae")
     if choice is None or f"{inside}config.json" not in files:
         raise UserError(
-            f"{key}: {name} on the hub holds no VAE in diffusers' layout; name another, or download its single file."
+            f"{key}: {name} on the hub holds no VAE in diffusers' layout; name another, "
+            "or download its single file."
         )
     folder = _downloaded(name, key, [f"{inside}{file}" for file in ("config.json", *choice.files)])
     return folder / inside
@@ -135,15 +137,18 @@ def _unavailable(name: str, key: str, error: Exception) -> UserError:
     local = f"or give {key} the path of a local diffusers folder or .safetensors file."
     if isinstance(error, GatedRepoError):
         return UserError(
-            f"{key}: {name} on the hub asks for consent: accept its terms on its page and run `hf auth login`, {local}"
+            f"{key}: {name} on the hub asks for consent: accept its terms on its page and run `hf auth "
+            f"login`, {local}"
         )
     if isinstance(error, RepositoryNotFoundError):
         return UserError(
-            f"{key}: the hub knows no model {name} (or it is private: run `hf auth login`); correct the id, {local}"
+            f"{key}: the hub knows no model {name} (or it is private: run `hf auth login`); correct the id, "
+            f"{local}"
         )
     if isinstance(error, RevisionNotFoundError):
         return UserError(
-            f"revision: {name} on the hub has no such revision; correct it, or set it to null for the main branch."
+            f"revision: {name} on the hub has no such revision; correct it, "
+            "or set it to null for the main branch."
         )
     if isinstance(error, HFValidationError):
         return UserError(
@@ -151,7 +156,8 @@ def _unavailable(name: str, key: str, error: Exception) -> UserError:
         )
     reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else _first_line(error)
     return HubUnreachable(
-        f"{key}: {name} is not complete in the hub cache ({constants.HF_HUB_CACHE}) and cannot be downloaded ({reason}); "
+        f"{key}: {name} is not complete in the hub cache ({constants.HF_HUB_CACHE}) and cannot be "
+        f"downloaded ({reason}); "
         f"run `hf download {name}` where there is internet and copy the cache, {local}"
     )
 

@@ -103,7 +103,8 @@ def _replace_vae(models: Models, name: str, *, weights: bool) -> None:
     ):
         if old != new:
             raise UserError(
-                f"{key}: {name} has {new} {what} where this model's own VAE has {old}; name a VAE made for this kind of model."
+                f"{key}: {name} has {new} {what} where this model's own VAE has {old}; "
+                "name a VAE made for this kind of model."
             )
 
 
@@ -112,7 +113,8 @@ def _assumed(name: str) -> Models:
     return replace(
         empty_models(SD1.default, clip_tokenizer(), name),
         notes=(
-            f"resume_ckpt: {name} is not in the hub cache, and the hub does not answer: the kind of model is unknown until it is "
+            f"resume_ckpt: {name} is not in the hub cache, and the hub does not answer: "
+            "the kind of model is unknown until it is "
             "downloaded; sizes here are SD 1.5's.",
         ),
         assumed=True,
@@ -126,7 +128,8 @@ def _check(models: Models) -> None:
     taken, made = unet["in_channels"], models.vae.config["latent_channels"]
     if taken != 4 or made != 4:
         raise UserError(
-            f"{where}: the UNet takes {taken} channels and the VAE makes {made}; both must be 4 (inpainting and editing models are not "
+            f"{where}: the UNet takes {taken} channels and the VAE makes {made}; "
+            "both must be 4 (inpainting and editing models are not "
             "trained); name a text-to-image model."
         )
     extra = [
@@ -136,20 +139,23 @@ def _check(models: Models) -> None:
     ]
     if extra:
         raise UserError(
-            f"{where}: the UNet needs more than text ({extra[0]}), which this program does not give it; name a Stable Diffusion 1.x or 2.x "
+            f"{where}: the UNet needs more than text ({extra[0]}), which this program does not give it; "
+            "name a Stable Diffusion 1.x or 2.x "
             "model."
         )
     width: Any = models.text_encoder.config.hidden_size
     read = unet["cross_attention_dim"]
     if read != width:
         raise UserError(
-            f"{where}: the text encoder is {width} wide and the UNet reads {read}; the parts are of different models."
+            f"{where}: the text encoder is {width} wide and the UNet reads {read}; "
+            "the parts are of different models."
         )
     entries: Any = models.text_encoder.config.vocab_size
     known = len(models.tokenizer)
     if known > entries:
         raise UserError(
-            f"{where}: the tokenizer has {known} entries and the text encoder {entries}; the parts are of different models."
+            f"{where}: the tokenizer has {known} entries and the text encoder {entries}; "
+            "the parts are of different models."
         )
     complete(models, where)
     try_model(models, where)
@@ -158,7 +164,8 @@ def _check(models: Models) -> None:
 def _check_kind(path: Path, key: str) -> None:
     if path.suffix.lower() not in (".safetensors", ".ckpt"):
         raise UserError(
-            f"{key}: {path} is a {path.suffix or 'nameless'} file; name a .safetensors or .ckpt file, a diffusers folder or a hub id."
+            f"{key}: {path} is a {path.suffix or 'nameless'} file; name a .safetensors or .ckpt file, "
+            "a diffusers folder or a hub id."
         )
 
 
@@ -172,5 +179,6 @@ def _check_hub_id(name: str, key: str) -> None:
         or owner.is_dir()
     ):
         raise UserError(
-            f"{key}: there is no folder or file {name}; name a diffusers folder, a .safetensors file or a hub id (owner/name)."
+            f"{key}: there is no folder or file {name}; name a diffusers folder, "
+            "a .safetensors file or a hub id (owner/name)."
         )

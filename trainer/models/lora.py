@@ -120,14 +120,16 @@ def read_adapter(folder: Path, parts: TrainedParts, options: LoraOptions) -> dic
     here = {in_file(name): (name, tuple(parameter.shape)) for name, parameter in named(parts).items()}
     if {name: shape for name, (_, shape) in here.items()} != file.shapes:
         raise UserError(
-            f"{where} of other layers or of another rank than lora, disable_unet_training, disable_textenc_training and "
+            f"{where} of other layers or of another rank than lora, disable_unet_training, "
+            "disable_textenc_training and "
             "text_encoder_freezing ask for; put them back as they were."
         )
     config = json.loads(file.metadata.get(ADAPTER_CONFIG, "{}"))
     alphas = {value for key, value in config.items() if key.endswith(".lora_alpha")}
     if alphas != {options.strength}:
         raise UserError(
-            f"{where} of alpha {', '.join(map(str, alphas))}, and lora.alpha is {options.strength:g} now; put it back."
+            f"{where} of alpha {', '.join(map(str, alphas))}, and lora.alpha is {options.strength:g} now; "
+            "put it back."
         )
     return {ours: file[name] for name, (ours, _) in here.items()}
 
@@ -157,7 +159,8 @@ def base_of(models: Models, model: str, adapter: Path | None) -> Base:
     before = read_base(adapter) if adapter is not None else None
     if before is not None and before.fingerprint != base.fingerprint:
         raise UserError(
-            f"resume_ckpt: the LoRA in {adapter} was trained on other weights than {before.model} holds now; put that model back as it was."
+            f"resume_ckpt: the LoRA in {adapter} was trained on other weights than {before.model} holds "
+            "now; put that model back as it was."
         )
     return base
 
@@ -190,11 +193,13 @@ def read_base(folder: Path) -> Base | None:
             raise ValueError(f"{base.model!r} is neither a hub id nor an absolute path")
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
-            f"{folder / BASE_FILE}: the model under the LoRA cannot be read ({error}); choose another checkpoint."
+            f"{folder / BASE_FILE}: the model under the LoRA cannot be read ({error}); "
+            "choose another checkpoint."
         ) from error
     if Path(base.model).is_absolute() and not Path(base.model).exists():
         raise UserError(
-            f"resume_ckpt: {folder} is a LoRA, and the model that it was trained on, {base.model}, is not there any more; put it back."
+            f"resume_ckpt: {folder} is a LoRA, and the model that it was trained on, {base.model}, "
+            "is not there any more; put it back."
         )
     return base
 

@@ -55,7 +55,8 @@ class TensorFile(Mapping[str, Tensor]):
         except OSError as error:
             reason = error.strerror or str(error)
             raise UserError(
-                f"{path}: the file cannot be read ({reason}); check disk and permissions, or download it again."
+                f"{path}: the file cannot be read ({reason}); check disk and permissions, "
+                "or download it again."
             ) from error
 
     def _open(self, path: Path) -> None:
@@ -135,7 +136,8 @@ def _read_header(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: {_POINTER}")
         if start.startswith((b"PK\x03\x04", b"\x80\x02")):
             raise UserError(
-                f"{path}: this is a .ckpt file; give it that ending, and it is read without running what it holds."
+                f"{path}: this is a .ckpt file; give it that ending, and it is read without running what it "
+                "holds."
             )
         if start.lstrip()[:1] == b"<":
             raise UserError(f"{path}: this is a web page, not a model; download the file itself.")
@@ -157,11 +159,13 @@ def _read_header(path: Path) -> dict[str, Any]:
     promised = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if promised > size:
         raise UserError(
-            f"{path}: the file is cut short: it holds {size:,} of {promised:,} bytes; download or copy it again."
+            f"{path}: the file is cut short: it holds {size:,} of {promised:,} bytes; "
+            "download or copy it again."
         )
     if promised < size:
         raise UserError(
-            f"{path}: the file is damaged: it holds {size:,} bytes instead of {promised:,}; download or copy it again."
+            f"{path}: the file is damaged: it holds {size:,} bytes instead of {promised:,}; "
+            "download or copy it again."
         )
     return {**header, "__metadata__": metadata}
 
@@ -191,7 +195,10 @@ def _read_ckpt(path: Path) -> tuple[dict[str, Tensor], int | None]:
         Exception
     ) as error:  # torch raises UnpicklingError, EOFError, RuntimeError and others, by what is broken
         advice = "download or copy it again, or get the .safetensors version"
-        damaged = f"{path}: the {path.suffix} file cannot be read as plain tensors ({_first_line(error)}); {advice}."
+        damaged = (
+            f"{path}: the {path.suffix} file cannot be read as plain tensors ({_first_line(error)}); "
+            f"{advice}."
+        )
         raise UserError(hostile(path, error) or damaged) from error
     content = content if isinstance(content, dict) else {}
     step = content.get("global_step")
@@ -204,7 +211,8 @@ def _read_ckpt(path: Path) -> tuple[dict[str, Tensor], int | None]:
     }
     if not tensors:
         raise UserError(
-            f"{path}: the {path.suffix} file holds no tensors; name a whole Stable Diffusion 1.x or 2.x checkpoint."
+            f"{path}: the {path.suffix} file holds no tensors; name a whole Stable Diffusion 1.x or 2.x "
+            "checkpoint."
         )
     return tensors, step if isinstance(step, int) else None
 
@@ -246,7 +254,8 @@ def check_pickle(path: Path) -> list[str]:
         raise UserError(f"{path}: {problem}")
     if inflated:  # torch stores without compression; a small file could fill the memory
         raise UserError(
-            f"{path}: its contents are compressed, which torch never does; get this file from a source that you trust."
+            f"{path}: its contents are compressed, which torch never does; "
+            "get this file from a source that you trust."
         )
     wanted = _foreign_names(path) if packed else []
     if strange := [name for name in wanted if not name.startswith(_BESIDE_WEIGHTS)]:
@@ -270,7 +279,8 @@ def hostile(path: Path, error: Exception) -> str | None:
 
 def _refusal(path: Path, strange: list[str]) -> str:
     return (
-        f"{path}: the {path.suffix} file asks for {', '.join(strange[:3])}, which weights have no use for and an attack would; nothing of "
+        f"{path}: the {path.suffix} file asks for {', '.join(strange[:3])}, "
+        "which weights have no use for and an attack would; nothing of "
         "it was run. Get the .safetensors version of the model, or this file from a source that you trust."
     )
 

@@ -58,7 +58,8 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
     }
     if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there.keys():
         raise UserError(
-            f"{folder}: the tokenizer is missing: neither tokenizer.json nor vocab.json with merges.txt is there; "
+            f"{folder}: the tokenizer is missing: neither tokenizer.json nor vocab.json with merges.txt is "
+            "there; "
             "copy the tokenizer folder of the model's base, or download the model again."
         )
     try:

@@ -36,7 +36,8 @@ def apply_freezing(models: Models, parts: TrainableOptions, freezing: FreezingOp
     if not unet_trains and not text_encoder_trains:
         reason = "disable_textenc_training" if parts.disable_textenc_training else "text_encoder_freezing"
         raise UserError(
-            f"disable_unet_training and {reason} together leave nothing to train; let the UNet or text encoder layers train."
+            f"disable_unet_training and {reason} together leave nothing to train; "
+            "let the UNet or text encoder layers train."
         )
 
     models.vae.eval()
@@ -99,7 +100,8 @@ def _frozen_layers(freezing: FreezingOptions, layers: int) -> int:
     if last is not None:
         if last > layers:
             raise UserError(
-                f"text_encoder_freezing.unfreeze_last_n_layers: {last} is more than the {layers} layers of this model's text encoder; "
+                f"text_encoder_freezing.unfreeze_last_n_layers: {last} is more than the {layers} layers of "
+                "this model's text encoder; "
                 f"give 0 to {layers}."
             )
         return layers - last
@@ -107,7 +109,8 @@ def _frozen_layers(freezing: FreezingOptions, layers: int) -> int:
         return 0
     if abs(front) > layers:
         raise UserError(
-            f"text_encoder_freezing.freeze_front_n_layers: {front} does not fit the {layers} layers of this model's text encoder; "
+            f"text_encoder_freezing.freeze_front_n_layers: {front} does not fit the {layers} layers of this "
+            "model's text encoder; "
             f"give -{layers} to {layers} (a negative -k trains only the last k)."
         )
     return front if front >= 0 else layers + front

@@ -50,13 +50,15 @@ def try_model(models: Models, where: str) -> None:
     length, entries = text.max_position_embeddings, text.vocab_size
     if models.tokenizer.model_max_length != length:
         raise UserError(
-            f"{where}: the tokenizer gives {models.tokenizer.model_max_length} tokens and the text encoder takes {length}; "
+            f"{where}: the tokenizer gives {models.tokenizer.model_max_length} tokens and the text encoder "
+            f"takes {length}; "
             "the parts are of different models."
         )
     largest = max(models.tokenizer.get_vocab().values(), default=0)
     if largest >= entries:
         raise UserError(
-            f"{where}: the tokenizer's numbers reach {largest} and the text encoder has {entries} entries; {_ADVICE}."
+            f"{where}: the tokenizer's numbers reach {largest} and the text encoder has {entries} entries; "
+            f"{_ADVICE}."
         )
     _attempt(
         f"{where}: captions cannot be tokenized", lambda: Tokenize(models.tokenizer)(["a photo of a cat"])

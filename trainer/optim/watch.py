@@ -70,7 +70,8 @@ class AdaptationWatch:
         if d <= d0 and step >= PATIENCE:
             say(
                 "stuck",
-                f"d of the {network} has not left d0 ({d0:g}): the gradients of successive steps agree too little to raise it, so the "
+                f"d of the {network} has not left d0 ({d0:g}): the gradients of successive steps agree too "
+                "little to raise it, so the "
                 f"network learns next to nothing; raise {where}.lr towards 1.0, or the images per step, or "
                 f"set {where}.d0 ten times higher.",
             )
@@ -81,7 +82,8 @@ class AdaptationWatch:
         elif step - course.negative_since >= PATIENCE:
             say(
                 "negative",
-                f"d_hat of the {network} has been below 0 since step {course.negative_since}: the gradients point back along the way "
+                f"d_hat of the {network} has been below 0 since step {course.negative_since}: "
+                "the gradients point back along the way "
                 f"the weights have come, so d no longer grows; that is the usual end of the search, "
                 f"and if the loss rises too, lower {where}.lr.",
             )
@@ -102,7 +104,8 @@ class AdaptationWatch:
             ]
             say(
                 "runaway",
-                f"d of the {network} is {d:.3g}, ten times the {course.plateau:.3g} at which it had come to rest, and d never falls: look "
+                f"d of the {network} is {d:.3g}, ten times the {course.plateau:.3g} at which it had come to "
+                "rest, and d never falls: look "
                 f"at the samples from before the rise, and "
                 + (f"set {' or '.join(known)}." if known else f"lower {where}.lr."),
             )
@@ -128,12 +131,18 @@ class AdaptationWatch:
                 f"d of the {network} has not left d0 ({options.d0:g}) up to step {now}, the last one reported"
             )
         if d >= d_max * (1 - 1e-6):  # d_max is fp64, d may be fp32
-            return f"d of the {network} is held by {where}.d_max ({d_max:g}): its rate was chosen, not found; raise d_max to find one"
+            return (
+                f"d of the {network} is held by {where}.d_max ({d_max:g}): its rate was chosen, "
+                "not found; raise d_max to find one"
+            )
         if now - then < PATIENCE or d > FLAT * before:
             grown = (
                 f"it grew by {d / before - 1:.0%} over the last {now - then}" if before > 0 else "it is new"
             )
-            return f"d of the {network} has not settled, growing by at most {FLAT - 1:.0%} over {PATIENCE} steps: {grown}, up to step {now}"
+            return (
+                f"d of the {network} has not settled, growing by at most {FLAT - 1:.0%} over {PATIENCE} "
+                f"steps: {grown}, up to step {now}"
+            )
         return None
 
     def _follow(self, course: _Course, step: int, d: float, d0: float) -> None:

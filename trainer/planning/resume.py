@@ -237,7 +237,8 @@ def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], checkpoint: 
     if differences:
         raise UserError(
             [
-                f"resume_ckpt: {checkpoint} belongs to another run, which this configuration cannot continue; "
+                f"resume_ckpt: {checkpoint} belongs to another run, which this configuration cannot "
+                "continue; "
                 f"put these back, {_NEW_RUN}."
             ]
             + [f"  {difference}" for difference in differences]

@@ -76,7 +76,8 @@ def check_progress(run: Run, skipped: int) -> None:
         raise UserError(
             f"no step has had finite gradients since step {state.last_finite} (now at step {state.step}), so "
             "no weight has changed since; the last one trained, each at its timestep, "
-            f"{', '.join(images[:8])}{more}: lower the rate, try mixed_precision: no, or look at these images.",
+            f"{', '.join(images[:8])}{more}: lower the rate, try mixed_precision: no, "
+            "or look at these images.",
             exit_code=1,
         )
 
@@ -98,7 +99,8 @@ def check_ranks(run: Run) -> None:
     if different := run.processes.difference(numbers):
         run.learner.optimizers.updating = True  # nobody can say whose weights are right: nothing to save
         raise UserError(
-            f"step {state.step}: {different}, so the processes no longer train the same model; go on from the "
+            f"step {state.step}: {different}, so the processes no longer train the same model; "
+            "go on from the "
             "last checkpoint, and look for a device or a version of a library that differs.",
             exit_code=1,
         )
@@ -121,7 +123,8 @@ def check_gradients(run: Run) -> None:
         where = " and ".join(f"{count} of the {network}" for network, count in met.items() if count)
         raise UserError(
             f"gradients were not finite although the loss was ({where}; now at step {run.state.step}): with "
-            "fused_backward only these weights were left out, the others of the same step have moved; go on from "
+            "fused_backward only these weights were left out, the others of the same step have moved; "
+            "go on from "
             "the last checkpoint with fused_backward false, or with mixed_precision: no.",
             exit_code=1,
         )

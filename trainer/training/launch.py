@@ -129,7 +129,8 @@ def _on_machine(count: int) -> int:
     if devices and on_machine > devices and not _flag("ACCELERATE_USE_CPU"):
         raise UserError(
             f"{on_machine} processes were launched on this machine, and it has {devices} CUDA device(s), "
-            "one for each process; launch at most that many, and raise grad_accum to keep the images of a step."
+            "one for each process; launch at most that many, and raise grad_accum to keep the images of a "
+            "step."
         )
     return on_machine
 
@@ -150,7 +151,8 @@ def _check_launcher() -> None:
     for variable, name in _SHARDING.items():
         if _flag(variable):
             raise UserError(
-                f"accelerate was asked for {name}, which splits a model over processes, and this program trains "
+                f"accelerate was asked for {name}, which splits a model over processes, "
+                "and this program trains "
                 "with a whole model in each (DDP); choose plain multi-GPU in accelerate config or with "
                 "accelerate launch --multi_gpu, and for less memory see --check, dadapt_adam8bit and lora."
             )

@@ -217,5 +217,6 @@ def _compare(device: torch.device, weights: torch.dtype, bits: int, every: int) 
         )
         if theirs.numel() and (apart.float().mean() > 0.01 or not ours.isfinite().all()):
             raise RuntimeError(
-                f"result {number} differs from that of torch in {apart.float().mean().item():.1%} of its elements"
+                f"result {number} differs from that of torch in {apart.float().mean().item():.1%} of its "
+                "elements"
             )

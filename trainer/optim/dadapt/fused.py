@@ -76,7 +76,8 @@ class FusedBackward:
         now, engine = self._pass, self._engines[segment.bank]
         if segment.index in now.seen:
             raise RuntimeError(
-                "a parameter got a second gradient before step(): fused backward takes one backward pass a step"
+                "a parameter got a second gradient before step(): fused backward takes one backward pass a "
+                "step"
             )
         now.seen.add(segment.index)
         if now.lr == 0:

@@ -60,7 +60,8 @@ def check_group(group: Mapping[str, Any], first: Mapping[str, Any], state_bits: 
             sorted(range(parameter.dim()), key=parameter.stride, reverse=True)
         ).is_contiguous():
             raise ValueError(
-                f"a parameter of shape {tuple(parameter.shape)} does not fill its memory, in which its state is laid out"
+                f"a parameter of shape {tuple(parameter.shape)} does not fill its memory, "
+                "in which its state is laid out"
             )
         if parameter.dtype == torch.float64 and state_bits == 8:
             raise ValueError(

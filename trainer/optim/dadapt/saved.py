@@ -49,13 +49,15 @@ def restore(
             targets = dict(kept)
             if set(kept) != set(state[number]):
                 raise ValueError(
-                    f"the state of parameter {number} has {sorted(state[number])}, this optimizer keeps {sorted(kept)}"
+                    f"the state of parameter {number} has {sorted(state[number])}, "
+                    f"this optimizer keeps {sorted(kept)}"
                 )
         copies += [(f"{number}.{key}", target, state[number][key]) for key, target in targets.items()]
     for name, target, source in copies:
         if target.shape != source.shape or target.dtype != source.dtype:
             raise ValueError(
-                f"state {name} is {source.dtype} {tuple(source.shape)}, this optimizer keeps {target.dtype} {tuple(target.shape)}"
+                f"state {name} is {source.dtype} {tuple(source.shape)}, this optimizer keeps {target.dtype} "
+                f"{tuple(target.shape)}"
             )
     for _, target, source in copies:
         if target.device.type != "meta":
@@ -64,7 +66,8 @@ def restore(
         for number, (segment, parameter, _) in enumerate(own):
             _convert(segment, parameter, state[number])
         warnings.warn(
-            "the optimizer state of an earlier version was converted: s is kept for one element in 16 of each large tensor from now on, "
+            "the optimizer state of an earlier version was converted: s is kept for one element in 16 of "
+            "each large tensor from now on, "
             "so d goes on within some percent of what it would have been",
             stacklevel=3,
         )

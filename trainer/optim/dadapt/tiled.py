@@ -114,7 +114,8 @@ class TiledAdam(FusedBackward, Optimizer):
         if self.fused_backward:
             if scale is not None:
                 raise RuntimeError(
-                    "fused backward cannot undo a loss scale after backward: use bf16 or fp32, or the plain step"
+                    "fused backward cannot undo a loss scale after backward: use bf16 or fp32, "
+                    "or the plain step"
                 )
             for _, parameter in work:  # gradients that did not come from a backward pass
                 self.arrive(parameter)
@@ -137,7 +138,8 @@ class TiledAdam(FusedBackward, Optimizer):
         rates = {group["lr"] for group in self.param_groups}
         if len(rates) > 1 or min(rates) < 0:
             raise ValueError(
-                f"the groups have the rates {sorted(rates)}; there is one d, so every lr is the same: use layer_scale instead"
+                f"the groups have the rates {sorted(rates)}; there is one d, so every lr is the same: "
+                "use layer_scale instead"
             )
         lr, device = rates.pop(), self._ready().device
         coupled = any(group["weight_decay"] != 0 and not group["decouple"] for group in self.param_groups)
@@ -276,7 +278,8 @@ class TiledAdam(FusedBackward, Optimizer):
         if self.compiled != saved:
             ways = ("through a compiler", "without a compiler")
             warnings.warn(
-                f"the saved run stepped {ways[not saved]}, this one does {ways[saved]}: it goes on the same but for the last bits",
+                f"the saved run stepped {ways[not saved]}, this one does {ways[saved]}: "
+                "it goes on the same but for the last bits",
                 stacklevel=2,
             )
         self._look_who_moved()

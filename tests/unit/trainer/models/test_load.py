@@ -608,11 +608,13 @@ def reading(width):
         ),
         (
             lambda t: {name: tensor for name, tensor in t.items() if "middle_block.1.proj_in" not in name},
-            "of its unet, 2 of 208 tensors are missing, model.diffusion_model.middle_block.1.proj_in.weight among them",
+            "of its unet, 2 of 208 tensors are missing, model.diffusion_model.middle_block.1.proj_in.weight "
+            "among them",
         ),
         (
             lambda t: {**t, "first_stage_model.quant_conv.bias": torch.ones(3)},
-            "of its vae, 1 of 180 tensors have other shapes: first_stage_model.quant_conv.bias is (3,) instead of (8,)",
+            "of its vae, 1 of 180 tensors have other shapes: first_stage_model.quant_conv.bias is (3,) "
+            "instead of (8,)",
         ),
     ],
 )
@@ -929,8 +931,10 @@ def test_a_hub_id_that_cannot_be_had_says_what_was_tried_and_what_to_do(tmp_path
     with pytest.raises(UserError) as caught:
         load("someone/some-model")
     assert str(caught.value) == (
-        f"resume_ckpt: someone/some-model is not complete in the hub cache ({tmp_path}) and cannot be downloaded (HF_HUB_OFFLINE is set); "
-        "run `hf download someone/some-model` where there is internet and copy the cache, or give resume_ckpt the path of a local "
+        f"resume_ckpt: someone/some-model is not complete in the hub cache ({tmp_path}) and cannot be "
+        "downloaded (HF_HUB_OFFLINE is set); "
+        "run `hf download someone/some-model` where there is internet and copy the cache, "
+        "or give resume_ckpt the path of a local "
         "diffusers folder or .safetensors file."
     )
 

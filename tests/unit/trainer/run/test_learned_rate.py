@@ -80,7 +80,8 @@ def test_one_network_without_a_rate_is_enough_for_no_file_and_removes_an_older_o
     assert outcome(tmp_path, chosen("dadapt_adam"), chosen("dadapt_adam"))[1] is not None
     told, written = outcome(tmp_path, chosen("dadapt_adam"), chosen("dadapt_adam", d_max=1e-5))
     assert written is None and told == [
-        f"No {FOUND}: d of the text encoder is held by text_encoder_overrides.d_max (1e-05): its rate was chosen, not found; raise "
+        f"No {FOUND}: d of the text encoder is held by text_encoder_overrides.d_max (1e-05): "
+        "its rate was chosen, not found; raise "
         "d_max to find one."
     ]
 

@@ -15,7 +15,8 @@ from trainer.run.out_of_memory import is_out_of_memory
         MemoryError(),
         OSError(errno.ENOMEM, "Cannot allocate memory"),
         RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+            "you tried to allocate 1 bytes."
         ),
         RuntimeError(
             "could not create a primitive"
@@ -33,7 +34,8 @@ def test_memory_has_run_out(error):
     [
         OSError(errno.ENOSPC, "No space left on device"),
         RuntimeError(
-            "could not create a primitive descriptor for the matmul primitive. Run workload with ONEDNN_VERBOSE=all"
+            "could not create a primitive descriptor for the matmul primitive. Run workload with "
+            "ONEDNN_VERBOSE=all"
         ),
         ValueError("could not create a primitive"),
     ],
