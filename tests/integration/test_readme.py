@@ -98,6 +98,7 @@ HELPED = {
     f"{_GRID} --blend a.safetensors b.safetensors --weights 0.7 0.3 --out c.safetensors": "is of such models; test_grid.py merges some",
     f"{_GRID} --blend a.safetensors b.safetensors base.safetensors --add_difference 0.5 --out c.safetensors": "is of such models too",
     f"{_GRID} logs/RUN --prompts YOUR_PROMPTS --out grid.png": "is of a run that users have; test_grid.py draws a tiny one",
+    "python scripts/same_results.py --against 062bc76": "trains nine runs in each of two commits",
     "python scripts/mini_sd_sweep.py --out sweep --seeds 1 2 3": "trains 54 times",
     _TORTURE: "takes an hour; test_signals.py kills a run five times",
     "python scripts/make_mini_sd.py judge": "draws hundreds of pictures; test_mini_sd.py tests the judge",
