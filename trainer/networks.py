@@ -13,7 +13,7 @@ class Network:
     """The names of a network in files and objects; its key in `NETWORKS` is its name in logs and checkpoints."""
 
     attribute: str
-    """Attribute of `Models` and `OptimizerConfig`, and prefix of its LoRA weights."""
+    """Attribute of `Models` and `OptimizerConfig`, and prefix of its adapter weights."""
 
     section: str
     """Section of the optimizer file."""

@@ -71,6 +71,11 @@ class TrainableOptions:
     compiling whenever a size of images or of a batch comes up for the first time. Samples and fixed-noise
     losses run without."""
 
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether LoRA adapters are trained instead of the networks."""
+        return self.lora is not None
+
 
 @dataclass(frozen=True, kw_only=True)
 class FreezingOptions:

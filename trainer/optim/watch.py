@@ -127,9 +127,7 @@ class AdaptationWatch:
         (then, before), (now, d) = looks[0], looks[-1]
         d_max = getattr(options, "d_max", math.inf)
         if d <= options.d0:
-            return (
-                f"d of the {network} has not left d0 ({options.d0:g}) up to step {now}, the last one reported"
-            )
+            return f"d of the {network} has not left d0 ({options.d0:g}) up to step {now:.0f}, the last one reported"
         if d >= d_max * (1 - 1e-6):  # d_max is fp64, d may be fp32
             return (
                 f"d of the {network} is held by {where}.d_max ({d_max:g}): its rate was chosen, "
@@ -137,11 +135,13 @@ class AdaptationWatch:
             )
         if now - then < PATIENCE or d > FLAT * before:
             grown = (
-                f"it grew by {d / before - 1:.0%} over the last {now - then}" if before > 0 else "it is new"
+                f"it grew by {d / before - 1:.0%} over the last {now - then:.0f}"
+                if before > 0
+                else "it is new"
             )
             return (
                 f"d of the {network} has not settled, growing by at most {FLAT - 1:.0%} over {PATIENCE} "
-                f"steps: {grown}, up to step {now}"
+                f"steps: {grown}, up to step {now:.0f}"
             )
         return None
 

@@ -58,7 +58,7 @@ def _accumulation(config: TrainConfig) -> Change | None:
 
 
 def _eight_bits(config: TrainConfig) -> Change | None:
-    if config.parts.lora is not None:  # which has next to no state
+    if config.parts.trains_adapters:  # which has next to no state
         return None
     smaller = {
         "dadapt_adam": "dadapt_adam8bit",
@@ -89,7 +89,7 @@ def _fused_backward(config: TrainConfig) -> Change | None:
         or config.precision.mixed_precision == "fp16"
     ):
         return None
-    if config.parts.lora is not None:  # which has next to no gradients
+    if config.parts.trains_adapters:  # which has next to no gradients
         return None
     for section, options in _learning(config).items():
         if getattr(options, "fused_backward", None) is False:
@@ -102,7 +102,7 @@ def _fused_backward(config: TrainConfig) -> Change | None:
 
 def _bf16_weights(config: TrainConfig) -> Change | None:
     computes = not config.precision.disable_amp and config.precision.mixed_precision in ("auto", "bf16")
-    rounded = config.parts.lora is not None or all(
+    rounded = config.parts.trains_adapters or all(
         options.rounds_bf16 for options in _learning(config).values()
     )
     if config.precision.weights_dtype == "bf16" or not computes or not rounded:
@@ -136,7 +136,7 @@ def _frozen_text_encoder(config: TrainConfig) -> Change | None:
 
 
 def _lora(config: TrainConfig) -> Change | None:
-    if config.parts.lora is not None or config.ema.ema_resume_model is not None:
+    if config.parts.trains_adapters or config.ema.ema_resume_model is not None:
         return None
     changed = replace(config, parts=replace(config.parts, lora=LoraOptions()))
     return (

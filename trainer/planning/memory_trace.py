@@ -97,7 +97,7 @@ class _Trace:
         self._models = meta_copies(models)
         self._parts = apply_freezing(self._models, config.parts, config.optimizers.freezing)
         place(self._models, META, channels_last=config.precision.channels_last, weights=precision.weights)
-        for matrix in named(self._parts).values() if config.parts.lora is not None else ():
+        for matrix in named(self._parts).values() if config.parts.trains_adapters else ():
             matrix.data = matrix.data.float()
         self._networks: dict[str, Any] = {**by_network(self._models), VAE: self._models.vae}
         for name, network in by_network(self._models).items():

@@ -50,7 +50,7 @@ class Start:
 
     state: TrainState | None = None
     adapter: Path | None = None
-    """The checkpoint folder whose LoRA is put on that model."""
+    """The checkpoint folder whose adapters are attached to that model."""
 
     about: Mapping[str, Any] | None = None
     """What the continued run was, as its checkpoint says."""

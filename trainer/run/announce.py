@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.report import report
-from trainer.checkpoints.format import TrainState
 from trainer.diffusion.conditioning import Tokenize
 from trainer.optim.optimizer_set import OptimizerSet
 from trainer.optim.schedules import rate_factor
 from trainer.planning.plan import Plan, aligned
 from trainer.reporting.console import Console
 from trainer.run.encode import Encoded
+from trainer.run.saved import Saved
 from trainer.training.precision import Precision
 
 NAMED_FILES = 20
@@ -23,11 +23,10 @@ def announce(
     plan: Plan,
     notes: Sequence[str],
     encoded: Encoded,
-    optimizers: OptimizerSet,
+    saved: Saved,
     tokenize: Tokenize,
     precision: Precision,
     folder: Path,
-    state: TrainState,
     console: Console,
 ) -> None:
     """Show the lines that a run starts with."""
@@ -44,8 +43,8 @@ def announce(
             console.event(line)
     about = plan.start.about
     if about is not None:
-        console.event(f"Going on after step {state.step} in {folder}.")
-        jumps = rate_jumps(optimizers, state.step, plan.total_steps, about["total_steps"])
+        console.event(f"Going on after step {saved.state.step} in {folder}.")
+        jumps = rate_jumps(saved.optimizers, saved.state.step, plan.total_steps, about["total_steps"])
         for sentence in [*plan.changed, *jumps]:
             console.event(f"Changed: {sentence}")
 

@@ -84,7 +84,7 @@ def build(
             folder, plan, state, console, ending, adaptive=watch.networks, curves=saved.card.curves
         )
         notes = keep_beside(models, folder)
-    announce(plan, notes, encoded, saved.optimizers, tokenize, precision, folder, state, console)
+    announce(plan, notes, encoded, saved, tokenize, precision, folder, console)
 
     fixed = fixed_images(plan)
     fixed_loss = FixedLoss(loader.images.plain(fixed) if processes.main else [], objective) if fixed else None

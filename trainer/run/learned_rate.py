@@ -40,7 +40,7 @@ def hand_over(run: Run, config: TrainConfig) -> list[str]:
             reason for network in watch.networks if (reason := _reason(network, learning[network], watch))
         ]:
             return [f"No {FOUND}: {'; '.join(reasons)}."]
-        half = config.precision.weights_dtype == "bf16" and config.parts.lora is None
+        half = config.precision.weights_dtype == "bf16" and not config.parts.trains_adapters
         found = {network: _as_adamw(learning[network], watch.d(network), half) for network in watch.networks}
         handed = replace(
             config,

@@ -1,4 +1,4 @@
-"""The networks of a run: loaded, frozen, placed; LoRA adapters and EMA weights."""
+"""The networks of a run: loaded, frozen, placed; adapters and EMA weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trainer.training.ranks import Processes
 
 
 def load(plan: Plan, precision: Precision) -> tuple[Models, TrainedParts, Artifact]:
-    """Load the networks, mark what is trained, move them to the device and give LoRA adapters their values.
+    """Load the networks, mark what is trained, move them to the device and give adapters their values.
 
     Raises:
         UserError: the model or the adapter does not allow it.

@@ -115,6 +115,14 @@ def test_d_that_never_left_d0_has_not_settled():
     assert reason is not None and "has not left d0 (1e-06) up to step 300, the last one reported" in reason
 
 
+def test_a_resumed_run_names_whole_steps():
+    watch = AdaptationWatch({"unet": DAdaptAdamOptions()}, {"unet": "base"})
+    watch.look("unet", step=1, d=1e-6, d_hat=0.0)
+    resumed = AdaptationWatch({"unet": DAdaptAdamOptions()}, {"unet": "base"})
+    resumed.load_state_dict(watch.state_dict())
+    assert "up to step 1, the last one reported" in str(resumed.unsettled("unet"))
+
+
 def test_d_that_d_max_holds_was_chosen():
     reason = unsettled(lambda step: 1e-5, d_max=1e-5)
     assert reason is not None and "base.d_max (1e-05)" in reason
