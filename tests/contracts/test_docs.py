@@ -96,7 +96,7 @@ QUOTED = [
     "what would spare memory, the cheapest first",
     "it keeps its state in 8 bits",
     "training waited",
-    "Going on after step ",
+    "Resuming after step ",
     "write the number without the quotes",
     "unknown key; did you mean",
     " could not be written",

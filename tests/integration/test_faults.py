@@ -92,7 +92,7 @@ def test_out_of_memory_keeps_the_steps_before_and_names_the_cheapest_key(workpla
     )
     assert lines[1].startswith("  unet         weights 0.2 MiB, gradients 0.2 MiB, optimizer state 0.6 MiB")
     assert lines[-1].startswith("Set gradient_checkpointing to true") and "Traceback" not in told.err
-    assert "Go on with:  python train.py --resume_ckpt" in told.out
+    assert "Resume with:  python train.py --resume_ckpt" in told.out
     resumes_to_the_bit(workplace)
 
 
@@ -336,7 +336,7 @@ def test_images_that_vanish_end_the_run_where_it_was_and_it_goes_on_when_they_ar
         "of the last 2 steps no image could be read" in told.err
         or "none of the images can be read any more" in told.err
     )
-    assert "the image is left out" in told.out
+    assert "the image is skipped" in told.out
     (found,) = checkpoints(run_of(workplace))
     assert found.name in ("errored-tiny-ep01-gs00002", "errored-tiny-ep01-gs00003")
     (workplace / "elsewhere").rename(workplace / "pictures")
@@ -406,7 +406,7 @@ def test_an_image_that_gives_an_input_output_error_is_left_out(workplace, monkey
     write(workplace, DADAPT, **SETTINGS, cache_latents="no")
     assert train.main([]) == 0
     out = capsys.readouterr().out
-    assert "3.png: " in out and "left out" in out and "8 images" in out
+    assert "3.png: " in out and "the image is skipped" in out and "8 images" in out
 
 
 def test_a_checkpoint_that_cannot_be_read_is_passed_over(workplace, monkeypatch, capsys):
@@ -426,7 +426,7 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(workplace, monkeypatch,
         assert train.main(["--resume_ckpt", str(run_of(workplace) / "ckpts" / LAST)]) == 2
         assert "the file cannot be read (Input/output error)" in capsys.readouterr().err
         assert train.main(["--resume_ckpt", "findlast", "--stop_after_steps", "3"]) == 0
-        assert "Going on after step 3" in capsys.readouterr().out
+        assert "Resuming after step 3" in capsys.readouterr().out
 
 
 def test_an_event_file_that_is_locked_costs_its_numbers_only(workplace, monkeypatch, capsys):

@@ -193,7 +193,7 @@ def test_two_processes_train_as_one_and_end_together(place, capsys):
         and not (place / "fused").exists()
     )
 
-    assert ended.stdout.count("3.png: it is damaged here; the image is left out") == 1, (
+    assert ended.stdout.count("3.png: it is damaged here; the image is skipped") == 1, (
         "the first tells what the second has met"
     )
     assert 18 <= read_resume(checkpoints(runs_in(place, "unread")[0])[0])[0].images < 27
@@ -206,7 +206,7 @@ def test_two_processes_train_as_one_and_end_together(place, capsys):
         # A difference of nearly equal losses is as exact as they are, however small it is itself.
         # Six steps of growing rates multiply differences in last bits, which depend on the threads and the CPU;
         # norms and D-Adaptation's estimates show them more than losses do.
-        near = {"rel": 1e-5 if tag.startswith("loss/") else 3e-4}
+        near = {"rel": 1e-5 if tag.startswith("loss/") else 1e-4}
         if tag == GAP:
             near = {"rel": 0, "abs": 1e-5 * max(alone["loss/val"].values())}
         assert together[tag] == pytest.approx(steps, **near), tag
@@ -281,7 +281,7 @@ def test_a_process_that_dies_takes_the_other_with_it_and_loses_no_step(place):
         and resume_problem(checkpoints(run)[0]) is None
     )
     assert (
-        ended.stderr.count("another process has ended without a word") == 1 and "Go on with:" in ended.stdout
+        ended.stderr.count("another process has ended without a word") == 1 and "Resume with:" in ended.stdout
     )
 
 
@@ -309,4 +309,4 @@ def test_ctrl_c_of_the_launcher_saves(place):
     (checkpoint,) = checkpoints(run)
     assert checkpoint.name.startswith("interrupted-") and resume_problem(checkpoint) is None
     assert errors.count("SIGINT: stopping after this step") == 1 and errors.count("Stopped by SIGINT.") == 1
-    assert "Go on with:  torchrun --nproc_per_node 2 train.py --max_epochs 1000 --resume_ckpt" in out
+    assert "Resume with:  torchrun --nproc_per_node 2 train.py --max_epochs 1000 --resume_ckpt" in out

@@ -264,7 +264,7 @@ def test_a_run_that_is_out_of_time_saves_and_goes_on_to_the_bit(workplace, capsy
         out = capsys.readouterr().out
         assert (
             f"Stopped after step {steps} of 6" in out
-            and "--max_train_time" not in out.split("Go on with:")[1]
+            and "--max_train_time" not in out.split("Resume with:")[1]
         )
     assert train.main(["--resume_ckpt", "findlast", "--max_train_time", "60"]) == 0
     assert "Changed: max_train_time" not in capsys.readouterr().out
@@ -289,7 +289,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(workplace, no_estimate, c
         assert train.main(["--resume_ckpt", "findlast", *more]) == 0
         out = capsys.readouterr().out
         assert re.search(f"Note: .*{re.escape(problem)}; {older.name} is used instead", out)
-    assert f"Going on after step 3 in {older.parent.parent}" in out
+    assert f"Resuming after step 3 in {older.parent.parent}" in out
 
 
 def test_a_run_s_single_file_starts_a_new_run_and_a_note_says_how_to_resume(workplace, no_estimate, capsys):
@@ -350,7 +350,7 @@ def test_a_copied_checkpoint_is_resumed_in_a_new_run_and_overwrites_nothing(
     assert sentence in capsys.readouterr().out and files(workplace) == before
     assert train.main(["--resume_ckpt", place]) == 0
     run = run_of(workplace)
-    assert sentence in (out := capsys.readouterr().out) and f"Going on after step 4 in {run}." in out
+    assert sentence in (out := capsys.readouterr().out) and f"Resuming after step 4 in {run}." in out
     assert {path: content for path, content in files(workplace).items() if run not in path.parents} == before
     same_run(run / "ckpts" / LAST, uncut(workplace) / "ckpts" / LAST)
 
@@ -361,10 +361,10 @@ def test_a_run_from_before_the_marker_and_one_that_was_moved_are_resumed_in_thei
     run = run_of(workplace)
     (run / MARKER).unlink()
     assert train.main(["--resume_ckpt", "findlast", "--stop_after_steps", "3"]) == 0
-    assert f"Going on after step 2 in {run}." in capsys.readouterr().out and (run / MARKER).is_file()
+    assert f"Resuming after step 2 in {run}." in capsys.readouterr().out and (run / MARKER).is_file()
     moved = run.rename(workplace / "my best run")
     assert train.main(["--resume_ckpt", "my best run", "--stop_after_steps", "4"]) == 0
-    assert f"Going on after step 3 in {moved}." in capsys.readouterr().out
+    assert f"Resuming after step 3 in {moved}." in capsys.readouterr().out
     assert not list((workplace / "logs").iterdir())
 
 

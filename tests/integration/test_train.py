@@ -332,7 +332,7 @@ def test_unusable_images_are_named_once_and_counted_at_the_end(workplace, capsys
     assert train.main([]) == 0
     out = capsys.readouterr().out
     assert out.count("3.png: it is damaged") == 1 and out.count("4.png: it is empty (0 bytes)") == 1
-    assert "9 images in" in out and "Left out, for it could not be used: 2 files: 4.png, 3.png." in out
+    assert "9 images in" in out and "Skipped 2 unreadable files: 4.png, 3.png." in out
 
 
 def test_an_image_that_is_damaged_later_is_named_and_counted(workplace, capsys):
@@ -343,9 +343,7 @@ def test_an_image_that_is_damaged_later_is_named_and_counted(workplace, capsys):
     (workplace / "pictures" / "3.png").write_bytes(content[:60])
     assert train.main(["--resume_ckpt", "findlast", "--cache_latents", "no", "--fixed_loss_images", "0"]) == 0
     out = capsys.readouterr().out
-    assert (
-        out.count("3.png: it is damaged") == 1 and "Left out, for it could not be used: 1 file: 3.png." in out
-    )
+    assert out.count("3.png: it is damaged") == 1 and "Skipped 1 unreadable file: 3.png." in out
 
 
 @pytest.mark.parametrize(

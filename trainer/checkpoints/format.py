@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, and everything needed to go on as if nothing had happened.
+"""Checkpoints: whole or absent, and everything needed to resume as if nothing had happened.
 
 A checkpoint is a folder, `{project}-ep03-gs00024`:
 

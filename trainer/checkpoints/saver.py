@@ -135,7 +135,7 @@ class Saver:
             raise SavingError(
                 f"step {self._state.step}: weights of the {' and the '.join(networks)} are not finite, "
                 "so no checkpoint is saved and the "
-                f"run ends; {self._last_good()}; go on from it with a lower rate.",
+                f"run ends; {self._last_good()}; resume from it with a lower rate.",
                 exit_code=1,
             )
         try:
@@ -228,7 +228,7 @@ class Saver:
         )
         if kind == "last":
             raise SavingError(
-                f"{sentence}; make room or choose another place, and go on with --resume_ckpt {self._run}.",
+                f"{sentence}; make room or choose another place, and resume with --resume_ckpt {self._run}.",
                 exit_code=1,
             )
         if self._failures >= MOST_FAILURES:

@@ -57,7 +57,7 @@ class TrainableOptions:
     """Freeze the whole UNet."""
 
     lora: LoraOptions | None = None
-    """Train a LoRA, small matrices beside the layers, and leave the model as it is; {} takes every default,
+    """Train a LoRA, adapter weights of the layers, and leave the model as it is; {} takes every default,
     null trains the model itself."""
 
     gradient_checkpointing: bool = False

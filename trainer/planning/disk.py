@@ -69,7 +69,7 @@ class DiskPlan:
         sizes = [
             (self.folder, "the folder"),
             (self.single, "single files"),
-            (self.resume, "to go on from it"),
+            (self.resume, "to resume from it"),
         ]
         parts = " + ".join(f"{in_gib(size)} {what}" for size, what in sizes if size)
         free = free_bytes(logdir)

@@ -34,7 +34,7 @@ def announce(
         console.event(f"Note: {note}")
     for held, _, bad in encoded.held_out:
         for file in bad:
-            console.event(f"{file}; the image is left out of {held.tag}")
+            console.event(f"{file}; the image is skipped for {held.tag}")
     show_data(plan, tokenize, console)
     for line in aligned(plan.rows()):
         console.event(line)
@@ -43,7 +43,7 @@ def announce(
             console.event(line)
     about = plan.start.about
     if about is not None:
-        console.event(f"Going on after step {saved.state.step} in {folder}.")
+        console.event(f"Resuming after step {saved.state.step} in {folder}.")
         jumps = rate_jumps(saved.optimizers, saved.state.step, plan.total_steps, about["total_steps"])
         for sentence in [*plan.changed, *jumps]:
             console.event(f"Changed: {sentence}")
@@ -56,7 +56,7 @@ def show_data(plan: Plan, tokenize: Tokenize, console: Console) -> None:
     for note in found.notes():
         console.event(f"Note: {note}" if note.endswith("?") else f"Note: {note}.")
     for file in index.bad[:NAMED_FILES]:
-        console.event(f"Left out: {file}")
+        console.event(f"Skipped: {file}")
     if len(index.bad) > NAMED_FILES:
         console.event(f"... and {len(index.bad) - NAMED_FILES} more; train.py --check names them")
 

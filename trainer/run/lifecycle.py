@@ -131,14 +131,14 @@ def closing(run: Run, command: str) -> list[str]:
     ended = "Done" if state.step >= total else f"Stopped after step {state.step} of {total}"
     lines = [f"{ended}: {state.step} steps, {state.images} images in {minutes:.1f} minutes of training."]
     if bad := run.loader.left_out:
-        files = "1 file" if len(bad) == 1 else f"{len(bad)} files"
+        files = "1 unreadable file" if len(bad) == 1 else f"{len(bad)} unreadable files"
         names = ", ".join(file.name for file in bad[:NAMED_FILES])
         more = f" and {len(bad) - NAMED_FILES} more" if len(bad) > NAMED_FILES else ""
-        lines.append(f"Left out, for it could not be used: {files}: {names}{more}.")
+        lines.append(f"Skipped {files}: {names}{more}.")
     if not any((folder / RESUME).is_dir() for folder in checkpoints(run.folder)):
         lines.append("No checkpoint was saved.")
     elif state.step < total or state.pending:
-        lines.append(f"Go on with:  {command}")
+        lines.append(f"Resume with:  {command}")
     else:
         lines.append(f"To train on, raise max_epochs (it is {run.epochs}):  {command}")
     return [

@@ -26,7 +26,7 @@ def count_images(run: Run, images: int) -> int:
     found = run.processes.gather((images, loader.bad[health.named_files :]))
     loader.leave_out([file for _, files in found for file in files])
     for file in loader.bad[health.named_files :]:
-        run.records.console.event(f"{file}; the image is left out")
+        run.records.console.event(f"{file}; the image is skipped")
     health.named_files = len(loader.bad)
     return sum(images for images, _ in found)
 
@@ -100,7 +100,7 @@ def check_ranks(run: Run) -> None:
         run.learner.optimizers.updating = True  # nobody can say whose weights are right: nothing to save
         raise UserError(
             f"step {state.step}: {different}, so the processes no longer train the same model; "
-            "go on from the "
+            "resume from the "
             "last checkpoint, and look for a device or a version of a library that differs.",
             exit_code=1,
         )
@@ -124,7 +124,7 @@ def check_gradients(run: Run) -> None:
         raise UserError(
             f"gradients were not finite although the loss was ({where}; now at step {run.state.step}): with "
             "fused_backward only these weights were left out, the others of the same step have moved; "
-            "go on from "
+            "resume from "
             "the last checkpoint with fused_backward false, or with mixed_precision: no.",
             exit_code=1,
         )

@@ -90,7 +90,7 @@ def test_the_plan_in_words(tmp_path, monkeypatch):
     monkeypatch.setattr(disk, "writing_speed", lambda _: 1e9)
     (_, sizes), (_, room) = plan.rows(tmp_path)
     assert sizes.startswith(
-        "8.0 GiB: 4.0 GiB the folder + 2.0 GiB single files + 2.0 GiB to go on from it; training waits "
+        "8.0 GiB: 4.0 GiB the folder + 2.0 GiB single files + 2.0 GiB to resume from it; training waits "
     )
     assert sizes.endswith("s or more for it, at the 1,000 MB/s of a probe just now")
     assert room == "30.0 GiB for 3 of them, and one every 30 minutes, of 32.0 GiB that are free"

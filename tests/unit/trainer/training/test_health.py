@@ -26,7 +26,7 @@ def test_unreadable_files_are_named_once_and_images_are_those_of_all_ranks():
     run.loader.leave_out = left_out.extend
     assert count_images(run, 3) == 5
     assert left_out == ["a.png: cut short", "b.png: cut short"]
-    assert run.done == [("event", "a.png: cut short; the image is left out")]
+    assert run.done == [("event", "a.png: cut short; the image is skipped")]
     assert count_images(run, 3) == 5 and len(run.done) == 1
 
 
