@@ -111,39 +111,18 @@ class AdaptationWatch:
             )
         return sentences
 
-    def d(self, network: str) -> float:
-        """Return the last d that was seen of a network."""
-        return self._courses[network].looks[-1][1]
-
-    def unsettled(self, network: str) -> str | None:
-        """Return why d of a network has not settled, as a clause; None where it has.
-
-        It has settled where it has left d0, has grown by no more than 1% over the last 100 optimizer steps,
-        and is not held by d_max.
-        """
-        looks, options, where = self._courses[network].looks, self._options[network], self._sections[network]
-        if not looks:
-            return f"no step of the {network} has been reported"
-        (then, before), (now, d) = looks[0], looks[-1]
-        d_max = getattr(options, "d_max", math.inf)
-        if d <= options.d0:
-            return f"d of the {network} has not left d0 ({options.d0:g}) up to step {now:.0f}, the last one reported"
+    def settled(self, network: str, *, step: int, d: float) -> str:
+        """Return how settled d is after `step`, as a clause: its growth over the last 100 steps, or what holds it."""
+        d_max = getattr(self._options[network], "d_max", math.inf)
         if d >= d_max * (1 - 1e-6):  # d_max is fp64, d may be fp32
-            return (
-                f"d of the {network} is held by {where}.d_max ({d_max:g}): its rate was chosen, "
-                "not found; raise d_max to find one"
-            )
-        if now - then < PATIENCE or d > FLAT * before:
-            grown = (
-                f"it grew by {d / before - 1:.0%} over the last {now - then:.0f}"
-                if before > 0
-                else "it is new"
-            )
-            return (
-                f"d of the {network} has not settled, growing by at most {FLAT - 1:.0%} over {PATIENCE} "
-                f"steps: {grown}, up to step {now:.0f}"
-            )
-        return None
+            return f"held by {self._sections[network]}.d_max ({d_max:g}), so chosen rather than learned"
+        earlier = [look for look in self._courses[network].looks if look[0] <= step - PATIENCE]
+        if not earlier:
+            return f"too early to tell whether it is settled: {step} of the {PATIENCE} steps that takes"
+        then, before = earlier[-1]
+        grown = f"grew by {d / before - 1:.1%}" if d < 2 * before else f"is {d / before:.0f} times as large"
+        over = f"d {grown} over the last {step - then:.0f} steps"
+        return f"settled, {over}" if d <= FLAT * before else f"still rising, {over}"
 
     def _follow(self, course: _Course, step: int, d: float, d0: float) -> None:
         """Find the stretches where d is flat; d0 itself is no rest that d has come to."""

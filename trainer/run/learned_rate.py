@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.checkpoints.atomic import appearing
@@ -17,77 +19,82 @@ from trainer.optim.dadapt import AdaptedMomentOptions
 
 if TYPE_CHECKING:
     from trainer.config.schema import TrainConfig
-    from trainer.optim import OptimizerOptions
-    from trainer.optim.watch import AdaptationWatch
+    from trainer.optim.optimizer_set import Member
     from trainer.training.run import Run
 
-FOUND = "optimizer.found.json"
+LEARNED = "optimizer.found.json"
 
 
-def hand_over(run: Run, config: TrainConfig) -> list[str]:
-    """Write the optimizer file of the learned rates into the run folder; return sentences about it.
+def export_learned_rate(run: Run, config: TrainConfig) -> list[str]:
+    """Write an optimizer file at the learned rates into the run folder; return the closing lines about it.
 
-    There are none where no optimizer of the run adapts.
+    There are no lines if no optimizer of the run adapts.
     """
-    learning = {member.network: member.options for member in run.learner.optimizers.members}
-    watch = run.records.watch
-    if not watch.networks:
+    adapted = {member.network: member for member in run.learner.optimizers.members if member.options.adapts}
+    if not adapted:
         return []
-    path = run.folder / FOUND
+    measured = run.learner.optimizers.measures()
+    found = {network: float(measured[network]["d"]) for network in adapted}
+    path = run.folder / LEARNED
     try:
         path.unlink(missing_ok=True)  # of an earlier stop, at which d may have been another
         if reasons := [
-            reason for network in watch.networks if (reason := _reason(network, learning[network], watch))
+            reason
+            for network, member in adapted.items()
+            if (reason := _reason(member, found[network], run.state.step))
         ]:
-            return [f"No {FOUND}: {'; '.join(reasons)}."]
+            return [f"No {LEARNED}: {'; '.join(reasons)}."]
         half = config.precision.weights_dtype == "bf16" and not config.parts.trains_adapters
-        found = {network: _as_adamw(learning[network], watch.d(network), half) for network in watch.networks}
-        handed = replace(
-            config,
-            optimizers=replace(
-                config.optimizers,
-                **{NETWORKS[network].attribute: options for network, options in found.items()},
-            ),
+        learned = {
+            network: _as_adamw(member.options, found[network], half) for network, member in adapted.items()
+        }
+        rates = " and ".join(f"{options.lr:g} for the {network}" for network, options in learned.items())
+        settled = "; ".join(
+            f"{network}: {_cap(member.options, learned[network])}"
+            f"{run.records.watch.settled(network, step=run.state.step, d=found[network])}"
+            for network, member in adapted.items()
         )
-        rates = " and ".join(f"{options.lr:g} for the {network}" for network, options in found.items())
-        held = [
-            network
-            for network in found
-            if (found[network].lr or 0) >= _rounded(getattr(learning[network], "rate_max", math.inf))
-        ]
-        caps = (
-            f" That of the {' and the '.join(held)} is rate_max, which held it below what was found."
-            if held
-            else ""
+        doc = (
+            f"AdamW in 8 bits at the rates of {run.folder.name} at step {run.state.step}: {rates}. {settled}."
         )
-        found_in = f"{run.folder.name} up to step {run.state.step}"
-        doc = f"AdamW in 8 bits at the rates that D-Adaptation found in {found_in}: {rates}.{caps}"
-        with appearing(path) as draft:
-            text = json.dumps(
-                {"doc": doc, **documents(handed)["optimizer.json"]},
-                indent=2,
-                ensure_ascii=False,
-                allow_nan=False,
-            )
-            draft.write_text(text + "\n", encoding="utf-8")
+        exported = _with_optimizers(config, learned)
+        _write(path, {"doc": doc, **documents(exported)["optimizer.json"]})
     except OSError as error:
-        return [f"No {FOUND}: it could not be written ({error.strerror or error})."]
-    needs = _needs(
-        handed,
-        {
-            network: sum(p.numel() for p in parameters)
-            for network, parameters in run.learner.optimizers.parameters.items()
-        },
-    )
-    return [f"Found rate:  {path}: AdamW in 8 bits at {rates}{needs}{'.' + caps if caps else ''}"]
+        return [f"No {LEARNED}: it could not be written ({error.strerror or error})."]
+    parameters = run.learner.optimizers.parameters
+    trained = {network: sum(p.numel() for p in own) for network, own in parameters.items()}
+    return [
+        f"Rate:        {path}: AdamW in 8 bits at {rates}{_needs(exported, trained)}",
+        f"             {settled}",
+    ]
 
 
-def _reason(network: str, options: OptimizerOptions, watch: AdaptationWatch) -> str | None:
-    """Return why the rate of a network cannot be exported, as a clause; None where it can."""
+def _reason(member: Member, d: float, step: int) -> str | None:
+    """Return why the rate of a network cannot be exported, as a clause; None if it can."""
+    options, network = member.options, member.network
     if not isinstance(options, AdaptedMomentOptions):
         other = f"{options.optimizer} of the {network} takes other steps than AdamW"
         return f"{other}, to which its rate means nothing"
-    return watch.unsettled(network)
+    if d <= options.d0:
+        return f"d of the {network} has not left d0 ({options.d0:g}) up to step {step}"
+    return None
+
+
+def _cap(options: Any, exported: AdamW8bitOptions | AdamW8bitFusedOptions) -> str:
+    """Return a clause about the rate_max that held a rate, empty if none did."""
+    rate_max: float = getattr(options, "rate_max", math.inf)
+    return f"rate_max held the rate at {exported.lr:g}; " if (exported.lr or 0) >= _rounded(rate_max) else ""
+
+
+def _with_optimizers(config: TrainConfig, learned: Mapping[str, Any]) -> TrainConfig:
+    own = {NETWORKS[network].attribute: options for network, options in learned.items()}
+    return replace(config, optimizers=replace(config.optimizers, **own))
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    with appearing(path) as draft:
+        draft.write_text(text + "\n", encoding="utf-8")
 
 
 def _as_adamw(options: Any, d: float, half: bool) -> AdamW8bitOptions | AdamW8bitFusedOptions:

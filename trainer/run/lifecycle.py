@@ -20,7 +20,7 @@ from trainer.planning.resume import resume_command
 from trainer.reporting.console import Console
 from trainer.run.announce import NAMED_FILES
 from trainer.run.build import build
-from trainer.run.learned_rate import hand_over
+from trainer.run.learned_rate import export_learned_rate
 from trainer.run.out_of_memory import is_out_of_memory, memory_table
 from trainer.training.launch import connect
 from trainer.training.loop import train
@@ -168,7 +168,7 @@ def _close(run: Run, config: TrainConfig, arguments: Sequence[str], *, failed: b
         console.event(sentence)
     if failed or state.step == 0:  # a failed run will be resumed, or its rate is what made it fail
         return
-    for sentence in hand_over(run, config):
+    for sentence in export_learned_rate(run, config):
         console.event(sentence)
 
 

@@ -83,50 +83,33 @@ def test_a_continued_run_says_the_rest(stop):
     assert said == whole
 
 
-def unsettled(course, last=300, **options):
-    """Return why d is said not to have settled after steps 1, 10, 20 ... `last` of a course."""
+def settled(course, last=300, **options):
+    """Return how settled d is said to be after reports of steps 1, 10, 20 ... and an end at `last`."""
     watch = AdaptationWatch({"unet": DAdaptAdamOptions(**options)}, {"unet": "base"})
-    for step in (1, *range(10, last + 1, 10)):
+    for step in (1, *range(10, last, 10)):
         watch.look("unet", step=step, d=course(step), d_hat=0.0)
-    assert watch.d("unet") == course(last)
-    return watch.unsettled("unet")
+    return watch.settled("unet", step=last, d=course(last))
 
 
-def test_d_that_has_settled():
-    assert unsettled(lambda step: 1e-6 * min(1.05**step, 300)) is None
-    assert unsettled(lambda step: 1e-5 * (1 + 4e-5 * step)) is None, "a creep of 0.4% in 100 steps"
-
-
-def test_d_that_still_grows():
-    reason = unsettled(lambda step: 1e-5 * 1.005**step)
-    assert reason is not None and "grew by 65% over the last 100, up to step 300" in reason
-    assert unsettled(lambda step: 1e-5 if step <= 200 else 2e-5) is not None
-    assert unsettled(lambda step: 1e-5 if step <= 200 else 2e-5, last=310) is None
-
-
-def test_a_run_is_too_short_to_tell():
-    reason = unsettled(lambda step: 1e-5, last=90)
-    assert reason is not None and "over the last 89" in reason
-    assert unsettled(lambda step: 1e-5, last=110) is None
-
-
-def test_d_that_never_left_d0_has_not_settled():
-    reason = unsettled(lambda step: 1e-6)
-    assert reason is not None and "has not left d0 (1e-06) up to step 300, the last one reported" in reason
-
-
-def test_a_resumed_run_names_whole_steps():
-    watch = AdaptationWatch({"unet": DAdaptAdamOptions()}, {"unet": "base"})
-    watch.look("unet", step=1, d=1e-6, d_hat=0.0)
-    resumed = AdaptationWatch({"unet": DAdaptAdamOptions()}, {"unet": "base"})
-    resumed.load_state_dict(watch.state_dict())
-    assert "up to step 1, the last one reported" in str(resumed.unsettled("unet"))
+@pytest.mark.parametrize(
+    ("course", "last", "expected"),
+    [
+        (lambda step: 1e-6 * min(1.05**step, 300), 300, "settled, d grew by 0.0% over the last 100 steps"),
+        (lambda step: 1e-5 * (1 + 4e-5 * step), 300, "settled, d grew by 0.4% over the last 100 steps"),
+        (lambda step: 1e-5 * 1.005**step, 300, "still rising, d grew by 64.7% over the last 100 steps"),
+        (lambda step: 1e-5 if step <= 200 else 2e-5, 300, "still rising, d is 2 times as large over the last 100 steps"),
+        (lambda step: 1e-5 if step <= 200 else 2e-5, 310, "settled, d grew by 0.0% over the last 100 steps"),
+        (lambda step: 1e-6 * step, 104, "still rising, d is 104 times as large over the last 103 steps"),
+        (lambda step: 1e-5, 90, "too early to tell whether it is settled: 90 of the 100 steps that takes"),
+    ],
+)  # fmt: skip
+def test_how_settled_d_is(course, last, expected):
+    assert settled(course, last) == expected
 
 
 def test_d_that_d_max_holds_was_chosen():
-    reason = unsettled(lambda step: 1e-5, d_max=1e-5)
-    assert reason is not None and "base.d_max (1e-05)" in reason
-    assert unsettled(lambda step: 9.9e-6, d_max=1e-5) is None
+    assert settled(lambda step: 1e-5, d_max=1e-5).startswith("held by base.d_max (1e-05)")
+    assert settled(lambda step: 9.9e-6, d_max=1e-5).startswith("settled")
 
 
 def test_a_continued_run_judges_as_a_whole_one():
@@ -141,4 +124,4 @@ def test_a_continued_run_judges_as_a_whole_one():
         looks(first, range(10, 151, 10))
         second.load_state_dict(first.state_dict())
         looks(second, range(160, last + 1, 10))
-        assert (second.unsettled("unet") is None) == (last >= 200)
+        assert second.settled("unet", step=last, d=1e-5).startswith("settled, ") == (last >= 200)

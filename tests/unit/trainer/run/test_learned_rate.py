@@ -1,4 +1,4 @@
-"""What is handed over of each optimizer and each mixture of them, without a run."""
+"""Export of the rates of each optimizer and each mixture of them, without a run."""
 
 import json
 from dataclasses import replace
@@ -13,7 +13,7 @@ from trainer.config.schema import OptimizerConfig, TrainConfig, optimizer_classe
 from trainer.models.options import ModelOptions
 from trainer.optim import AdamWOptions, DAdaptAdamOptions
 from trainer.optim.watch import PATIENCE, AdaptationWatch
-from trainer.run.learned_rate import FOUND, hand_over
+from trainer.run.learned_rate import LEARNED, export_learned_rate
 from trainer.training.options import PrecisionOptions
 
 SECTIONS = {"unet": "base", "text encoder": "text_encoder_overrides"}
@@ -28,12 +28,13 @@ def outcome(
         {network: chosen for network, chosen in options.items() if chosen.adapts}, SECTIONS
     )
     for network in watch.networks:
-        for step in (1, PATIENCE, 2 * PATIENCE):
-            watch.look(network, step=step, d=d, d_hat=0.0)
+        for step in (1, PATIENCE):
+            watch.look(network, step=step, d=d / 1.5, d_hat=0.0)
     parameters = (torch.empty(size, device="meta"),)
     optimizers = SimpleNamespace(
         members=[SimpleNamespace(network=network, options=chosen) for network, chosen in options.items()],
         parameters=dict.fromkeys(options, parameters),
+        measures=lambda: {network: {"d": torch.tensor(d, dtype=torch.float64)} for network in options},
     )
     run: Any = SimpleNamespace(
         folder=folder,
@@ -46,8 +47,8 @@ def outcome(
         optimizers=OptimizerConfig(unet=unet, text_encoder=text_encoder),
         **changes,
     )
-    told = hand_over(run, config)
-    return told, json.loads((folder / FOUND).read_text()) if (folder / FOUND).exists() else None
+    told = export_learned_rate(run, config)
+    return told, json.loads((folder / LEARNED).read_text()) if (folder / LEARNED).exists() else None
 
 
 def chosen(name: str, **values: Any) -> Any:
@@ -76,14 +77,21 @@ def test_sections_with_a_rate_of_their_own_stay_as_they_are(tmp_path):
     assert outcome(tmp_path / "none", AdamWOptions(lr=1.0), AdamWOptions(lr=1.0)) == ([], None)
 
 
-def test_one_network_without_a_rate_is_enough_for_no_file_and_removes_an_older_one(tmp_path):
+def test_one_network_that_never_left_d0_is_enough_for_no_file_and_removes_an_older_one(tmp_path):
     assert outcome(tmp_path, chosen("dadapt_adam"), chosen("dadapt_adam"))[1] is not None
-    told, written = outcome(tmp_path, chosen("dadapt_adam"), chosen("dadapt_adam", d_max=1e-5))
+    told, written = outcome(tmp_path, chosen("dadapt_adam"), chosen("dadapt_adam", d0=1e-5))
     assert written is None and told == [
-        f"No {FOUND}: d of the text encoder is held by text_encoder_overrides.d_max (1e-05): "
-        "its rate was chosen, not found; raise "
-        "d_max to find one."
+        f"No {LEARNED}: d of the text encoder has not left d0 (1e-05) up to step 200."
     ]
+
+
+def test_a_rate_that_still_rises_or_that_d_max_holds_is_exported_and_said_to_be_so(tmp_path):
+    told, written = outcome(tmp_path, chosen("dadapt_adam"), chosen("dadapt_adam", d_max=1e-5))
+    assert told[1].strip() == (
+        "unet: still rising, d grew by 50.0% over the last 100 steps; "
+        "text encoder: held by text_encoder_overrides.d_max (1e-05), so chosen rather than learned"
+    )
+    assert written["base"]["lr"] == 5e-6 and told[1].strip() in written["doc"]
 
 
 def test_the_schedule_stays_and_the_rate_is_that_of_its_full_size(tmp_path):
@@ -114,7 +122,7 @@ def test_what_train_json_has_to_change_for_the_file_is_told(tmp_path):
 def test_a_folder_that_cannot_be_written_to_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     told, _ = outcome(tmp_path / "file", chosen("dadapt_adam"), chosen("dadapt_adam"))
-    assert told[0].startswith(f"No {FOUND}: it could not be written")
+    assert told[0].startswith(f"No {LEARNED}: it could not be written")
 
 
 def test_a_rate_that_a_cap_held_is_the_one_that_acted_and_is_said_to_be(tmp_path):
@@ -122,8 +130,8 @@ def test_a_rate_that_a_cap_held_is_the_one_that_acted_and_is_said_to_be(tmp_path
         tmp_path, chosen("dadapt_adam8bit", rate_max=2e-6), chosen("dadapt_adam8bit", rate_max=1e-4)
     )
     assert (written["base"]["lr"], written["text_encoder_overrides"]["lr"]) == (2e-6, 5e-6)
-    held = "That of the unet is rate_max, which held it below what was found."
-    assert told[0].endswith(held) and written["doc"].endswith(held)
+    assert "unet: rate_max held the rate at 2e-06; still rising, " in told[1]
+    assert "text encoder: still rising, " in told[1] and told[1].strip() in written["doc"]
 
 
 def test_the_file_takes_no_more_memory_than_its_run(tmp_path):
