@@ -10,7 +10,7 @@ UNET, TEXT_ENCODER = "unet", "text encoder"
 
 @dataclass(frozen=True)
 class Network:
-    """The names of a network in files and objects; its key in `NETWORKS` is its name in logs and checkpoints."""
+    """The names of one network; its key in `NETWORKS` is its name in logs and checkpoints."""
 
     attribute: str
     """Attribute of `Models` and `OptimizerConfig`, and prefix of its adapter weights."""

@@ -1,4 +1,4 @@
-"""State on disk: nested dicts, lists, numbers and tensors as one .safetensors file and one JSON tree, never a pickle."""
+"""State on disk: nested values and tensors as one .safetensors file and one JSON tree, never a pickle."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _FLOAT = "$float"
 
 
 def write_state(state: Any, path: Path) -> None:
-    """Write `state` as `path` with the endings .safetensors (tensors, bit for bit) and .json (everything else).
+    """Write tensors to `path`.safetensors, bit for bit, and everything else to `path`.json.
 
     Tensors are streamed to the file one after the other, so no second copy of the state exists in memory.
     Tensors that share their memory (the quantisation maps of 8-bit optimizers) are written once.
@@ -59,7 +59,7 @@ def read_state(path: Path) -> Any:
 
 
 def as_kind(kind: type[T], value: Any) -> T:
-    """Return saved state as the type that it was saved from: a dataclass, or dicts, lists and tuples of numbers.
+    """Return saved state as the type that it was saved from: a dataclass or builtin containers.
 
     Raises:
         ValueError: it is nothing of the kind.

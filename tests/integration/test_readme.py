@@ -1,8 +1,8 @@
 """Every command of the documentation: run, or checked as far as this machine goes, or listed with the reason why not.
 
-A command is a line of an `sh` or `powershell` block, a line with ! or % of a `python` block (Colab's), or a piece
-of code in the text that starts a program. Each must stand in exactly one of the tables below, and each entry of them in
-the documentation.
+A command is a line of an `sh` or `powershell` block, a line with ! or % of a `python` block (Colab's), or a
+piece of code in the text that starts a program. Each must stand in exactly one of the tables below, and each
+entry of them in the documentation.
 """
 
 import os

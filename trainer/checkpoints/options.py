@@ -42,10 +42,11 @@ class SaveOptions:
     """Keep the optimizer state of every checkpoint, not only of the newest."""
 
     keep_resume_n: Annotated[int, Ge(1)] = 2
-    """How many of the newest checkpoints keep the state that resuming needs; with two, a damaged one costs the steps since the other."""
+    """Number of newest checkpoints that keep their resume state; with two, a damaged one costs the steps
+    since the other."""
 
     keep_last_n: Annotated[int, Ge(1)] | None = None
-    """Keep only the newest n checkpoints of the run and delete older ones once a newer one is whole; null keeps all."""
+    """Keep the newest n checkpoints of the run and delete older ones after each save; null keeps all."""
 
     keep_best: bool = False
     """Also save a checkpoint, best-..., whenever the validation loss is lower than ever, in the place of the

@@ -34,7 +34,7 @@ def mark(run: Path) -> None:
 
 
 def run_of(checkpoint: Path) -> Path | None:
-    """Return the folder of the run that a checkpoint lies in, None for a checkpoint that was copied out of its run.
+    """Return the run folder that a checkpoint lies in; None if it was copied out of its run.
 
     Raises:
         UserError: a link in the run's folder leads outside it, where resuming would write.
@@ -50,7 +50,7 @@ def run_of(checkpoint: Path) -> Path | None:
 
 
 def _is_run(folder: Path) -> bool:
-    """Return whether this program made a folder: by its marker, or by the name and the files of runs older than the marker."""
+    """Return whether this program made a folder, by its marker or, in older runs, its name and files."""
     try:
         return load_json(folder / MARKER) == _MARK
     except (OSError, ValueError):

@@ -64,7 +64,7 @@ def compile_networks(networks: Iterable[nn.Module]) -> None:
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """Return the context in which compiled networks run as if they were not: for shapes that come up a few times only."""
+    """Return the context in which compiled networks run eagerly: for shapes that come up rarely."""
     import torch
 
     return torch.compiler.set_stance("force_eager")

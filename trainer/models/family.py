@@ -25,7 +25,7 @@ PARTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Configs:
-    """The configurations of networks and noise schedule, as the config.json files of a diffusers folder hold them."""
+    """Configurations of networks and noise schedule, as in the config.json files of a diffusers folder."""
 
     unet: Mapping[str, Any]
     text_encoder: Mapping[str, Any]

@@ -32,7 +32,7 @@ def load_models(options: ModelOptions) -> Models:
 
 
 def describe(options: ModelOptions) -> Models:
-    """Return the same networks on the meta device, with shapes and no weights; of a hub id, its configuration is downloaded.
+    """Return the same networks on the meta device, without weights; of a hub id, download configurations.
 
     Where the hub does not answer either, SD 1.5's configurations describe the model, and `notes` says so.
 

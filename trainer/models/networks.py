@@ -31,7 +31,8 @@ _LARGEST = 1 << 24
 def empty_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
     """Return the UNet on the meta device: shapes without weights."""
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config(_known(UNet2DConditionModel, config))  # pyright: ignore[reportReturnType]
+        network = UNet2DConditionModel.from_config(_known(UNet2DConditionModel, config))
+        return network  # pyright: ignore[reportReturnType]
 
 
 def empty_vae(config: Mapping[str, Any]) -> AutoencoderKL:
@@ -89,7 +90,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _problem(config: object) -> str | None:
-    """Return why a configuration cannot be a network's, or None; building one of a million layers would take hours."""
+    """Return why a configuration cannot be a network's, or None. A million layers would take hours."""
     if not isinstance(config, Mapping):
         return "it is not an object"
     layers = 1

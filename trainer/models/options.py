@@ -21,7 +21,8 @@ class ModelOptions:
     folder or a checkpoint folder of this program, or findlast. base_model is another name of this key."""
 
     revision: str | None = None
-    """The commit, tag or branch of a model on the hub; null takes its main branch. A run records the commit and is resumed with it."""
+    """Commit, tag or branch of a model on the hub; null is its main branch. A run records the commit and
+    is resumed with it."""
 
     vae: str | None = None
     """A VAE to use instead of the model's own: a diffusers folder, a hub id or a .safetensors file."""
@@ -38,7 +39,8 @@ class LoraOptions:
     """The product of the matrices counts alpha / rank; null is the rank, so that it counts as it is."""
 
     targets: Literal["attention", "all"] = "attention"
-    """Which layers: the four of each attention, or all linear layers and convolutions in the blocks of UNet and text encoder."""
+    """Adapted layers: the four of each attention, or all linear layers and convolutions in the blocks of
+    UNet and text encoder."""
 
     @property
     def strength(self) -> float:
@@ -64,7 +66,8 @@ class TrainableOptions:
     """Recompute activations in the backward pass: much less memory for one more forward pass a step."""
 
     attn_type: Literal["sdp", "slice", "xformers"] = "sdp"
-    """Attention: sdp is torch's fused attention, slice computes it in slices with less memory; xformers is answered by sdp."""
+    """Attention: sdp is torch's fused attention, slice computes it in slices with less memory; xformers
+    is replaced by sdp."""
 
     compile: bool = False
     """Run the training passes of what learns through torch.compile: faster steps for some minutes of
@@ -103,7 +106,8 @@ class EmaOptions:
     stays at every update; null keeps none."""
 
     ema_strength_target: Annotated[float, Gt(0), Lt(1)] | None = None
-    """The same, with the decay chosen so that this share of the weights at the start is left in the average at the run's end."""
+    """The same, with the decay chosen so that this share of the initial weights is left in the average at
+    the run's end."""
 
     ema_update_interval: Annotated[int, Ge(1)] = 500
     """Optimizer steps between two updates of the average."""

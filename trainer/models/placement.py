@@ -17,11 +17,10 @@ def place(models: Models, device: torch.device, *, channels_last: bool, weights:
     mapped file cannot be replaced on Windows.
     """
     for network in (models.unet, models.text_encoder):
-        torch.nn.Module.to(
-            network, weights
-        )  # diffusers' own method warns of modules to keep in fp32, of which there are none
+        torch.nn.Module.to(network, weights)  # diffusers' own method warns of modules to keep in fp32
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     for network in (models.unet, models.vae):
-        network.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)  # type: ignore[call-overload]
+        network.to(device, memory_format=layout)  # type: ignore[call-overload]
     models.text_encoder.to(device)  # type: ignore[arg-type]
     if device.type == "cpu":
         for network in (models.unet, models.vae, models.text_encoder):

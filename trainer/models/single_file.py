@@ -226,7 +226,7 @@ def unet_modules(config: Any) -> Modules:
 
 
 def vae_modules(config: Any) -> Modules:
-    """Return the original name of each module of an AutoencoderKL. Its decoder counts levels from the coarse end, LDM's from the fine."""
+    """Map each module of an AutoencoderKL to its LDM name; LDM counts decoder levels from the fine end."""
     levels = len(config["block_out_channels"])
     layers = config["layers_per_block"]
     names = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}

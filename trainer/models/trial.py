@@ -1,4 +1,4 @@
-"""Trying a model out before it is trained: networks, tokenizer and noise schedule as their configurations describe them."""
+"""Try a model before training: networks, tokenizer and noise schedule against their configurations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ADVICE = "its configuration is damaged; download the model again"
 
 
 def complete(models: Models, where: str) -> None:
-    """Fill in what a model leaves out and every checkpoint names: the scheduler's class and the UNet's `sample_size`."""
+    """Fill in the scheduler's class and the UNet's `sample_size` if a model omits them."""
     unet: Any = models.unet
     if models.scheduler_config.get("_class_name") is None:
         kind = models.scheduler_config["_class_name"] = SD1.default.scheduler["_class_name"]

@@ -186,7 +186,7 @@ class AsOnDevice(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _backward(self, loss: Tensor) -> None:
-        """Run backward with this mode on, for recomputed passes; torch turns it off inside its own functions."""
+        """Run backward with this mode on, for recomputed passes; torch turns it off inside its functions."""
         engine: Any = torch.autograd.graph._engine_run_backward  # pyright: ignore[reportPrivateUsage]
         with self, self.autocast():
             engine(

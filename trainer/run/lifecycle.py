@@ -186,7 +186,7 @@ def _explained(error: Exception, config: TrainConfig, run: Run | None = None) ->
 
 
 def _is_of_worker(error: Exception) -> bool:
-    """Return whether an error is of a killed DataLoader worker or of shared memory; torch has no class for it."""
+    """Return whether a DataLoader worker was killed or shared memory ran out; torch has no class for it."""
     words = str(error)
     return isinstance(error, RuntimeError) and (
         words.startswith("DataLoader worker") or "shared memory" in words

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 PATIENCE = timedelta(days=30)
-"""Time that ranks wait for each other: rank 0 may encode, sample or save for hours. A dead one is noticed at once."""
+"""Timeout between ranks: rank 0 may encode, sample or save for hours. A dead one is noticed at once."""
 
 _SHARDING = {
     "ACCELERATE_USE_FSDP": "FSDP",

@@ -1,4 +1,4 @@
-"""The training loop: fetch, step, account, do what is due. Read `make_steps`, then `train_step` in step.py."""
+"""The training loop: fetch, step, account, do what is due. Read `make_steps`, then step.py."""
 
 from __future__ import annotations
 

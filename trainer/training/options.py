@@ -22,7 +22,8 @@ class LoopOptions:
     """The seed of everything random; -1 draws one, logs it and saves it."""
 
     stop_after_steps: Annotated[int, Ge(1)] | None = None
-    """Save a checkpoint and stop with exit code 0 when the run has made this many optimizer steps in all, counted from its beginning."""
+    """Save a checkpoint and stop with exit code 0 after this many optimizer steps of the run in all,
+    counted over all its starts."""
 
     max_train_time: Annotated[float, Gt(0)] | None = None
     """Save a checkpoint and stop with exit code 0 after the first step with which the run has trained for
@@ -38,7 +39,7 @@ class PrecisionOptions:
     """In which number format the networks compute and are kept."""
 
     mixed_precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
-    """Autocast type: auto is bf16 where the device computes it natively, else fp16 on CUDA, and no on the CPU."""
+    """Autocast dtype: auto is bf16 where the device computes it natively, else fp16 on CUDA and no on CPU."""
 
     weights_dtype: Literal["fp32", "bf16"] = "fp32"
     """Format in which UNet and text encoder are kept. bf16 halves weights and gradients; D-Adaptation Adam
@@ -61,4 +62,5 @@ class CacheOptions:
     memory where it takes at most a quarter of what is free and crop_jitter is 0, else no."""
 
     cache_dir: str | None = None
-    """The folder of what later runs use again (latents, and the index of a large data set); null is the folder cache in logdir."""
+    """Folder of files that later runs use again: latents, and the index of a large data set. Null is
+    the folder cache in logdir."""

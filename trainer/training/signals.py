@@ -125,7 +125,7 @@ class StopSignals:
 
 
 def _numbers() -> list[int]:
-    """Return the platform's signals that ask a process to end: Ctrl-C, kill, a closed terminal, Ctrl-Break."""
+    """Return the platform's signals that end a process: Ctrl-C, kill, a closed terminal, Ctrl-Break."""
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
