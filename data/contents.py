@@ -11,9 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from data.atomic import appearing
 from data.record import Record
 from data.regular import LARGEST_STATE, load_json, open_regular
-from data.replacing import replacing
 
 READERS = 4
 """Threads that hash files."""
@@ -59,7 +59,7 @@ def content_hashes(records: Sequence[Record], memory: Path, *, save: bool = True
         if fact and now - max(fact[1:3]) > _CLOCK_GRAIN
     }
     if save and facts != known:
-        with suppress(OSError), replacing(memory) as draft:
+        with suppress(OSError), appearing(memory, shared=True) as draft:
             draft.write_text(json.dumps(facts), encoding="utf-8")
     return {identity: fact[-1] for identity, fact in enumerate(fingerprints) if fact}
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from data.atomic import appearing, clear_drafts
 from data.buckets import Bucket, buckets, nearest
 from data.contents import READERS, content_hash
 from data.errors import FileError
@@ -26,7 +27,6 @@ from data.image import READING
 from data.index import Index
 from data.options import DataOptions
 from data.regular import irregular
-from data.replacing import clear_drafts, replacing
 
 SHARD = 64 << 20
 """Bytes of pending moments that trigger a write: 512 images of 512 x 512."""
@@ -170,7 +170,7 @@ class DiskLatents:
         if self._pending:
             content = save(self._pending)
             name = hashlib.blake2b(content, digest_size=16).hexdigest() + ".safetensors"
-            with replacing(self._folder / name) as draft:
+            with appearing(self._folder / name, shared=True) as draft:
                 draft.write_bytes(content)
             self._shard_of.update(dict.fromkeys(self._pending, name))
             self._sound.add(name)

@@ -23,11 +23,11 @@ from typing import Any
 
 import PIL
 
+from data.atomic import appearing
 from data.folder import walk
 from data.index import Index, build_index
 from data.options import DataOptions
 from data.regular import read_regular
-from data.replacing import replacing
 
 FEWEST = 2000
 """Images of an index worth saving: fewer are scanned in a second."""
@@ -114,7 +114,7 @@ def _save(path: Path, signature: str, index: Index) -> None:
     _Pickler(written, protocol=5).dump(index)
     content = written.getvalue()
     header = {"signature": signature, "content": _hash(content)}
-    with suppress(OSError), replacing(path) as draft:
+    with suppress(OSError), appearing(path, shared=True) as draft:
         draft.write_bytes(json.dumps(header).encode() + b"\n" + content)
 
 

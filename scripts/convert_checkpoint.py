@@ -61,7 +61,7 @@ def convert(source: str, target: Path, *, vae: str | None = None, full_precision
     for note in models.notes:
         say(f"Note: {note}", stream=sys.stderr)
 
-    from trainer.checkpoints.atomic import appearing
+    from data.atomic import appearing
     from trainer.checkpoints.export import save_diffusers, save_single_file
 
     dtype = torch.float32 if full_precision else torch.float16

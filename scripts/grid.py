@@ -48,10 +48,10 @@ def draw_grid(options: argparse.Namespace) -> int:
     Raises:
         UserError: something that was named cannot be used.
     """
+    from data.atomic import appearing
     from scripts.grids.columns import find_columns
     from scripts.grids.draw import draw, page_body, picture_of, read_prompts
     from scripts.web_page import document
-    from trainer.checkpoints.atomic import appearing
 
     if options.weights or options.add_difference is not None:
         raise UserError("--weights and --add_difference say how files are merged; name those with --blend.")

@@ -10,9 +10,9 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from data.atomic import appearing
 from scripts.compare.measures import FIXED, RATE, VALIDATION, Compared, D, Measured, networks_of
 from scripts.compare.plots import colour, draw_plots
-from trainer.checkpoints.atomic import appearing
 
 if TYPE_CHECKING:
     from scripts.compare.drift import Tone

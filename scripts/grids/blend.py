@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.checkpoints.atomic import appearing
+from data.atomic import appearing
 from trainer.errors import UserError
 from trainer.models.checkpoint_file import (
     CONFIGS,

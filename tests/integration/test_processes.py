@@ -203,9 +203,9 @@ def test_two_processes_train_as_one_and_end_together(place, capsys):
     alone, together = curves(one), curves(whole)
     assert alone.keys() == together.keys()
     for tag, steps in alone.items():
-        # A difference of nearly equal losses is as exact as they are, however small it is itself.
-        # Six steps of growing rates multiply differences in last bits, which depend on the threads and the CPU;
-        # norms and D-Adaptation's estimates show them more than losses do.
+        # A difference of nearly equal losses is as exact as they are, however small it is itself. Six steps
+        # of growing rates multiply differences in last bits, which depend on the threads and the CPU; norms
+        # and D-Adaptation's estimates show them more than losses do.
         near = {"rel": 1e-5 if tag.startswith("loss/") else 1e-4}
         if tag == GAP:
             near = {"rel": 0, "abs": 1e-5 * max(alone["loss/val"].values())}

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 import train
-from data.replacing import WINDOWS
+from data.atomic import WINDOWS
 from tests.runs import ADAMW, DADAPT, run_of, same_run, scalars, uncut, write
 from tests.unit.trainer.checkpoints.test_lock import held
 from trainer.checkpoints.listing import checkpoints

@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.atomic import appearing
 from data.regular import LARGEST_STATE, load_json, open_regular
-from trainer.checkpoints.atomic import appearing
 from trainer.contained import files_inside, inside
 from trainer.errors import UserError, said
 from trainer.state_file import as_kind
@@ -160,7 +160,7 @@ def read_resume(folder: Path) -> tuple[TrainState, dict[str, Any]]:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Return whether a folder is a checkpoint of this program, by its manifest, its resume state or else its name."""
+    """Return whether a folder is a checkpoint, by its manifest, its resume state or else its name."""
     return (
         (folder / MANIFEST).is_file()
         or (folder / RESUME).is_dir()
@@ -169,19 +169,19 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def model_problem(folder: Path) -> str | None:
-    """Return why the model of a checkpoint is not whole, as a clause, or None where every file is there and unchanged."""
+    """Return why the model of a checkpoint is not whole, as a clause; None if it is."""
     return _problem(folder)
 
 
 def resume_problem(folder: Path) -> str | None:
-    """Return why no run can be resumed from `folder`, as a clause, or None if every file is there and unchanged."""
+    """Return why no run can be resumed from `folder`, as a clause; None if one can."""
     if not (folder / RESUME).is_dir():
         return f"{folder}: the checkpoint holds no resume state (only the newest keep it, see keep_resume_n)"
     return _problem(folder) or _problem(folder / RESUME)
 
 
 def place_in_run(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's place in its run; of a damaged manifest the step in the folder's name, -1 if it has none."""
+    """Return a checkpoint's place in its run; without a manifest, the step in its name or else -1."""
     try:
         manifest = load_json(folder / MANIFEST, LARGEST_STATE)
         return {

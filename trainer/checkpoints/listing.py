@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.checkpoints.atomic import drop, restore
+from data.atomic import drop, restore
 from trainer.checkpoints.format import (
     BEST,
     EMA,
@@ -115,7 +115,7 @@ def single_files(folder: Path, run: str, *, best: bool = False, ema: bool = Fals
 
 
 def rotate(run: Path, options: SaveOptions, single_folder: Path) -> None:
-    """Drop what older checkpoints no longer need, and older checkpoints: to be called when a newer one is whole.
+    """Delete older checkpoints and their resume state as the options say, once a newer one is whole.
 
     Resume state goes beyond `keep_resume_n`, with it the folders that are kept for resuming only; models go
     beyond `keep_last_n`. What `keep_best` made is counted by itself: its newest stays.
@@ -146,7 +146,7 @@ def rotate(run: Path, options: SaveOptions, single_folder: Path) -> None:
 def _newest(
     runs: Sequence[Path], none: str, *, weights_only: bool, project: str | None = None
 ) -> tuple[Path, list[str]]:
-    """Return the newest whole checkpoint of several runs, the newest run first, and what is wrong with newer ones.
+    """Return the newest whole checkpoint of runs given newest first, and problems of newer ones.
 
     Args:
         runs: the runs' folders.

@@ -1,4 +1,4 @@
-"""One writer per folder: an advisory lock that the operating system keeps, and frees when its process ends or is killed."""
+"""One writer per folder: an advisory lock that the operating system frees when its process ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from data.replacing import WINDOWS
+from data.atomic import WINDOWS
 from trainer.errors import UserError
 
 if sys.platform == "win32":
@@ -30,12 +30,12 @@ _PATIENCE = 1.0
 """Seconds to wait for a process that holds the lock for a moment, as `is_free` does."""
 
 _HELD: set[Path] = set()
-"""Folders that this process has locked. POSIX locks count per process, and closing the file a second time would free one."""
+"""Folders that this process has locked: POSIX locks count per process, and any close frees them."""
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Let no other process lock the folder while the block runs; without effect on a file system that has no locks.
+    """Lock the folder against other processes during the block, if its file system has locks.
 
     Raises:
         UserError: another process has locked it, or nothing can be written there.
@@ -116,7 +116,7 @@ def _release(folder: Path, file: IO[bytes] | None) -> None:
         return
     _HELD.discard(folder)
     if WINDOWS:
-        file.close()  # an open file cannot be deleted there, and so none that the next holder has opened either
+        file.close()  # Windows cannot delete an open file, nor one that the next holder has opened
     with suppress(OSError):
         (folder / LOCK).unlink(missing_ok=True)
     file.close()

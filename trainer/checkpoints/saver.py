@@ -10,8 +10,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from data.atomic import appearing, free_bytes, in_gib
 from trainer.checkpoints.artifact import Artifact
-from trainer.checkpoints.atomic import appearing, free_bytes, in_gib
 from trainer.checkpoints.format import EMA, KIND, RUN, STEP, TrainState, save_checkpoint
 from trainer.checkpoints.listing import checkpoints, rotate
 from trainer.checkpoints.options import SaveOptions

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoints.atomic import appearing
+from data.atomic import appearing
 from trainer.config.optimizers import BASE, FREEZING, OVERRIDES
 from trainer.config.schema import TrainConfig, plain, sections
 

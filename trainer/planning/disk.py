@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from data.atomic import free_bytes, in_gib, writing_speed
 from trainer.checkpoints.artifact import Artifact
-from trainer.checkpoints.atomic import free_bytes, in_gib, writing_speed
 from trainer.checkpoints.export import size_beside
 from trainer.checkpoints.options import SaveOptions
 from trainer.config.schema import TrainConfig
@@ -46,7 +46,7 @@ class DiskPlan:
 
     @property
     def most(self) -> int:
-        """Bytes at the fullest moment: all kept checkpoints and one more, since deletion follows a whole save."""
+        """Peak bytes: all kept checkpoints and one more, since deletion follows a whole save."""
         options = self.options
         models = min(self.saves, options.keep_last_n or self.saves)
         resumable = models if options.save_optimizer else min(models, options.keep_resume_n)

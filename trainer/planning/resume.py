@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.replacing import WINDOWS
+from data.atomic import WINDOWS
 from trainer.checkpoints.format import RESUME, RUN, TrainState, is_checkpoint, read_resume
 from trainer.checkpoints.listing import find_last, newest_of, require_resumable
 from trainer.checkpoints.run_folder import run_of

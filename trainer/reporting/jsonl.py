@@ -12,8 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from data.atomic import appearing
 from data.regular import open_regular
-from trainer.checkpoints.atomic import appearing
 from trainer.errors import UserError
 
 METRICS = "metrics.jsonl"

@@ -14,8 +14,8 @@ import yaml
 from huggingface_hub import ModelCardData, metadata_load
 from jinja2 import Environment, StrictUndefined
 
+from data.atomic import appearing
 from trainer.checkpoints.artifact import Artifact
-from trainer.checkpoints.atomic import appearing
 from trainer.checkpoints.format import TrainState
 from trainer.errors import UserError
 from trainer.models.family import OPENRAIL, licence_of

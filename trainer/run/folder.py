@@ -8,7 +8,7 @@ from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 
-from trainer.checkpoints.atomic import appearing, remove, tidy
+from data.atomic import appearing, remove, tidy
 from trainer.checkpoints.export import copy_beside
 from trainer.checkpoints.format import TrainState
 from trainer.checkpoints.lock import locked

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.checkpoints.atomic import appearing
+from data.atomic import appearing
 from trainer.config import check_rates
 from trainer.config.resolved import documents
 from trainer.errors import UserError

@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import nn
 
-from trainer.checkpoints.atomic import in_gib
+from data.atomic import in_gib
 from trainer.networks import by_network
 from trainer.state_file import size_of_state
 from trainer.training.run import Run

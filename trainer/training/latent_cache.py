@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from data.atomic import in_gib
 from data.contents import content_hashes
 from data.index import Index
 from data.latents import DiskLatents, Latents, MemoryLatents, MomentShape, View, views
@@ -104,13 +105,13 @@ def plan_latents(
             return LatentPlan("no", (), shape, "the run shows hardly any image twice")
         if size > free // SHARE:
             why = (
-                f"{_gib(size)} of latents are more than a quarter of the {_gib(free)} that are free; "
+                f"{in_gib(size)} of latents are more than a quarter of the {in_gib(free)} that are free; "
                 "cache_latents disk would keep them"
             )
             return LatentPlan("no", (), shape, why)
     if wanted == "memory" and size > free:
         raise UserError(
-            f"cache_latents: memory needs {_gib(size)} for {len(found):,} latents and {_gib(free)} are free; "
+            f"cache_latents: memory needs {in_gib(size)} for {len(found):,} latents and {in_gib(free)} are free; "
             "use disk, auto or no."
         )
     return LatentPlan("disk" if wanted == "disk" else "memory", found, shape)
@@ -180,7 +181,7 @@ def _open(
     folder: Path,
     tell: Callable[[str], None],
 ) -> tuple[DiskLatents | MemoryLatents, dict[int, str] | None, str]:
-    """Return the store of latents, the images' content hashes where it is on the disk, and its place in words."""
+    """Return the store of latents, the images' content hashes if it is on disk, and its place in words."""
     if plan.mode == "memory":
         return MemoryLatents(plan.shape), None, "memory"
     if len(index.records) >= MANY:
@@ -227,7 +228,7 @@ def encode_captions(
 
 
 def identity(vae: Any, precision: Precision) -> str:
-    """Return a hash of a VAE's weights and configuration, device and number format: equal for equal latents."""
+    """Return a hash of the VAE's weights, configuration, device and dtype: equal for equal latents."""
     settings = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     layout = [
         parameter.is_contiguous(memory_format=torch.channels_last)
@@ -287,7 +288,7 @@ def _check_disk(folder: Path, size: int) -> None:
     free = shutil.disk_usage(place).free
     if size + SPARE_DISK > free:
         raise UserError(
-            f"cache_latents: disk needs {_gib(size)} in {folder} and {_gib(free)} are free; "
+            f"cache_latents: disk needs {in_gib(size)} in {folder} and {in_gib(free)} are free; "
             "make room, choose another cache_dir, or use "
             "memory or no."
         )
@@ -303,7 +304,3 @@ def _roots(index: Index) -> str:
     return hashlib.blake2b(
         "\n".join(str(root.resolve()) for root in index.roots).encode(errors="surrogateescape"), digest_size=8
     ).hexdigest()
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"

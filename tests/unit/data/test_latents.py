@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from data import contents as contents_module
 from data import latents as latents_module
+from data.atomic import appearing, clear_drafts
 from data.contents import content_hashes
 from data.dataset import shown_captions
 from data.errors import FileError
@@ -22,7 +23,6 @@ from data.index import build_index
 from data.latents import DiskLatents, MemoryLatents, MomentShape, View, views
 from data.loader import StepLoader, read_crops, worker_count
 from data.options import DataOptions
-from data.replacing import clear_drafts, replacing
 
 SHAPE = MomentShape(channels=4, factor=8)
 
@@ -246,7 +246,7 @@ def test_a_killed_writer_leaves_whole_files(tmp_path):
 
 def test_a_failed_write_leaves_nothing(tmp_path):
     (tmp_path / "x").write_text("before")
-    with pytest.raises(OSError, match="No space"), replacing(tmp_path / "x") as draft:
+    with pytest.raises(OSError, match="No space"), appearing(tmp_path / "x", shared=True) as draft:
         draft.write_text("half")
         raise OSError("No space left on device")
     assert [path.name for path in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").read_text() == "before"

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from trainer.checkpoints.atomic import REPLACED
+from data.atomic import REPLACED
 from trainer.checkpoints.format import (
     RUN,
     STEP,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data.replacing import WINDOWS
+from data.atomic import WINDOWS
 from trainer.checkpoints.lock import LOCK, is_free, locked
 from trainer.errors import UserError
 

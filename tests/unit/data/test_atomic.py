@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data import replacing
-from trainer.checkpoints import atomic as disk
+from data import atomic as disk
 
 
 def names(folder):
@@ -161,7 +160,7 @@ class Windows:
             return real_open(path, *arguments, **places)
 
         real_open = os.open
-        monkeypatch.setattr(replacing, "WINDOWS", True)
+        monkeypatch.setattr(disk, "WINDOWS", True)
         monkeypatch.setattr(Path, "replace", replace)
         monkeypatch.setattr(os, "open", open_folder)
         monkeypatch.setattr(disk.time, "sleep", self.slept.append)
@@ -192,20 +191,20 @@ def test_windows_files_that_stay_open_fail_the_save_and_keep_the_old_one(tmp_pat
 def test_windows_files_that_are_written_often_are_given_the_same_time(tmp_path, monkeypatch):
     """The latents and index of a data set, which several runs may be writing and reading."""
     system = Windows(monkeypatch, 2)
-    with replacing.replacing(tmp_path / "cache" / "x") as draft:
+    with disk.appearing(tmp_path / "cache" / "x", shared=True) as draft:
         draft.write_text("one")
     assert (tmp_path / "cache" / "x").read_text() == "one" and len(system.slept) == 2
     system.left = 10**6
     with (
         pytest.raises(PermissionError, match="another process"),
-        replacing.replacing(tmp_path / "cache" / "x") as draft,
+        disk.appearing(tmp_path / "cache" / "x", shared=True) as draft,
     ):
         draft.write_text("two")
     assert (tmp_path / "cache" / "x").read_text() == "one" and names(tmp_path / "cache") == ["x"]
 
 
 def test_elsewhere_a_refusal_is_final(tmp_path, monkeypatch):
-    monkeypatch.setattr(replacing, "WINDOWS", False)
+    monkeypatch.setattr(disk, "WINDOWS", False)
     monkeypatch.setattr(disk.time, "sleep", lambda _: pytest.fail("nothing to wait for"))
     monkeypatch.setattr(
         Path, "replace", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
@@ -235,7 +234,7 @@ def test_file_systems_that_cannot_flush_a_folder_are_taken_as_they_are(tmp_path,
     else:
         with disk.appearing(tmp_path / "x") as draft:
             fill(draft, "x")
-        with replacing.replacing(tmp_path / "y") as draft:
+        with disk.appearing(tmp_path / "y", shared=True) as draft:
             draft.write_text("y")
         assert names(tmp_path) == ["x", "y"]
 
