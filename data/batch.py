@@ -17,7 +17,7 @@ class Batch:
     """The images of one forward and backward pass, in CPU memory."""
 
     pixels_BCHW: Tensor | None
-    """float32 in [-1, 1], sRGB; None with moments_BCHW."""
+    """float32 in [-1, 1], sRGB, then with masks the weight in the loss; None with moments_BCHW."""
     tokens_BT: Tensor
     """int64."""
     loss_scale_B: Tensor
@@ -34,7 +34,7 @@ class Batch:
     failed: tuple[BadFile, ...] = ()
     """Planned images that could not be read."""
     moments_BCHW: Tensor | None = None
-    """float32, the VAE's cached output: mean and standard deviation, concatenated in C."""
+    """float32, the VAE's cached output: mean and standard deviation, with masks the weight, all in C."""
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -46,6 +46,6 @@ class Batch:
 
 
 def to_pixels(images: Sequence[np.ndarray]) -> Tensor:
-    """Stack uint8 RGB images of one size, each (height, width, 3), into float32 (B, 3, H, W) in [-1, 1]."""
+    """Stack uint8 images of one size, each (height, width, C), into float32 (B, C, H, W) in [-1, 1]."""
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     return stacked.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)

@@ -32,8 +32,19 @@ def content_hash(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def content_hashes(records: Sequence[Record], memory: Path, *, save: bool = True) -> dict[int, str]:
-    """Hash each image file, by record id, and skip files that cannot be read.
+def record_hash(record: Record, *, masked: bool) -> str:
+    """Hash an image's file, and with `masked` its mask too.
+
+    Raises:
+        OSError: one cannot be read.
+    """
+    return "-".join(map(content_hash, _files(record, masked)))
+
+
+def content_hashes(
+    records: Sequence[Record], memory: Path, *, masked: bool = False, save: bool = True
+) -> dict[int, str]:
+    """Return `record_hash` by record id, and skip images that cannot be read.
 
     Args:
         memory: hashes of earlier runs, used for files with the same size and times.
@@ -41,27 +52,36 @@ def content_hashes(records: Sequence[Record], memory: Path, *, save: bool = True
     """
     known = _remembered(memory)
 
-    def fingerprint(record: Record) -> list[Any] | None:
+    def fingerprint(path: Path) -> list[Any] | None:
         try:
-            status = record.path.stat()
+            status = path.stat()
             stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-            before = known.get(str(record.path))
-            return [*stamp, before[-1] if before and before[:-1] == stamp else content_hash(record.path)]
+            before = known.get(str(path))
+            return [*stamp, before[-1] if before and before[:-1] == stamp else content_hash(path)]
         except OSError:
             return None
 
     now = time.time_ns()
     with ThreadPoolExecutor(READERS) as pool:
-        fingerprints = list(pool.map(fingerprint, records))
+        paths = list(dict.fromkeys(path for record in records for path in _files(record, masked)))
+        fingerprints = dict(zip(paths, pool.map(fingerprint, paths), strict=True))
     facts = {
-        str(record.path): fact
-        for record, fact in zip(records, fingerprints, strict=True)
-        if fact and now - max(fact[1:3]) > _CLOCK_GRAIN
+        str(path): fact for path, fact in fingerprints.items() if fact and now - max(fact[1:3]) > _CLOCK_GRAIN
     }
     if save and facts != known:
         with suppress(OSError), appearing(memory, shared=True) as draft:
             draft.write_text(json.dumps(facts), encoding="utf-8")
-    return {identity: fact[-1] for identity, fact in enumerate(fingerprints) if fact}
+    hashes = {path: fact[-1] for path, fact in fingerprints.items() if fact}
+    return {
+        identity: "-".join(hashes[path] for path in files)
+        for identity, files in enumerate(_files(record, masked) for record in records)
+        if all(path in hashes for path in files)
+    }
+
+
+def _files(record: Record, masked: bool) -> tuple[Path, ...]:
+    mask = record.mask_path if masked else None
+    return (record.path,) if mask is None else (record.path, mask)
 
 
 def _remembered(memory: Path) -> dict[str, list[Any]]:

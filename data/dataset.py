@@ -12,9 +12,10 @@ from data.batch import Batch, to_pixels
 from data.buckets import Bucket, buckets, nearest
 from data.captions.caption import render
 from data.errors import FileError
-from data.image import CENTRE, CropPosition, read_pixels
+from data.image import CENTRE, CropPosition
 from data.index import Index
 from data.latents import Latents, View
+from data.masked import read_view
 from data.options import DataOptions
 from data.plan import MicroBatch
 from data.record import BadFile, Record
@@ -53,7 +54,7 @@ class Images:
         seed: int,
         latents: Latents | None = None,
     ) -> None:
-        self._records = index.records
+        self._records, self._masked = index.records, index.masked
         self._options = options
         self._tokenize = tokenize
         self._seed = seed
@@ -100,10 +101,11 @@ class Images:
         return batches
 
     def _read(self, view: View, crop: CropPosition) -> np.ndarray:
-        """Return uint8 pixels (H, W, 3), or cached moments (2C, h, w)."""
+        """Return the uint8 pixels of `read_view`, or cached moments (2C, h, w)."""
         if self._latents is not None:
             return self._latents.read(view).numpy()
-        return read_pixels(self._records[view.record].path, view.bucket, flip=view.flipped, crop=crop)
+        record = self._records[view.record]
+        return read_view(record, view.bucket, masked=self._masked, flip=view.flipped, crop=crop)
 
     def _crop(self, epoch: int, position: int) -> CropPosition:
         jitter = self._options.crop_jitter
@@ -129,7 +131,7 @@ class Images:
     def _tensors(self, images: list[np.ndarray], bucket: Bucket) -> tuple[Tensor | None, Tensor | None]:
         """Stack images, or a blank one if there are none, into pixels or moments."""
         if self._latents is None:
-            return to_pixels(images or [np.zeros((bucket[1], bucket[0], 3), np.uint8)]), None
+            return to_pixels(images or [np.zeros((bucket[1], bucket[0], 3 + self._masked), np.uint8)]), None
         blank = np.zeros(self._latents.shape.at(bucket), np.float32)
         # Copied, since memory-mapped tensors are aligned less than torch's own.
         return None, torch.tensor(np.stack(images or [blank]))

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from data.image import is_image
+
+MASKS = "masks"
+"""Name, in any case, of the folder of masks beside images; also the ending of a mask's stem, without the s."""
+
 FOLDER_FILES = (
     "batch_id.txt",
     "cond_dropout.txt",
@@ -49,6 +54,26 @@ class Folder:
         return self._by_name.get(name)
 
     @cached_property
+    def images(self) -> tuple[str, ...]:
+        """Names of image files, without masks."""
+        return tuple(name for name in self.files if is_image(name) and not _is_mask(name))
+
+    @cached_property
+    def masks(self) -> dict[str, str]:
+        """Relative paths of masks by the stem of their image: `cat.mask.png`, else `masks/cat.png`."""
+        beside = {stem_of(stem_of(name)): name for name in self.files if is_image(name) and _is_mask(name)}
+        folder = self.mask_folder
+        names = list_folder(self.path / folder).images if folder else ()
+        return {stem_of(name): f"{folder}/{name}" for name in names} | beside
+
+    @cached_property
+    def mask_folder(self) -> str | None:
+        """Name of the folder of masks; one without a file for any image here is an ordinary folder."""
+        name = next((name for name in self.folders if name.lower() == MASKS), None)
+        below = {stem_of(file) for file in list_folder(self.path / name).images} if name else set()
+        return name if any(stem_of(image) in below for image in self.images) else None
+
+    @cached_property
     def _by_ending(self) -> dict[str, dict[str, str]]:
         found: dict[str, dict[str, str]] = {}
         for name in self.files:
@@ -60,6 +85,11 @@ class Folder:
     @cached_property
     def _by_name(self) -> dict[str, str]:
         return {name.lower(): name for name in self.files}
+
+
+def stem_of(name: str) -> str:
+    """Return a file's name without its extension."""
+    return name.rpartition(".")[0] or name
 
 
 def walk(root: Path) -> Iterator[Folder]:
@@ -94,6 +124,10 @@ def list_folder(path: Path) -> Folder:
         tuple(name for name, kind in kinds if kind == wanted) for wanted in ("folder", "file", "other")
     )
     return Folder(path, files, folders, others)
+
+
+def _is_mask(name: str) -> bool:
+    return stem_of(name).lower().endswith(f".{MASKS[:-1]}")
 
 
 def _unreadable(path: Path, error: OSError) -> Folder:

@@ -28,6 +28,9 @@ READING = 1
 
 CENTRE = (0.5, 0.5)
 
+_SHAPE_SLACK = 1.0
+"""Pixels by which the sides of a scaled mask may be rounded."""
+
 _STDERR = 2
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else warnings about odd files reach the console
@@ -72,6 +75,65 @@ def displayed_size(path: Path) -> tuple[int, int]:
         return (height, width) if _orientation(image, path) >= 5 else (width, height)
 
 
+def is_image(name: str) -> bool:
+    """Recognise an image file by its extension."""
+    return name.rpartition(".")[2].lower() in SUFFIXES
+
+
+def has_alpha(path: Path) -> bool:
+    """Read from the header if an image may have transparent parts.
+
+    Raises:
+        FileError: the file is not a usable image.
+    """
+    with _opened(path) as image:
+        return image.has_transparency_data
+
+
+def check_mask(path: Path, size: tuple[int, int]) -> None:
+    """Compare a mask's shape with the displayed size of its image.
+
+    Raises:
+        FileError: they differ, or the file is not a usable image.
+    """
+    width, height = displayed_size(path)
+    scale = max(width / size[0], height / size[1])
+    if max(size[0] * scale - width, size[1] * scale - height) > _SHAPE_SLACK:
+        raise FileError(
+            f"it is {width} x {height} and the image {size[0]} x {size[1]}, another shape; save it in the "
+            "image's size"
+        )
+
+
+def read_mask(
+    path: Path, size: tuple[int, int], *, alpha: bool, flip: bool = False, crop: CropPosition = CENTRE
+) -> np.ndarray:
+    """Read a mask with the geometry of `read_pixels`, as uint8 (height, width): 255 is trained, 0 is not.
+
+    Args:
+        alpha: read an image's opacity; else its red channel, as kohya's scripts do, over black.
+
+    Raises:
+        FileError: the file cannot be read, or is 0 everywhere.
+    """
+    with _opened(path) as image:
+        orientation = _orientation(image, path)
+        with _decoding(path), _quiet_libtiff(image):
+            image.load()
+        pixels = _scalable(image)
+    if alpha:
+        mask = pixels.getchannel("A") if "A" in pixels.mode else Image.new("L", pixels.size, 255)
+    else:
+        mask = _over(pixels, "black").convert("RGB").getchannel("R")
+    if mask.getextrema() == (0, 0):
+        found = "the image is transparent" if alpha else "it is black"
+        raise FileError(f"{found} everywhere, which leaves nothing to train")
+    if orientation in _UPRIGHT:
+        mask = mask.transpose(_UPRIGHT[orientation])
+    mask = mask.resize(size, Image.Resampling.BILINEAR, box=_box(mask.size, size, crop))
+    return np.asarray(mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else mask)
+
+
 def read_pixels(
     path: Path, size: tuple[int, int], *, flip: bool = False, crop: CropPosition = CENTRE
 ) -> np.ndarray:
@@ -95,7 +157,7 @@ def read_pixels(
         box = _box(extent, stored, _stored_position(crop, orientation))
         # Transparent images are scaled with their colours weighted by their opacity.
         pixels = _scalable(image).resize(stored, Image.Resampling.LANCZOS, box=box)
-    pixels = _to_srgb(_over_white(pixels), profile)
+    pixels = _to_srgb(_over(pixels, "white"), profile)
     if orientation in _UPRIGHT:
         pixels = pixels.transpose(_UPRIGHT[orientation])
     if flip:
@@ -244,13 +306,13 @@ def _scalable(image: Image.Image) -> Image.Image:
     return image if image.mode == wanted else image.convert(wanted)
 
 
-def _over_white(pixels: Image.Image) -> Image.Image:
+def _over(pixels: Image.Image, colour: str) -> Image.Image:
     if pixels.mode not in ("LA", "RGBA"):
         return pixels
     colours = pixels.convert(pixels.mode[:-1])
-    white = Image.new(colours.mode, pixels.size, "white")
-    white.paste(colours, mask=pixels.getchannel("A"))
-    return white
+    paper = Image.new(colours.mode, pixels.size, colour)
+    paper.paste(colours, mask=pixels.getchannel("A"))
+    return paper
 
 
 def _to_srgb(pixels: Image.Image, profile: bytes | None) -> Image.Image:

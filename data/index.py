@@ -29,6 +29,11 @@ class Index:
     roots: tuple[Path, ...]
     notices: tuple[Notice, ...] = ()
 
+    @property
+    def masked(self) -> bool:
+        """True if an image has a mask: then all are read with a fourth channel."""
+        return any(record.mask for record in self.records)
+
     def fingerprint(self) -> str:
         """Hash the images' names, sizes, captions and settings.
 
@@ -53,7 +58,11 @@ def build_index(options: DataOptions) -> Index:
             usable image, or all are excluded.
     """
     roots = _roots(options.data_root)
-    scan = Scan(sidecar_chain(lines=options.caption_lines), caption_prefix=options.caption_prefix)
+    scan = Scan(
+        sidecar_chain(lines=options.caption_lines),
+        caption_prefix=options.caption_prefix,
+        alpha_mask=options.alpha_mask,
+    )
     problems: list[str] = []
     for root, start in zip(roots, _prefixes(roots), strict=True):
         images, bad = len(scan.records), len(scan.bad)

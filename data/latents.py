@@ -1,7 +1,8 @@
 """Cached latents: the VAE's output for each image, in memory or in files that later runs share.
 
 An image's *moments* are cached: mean and standard deviation of the VAE's distribution, concatenated in the
-channels, fp32 (2C, h, w). Each showing of the image draws a new latent from them.
+channels, fp32 (2C, h, w). Each showing of the image draws a new latent from them. In a data set with masks
+another channel follows: the weight of each latent in the loss, 0 to 1.
 """
 
 from __future__ import annotations
@@ -67,10 +68,12 @@ class MomentShape:
     """Of a latent: 4 for Stable Diffusion."""
     factor: int
     """Pixels per latent along one side: 8 for Stable Diffusion."""
+    masked: bool = False
+    """Weights follow as another channel."""
 
     def at(self, bucket: Bucket) -> tuple[int, int, int]:
-        """Return the shape (2C, h, w) of the moments of an image in `bucket`."""
-        return 2 * self.channels, bucket[1] // self.factor, bucket[0] // self.factor
+        """Return the shape (2C, h, w) of the moments of an image in `bucket`, (2C + 1, h, w) with masks."""
+        return 2 * self.channels + self.masked, bucket[1] // self.factor, bucket[0] // self.factor
 
     def nbytes(self, wanted: Iterable[View]) -> int:
         """Return the bytes of these views' moments in fp32."""
@@ -111,8 +114,8 @@ class MemoryLatents:
 class DiskLatents:
     """Moments in a folder of safetensors files, shared by later runs and other data sets.
 
-    The key of moments is the image file's content, the bucket, the flip and whatever else decides the pixels;
-    the folder belongs to one VAE. A changed image has another key, so no stale moments are found. Files are
+    The key of moments is the content of the image and its mask, the bucket, the flip and whatever else decides
+    the pixels; the folder belongs to one VAE. A changed file has another key, so no stale moments are found. Files are
     written atomically and never changed; any of them may be deleted between runs. A file is named by the hash
     of its content, which is verified before use.
 
@@ -221,7 +224,8 @@ class DiskLatents:
     def _key(self, view: View) -> str | None:
         content = self.contents.get(view.record)
         width, height = view.bucket
-        return content and f"{content}-{width}x{height}-centre{'-flipped' if view.flipped else ''}-{READING}"
+        kind = f"centre{'-flipped' if view.flipped else ''}{'-masked' if self.shape.masked else ''}"
+        return content and f"{content}-{width}x{height}-{kind}-{READING}"
 
     def _find(self) -> dict[str, str]:
         """Map the key of all moments in the folder to their file, and delete unreadable files."""

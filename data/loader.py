@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 
 from data.batch import Batch, to_pixels
-from data.contents import content_hash
+from data.contents import record_hash
 from data.dataset import Images
 from data.errors import DataError, FileError
-from data.image import read_pixels
 from data.index import Index
 from data.latents import Latents, MemoryLatents, View
+from data.masked import read_view
 from data.options import DataOptions
 from data.plan import MicroBatch, plan_epoch, slice_step, steps_before, steps_per_epoch
 from data.record import BadFile
@@ -179,14 +179,14 @@ class Crop:
 
     view: View
     pixels_1CHW: Tensor | None
-    """float32 in [-1, 1], a batch of one."""
+    """A batch of one, as in `Batch`."""
     bad: str = ""
     """The reason why there are none."""
 
 
 class _Crops:
     def __init__(self, index: Index, wanted: Sequence[View], contents: Mapping[int, str] | None) -> None:
-        self._records = index.records
+        self._records, self._masked = index.records, index.masked
         self._contents = contents
         self._files = [list(same) for _, same in groupby(wanted, key=lambda view: (view.record, view.bucket))]
 
@@ -195,12 +195,14 @@ class _Crops:
 
     def __getitem__(self, number: int) -> list[Crop]:
         views = self._files[number]
-        path = self._records[views[0].record].path
+        record = self._records[views[0].record]
         try:
-            pixels = read_pixels(path, views[0].bucket)
+            pixels = read_view(record, views[0].bucket, masked=self._masked)
             # After the pixels, so that they are surely those of the content they are cached under.
-            if self._contents is not None and content_hash(path) != self._contents.get(views[0].record):
-                raise FileError("it changed while it was read")
+            if self._contents is not None:
+                now = record_hash(record, masked=self._masked)
+                if now != self._contents.get(views[0].record):
+                    raise FileError("it changed while it was read")
         except FileError as error:
             return [Crop(view, None, error.reason) for view in views]
         except OSError as error:

@@ -33,6 +33,9 @@ class DataOptions:
     """The largest distance of a crop from the middle, as a share of the way to the edge, drawn anew each
     time; small distances are likelier."""
 
+    alpha_mask: bool = False
+    """Train the opaque parts of an image alone: its transparency is its mask. A file of a mask comes first."""
+
     cond_dropout: Annotated[float, Ge(0), Le(1)] = 0.04
     """Probability of training an image with the empty caption, which guidance uses when sampling."""
 

@@ -32,11 +32,18 @@ class Record:
     loss_scale: float = 1.0
     batch_id: str = ""
     """Images share batches only with images of the same batch_id."""
+    mask: str = ""
+    """Path of the mask in the folder; `file` for the image's transparency."""
 
     @property
     def path(self) -> Path:
         """The path of the image."""
         return self.folder / self.file
+
+    @property
+    def mask_path(self) -> Path | None:
+        """The path of the mask."""
+        return self.folder / self.mask if self.mask else None
 
 
 @dataclass(frozen=True, slots=True)

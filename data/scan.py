@@ -12,9 +12,10 @@ from data.captions.caption import without_main
 from data.captions.entry import SETTINGS, Entry, Remark, UnknownKey, first_setting
 from data.captions.text import TextFile
 from data.errors import DataError, FileError
-from data.folder import FOLDER_FILES, Folder, list_folder, walk
+from data.folder import FOLDER_FILES, Folder, list_folder, stem_of, walk
 from data.folder_files import read_global, read_local
-from data.image import SUFFIXES, displayed_size
+from data.image import check_mask, displayed_size, has_alpha, is_image
+from data.masked import mask_error
 from data.record import BadFile, Notice, Record
 from data.repeats import read_repeats
 from data.table import METADATA, BadRow, Metadata, Row, read_metadata, read_table
@@ -61,9 +62,12 @@ class Scan:
 
     Args:
         chain: kinds of files beside an image, of `sidecar_chain`.
+        alpha_mask: take the transparency of images without a file of their mask as their mask.
     """
 
-    def __init__(self, chain: Sequence[CaptionSource], *, caption_prefix: str = "") -> None:
+    def __init__(
+        self, chain: Sequence[CaptionSource], *, caption_prefix: str = "", alpha_mask: bool = False
+    ) -> None:
         self.records: list[Record] = []
         self.bad: list[BadFile] = []
         self._chain = chain
@@ -71,14 +75,21 @@ class Scan:
             replace(source, first=True) if isinstance(source, TextFile) else source for source in chain
         ]
         self._caption_prefix = caption_prefix
+        self._alpha_mask = alpha_mask
         self._names: Counter[str] = Counter()
         self._remarks: dict[str, list[str]] = {}
         self._unknown: dict[str, list[str]] = {}
 
     def folders(self, root: Path, start: str) -> None:
         """Add the images of a folder and its subfolders, their names prefixed with `start`."""
-        listed = [(folder, _relative(root, folder.path)) for folder in walk(root)]
-        holding = {below.partition("/")[0] for folder, below in listed if any(map(_is_image, folder.files))}
+        every = list(walk(root))
+        masks = [folder.path / folder.mask_folder for folder in every if folder.mask_folder]
+        listed = [
+            (folder, _relative(root, folder.path))
+            for folder in every
+            if not any(folder.path.is_relative_to(path) for path in masks)
+        ]
+        holding = {below.partition("/")[0] for folder, below in listed if folder.images}
         repeats, remarks = read_repeats(sorted(holding - {""}), images_beside="" in holding)
         self._remark(remarks, start)
         around: dict[Path, _Around] = {}
@@ -160,8 +171,11 @@ class Scan:
     def _images(self, folder: Folder, start: str, around: _Around, skipped: Counter[BadFile]) -> None:
         """Add the images of one folder."""
         broken = "it is a broken link or not an ordinary file"
-        self.bad += [BadFile(printable(start + name), broken) for name in folder.others if _is_image(name)]
-        images = [name for name in folder.files if _is_image(name)]
+        self.bad += [BadFile(printable(start + name), broken) for name in folder.others if is_image(name)]
+        images = folder.images
+        stems = set(map(stem_of, images))
+        orphans = [mask for stem, mask in folder.masks.items() if stem not in stems]
+        self._remark([Remark(mask, "it is a mask, and its image is not there") for mask in orphans], start)
         trouble, local = around.trouble, ()
         if not images:
             local_files = filter(None, (folder.own(file) for file in FOLDER_FILES if "global" not in file))
@@ -191,12 +205,13 @@ class Scan:
 
     def _image(self, folder: Folder, file: str, name: str, about: _About) -> None:
         """Read the files beside one image, and add it or its problems."""
-        stem = file.rpartition(".")[0] or file
+        stem, mask = stem_of(file), ""
         problems = list(about.problems)
         width = height = 0
         beside: tuple[Entry, ...] = ()
         try:
             width, height = displayed_size(folder.path / file)
+            mask = self._mask(folder, file, (width, height))
         except FileError as error:
             problems.append(error.reason)
         try:
@@ -226,9 +241,24 @@ class Scan:
                 width=width,
                 height=height,
                 caption=caption,
+                mask=mask,
                 **settings,
             )
         )
+
+    def _mask(self, folder: Folder, file: str, size: tuple[int, int]) -> str:
+        """Return the path of an image's mask in its folder, the image's own for its transparency, or nothing.
+
+        Raises:
+            FileError: the mask cannot be used.
+        """
+        if mask := folder.masks.get(stem_of(file)):
+            try:
+                check_mask(folder.path / mask, size)
+            except FileError as error:
+                raise mask_error(mask, error) from error
+            return mask
+        return file if self._alpha_mask and has_alpha(folder.path / file) else ""
 
     def _remark_all(self, entries: Iterable[Entry], start: str) -> None:
         self._remark([remark for entry in entries for remark in entry.remarks], start)
@@ -250,10 +280,6 @@ def _bad_file(error: FileError, start: str) -> BadFile:
     """Return a folder's unusable file, whose name and line begin the reason."""
     name, _, reason = error.reason.partition(": ")
     return BadFile(printable(start + name), reason)
-
-
-def _is_image(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in SUFFIXES
 
 
 def _relative(root: Path, path: Path) -> str:

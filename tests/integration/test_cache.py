@@ -162,6 +162,30 @@ def test_kept_latents_change_no_bit_where_images_are_encoded_one_at_a_time(workp
     assert "Latents of 10 of 10 images are in" in capsys.readouterr().out
 
 
+def test_masks_change_the_training_and_kept_latents_change_no_bit_of_it(workplace):
+    assert train.main(["--logdir", "none"]) == 0
+    plain = outcome(workplace / "none")
+    for number in range(5):
+        size = (70, 80) if number else (90, 60)
+        Image.new("L", size, 255).save(workplace / f"pictures/{number}.mask.png")
+    assert train.main(["--logdir", "white"]) == 0
+    assert_same(plain, outcome(workplace / "white"))
+    half = Image.new("L", (70, 80))
+    half.paste(255, (0, 0, 20, 80))
+    half.save(workplace / "pictures/2.mask.png")
+    assert train.main(["--logdir", "ignored", "--unmasked_weight", "1"]) == 0
+    assert_same(plain, outcome(workplace / "ignored"))
+    runs = {}
+    for mode in ("no", "memory", "disk"):
+        assert train.main(["--logdir", mode, "--cache_latents", mode, "--crop_jitter", "0"]) == 0
+        runs[mode] = outcome(workplace / mode)
+    for mode in ("memory", "disk"):
+        assert_same(runs["no"], runs[mode])
+    losses, fixed = runs["no"][1]
+    assert losses[0] != plain[1][0] or losses[1:] != plain[1][0][1:]
+    assert fixed != plain[1][1], "masks weight the fixed-noise loss too"
+
+
 def test_a_frozen_text_encoder_is_run_once_for_each_caption(workplace, calls):
     frozen = ["--disable_textenc_training", "true"]
     assert train.main(["--logdir", "plain", *frozen]) == 0

@@ -308,6 +308,21 @@ def test_a_check_keeps_the_index_of_a_large_data_set(workplace, no_estimate, mon
     assert train.main(["--check", "--cache_dir", str(kept.parent)]) == 0
 
 
+def test_masks_are_counted_and_shown_on_contact_sheets(workplace, no_estimate, capsys):
+    for path in (workplace / "pictures").glob("[1-4].png"):
+        path.unlink()
+    Image.new("RGB", (64, 64), (0, 0, 255)).save(workplace / "pictures/0.png")
+    Image.new("RGB", (64, 64), (0, 255, 0)).save(workplace / "pictures/1.png")
+    mask = Image.new("L", (64, 64), 255)
+    mask.paste(0, (32, 0, 64, 64))
+    mask.save(workplace / "pictures/0.mask.png")
+    assert train.main(["--check", "--contact_sheets", "sheets", "--unmasked_weight", "0.1"]) == 0
+    assert "masks        of 1 of 2 images; in the loss black counts 0.1, white 1" in capsys.readouterr().out
+    sheet = Image.open(workplace / "sheets/64x64.png").convert("RGB")
+    colours = {colour for count, colour in sheet.getcolors(1 << 20) if count > 1000}
+    assert {(0, 0, 255), (0, 255, 0), (166, 0, 193)} <= colours, "blue trained and not, green without a mask"
+
+
 def test_contact_sheets_show_each_image_as_it_is_cropped(workplace, no_estimate, capsys):
     red, blue = (255, 0, 0), (0, 0, 255)
     picture = Image.new("RGB", (300, 100), blue)

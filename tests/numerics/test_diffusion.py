@@ -103,6 +103,15 @@ def test_losses_by_hand():
         assert image_losses(prediction, target, t, kind).tolist() == pytest.approx(values), kind
 
 
+def test_a_weight_of_each_latent_scales_its_loss_and_not_the_number_of_latents():
+    prediction, target = torch.zeros(1, 2, 1, 2), torch.tensor([[[[0.5, 3.0]], [[1.0, 1.0]]]])
+    weights = torch.tensor([[[[1.0, 0.25]]]])
+    t = torch.tensor([250])
+    mse, huber = (0.25 + 9 / 4 + 1 + 1 / 4) / 4, (0.125 + 2.5 / 4 + 0.5 + 0.5 / 4) / 4
+    for kind, value in {"mse": mse, "huber": huber, "mse_huber": 0.25 * mse + 0.75 * huber}.items():
+        assert image_losses(prediction, target, t, kind, 1000, weights).item() == pytest.approx(value), kind
+
+
 def test_noise_depends_on_its_place_alone_and_has_unit_variance():
     shape = (4, 64, 64)
     first = gaussian(shape, 1, 0, 7)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from data.batch import Batch
 from data.rng import stream
 from trainer.diffusion import noise
 from trainer.diffusion.conditioning import Contexts, encode_text
-from trainer.diffusion.loss import image_losses
+from trainer.diffusion.loss import LossType, image_losses
 from trainer.diffusion.moments import encode_pixels
 from trainer.diffusion.options import ObjectiveOptions
 from trainer.diffusion.schedule import NoiseSchedule
@@ -42,12 +42,22 @@ class Networks:
         )
 
 
+class Prediction(NamedTuple):
+    """The UNet's output beside its target."""
+
+    prediction_BCHW: Tensor
+    target_BCHW: Tensor
+    t_B: Tensor
+    weights_B1HW: Tensor | None
+    """The weight of each latent in the loss; None without masks."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """The images of a step with their random numbers, drawn on the CPU."""
 
     pixels_BCHW: Tensor | None
-    """fp32 in [-1, 1]; None with moments_BCHW."""
+    """As in `Batch`; None with moments_BCHW."""
 
     tokens_BT: Tensor
     """int64."""
@@ -65,7 +75,7 @@ class Inputs:
     """int64 timesteps."""
 
     moments_BCHW: Tensor | None = None
-    """fp32, the VAE's output: mean and standard deviation, concatenated in C."""
+    """As in `Batch`."""
 
     context_BTD: Tensor | None = None
     """The text encoder's cached output; None to run it."""
@@ -174,21 +184,23 @@ class Objective:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Tensor:
         """Return loss_B in fp32, weighted by timestep but not by image, without waiting for the device."""
-        return self.judge(*self.predict(networks, inputs, autocast), inputs.t_B)
+        return self.judge(self.predict(networks, inputs, autocast))
 
     def predict(
         self,
         networks: Networks,
         inputs: Inputs,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the UNet's prediction for each image, and its target."""
+    ) -> Prediction:
+        """Return the UNet's prediction for each image, its target and its mask."""
         moments_BCHW = inputs.moments_BCHW
         if moments_BCHW is None:
             assert inputs.pixels_BCHW is not None, "a batch holds pixels or moments"
             moments_BCHW = encode_pixels(networks.vae, inputs.pixels_BCHW, autocast)
         # One memory format for pixels and cached moments: the order of sums in a convolution depends on it.
-        moments_BCHW = moments_BCHW.clone(memory_format=torch.channels_last)
+        split = 2 * self.latent_channels
+        masks_BCHW = moments_BCHW[:, split:]
+        moments_BCHW = moments_BCHW[:, :split].clone(memory_format=torch.channels_last)
         mean_BCHW, std_BCHW = moments_BCHW.chunk(2, dim=1)
         latents_BCHW = (mean_BCHW + std_BCHW * inputs.posterior_BCHW) * self.scaling_factor
 
@@ -207,14 +219,22 @@ class Objective:
             if inputs.perturbation_BTD is not None:
                 context_BTD = context_BTD + inputs.perturbation_BTD.to(context_BTD.dtype)
             prediction_BCHW = networks.unet(noisy_BCHW, t_B, context_BTD).sample
-        return prediction_BCHW, target_BCHW
+        rest = self.options.unmasked_weight
+        weights_B1HW = rest + (1 - rest) * masks_BCHW if masks_BCHW.shape[1] else None
+        return Prediction(prediction_BCHW, target_BCHW, t_B, weights_B1HW)
 
-    def judge(self, prediction_BCHW: Tensor, target_BCHW: Tensor, t_B: Tensor) -> Tensor:
-        """Return loss_B in fp32 by loss_type, times the weight of the timestep."""
+    def judge(self, predicted: Prediction, kind: LossType | None = None) -> Tensor:
+        """Return loss_B in fp32 by loss_type, times the weight of the timestep; by `kind` alone if given."""
+        prediction_BCHW, target_BCHW, t_B, weights_B1HW = predicted
         loss_B = image_losses(
-            prediction_BCHW, target_BCHW, t_B, self.options.loss_type, self.schedule.timesteps
+            prediction_BCHW,
+            target_BCHW,
+            t_B,
+            kind or self.options.loss_type,
+            self.schedule.timesteps,
+            weights_B1HW,
         )
-        if self.options.min_snr_gamma is not None:
+        if kind is None and self.options.min_snr_gamma is not None:
             loss_B = loss_B * min_snr_weights(
                 self.schedule.snr(t_B), self.options.min_snr_gamma, self.schedule.prediction_kind
             )

@@ -13,7 +13,6 @@ import torch
 from data.batch import Batch
 from data.dataset import Images
 from data.rng import stream
-from trainer.diffusion.loss import image_losses
 from trainer.diffusion.moments import encode_pixels
 from trainer.diffusion.objective import Inputs, Networks, Objective
 
@@ -80,9 +79,9 @@ class FixedLoss:
                     for part, t in enumerate(self._timesteps)
                 ]
                 inputs = Inputs.cat(parts).to(device)
-                prediction, target = self._objective.predict(networks, inputs, autocast)
-                loss = self._objective.judge(prediction, target, inputs.t_B).sum()
-                sums.append(torch.stack([loss, image_losses(prediction, target, inputs.t_B, "mse").sum()]))
+                predicted = self._objective.predict(networks, inputs, autocast)
+                losses = [self._objective.judge(predicted, kind).sum() for kind in (None, "mse")]
+                sums.append(torch.stack(losses))
                 images += len(inputs.t_B)
         loss, mse = torch.stack(sums).sum(dim=0).tolist()
         return Measured(loss / images, mse / images)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
     from data.buckets import Bucket
@@ -30,6 +31,9 @@ _NARROWEST = 200
 
 _LINES = 16
 """Lines of a caption."""
+
+_UNTRAINED, _TINT = (255, 0, 160), 0.65
+"""The colour over masked parts, and its share."""
 
 
 class ContactSheets:
@@ -117,18 +121,16 @@ class ContactSheets:
         from PIL import Image
 
         from data.errors import FileError
-        from data.image import read_pixels
+        from data.masked import read_view
         from data.record import BadFile
 
         try:
-            pixels = read_pixels(record.path, bucket)
+            pixels = read_view(record, bucket, masked=bool(record.mask))
         except FileError as error:
             self.bad.setdefault(record.name, BadFile(record.name, error.reason))
             return error.reason
         centred = Image.new("RGB", place, "white")
-        centred.paste(
-            Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS), ((place[0] - size[0]) // 2, 0)
-        )
+        centred.paste(_tinted(pixels).resize(size, Image.Resampling.LANCZOS), ((place[0] - size[0]) // 2, 0))
         return centred
 
     def _words(self, record: Record) -> str:
@@ -137,3 +139,14 @@ class ContactSheets:
         seen = f"{text.removesuffix(cut)}✂ not seen: {cut}" if cut else text
         others = [f"| {caption.text}" for caption in record.caption.others]
         return " ".join([seen or "(no words)", *others])
+
+
+def _tinted(pixels: np.ndarray) -> Image.Image:
+    """Return the pixels of `read_view` as an image, tinted where the mask is black."""
+    from PIL import Image
+
+    image = Image.fromarray(pixels[:, :, :3])
+    if pixels.shape[2] == 3:
+        return image
+    cover = Image.fromarray(pixels[:, :, 3]).point(lambda weight: _TINT * (255 - weight))
+    return Image.composite(Image.new("RGB", image.size, _UNTRAINED), image, cover)

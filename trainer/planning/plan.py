@@ -134,6 +134,7 @@ class Plan:
             *((network, self._network(network)) for network in self.counts),
             ("steps", f"{self.total_steps:,} = {loop.max_epochs} epochs of {self.steps_of_epoch:,}{stop}"),
             ("batch", self._batch()),
+            *([("masks", self._masks())] if self.split.train.masked else []),
             ("latents", str(self.latents)),
             *([("held out", ", ".join(held_out))] if held_out else []),
             *([("ema", averaged)] if averaged else []),
@@ -160,6 +161,11 @@ class Plan:
         split = f" in {passes} passes of {data.batch_size}" if passes > 1 else ""
         sizes = " and ".join(map(str, data.resolutions))
         return f"{own * self.ranks} images a step{among}{split}, resolution {sizes}"
+
+    def _masks(self) -> str:
+        records, rest = self.split.train.records, self.config.objective.unmasked_weight
+        masked = sum(bool(record.mask) for record in records)
+        return f"of {masked:,} of {len(records):,} images; in the loss black counts {rest:g}, white 1"
 
 
 def images_per_step(config: TrainConfig, ranks: int) -> int:

@@ -92,7 +92,8 @@ def plan_latents(
     Raises:
         UserError: the latents do not fit into memory, where they were asked to be.
     """
-    shape = MomentShape(vae_config.latent_channels, 2 ** (len(vae_config.block_out_channels) - 1))
+    factor = 2 ** (len(vae_config.block_out_channels) - 1)
+    shape = MomentShape(vae_config.latent_channels, factor, index.masked)
     wanted = options.cache_latents
     if wanted == "no":
         return LatentPlan("no", (), shape)
@@ -186,7 +187,8 @@ def _open(
         return MemoryLatents(plan.shape), None, "memory"
     if len(index.records) >= MANY:
         tell(f"Comparing the content of {len(index.records):,} images with what is kept in {folder}.")
-    contents = content_hashes(index.records, folder / f"contents-{_roots(index)}.json")
+    memory = folder / f"contents-{_roots(index)}.json"
+    contents = content_hashes(index.records, memory, masked=index.masked)
     own = folder / "latents" / identity(vae, precision)
     return DiskLatents(own, plan.shape, contents), contents, str(own)
 

@@ -300,9 +300,11 @@ def test_crops_are_read_once_for_both_flips(folder, monkeypatch):
     index, read = build_index(options_of(folder)), []
     from data import loader as loader_module
 
-    real = loader_module.read_pixels
+    real = loader_module.read_view
     monkeypatch.setattr(
-        loader_module, "read_pixels", lambda path, size: read.append(path.name) or real(path, size)
+        loader_module,
+        "read_view",
+        lambda record, size, **options: read.append(record.name) or real(record, size, **options),
     )
     half = Image.new("RGB", (128, 128))
     half.paste((255, 255, 255), (0, 0, 64, 128))

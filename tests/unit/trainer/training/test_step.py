@@ -1,6 +1,7 @@
 """One optimizer step: the same whatever the micro-batches, gated by the gradient, and nothing read back."""
 
 import itertools
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,12 @@ from data.batch import Batch
 from tests.tiny import tiny_models
 from trainer.config.schema import optimizer_classes
 from trainer.diffusion.conditioning import encode_text
+from trainer.diffusion.moments import encode_pixels
 from trainer.diffusion.noise import ADDED, gaussian
 from trainer.diffusion.objective import Inputs, Networks, Objective
 from trainer.diffusion.options import ObjectiveOptions
 from trainer.diffusion.schedule import NoiseSchedule, with_zero_terminal_snr
+from trainer.diffusion.weighting import min_snr_weights
 from trainer.models.ema import Ema
 from trainer.models.lora import attach
 from trainer.models.options import FreezingOptions, LoraOptions, TrainableOptions
@@ -528,6 +531,29 @@ def test_every_objective_learns_and_differs(chosen):
     assert not torch.isclose(losses[0].loss, same.detach(), rtol=1e-6), "the option changes nothing"
 
 
+@pytest.mark.parametrize("rest", [0.0, 0.25])
+def test_a_mask_weights_the_latents_of_its_image_before_the_timestep_weights_it(rest):
+    networks, objective, _ = _setup(unmasked_weight=rest)
+    plain = _batch(range(2))
+    masks = torch.full((2, 1, 64, 64), 1.0)
+    masks[0, :, :, 32:] = -1  # black
+    masks[1, :, :4] = -1  # half a latent
+    batch = replace(plain, pixels_BCHW=torch.cat([plain.pixels_BCHW, masks], dim=1))
+    inputs = objective.draw(batch)
+    predicted = objective.predict(networks, inputs)
+    weights = torch.ones(2, 1, 8, 8)
+    weights[0, :, :, 4:] = rest
+    weights[1, :, 0] = (1 + rest) / 2
+    assert torch.allclose(predicted.weights_B1HW, weights)
+    squared = (predicted.prediction_BCHW - predicted.target_BCHW) ** 2
+    snr = min_snr_weights(objective.schedule.snr(inputs.t_B), 5.0, "epsilon")
+    expected = (squared * weights).mean(dim=(1, 2, 3)) * snr
+    assert torch.allclose(objective.losses(networks, inputs), expected)
+    moments = encode_pixels(networks.vae, inputs.pixels_BCHW, nullcontext)
+    cached = replace(inputs, pixels_BCHW=None, moments_BCHW=moments)
+    assert torch.equal(objective.losses(networks, inputs), objective.losses(networks, cached))
+
+
 def test_a_perturbation_of_the_captions_is_added_to_them():
     networks, objective, _ = _setup(embedding_perturbation=0.5)
     inputs = objective.draw(_batch(range(2)))
@@ -546,7 +572,7 @@ def test_a_perturbation_of_the_inputs_is_seen_and_not_predicted(prediction):
     inputs = replace(inputs, pixels_BCHW=None, moments_BCHW=moments, t_B=torch.tensor([100, 800]))
     seen = {}
     networks.unet.register_forward_pre_hook(lambda module, args: seen.update(noisy=args[0]))
-    _, target = objective.predict(networks, inputs)
+    target = objective.predict(networks, inputs).target_BCHW
 
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     a = torch.cumprod(1 - betas, 0)[[100, 800]].reshape(2, 1, 1, 1)
