@@ -1,4 +1,4 @@
-"""Settings of the test process, made before any test imports torch: one thread, no network, no GPU unless it is asked for."""
+"""Settings of the test process, made before torch is imported: one thread, no network, no GPU."""
 
 import os
 
@@ -18,7 +18,7 @@ hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_configure(config):
-    """Hide GPUs, so that results are the CPU's on every machine, unless tests are chosen by the gpu marker."""
+    """Hide GPUs, so that results are the CPU's on every machine, unless the gpu marker is chosen."""
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported

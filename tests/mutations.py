@@ -1,4 +1,4 @@
-"""A seeded corpus of damaged data sets: valid pictures and sidecars of every kind, with bytes turned over, cut, doubled and spliced."""
+"""A seeded corpus of damaged data sets: valid images and sidecars of every kind, with bytes changed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ FOLDER_FILES = {
     "shuffle_tags.txt": "",
     "local.yaml": "main_prompt: words of the folder\n",
     "global.yaml": "tags: [everywhere]\n",
-    "metadata.jsonl": '{"file_name": "0000.png", "text": "words of a list"}\n{"file_name": "0001.png", "text": "more"}\n',
+    "metadata.jsonl": '{"file_name": "0000.png", "text": "words of a list"}\n'
+    '{"file_name": "0001.png", "text": "more"}\n',
     "metadata.csv": 'file_name,text\n0002.png,"words, of a table"\n',
 }
 
@@ -126,7 +127,7 @@ def mutated(content: bytes, other: bytes, draws: np.random.Generator) -> bytes:
 
 
 def write_corpus(folder: Path, files: int, seed: int) -> int:
-    """Write `files` mutated images, a sidecar beside each, some mutated too, in folders of a hundred; return the number of mutated files.
+    """Write `files` mutated images and sidecars in folders of a hundred; return the number of mutated files.
 
     A few images stay whole, so that there is something to train on.
     """
@@ -156,14 +157,18 @@ def write_corpus(folder: Path, files: int, seed: int) -> int:
 JUNK = (
     None, True, "", "x", -1, 0, 1, 2.5, 0.5, "null",
     1e-320, 1e308, 10**30, -(10**30), "1" * 5000, [], [[]], {}, {"a": {}}, "\x1b[2J", "\ud83d",
-    "../..", "~", "C:\\x", "CON", "a\nb", "findlast", "owner/name", [1, "x"], {"lr": "x"}, "\u202e", "é" * 300,
+    "../..", "~", "C:\\x", "CON", "a\nb", "findlast", "owner/name", [1, "x"], {"lr": "x"}, "\u202e",
+    "é" * 300,
 )  # fmt: skip
 """Values that fit few keys."""
 
 NAMES = (
-    b"caf\xe9", b"a\x1b[2Jb", b"line\nfeed", b"tab\tcarriage\r", b"\xff\xfe\xfd", "\u202etxt.exe".encode(), "\u2028\u2029".encode(),
-    "👩‍🚀 नमस्ते".encode(), b"n" * 245, b"1" * 240, b" spaces at the ends ", b"-rf", b"--help", b"%s%n{0}", b"'quotes\"`", b"a,b,,c", b"_",
-    b"__", b"#comment", b"$HOME", b"*?[a]", b"multiply", b"METADATA", b"global", b"10_x", b"5000000000_x", b"\x7f\x80\x9b",
+    b"caf\xe9", b"a\x1b[2Jb", b"line\nfeed", b"tab\tcarriage\r", b"\xff\xfe\xfd", "\u202etxt.exe".encode(),
+    "\u2028\u2029".encode(),
+    "👩‍🚀 नमस्ते".encode(), b"n" * 245, b"1" * 240, b" spaces at the ends ", b"-rf", b"--help", b"%s%n{0}",
+    b"'quotes\"`", b"a,b,,c", b"_",
+    b"__", b"#comment", b"$HOME", b"*?[a]", b"multiply", b"METADATA", b"global", b"10_x", b"5000000000_x",
+    b"\x7f\x80\x9b",
     b"e\xcc\x81", b"\xc3\xa9",
 )  # fmt: skip
 """Beginnings of file names, as bytes, that some program or other stumbles over."""
@@ -197,7 +202,7 @@ def crafted(tree: Any, known: Mapping[str, Any], draws: np.random.Generator) -> 
 
 
 def write_odd_names(folder: Path, seed: int) -> int:
-    """Write an image, a sidecar and a folder of each of `NAMES`, as far as the file system takes it; return the number of images."""
+    """Write an image, a sidecar and a folder of each of `NAMES` that the file system takes; count images."""
     draws = np.random.default_rng(seed)
     content = pictures(seed)["plain.png"]
     images = 0

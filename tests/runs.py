@@ -55,14 +55,14 @@ def workplace(tmp_path, model, monkeypatch):
 
 @pytest.fixture
 def no_estimate(monkeypatch):
-    """Let --check leave out the memory that a run will need, which takes it two seconds: for tests of what else it tells."""
+    """Let --check skip the memory estimate, which takes two seconds: for tests of its other output."""
     monkeypatch.setattr(
         "trainer.planning.plan.estimate", lambda *_, **__: SimpleNamespace(lines=list, as_json=dict)
     )
 
 
 def write(folder, optimizer, **changes):
-    """Write train.json, with changes, optimizer.json and prompts.json; the model stays the one that was named first.
+    """Write train.json, with changes, optimizer.json and prompts.json; keep the model named first.
 
     With `first_samples` False none are drawn before the first step, for tests of other things.
     """
@@ -97,7 +97,7 @@ _UNCUT = {}
 
 
 def uncut(folder):
-    """Return the folder of the run that `folder` is set up for, made in one go; the same for all tests that are set up alike.
+    """Return the folder of the run that `folder` is set up for, made in one go; shared by equal set-ups.
 
     It is made where it cannot be taken for the test's own, and is not to be changed.
     """

@@ -21,9 +21,9 @@ from trainer.models.quiet import quiet_libraries
 
 quiet_libraries()
 
+from diffusers import StableDiffusionPipeline  # noqa: E402
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL  # noqa: E402
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel  # noqa: E402
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline  # noqa: E402
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler  # noqa: E402
 
 Shape = Literal["small", "mini", "sd15", "sd2"]
@@ -40,7 +40,7 @@ _WORDS = ("a", "an", "the", "red", "blue", "circle", "square", "photo", "of", "o
 
 
 def tiny_models(seed: int = 0, shape: Shape = "small") -> Models:
-    """Return untrained networks in fp32 on the CPU: 64 px pictures, latents (B, 4, 8, 8), context (B, 77, 16), 4 text layers.
+    """Return untrained fp32 networks: 64 px images, latents (B, 4, 8, 8), context (B, 77, 16), 4 layers.
 
     The shape "sd2" has context (B, 77, 1024) and 2 text layers.
     """
@@ -84,7 +84,7 @@ def write_tiny_folder(
 
 
 def write_parts_beside(folder: Path) -> torch.nn.Module:
-    """Give a pipeline's folder a safety checker, its image processor and a part that no Stable Diffusion 1.x has."""
+    """Give a pipeline's folder a safety checker, its image processor and a part foreign to SD 1.x."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig, CLIPImageProcessor
 

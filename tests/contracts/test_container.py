@@ -1,4 +1,4 @@
-"""What the image copies, without an engine to build it: a folder made of it alone runs the command that the image starts with."""
+"""The files that the image copies, without an engine: a folder made of them runs its command."""
 
 import fnmatch
 import json

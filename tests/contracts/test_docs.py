@@ -20,7 +20,7 @@ RULE = re.compile(r"^[ |:-]+$", re.MULTILINE)
 
 
 def sentences(text: str) -> list[str]:
-    """Return the sentences of a page: of its paragraphs, list entries, headings and table cells, without code blocks."""
+    """Return the sentences of a page: paragraphs, list entries, headings and table cells, no code blocks."""
     text = PICTURE.sub("", RULE.sub("", FENCE.sub("", text)))
     text = re.sub(r"`[^`]*`", "code", text)
     while LINK.search(text):
@@ -46,7 +46,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def dead_links(page: Path) -> list[str]:
-    """Return the links of a page to files or anchors that do not exist; addresses on the web are not followed."""
+    """Return the links of a page to missing files or anchors; web addresses are not followed."""
     dead = []
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     for target in [*(target for _, target in LINK.findall(text)), *PICTURE.findall(text)]:

@@ -1,4 +1,4 @@
-"""Imports point one way, and libraries stay where they belong: the rules of the map in docs/code.md, read from the source."""
+"""Imports point one way, and libraries stay in their modules: docs/code.md, read from the source."""
 
 import ast
 import re
@@ -69,7 +69,8 @@ ALL_IMPORTS = {  # everything that a package may import besides the standard lib
 }
 
 SLOW = (
-    "torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "dadaptation", "prodigyopt", "tensorboard",
+    "torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "dadaptation", "prodigyopt",
+    "tensorboard",
     "matplotlib", "safetensors", "wandb",
 )  # fmt: skip
 """Libraries that take seconds to import together: a configuration error is shown before any of them is."""
@@ -79,7 +80,7 @@ SHAPELESS = ("utils", "util", "helpers", "helper", "manager", "common", "misc")
 
 @dataclass(frozen=True)
 class Import:
-    """One imported name: where it is written, what it names, and whether it runs when its module is imported."""
+    """One imported name: its line, its module, and whether it runs when the importing module does."""
 
     line: int
     target: str
@@ -111,7 +112,7 @@ def test_modules_that_hold_options_import_nothing_slow(tree):
 
 
 def test_importing_the_configuration_loads_nothing_slow():
-    """The same as above, seen from outside: what Python has loaded once everything before the models is imported."""
+    """The same from outside: modules that Python has loaded after everything before the models."""
     modules = sorted(name for name in sources() if name.startswith("trainer.config"))
     assert "trainer.config" in modules
     code = (
@@ -286,7 +287,7 @@ def slow_starts(tree: Tree, modules: set[str]) -> list[str]:
 
 
 def option_modules() -> set[str]:
-    """Return the modules that define options, the packages that importing them runs, and the configuration's own."""
+    """Return the modules that define options, the packages of their imports, and the configuration."""
     texts = sources()
     holding = {
         name

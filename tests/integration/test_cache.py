@@ -42,7 +42,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def workplace(tmp_path, model, monkeypatch):
-    """Return a folder with 5 captioned images and a configuration without cache: 2 epochs of 5 images, one in a pass, two in a step."""
+    """Return a folder with 5 captioned images and no cache: 2 epochs, one image a pass, two a step."""
     monkeypatch.chdir(tmp_path)
     images = tmp_path / "pictures"
     images.mkdir()

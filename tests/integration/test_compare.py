@@ -1,4 +1,4 @@
-"""scripts/compare_optimizers.py on a tiny model: what it trains, what it leaves alone, and what its report says."""
+"""scripts/compare_optimizers.py on a tiny model: its runs, the files that it leaves alone, its report."""
 
 import json
 import os
@@ -26,7 +26,7 @@ LOSSES = ("loss/log_step", "loss/stabilize-train", "loss/val")
 
 @pytest.fixture
 def place(workplace):  # noqa: F811
-    """Two optimizer files, validation, and two prompts; two steps an epoch, as one image of the five is held out."""
+    """Two optimizer files, validation and two prompts; two steps an epoch, with one image for validation."""
     write(workplace, DADAPT, max_epochs=2, save_every_n_epochs=1, validation_config="validation.json")
     (workplace / "adamw.json").write_text(json.dumps({"base": {**ADAMW["base"], "lr": 1e-2}}))
     (workplace / "validation.json").write_text('{"auto_split_proportion": 0.3}')

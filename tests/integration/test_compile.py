@@ -1,4 +1,4 @@
-"""Networks through torch.compile: the same training, names and checkpoints, and a sentence where no compiler works.
+"""Networks through torch.compile: the same training and files, and a sentence without a compiler.
 
 Tracing the tiny UNet takes most of a minute, and compiling it with C++ a quarter of an hour, so all but a
 slow test trace the text encoder alone; and all but another run the traced graphs uncompiled.

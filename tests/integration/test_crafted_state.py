@@ -18,7 +18,7 @@ JUNK = ("x", [], {}, None, -1, 1e300, [["x", "y"]], True, {"$tensor": "nothing"}
 
 @pytest.fixture
 def crafted(workplace, request, no_curves):
-    """Return a function that resumes a run of two steps after its state has been changed; it returns the exit code."""
+    """Return a function that resumes a run of two steps from a changed state and returns the exit code."""
     write(workplace, getattr(request, "param", DADAPT), first_samples=False, max_epochs=2)
     assert train.main(["--stop_after_steps", "2"]) == 0
     (folder,) = checkpoints(run_of(workplace))

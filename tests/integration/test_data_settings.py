@@ -111,7 +111,9 @@ def gradient(folder):
     }
     optimizers = OptimizerSet(dict.fromkeys(parameters, AdamWOptions(lr=1e-3)), parameters, total_steps=1)
     found = []
-    optimizers.step = lambda found_inf: found.extend(p.grad.reshape(-1).clone() for p in parameters["unet"])  # type: ignore[method-assign]
+    optimizers.step = lambda found_inf: found.extend(  # type: ignore[method-assign]
+        p.grad.reshape(-1).clone() for p in parameters["unet"]
+    )
     (batches,) = loader.steps(0)
     networks = Networks(models.unet, models.text_encoder, models.vae)
     loss = train_step(

@@ -1,4 +1,4 @@
-"""Eight bits against 32 over whole fine-tunes of the embedded model: the same d, the same loss, the same pictures. Many minutes long."""
+"""8-bit against fp32 state in whole fine-tunes of the bundled model: the same d, loss and samples. Slow."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ FIXED = "loss/stabilize-train"
 
 
 def fine_tune(folder, name, seed):
-    """Run train.json with D-Adaptation's state in 32 or 8 bits; return the run's folder. A finished run is reused."""
+    """Run train.json with 32- or 8-bit D-Adaptation state, unless done already; return the run's folder."""
     logs = folder / f"{name}-{seed}"
     if not list(logs.glob("*/ckpts/last-*.safetensors")):
         optimizer = json.loads((ROOT / "optimizer_dadapt.json").read_text())
@@ -40,7 +40,7 @@ def fine_tune(folder, name, seed):
 
 
 def figures_of(run):
-    """Return the judge's shares, and mean saturation and contrast of pictures of unrelated prompts, 0 to 1."""
+    """Return the judge's shares, and mean saturation and contrast of unrelated samples, 0 to 1."""
     from scripts.mini_sd.generate import Generator
     from scripts.mini_sd.judge import judge_concept
     from scripts.mini_sd.scenes import article, held_out

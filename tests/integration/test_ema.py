@@ -1,4 +1,4 @@
-"""Runs with averaged weights: exported beside the trained ones, drawn, continued to the bit, and without effect on the training."""
+"""Runs with EMA weights: exported beside the trained ones, sampled, resumed to the bit, no effect else."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Faults injected into whole runs: what is kept, what is reported, how the run ends. docs/resume-and-faults.md has a row for each."""
+"""Faults injected into whole runs; docs/resume-and-faults.md has a row for each."""
 
 import errno
 import math
@@ -198,7 +198,7 @@ def _crash():
     "end", [None, lambda: signal.raise_signal(signal.SIGINT), _crash], ids=["save", "signal", "error"]
 )
 def test_no_checkpoint_holds_a_step_that_only_one_network_made(workplace, monkeypatch, capsys, end):
-    """The UNet's gradient is infinite, the loss is not, and the text encoder has stepped inside backward; no report is near."""
+    """The UNet's gradient is infinite, the text encoder has stepped inside backward, no report is near."""
     mixed = {"base": {"optimizer": "adamw8bit", "lr": 1e-6}, "text_encoder_overrides": FUSED["base"]}
     write(workplace, mixed, **SETTINGS | {"save_every_n_epochs": 1, "log_step": 100})
     at_step(
@@ -351,9 +351,7 @@ def test_a_killed_reader_ends_the_run_in_a_sentence_and_it_goes_on(workplace, mo
             for child in psutil.Process().children():
                 if child.pid in {process.pid for process in multiprocessing.active_children()}:
                     child.kill()
-            time.sleep(
-                30
-            )  # ended by torch, which hears of it by a signal: not in the middle of an update, of which nothing is saved
+            time.sleep(30)  # torch ends it by a signal: not during an update, of which nothing is saved
 
         at_step(patch, 2, kill)
         assert train.main([]) == 1

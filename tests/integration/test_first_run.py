@@ -1,4 +1,4 @@
-"""The README's first command, whole, on the embedded model: it learns the concept and keeps what it knew. Minutes long."""
+"""The README's first command, whole, on the bundled model: it learns and forgets nothing. Minutes long."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What a run is said to hold before it, against torch's own count, against what follows from the options, and against a real process."""
+"""The memory estimate against torch's own count, the options' consequences, and a real process."""
 
 import json
 import subprocess
@@ -95,7 +95,7 @@ def test_a_lora_holds_its_matrices_beside_frozen_weights(models):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_step_holds_what_torch_counts(checkpointing, monkeypatch):
-    """The same networks on the CPU, really trained, under torch's own counter, which does not round sizes there."""
+    """The same networks, trained on the CPU under torch's own counter, which does not round sizes there."""
     parts = TrainableOptions(gradient_checkpointing=checkpointing)
     config = options("adamw", parts=parts)
     everything = replace(

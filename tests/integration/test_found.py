@@ -25,7 +25,7 @@ SHORT = {
 
 
 def found(run):
-    """Return the configuration of a run with the optimizer file that it left, and that file, which fits the schema."""
+    """Return a configuration with the optimizer file that its run wrote, and that file, schema checked."""
     content = json.loads((run / LEARNED).read_text())
     jsonschema.validate(content, optimizer_schema())
     return load_config(["--optimizer_config", str(run / LEARNED)]).config, content

@@ -1,4 +1,4 @@
-"""Damaged files of every kind go through scanner and loader: no crash, no hang, bounded memory, and every file accounted for."""
+"""Damaged files of every kind in scanner and loader: no crash, no hang, bounded memory, all reported."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ from trainer.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 
 MEMORY = 2 << 30
-"""Bytes: an image may claim up to 178 million pixels, of four bytes each, and has a copy while it is turned to RGB."""
+"""Bytes: an image may have 178 million pixels of four bytes, and is copied while it is turned to RGB."""
 
 READER = """
 import faulthandler, json, resource, sys, time, warnings
@@ -123,14 +123,20 @@ def test_a_check_of_odd_names_is_plain_lines(workplace, capsys, no_estimate):
 
 SETTINGS = {
     "train.json": {
-        "resume_ckpt": "model", "data_root": ["input", "pictures"], "resolution": [64, 128], "lora": {"rank": 4}, "batch_size": 2,
-        "optimizer_config": "optimizer.json", "sample_prompts": "prompts.json", "validation_config": "validation.json", "max_epochs": 3,
+        "resume_ckpt": "model", "data_root": ["input", "pictures"], "resolution": [64, 128],
+        "lora": {"rank": 4}, "batch_size": 2,
+        "optimizer_config": "optimizer.json", "sample_prompts": "prompts.json",
+        "validation_config": "validation.json", "max_epochs": 3,
     },
     "optimizer.json": {
         "base": {"optimizer": "dadapt_adam", "lr": 0.1, "betas": [0.9, 0.99], "d0": 1e-6, "decouple": True},
-        "text_encoder_overrides": {"optimizer": "adamw", "lr": 1e-6}, "text_encoder_freezing": {"freeze_front_n_layers": 2},
+        "text_encoder_overrides": {"optimizer": "adamw", "lr": 1e-6},
+        "text_encoder_freezing": {"freeze_front_n_layers": 2},
     },
-    "prompts.json": {"cfgs": [2, 7.0], "samples": [{"prompt": "a", "negative_prompt": "b", "seed": 3}], "num_inference_steps": 2},
+    "prompts.json": {
+        "cfgs": [2, 7.0], "samples": [{"prompt": "a", "negative_prompt": "b", "seed": 3}],
+        "num_inference_steps": 2,
+    },
     "validation.json": {"validate_training": True, "val_split_mode": "automatic", "seed": 5, "batch_size": 2},
 }  # fmt: skip
 
@@ -138,7 +144,7 @@ SETTINGS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [6, 7, 8])
 def test_mutated_configurations_load_or_are_refused_in_sentences(tmp_path, monkeypatch, seed):
-    """A thousand for each seed: bytes of one of the files turned over, or values exchanged, or a few of them on the command line."""
+    """A thousand a seed: bytes of a file changed, values exchanged, or some on the command line."""
     Case("").write(tmp_path)
     monkeypatch.chdir(tmp_path)
     draws, texts = (

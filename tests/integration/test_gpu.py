@@ -64,7 +64,7 @@ def _cases(names, kinds, shapes=("small",)):
     ],
 )
 def test_a_step_does_not_wait_for_the_device(kind, name, precision, shape):
-    """But in steps whose number is a power of two: the first ones allocate and tune, and D-Adaptation may look which parameters move."""
+    """But in steps of powers of two: the first allocate and tune, and D-Adaptation may look at parameters."""
     networks, objective, optimizers, device = _on(kind, name, shape)
     chosen = resolve_precision(PrecisionOptions(mixed_precision=precision), device)
     passes, clip = (1, None) if "fused" in name else (2, 1.0)

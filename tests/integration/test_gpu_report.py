@@ -1,4 +1,4 @@
-"""The GPU report: every step on the CPU with the bundled model, and what becomes of a step that hangs or crashes."""
+"""The GPU report: every step on the CPU with the bundled model, and steps that hang or crash."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Model folders of strangers: no name and no link in one makes the program read, write or delete outside it."""
+"""Model folders of strangers: no name and no link makes the program read or write outside it."""
 
 import json
 import os
@@ -19,7 +19,7 @@ SHORT = {"max_epochs": 1, "fixed_loss_images": 0, "first_samples": False, "save_
 
 @pytest.fixture
 def pack(workplace):
-    """Return a model four levels down in a folder as it may be downloaded; what the program must not touch lies beside it."""
+    """Return a model four levels down in a downloaded folder; what must stay untouched lies beside it."""
     return write_tiny_folder(workplace / "pack" / "x" / "y" / "model")
 
 

@@ -1,4 +1,4 @@
-"""LoRA runs: what is written loads elsewhere and draws the same, a stopped run goes on to the bit, and the model stays as it is."""
+"""LoRA runs: files load elsewhere and sample the same, resumed to the bit, and the model is unchanged."""
 
 import json
 from datetime import UTC, datetime, timedelta

@@ -1,4 +1,4 @@
-"""What the program says arrives as plain lines, whatever names hold and wherever the standard streams lead."""
+"""Output arrives as plain lines, whatever names hold and wherever the standard streams lead."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Two processes train as one process does, stop together whatever happens to one of them, and leave what one would leave."""
+"""Two processes train as one does, stop together whatever happens to one, and leave the same files."""
 
 import json
 import os
@@ -40,14 +40,16 @@ def watch(event, arguments):
     path = arguments[0] if arguments else None
     if not isinstance(path, (str, os.PathLike)) or {folder!r} not in os.path.abspath(path):
         return
-    if event in ("os.remove", "os.rmdir") and arguments[1] != -1:  # relative to a folder that shutil.rmtree has named
+    if event in ("os.remove", "os.rmdir") and arguments[1] != -1:  # in a folder named by shutil.rmtree
         return
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-    if event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree") or (event == "open" and arguments[2] & writing):
+    changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+    if changes or (event == "open" and arguments[2] & writing):
         written.append(f"{{event}} {{path}}")
 
 sys.addaudithook(watch)
-real_step, real_save, real_steps = trainer.training.loop.train_step, trainer.checkpoints.saver.save_checkpoint, StepLoader.steps
+loop, saver = trainer.training.loop, trainer.checkpoints.saver
+real_step, real_save, real_steps = loop.train_step, saver.save_checkpoint, StepLoader.steps
 real_pixels = data.dataset.read_pixels
 if rank == 1:
     trainer.checkpoints.saver.Saver.due = lambda saver: True  # a clock that nobody is to look at
@@ -82,7 +84,7 @@ for number, (arguments, fault) in enumerate(json.loads({runs!r})):
         return real_pixels(path, *inputs, **keywords)
 
     data.dataset.read_pixels = read_pixels
-    trainer.training.loop.train_step, trainer.checkpoints.saver.save_checkpoint, StepLoader.steps = train_step, save_checkpoint, steps
+    loop.train_step, saver.save_checkpoint, StepLoader.steps = train_step, save_checkpoint, steps
     codes.append(train.main(arguments))
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(name, signal.SIG_DFL)
@@ -107,7 +109,7 @@ SETTINGS = {
 
 @pytest.fixture
 def place(workplace):
-    """Return the workplace with 9 images, of which a step of 8 and one of a single image are made, and 2 held out."""
+    """Return the workplace with 9 images for training, a step of 8 and one of 1, and 2 for validation."""
     for number in range(5, 9):
         Image.new("RGB", (70, 80), (25 * number, 250 - 20 * number, 100)).save(
             workplace / "pictures" / f"{number}.png"
@@ -124,7 +126,7 @@ def place(workplace):
 
 
 def two_processes(place, runs, *, launcher=("torch.distributed.run", "--nproc_per_node", "2"), timeout=600):
-    """Run a list of (arguments, fault) in two processes; return the launcher's end and what each process told."""
+    """Run a list of (arguments, fault) in two processes; return the launcher's end and both outputs."""
     told = [place.parent / f"told-{rank}.json" for rank in range(2)]
     for path in told:
         path.unlink(missing_ok=True)
@@ -147,7 +149,7 @@ def runs_in(place, *names):
 
 
 def test_two_processes_train_as_one_and_end_together(place, capsys):
-    """Two processes x 2 images x 2 batches are one process x 8; the second step of an epoch has one image, and one of them none."""
+    """Two ranks x 2 images x 2 batches are one x 8; in an epoch's second step a rank has no image."""
     (place / "fused.json").write_text(
         json.dumps({"base": {"optimizer": "dadapt_adam", "fused_backward": True}})
     )
@@ -232,7 +234,7 @@ OPTIMIZERS = {
 
 @pytest.mark.slow
 def test_two_processes_go_on_to_the_bit(place):
-    """With every kind of library behind the optimizer, workers, latents on the disk, averaged weights, a LoRA."""
+    """With every kind of optimizer library, workers, latents on disk, EMA weights, a LoRA."""
     runs = []
     for name, optimizer in OPTIMIZERS.items():
         (place / f"{name}.json").write_text(json.dumps(optimizer))

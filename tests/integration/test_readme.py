@@ -1,4 +1,4 @@
-"""Every command of the documentation: run, or checked as far as this machine goes, or listed with the reason why not.
+"""Every command of the documentation: run, checked as far as possible here, or listed with a reason.
 
 A command is a line of an `sh` or `powershell` block, a line with ! or % of a `python` block (Colab's), or a
 piece of code in the text that starts a program. Each must stand in exactly one of the tables below, and each
@@ -41,8 +41,14 @@ RUN = [
 COPIED = "cp configs/sd15.json mydog.json"
 """Run once, in that copy, before all others."""
 
-_DRIVE = "--data_root /content/drive/MyDrive/pictures --logdir /content/drive/MyDrive/sd-dadapt --save_format diffusers --keep_last_n 1"
-_DOCKER = 'docker run --rm --gpus all --shm-size 2g -v "$PWD/input:/app/input" -v "$PWD/logs:/app/logs" -v "$PWD/cache:/cache" sd-dadapt'
+_DRIVE = (
+    "--data_root /content/drive/MyDrive/pictures --logdir /content/drive/MyDrive/sd-dadapt "
+    "--save_format diffusers --keep_last_n 1"
+)
+_DOCKER = (
+    'docker run --rm --gpus all --shm-size 2g -v "$PWD/input:/app/input" -v "$PWD/logs:/app/logs" '
+    '-v "$PWD/cache:/cache" sd-dadapt'
+)
 _FOLLOWFOX = "python train.py --config configs/followfox/train.json --data_root YOUR_IMAGES"
 CHECKED = [
     "python train.py --config configs/sd15.json --vram 12 --check",
@@ -70,7 +76,17 @@ the hub."""
 CHECKS: set[tuple[Path | str, ...]] = set()
 
 _GRID = "python scripts/grid.py"
-_COMPARE = "python scripts/compare_optimizers.py --config train.json optimizer.json optimizer_dadapt.json --out compare --seeds 1 2"
+_FACES = f"{_GRID} logs/mini_faces-... --prompts examples/sample_prompts.json"
+_TWO_MODELS = f"{_GRID} a.safetensors b.safetensors --base models/mini-sd --against other.safetensors"
+_BLEND = f"{_GRID} --blend a.safetensors b.safetensors"
+_TRAIN = "train.py --config train.json"
+_TWO_HOSTS = "torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint host0:29500"
+_WHEELS = "https://download.pytorch.org/whl/cu130"
+_UPLOADED = "YOUR_NAME/faces logs/RUN/ckpts/CHECKPOINT ."
+_COMPARE = (
+    "python scripts/compare_optimizers.py --config train.json optimizer.json optimizer_dadapt.json "
+    "--out compare --seeds 1 2"
+)
 _TORTURE = (
     "python scripts/torture.py --out ... --kills 200 --config train.json --max_epochs 4 --batch_size 12 "
     "--save_every_n_epochs 1 "
@@ -85,25 +101,23 @@ HELPED = {
     "python scripts/bench_memory.py --cards 8 12 16 24": "traces the five set-ups for minutes",
     "python scripts/bench_optimizer.py": "takes minutes on an idle machine",
     "scripts/bench_optimizer.py --device cuda --network both --every 1 --rounds 5 --threads 1": "needs a GPU",
-    "python scripts/gpu_report.py --out gpu-report": "needs a GPU; test_gpu_report.py runs every step on the CPU",
-    "scripts/bench_memory.py --networks unet": "takes 18 GiB and an hour; test_footprint.py runs one of its rows",
+    "python scripts/gpu_report.py --out gpu-report": "needs a GPU; test_gpu_report.py runs it on the CPU",
+    "scripts/bench_memory.py --networks unet": "takes an hour; test_footprint.py runs one of its rows",
     "python scripts/bench_data.py pixels --rounds 7": "takes minutes; test_bench_data.py runs it with less",
     "scripts/bench_data.py scan --rounds 1": "writes 100 000 files; test_bench_data.py runs it with less",
     "scripts/bench_data.py latents --rounds 40": "takes minutes; test_bench_data.py runs it with less",
     _COMPARE: "trains four times; test_compare.py does on a tiny model",
-    f"{_GRID} logs/mini_faces-... --prompts examples/sample_prompts.json --seeds 1 2 --cfgs 3 7 --out faces.png": "is of a run that there "
-    "is not yet; test_grid.py draws a tiny one",
-    f'{_GRID} a.safetensors b.safetensors --base models/mini-sd --against other.safetensors --prompts "a red heart"': "is of models that "
-    "users have; test_grid.py draws tiny ones",
-    f"{_GRID} --blend a.safetensors b.safetensors --weights 0.7 0.3 --out c.safetensors": "is of such models; test_grid.py merges some",
-    f"{_GRID} --blend a.safetensors b.safetensors base.safetensors --add_difference 0.5 --out c.safetensors": "is of such models too",
-    f"{_GRID} logs/RUN --prompts YOUR_PROMPTS --out grid.png": "is of a run that users have; test_grid.py draws a tiny one",
+    f"{_FACES} --seeds 1 2 --cfgs 3 7 --out faces.png": "needs a run; test_grid.py draws a tiny one",
+    f'{_TWO_MODELS} --prompts "a red heart"': "needs users' models; test_grid.py draws tiny ones",
+    f"{_BLEND} --weights 0.7 0.3 --out c.safetensors": "needs such models; test_grid.py merges some",
+    f"{_BLEND} base.safetensors --add_difference 0.5 --out c.safetensors": "needs such models too",
+    f"{_GRID} logs/RUN --prompts YOUR_PROMPTS --out grid.png": "needs a user's run; test_grid.py draws one",
     "python scripts/same_results.py --against 062bc76": "trains nine runs in each of two commits",
     "python scripts/mini_sd_sweep.py --out sweep --seeds 1 2 3": "trains 54 times",
     _TORTURE: "takes an hour; test_signals.py kills a run five times",
     "python scripts/make_mini_sd.py judge": "draws hundreds of pictures; test_mini_sd.py tests the judge",
 }
-"""Run with --help, which fails where a choice among the words before it does not exist, and the reason why not as they are."""
+"""Run with --help, which fails if a choice in the words before it does not exist; why not as they are."""
 
 LONG = [
     "python train.py --config mydog.json --vram 12 --check",
@@ -124,7 +138,7 @@ ELSEWHERE = {
     "tensorboard --logdir logs": "serves until it is stopped",
     "tensorboard --logdir compare/runs": "serves until it is stopped",
     "wandb sync": "needs an account",
-    "python train.py --config mydog.json --resume_ckpt findlast": "needs such a run; LONG resumes one in this way",
+    "python train.py --config mydog.json --resume_ckpt findlast": "needs such a run; LONG resumes one",
     f"torchrun --nproc_per_node 2 {_TWO_GPUS}": "needs two GPUs; test_processes.py launches on CPUs",
     "python -m pytest -m slow": "is the slow part of this",
     "python -m pytest -m gpu": "needs a GPU",
@@ -141,29 +155,30 @@ ELSEWHERE = {
     "pip install -r requirements.txt": "installs; .ci/run does so",
     "pip install -r requirements-dev.txt": "installs; .ci/run does so",
     "pip install -q -r requirements.txt": "installs; .ci/run does so",
-    "pip install --require-hashes -r requirements.lock": "downloads torch for CUDA; test_lock.py compares the lock with the requirements",
+    "pip install --require-hashes -r requirements.lock": "downloads torch for CUDA; test_lock.py reads it",
     "python scripts/lock_requirements.py": "needs uv and the package index",
-    "pip install -r requirements.txt --extra-index-url https://download.pytorch.org/whl/cu130": "is for Windows",
+    f"pip install -r requirements.txt --extra-index-url {_WHEELS}": "is for Windows",
     "pip install pillow-heif": "installs what is optional",
     "pip install wandb": "installs what is optional",
-    "accelerate launch --multi_gpu --num_processes 2 train.py --config train.json": "needs GPUs; test_processes.py launches on CPUs",
-    "torchrun --nproc_per_node 2 train.py --config train.json": "takes minutes; test_processes.py launches a tiny run",
-    "torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint host0:29500 train.py --config train.json": "needs machines",
+    f"accelerate launch --multi_gpu --num_processes 2 {_TRAIN}": "needs GPUs; test_processes.py uses CPUs",
+    f"torchrun --nproc_per_node 2 {_TRAIN}": "takes minutes; test_processes.py launches a tiny run",
+    f"{_TWO_HOSTS} {_TRAIN}": "needs machines",
     "pip uninstall -q -y torchvision torchaudio": "is for Colab",
     "git clone REPOSITORY sd-dadapt": "needs the network",
     "cd sd-dadapt": "belongs to a shell",
     "%cd sd-dadapt": "is for Colab",
     "%load_ext tensorboard": "is for Colab",
     "%tensorboard --logdir /content/drive/MyDrive/sd-dadapt": "is for Colab",
-    f"python train.py --config configs/sd15_t4.json {_DRIVE} --resume_ckpt findlast": "needs a run; LONG goes on with one in this way",
+    f"python train.py --config configs/sd15_t4.json {_DRIVE} --resume_ckpt findlast": "needs a run",
     "docker build -t sd-dadapt .": "needs a container engine; test_container.py tests what it copies",
     "hf auth login": "needs an account",
-    'hf upload YOUR_NAME/faces logs/RUN/ckpts/CHECKPOINT . --exclude "resume/*" --exclude base.json': "needs the hub; tested below without",
+    f'hf upload {_UPLOADED} --exclude "resume/*" --exclude base.json': "needs the hub; tested below without",
 }
 """What cannot run here, or is a test itself, with the reason."""
 
 PROGRAM = re.compile(
-    r"`!?((?:python3? |pip |hf |docker |bash |tensorboard |torchrun |pytest |wandb sync|[A-Z]+=\S+ bash |scripts/[\w.]+ )[^`]*)`"
+    r"`!?((?:python3? |pip |hf |docker |bash |tensorboard |torchrun |pytest |wandb sync|[A-Z]+=\S+ bash "
+    r"|scripts/[\w.]+ )[^`]*)`"
 )
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 

@@ -1,4 +1,4 @@
-"""What a whole run records beside TensorBoard: metrics.jsonl and, offline, Weights & Biases; once, also where it was broken off."""
+"""Records of a whole run beside TensorBoard: metrics.jsonl and, offline, Weights & Biases."""
 
 import json
 import struct
@@ -34,7 +34,7 @@ def _steady(lines):
 
 
 def _records(path):
-    """Return the records of one of W&B's files, which is framed as LevelDB's logs are: blocks of 32 KiB, each piece with its length."""
+    """Return the records of one of W&B's files: LevelDB's framing, blocks of 32 KiB with sized parts."""
     data, place, pieces = path.read_bytes(), 7, []
     while place + 7 <= len(data):
         left = 32768 - place % 32768

@@ -39,7 +39,7 @@ ROWS = [
         {"num_workers": 0, "gradient_checkpointing": True, "clip_grad_norm": 0.5, "cache_latents": "no"},
     ),
 ]
-"""Optimizer, step to stop after, and settings. Epochs have three steps, one of them of a single image, in an order of their own."""
+"""Optimizer, last step before the stop, settings. Epochs have three steps, one of a single image."""
 
 
 def curves(run):
@@ -47,7 +47,7 @@ def curves(run):
 
 
 def stopped_and_whole(workplace, stops, workers=None):
-    """Run once in one go and once with stops; assert that the two are the same run, and return their folders."""
+    """Run once without and once with stops; assert that both runs are the same, and return their folders."""
     for place, stop in enumerate([*stops, None]):
         resume = ["--resume_ckpt", "findlast"] if place else []
         processes = ["--num_workers", str(workers[place])] if workers else []
@@ -94,7 +94,7 @@ def test_every_optimizer_continues_to_the_bit_from_everywhere(workplace, optimiz
 
 
 def test_one_step_is_the_same_however_it_is_cut(workplace, capsys):
-    """8 images at once, 4 and 4, or 8 times one: the same images and noise, so the same losses but for the order of sums."""
+    """8 images at once, 4 and 4, or 8 times one: the same losses but for the order of sums."""
     losses = []
     for batch_size, grad_accum in ((8, 1), (4, 2), (1, 8)):
         write(
@@ -165,7 +165,7 @@ def test_what_has_changed_is_told_and_the_configuration_counts(workplace, no_est
 def test_a_clip_skip_of_an_earlier_version_keeps_its_meaning(
     workplace, monkeypatch, no_estimate, capsys, now, changed
 ):
-    """Format 1 counted the penultimate layer as 1. Its checkpoints and resolved files are read as 2, others as they are."""
+    """Format 1 counted the penultimate layer as 1; its checkpoints are read as 2, others unchanged."""
     with monkeypatch.context() as earlier:
         for module in ("trainer.planning.resume", "trainer.config.resolved"):
             earlier.setattr(f"{module}.FORMAT", 1)
@@ -334,7 +334,7 @@ def files(folder):
 def test_a_copied_checkpoint_is_resumed_in_a_new_run_and_overwrites_nothing(
     workplace, no_estimate, capsys, place
 ):
-    """As where a checkpoint is copied into a project whose root has a train.json, an optimizer.json and a metrics.jsonl of its own."""
+    """As in a checkpoint copied into a project that has files of the same names in its root."""
     write(workplace, ADAMW, **SHORT)
     assert train.main(["--stop_after_steps", "4"]) == 0
     shutil.copytree(checkpoints(run_of(workplace))[0], workplace / place)

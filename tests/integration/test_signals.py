@@ -22,7 +22,7 @@ SETTINGS = {"max_epochs": 2, "sample_steps": 4, "fixed_loss_images": 1, "save_ev
 
 @pytest.fixture(scope="module", autouse=True)
 def signals_are_heard():
-    """Let signals have their meaning: under nohup, or in the background of a shell, some are ignored, which runs pass on as they should."""
+    """Let signals have their meaning: nohup and background shells ignore some, which runs pass on."""
     handlers = {
         signal.SIGINT: signal.default_int_handler,
         signal.SIGTERM: signal.SIG_DFL,
@@ -39,7 +39,7 @@ def curves(run):
 
 
 def at_call(monkeypatch, place, number, count):
-    """Send this process a signal when `place`, "module.name" or "module.Class.name", is called for the count-th time."""
+    """Send this process a signal when `place`, a function's dotted name, is called for the count-th time."""
     import importlib
 
     owner, _, name = place.rpartition(".")

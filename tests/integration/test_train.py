@@ -1,4 +1,4 @@
-"""The real command line on a tiny model: what a run leaves behind, how it continues, and what it says when it cannot."""
+"""The real command line on a tiny model: its files, resumed runs, and messages about faults."""
 
 import json
 import re

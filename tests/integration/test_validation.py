@@ -1,4 +1,4 @@
-"""Runs that hold images out: what is measured, what is said, what is kept, and that a stopped run goes on the same."""
+"""Runs with validation images: what is measured, shown and saved, also by a stopped run."""
 
 import json
 

@@ -31,7 +31,7 @@ def parameters(seed=0, dtype=torch.float64, shapes=SHAPES):
 
 
 def gentle(params, step, seed=7):
-    """Gradients that lead d up by orders of magnitude, and depend on p too weakly for rounding errors to grow."""
+    """Gradients that raise d by orders of magnitude and depend too weakly on p for rounding to grow."""
     generator = torch.Generator().manual_seed(seed * 100_003 + step)
     for index, p in enumerate(params):
         noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
@@ -64,7 +64,7 @@ def some_zero(params, step):
 
 
 def alone_and_zero(params, step):
-    """Every tenth step has a gradient for the first parameter alone, which has never been anything but zero."""
+    """Every tenth step has a gradient for the first parameter alone, zero in all other steps."""
     params[0].grad.zero_()
     if step % 10 == 9:
         for p in params[1:]:
@@ -83,7 +83,7 @@ def warm_up_and_holes(step, total):
 
 
 def both(build, edit, rates, steps, **options):
-    """Run the published optimizer and ours side by side; return per step (published d, our d) and the final parameters of both."""
+    """Run the published optimizer and ours; return (published d, our d) per step and both results."""
     ours, theirs = parameters(), parameters()
     scales = options.pop("scales")
     eps = options.pop("eps", (1e-8, 1e-8))
@@ -119,7 +119,7 @@ def apart(found, expected):
 
 
 def last_bits_apart(theirs, edit, rates, steps, **options):
-    """Return how far the published optimizer ends from itself if a last bit of each starting weight is another, at worst of three."""
+    """Return the published optimizer's distance from itself if last bits of the start change; worst of 3."""
 
     def build(groups, **options):
         for p in (p for group in groups for p in group["params"]):
@@ -481,7 +481,7 @@ def test_growth_rate_holds():
 
 @pytest.mark.parametrize(("bits", "dtype"), [(32, torch.float64), (32, torch.bfloat16), (8, torch.float32)])
 def test_a_constant_scale_of_the_loss_leaves_the_path_unchanged(bits, dtype):
-    """With eps out of the way, g -> 1024 * g scales m and sqrt(v) alike: all of it is exact in binary, codes of 8 bits included."""
+    """With tiny eps, g -> 1024 * g scales m and sqrt(v) alike, exactly in binary, 8-bit codes included."""
     paths = []
     for scale in (1.0, 1024.0):
         params = parameters(dtype=dtype)
@@ -535,7 +535,7 @@ def test_state_of_low_precision_weights_is_fp32():
 
 
 def test_small_steps_move_low_precision_weights_on_average():
-    """Each step is a hundredth of what separates two bf16 values near 1: rounding to nearest would lose every one of them."""
+    """Each step is 1/100 of the gap of bf16 values near 1: rounding to nearest would lose all."""
     p = torch.nn.Parameter(torch.ones(20_000, dtype=torch.bfloat16))
     optimizer = DAdaptAdam([p], d0=1e-3, lr=0.1)
     reference = torch.nn.Parameter(torch.ones(20_000))

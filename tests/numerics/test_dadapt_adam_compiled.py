@@ -1,4 +1,4 @@
-"""The path through compiled kernels: packs of small parameters, large ones in place. It equals the eager path up to last bits.
+"""The compiled path: packs of small parameters, large ones in place. It equals eager up to last bits.
 
 Most tests run the kernels uncompiled, which shows everything but the compiler's own work; the slow ones
 compile.
@@ -145,7 +145,7 @@ def test_weights_in_another_order_of_memory(calls):
 
 
 def backward(params, step, spoil=None):
-    """Run a backward pass that gives exactly the gradients of `set_gradients`, but those in `spoil`, to all but two parameters."""
+    """Run a backward pass with the gradients of `set_gradients`, except `spoil`, for all but two."""
     holders = [nn.Parameter(torch.empty_like(p)) for p in params]
     set_gradients(holders, step)
     out = [step % len(params), 4]
@@ -285,7 +285,7 @@ def test_where_compiling_does_not_work_one_line_says_so(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", [32, 8])
 def test_compiled_for_real(bits, dtype):
-    """Close to eager, bit-equal when fused, reproducible, and one graph for all shapes, groups and instances."""
+    """Close to eager, bit-equal if fused, reproducible, one graph for all shapes, groups and instances."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "torch.compile does not work")
         results = []

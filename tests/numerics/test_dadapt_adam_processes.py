@@ -1,4 +1,4 @@
-"""Two processes with averaged gradients: d is the same on both, bit for bit, and that of one process with the whole batch."""
+"""Two ranks with averaged gradients: d is bit-equal on both, and that of one rank with the whole batch."""
 
 import subprocess
 import sys
@@ -24,7 +24,8 @@ model = net
 if world > 1:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     model = DistributedDataParallel(net)
-optimizer = DAdaptAdam(net.parameters(), decouple=True, weight_decay=0.01, use_bias_correction=True, state_bits=bits)
+settings = dict(decouple=True, weight_decay=0.01, use_bias_correction=True, state_bits=bits)
+optimizer = DAdaptAdam(net.parameters(), **settings)
 ds = []
 for step in range(40):
     generator = torch.Generator().manual_seed(step)

@@ -35,7 +35,7 @@ def as_it_is(value, signed):
 
 
 def in_blocks(value, signed):
-    """Round the first parameter's elements as bitsandbytes does: in blocks of 256, to the nearest of 256 values times the largest."""
+    """Round as bitsandbytes does: in blocks of 256, to the nearest of 256 values times the largest."""
     from bitsandbytes.functional import create_dynamic_map
 
     codes = np.sort(create_dynamic_map(signed=signed).double().numpy())
@@ -90,7 +90,7 @@ def dadapt_adam(x, gradients, o):
 
 
 def dadapt_lion(x, gradients, o):
-    """The same estimate for steps along a sign; the library adds d*lr times the gradient to the mean, not the gradient."""
+    """The same estimate for sign steps; the library adds d*lr times the gradient to the mean."""
     (beta1, beta2), q, d, w, m, s = o.betas, math.sqrt(o.betas[1]), o.d0, 0.0, 0.0, np.zeros_like(x)
     for g in gradients:
         rate = d * o.lr
@@ -104,7 +104,7 @@ def dadapt_lion(x, gradients, o):
 
 
 def dadapt_sgd(x, gradients, o):
-    """Defazio & Mishchenko, arXiv 2301.07733, algorithm 4, averaging the path by momentum; weight decay is part of the gradient."""
+    """Defazio & Mishchenko, arXiv 2301.07733, algorithm 4, momentum averaging, coupled weight decay."""
     d, w, s, x0, first = o.d0, 0.0, np.zeros_like(x), x, None
     for g in gradients:
         first = np.linalg.norm(g) if first is None else first
@@ -117,7 +117,7 @@ def dadapt_sgd(x, gradients, o):
 
 
 def prodigy(x, gradients, o):
-    """Mishchenko & Defazio, arXiv 2306.06101, algorithm 4, r and s divided by d0 as the library does, with its options."""
+    """Mishchenko & Defazio, arXiv 2306.06101, algorithm 4, r and s divided by d0 as in the library."""
     (beta1, beta2), beta3, m, v, r, x0 = o.betas, math.sqrt(o.betas[1]), 0.0, 0.0, 0.0, x
     d = largest = o.d0
     sizes = [math.prod(shape) for shape in SHAPES]  # each parameter is sliced by itself
@@ -161,7 +161,7 @@ class Case:
     library: str = ""
     """The module without which it cannot be built; its first part is the package."""
     first_step: float = 1.0
-    """Length of the first step for each weight, relative to the measured rate; NaN: it depends on the gradient."""
+    """Length of each weight's first step over the measured rate; NaN: it depends on the gradient."""
     dtype: torch.dtype = torch.float64
     share: float = 1.0
     agrees: float = 1e-9
@@ -260,7 +260,7 @@ def parameters(dtype=torch.float32, seed=0):
 
 @cache
 def gradient(shape, step, index, dtype):
-    """Gradients that agree from step to step by half, over four orders of magnitude between elements, and do not depend on weights."""
+    """Gradients independent of weights, half equal from step to step, over four orders of magnitude."""
     generator = torch.Generator().manual_seed(1000 * step + index)
     noise = torch.randn(shape, generator=generator, dtype=torch.float64)
     direction = torch.linspace(-1, 1, math.prod(shape), dtype=torch.float64).sign().view(shape)
@@ -694,7 +694,7 @@ def test_the_measured_rate_is_what_acts(name, key):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_converges(name):
-    """Minimise the mean of |p - target| in 300 steps of a falling rate, by a rate that was given or one that was found."""
+    """Minimise the mean of |p - target| in 300 steps of a falling rate, given or estimated."""
     torch.manual_seed(0)
     target = torch.randn(5120)
     p = torch.nn.Parameter(torch.zeros(5120))

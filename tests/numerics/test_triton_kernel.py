@@ -1,4 +1,4 @@
-"""The GPU's kernel: in Triton's interpreter against the step of torch, its launches counted, and compiled ahead of time."""
+"""The GPU's kernel: in Triton's interpreter against torch's step, and compiled ahead of time."""
 
 import math
 import os
@@ -52,7 +52,7 @@ def table(**values):
 
 
 def tensors(dtype):
-    """A vector below a tile, one that ends in a tile, a convolution in channels last, and a matrix of drawn elements."""
+    """A vector below a tile, one ending in a tile, a channels-last convolution, a sampled matrix."""
     draws = torch.Generator().manual_seed(0)
     made = [
         torch.randn(shape, generator=draws).to(dtype) * 0.1
@@ -128,7 +128,8 @@ def trained(dtype, fused, steps=2, place="cpu"):
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Flatten(), nn.Linear(128, 130))
     net = net.to(place, dtype).to(memory_format=torch.channels_last)
     optimizer = DAdaptAdam(
-        [{"params": list(net.parameters()), "layer_scale": 0.7}], d0=1e-3, decouple=True, weight_decay=0.05, state_bits=8,
+        [{"params": list(net.parameters()), "layer_scale": 0.7}], d0=1e-3, decouple=True, weight_decay=0.05,
+        state_bits=8,
         use_bias_correction=True, rate_max=0.1, fused_backward=fused,
     )  # fmt: skip
     draws = torch.Generator().manual_seed(3)
@@ -263,9 +264,11 @@ for line in sys.stdin:
     state = ("*i8", "*u8", "*i8") if bits == "8" else ("*fp32",) * 3
     kinds = {
         **dict(zip(("m_", "v_", "s_"), state)), **{key: "*u8" for key in ("em_", "ev_", "es_")},
-        "slots": "*fp32", "coef": "*fp32", "seed": "i32", "table": "*i64", "addresses": "*i64", "owner": "*i32",
+        "slots": "*fp32", "coef": "*fp32", "seed": "i32", "table": "*i64", "addresses": "*i64",
+        "owner": "*i32",
         "P": "*" + dtype, "G": "*" + dtype, "numel": "i32", "first": "i32", "group": "i32",
-        "hyper": "*fp64", "d": "*fp64", "k": "*i64", "l1": "*fp64", "blocked": "*fp32", "scale": "*fp32", "dlr": "*fp64",
+        "hyper": "*fp64", "d": "*fp64", "k": "*i64", "l1": "*fp64", "blocked": "*fp32", "scale": "*fp32",
+        "dlr": "*fp64",
         "sums": "*fp64", "weighted": "*fp64", "d_hat": "*fp64", "not_finite": "*i64",
     }
     constants = {
@@ -274,10 +277,11 @@ for line in sys.stdin:
     }
     names = kernel.arg_names
     signature = {each: kinds.get(each, "constexpr") for each in names}
+    aligned = [["tt.divisibility", 16]]
     source = ASTSource(
         fn=kernel, signature=signature,
         constexprs={(number,): constants[each] for number, each in enumerate(names) if each not in kinds},
-        attrs={(number,): [["tt.divisibility", 16]] for number, each in enumerate(names) if signature[each].startswith("*")},
+        attrs={(number,): aligned for number, each in enumerate(names) if signature[each].startswith("*")},
     )
     made = compile(source, target=GPUTarget("cuda", int(architecture), 32), options={"num_warps": 8})
     open(path, "wb").write(made.asm["cubin"])
@@ -285,7 +289,7 @@ for line in sys.stdin:
 
 
 def compiled_ahead(cases):
-    """Compile (kernel, architecture, dtype, bits, every) without a GPU; yield each with its registers, stack and local bytes."""
+    """Compile (kernel, architecture, dtype, bits, every) without a GPU; yield each with its resources."""
     triton = pytest.importorskip("triton")
     reader = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.TemporaryDirectory() as folder:

@@ -112,8 +112,8 @@ def plan_latents(
             return LatentPlan("no", (), shape, why)
     if wanted == "memory" and size > free:
         raise UserError(
-            f"cache_latents: memory needs {in_gib(size)} for {len(found):,} latents and {in_gib(free)} are free; "
-            "use disk, auto or no."
+            f"cache_latents: memory needs {in_gib(size)} for {len(found):,} latents and {in_gib(free)} are "
+            "free; use disk, auto or no."
         )
     return LatentPlan("disk" if wanted == "disk" else "memory", found, shape)
 

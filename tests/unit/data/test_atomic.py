@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all, on Windows with patience, and half-done work of killed processes is put right."""
+"""Files and folders appear whole or not at all, and remains of killed processes are cleared."""
 
 import errno
 import os
@@ -78,7 +78,7 @@ def test_whatever_step_of_a_replacement_fails_the_old_folder_stands(tmp_path, mo
 
 
 def test_a_process_killed_at_any_step_of_a_replacement_leaves_one_of_the_two(tmp_path, monkeypatch):
-    """End without any cleaning up at the first, second, ... rename or deletion, and let `tidy` put it right."""
+    """End without cleanup at the first, second, ... rename or deletion, and let `tidy` repair it."""
 
     class Killed(BaseException):
         pass

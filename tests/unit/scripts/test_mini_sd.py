@@ -1,4 +1,4 @@
-"""The embedded model: its pictures are reproducible, its judge sees what was drawn, its stages survive being killed."""
+"""The bundled model: reproducible images, a judge that sees them, stages that survive being killed."""
 
 import importlib.util
 from dataclasses import replace
@@ -114,7 +114,7 @@ def test_the_tokenizer_knows_the_words_and_is_reproducible(tmp_path):
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A work folder whose tokenizer, autoencoder, text encoder and latents were made in a handful of steps."""
+    """A work folder with tokenizer, VAE, text encoder and latents made in a handful of steps."""
     from scripts.mini_sd.text import TextOptions, train_text
     from scripts.mini_sd.tokenizer import build_tokenizer
     from scripts.mini_sd.unet import LatentOptions, encode_latents

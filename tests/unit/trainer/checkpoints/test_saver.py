@@ -1,4 +1,4 @@
-"""Saving a run: what is written and kept, what is said where it cannot be, and the room it takes, told beforehand."""
+"""Saving a run: files written and kept, errors, and the disk space estimate."""
 
 import errno
 import json
@@ -196,7 +196,7 @@ def test_the_last_checkpoint_of_a_run_must_be_written(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_fills_up_while_writing_keeps_the_last_good_one(tmp_path):
-    """A limit of the system on the size of files: the write fails in the middle of the weights, whatever was free before."""
+    """A limit of the system on file sizes: the write fails in the middle of the weights."""
     resource = pytest.importorskip("resource")
     bench = Bench(tmp_path)
     good = bench.save(1)[0]

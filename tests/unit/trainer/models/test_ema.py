@@ -134,7 +134,7 @@ def test_an_update_reads_nothing_back():
 
 
 def test_weights_elsewhere_are_brought_to_the_average(monkeypatch):
-    """A detached copy would look frozen to EMAModel, which copies frozen weights instead of averaging them."""
+    """A detached copy would look frozen to EMAModel, which copies frozen weights without averaging."""
     networks = parameters()
     ema = Ema(networks, decay=0.9, interval=1, device=CPU)
     start = averages(ema)[0].clone()

@@ -1,4 +1,4 @@
-"""Loading: every form that a model comes in gives the same fp32 weights, and everything else is named for what it is."""
+"""Loading: every form of a model gives the same fp32 weights; everything else is named."""
 
 import errno
 import json
@@ -92,7 +92,7 @@ def test_a_checkpoint_folder_of_this_program_is_a_model(folder):
 
 
 def test_a_folder_as_it_was_published_years_ago_loads(folder):
-    """SD 1.5's own: .bin files, prefixed text encoder with position ids, the VAE attention's old names, two tokenizer files."""
+    """SD 1.5's own: .bin files, prefixed text encoder, position ids, old VAE names, two tokenizer files."""
     from trainer.models.tokenizer import write_tokenizer
 
     text = safetensors.torch.load_file(folder / TEXT)
@@ -224,7 +224,7 @@ def test_weights_that_are_cut_short_missing_or_misshapen_are_refused(folder):
     (folder / UNET).write_bytes(content[: len(content) // 2])
     with pytest.raises(
         UserError,
-        match=r"diffusion_pytorch_model.safetensors: the file is cut short: it holds 115,244 of 230,488 bytes",
+        match=r"diffusion_pytorch_model.safetensors: the file is cut short: it holds 115,244 of 230,488",
     ):
         load(folder)
     weights = safetensors.torch.load(content)
@@ -329,7 +329,7 @@ def test_text_encoder_weights_that_are_missing_are_refused(folder):
 
 @pytest.fixture
 def sd15_is_tiny(monkeypatch):
-    """Let the built-in configurations be the tiny model's, so that a file without a header stands for SD 1.5's."""
+    """Let the built-in configurations be the tiny model's: a file without a header stands for SD 1.5's."""
     models = tiny_models()
     configs = Configs(
         unet=dict(models.unet.config),
@@ -353,7 +353,7 @@ def second():
 
 @pytest.fixture
 def sd2_is_tiny(monkeypatch, second):
-    """The same for SD 2.x; the published configurations of 768 px are recognised by their sizes of samples."""
+    """The same for SD 2.x; published 768 px configurations are recognised by their sample size."""
     configs = Configs(
         unet={**second.unet.config, "sample_size": 96},
         text_encoder=second.text_encoder.config.to_diff_dict(),
@@ -429,7 +429,7 @@ def test_files_of_other_programs_load(form, sd15_is_tiny, tmp_path):
 
 
 def as_published(models):
-    """Return a file's tensors with what SD 2.x's own files hold and do not use: OpenCLIP's last layer, its projection, its scale."""
+    """Return a file's tensors with SD 2.x's unused ones: OpenCLIP's last layer, projection and scale."""
     tensors = {name: tensor.contiguous() for name, tensor in to_original(models).items()}
     layer = "cond_stage_model.model.transformer.resblocks."
     last = {

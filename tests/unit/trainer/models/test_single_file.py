@@ -1,4 +1,4 @@
-"""The key map between diffusers and the original layout, against diffusers' own converter and the known names of SD 1.5 and 2.1."""
+"""The key map between diffusers and the original layout, against diffusers' converter and known names."""
 
 import re
 

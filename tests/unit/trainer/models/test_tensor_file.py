@@ -190,7 +190,7 @@ def test_a_ckpt_gives_its_tensors(tmp_path):
 
 
 def test_what_lightning_saved_beside_the_weights_is_left_alone(tmp_path, monkeypatch):
-    """As the first Stable Diffusion files have it: a class of a library that is not installed, as a key, and numbers of numpy."""
+    """As in the first Stable Diffusion files: a class of a missing library as a key, numpy numbers."""
     library = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
 
     class ModelCheckpoint:

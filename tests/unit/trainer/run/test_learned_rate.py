@@ -22,7 +22,7 @@ SECTIONS = {"unet": "base", "text encoder": "text_encoder_overrides"}
 def outcome(
     folder: Path, unet: Any, text_encoder: Any, *, d: float = 1e-5, size: int = 10, **changes: Any
 ) -> tuple[list[str], Any]:
-    """Return what a run of 200 steps with this constant d says, and the sections that it writes, None where it writes none."""
+    """Return the message and the sections that a run of 200 steps with this constant d writes."""
     options = {"unet": unet, "text encoder": text_encoder}
     watch = AdaptationWatch(
         {network: chosen for network, chosen in options.items() if chosen.adapts}, SECTIONS

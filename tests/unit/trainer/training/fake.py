@@ -1,4 +1,4 @@
-"""A run without networks: the parts that health, due work and reports touch, which note what is asked of them."""
+"""A run without networks: the parts that health, due work and reports touch, which record calls."""
 
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ class Losses:
 
 
 def fake_run(measures=None, *, fixed=None, validation=(), fused=False, watch=None, **changes):
-    """Return a run of 24 steps in epochs of 4 with `done`, a list of what was shown, recorded, drawn and saved."""
+    """Return a run of 24 steps in epochs of 4 with `done`, a list of what was shown, logged and saved."""
     done = []
     networks = measures if measures is not None else {"unet": {"rate": 1e-4}}
 

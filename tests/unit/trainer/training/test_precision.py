@@ -12,7 +12,7 @@ CUDA = torch.device("cuda")
 
 @pytest.fixture
 def card(monkeypatch):
-    """Return a function that pretends a CUDA card with or without native bf16; emulation is always there, as torch reports it."""
+    """Return a function that pretends a GPU with or without native bf16; torch always emulates it."""
 
     def pretend(native):
         monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""What the environment of a launched process says, and signals that come while processes talk. Real processes: integration tests."""
+"""The environment of a launched process, and signals while ranks talk; no real processes."""
 
 import os
 import signal

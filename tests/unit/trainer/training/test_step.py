@@ -197,7 +197,7 @@ def test_micro_batches_change_neither_loss_nor_gradient():
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["fp32", "loss scale"])
 def test_an_image_of_a_short_step_counts_as_one_of_a_full_step(scaled):
-    """The gradients of a full step are the sum of those of its images, each in a step of its own; so are the losses on the mean."""
+    """A full step's gradients and losses are those of its images, each in a step of its own, summed."""
     norms, losses, gradients = [], [], []
     for positions in (range(4), [0], [1], [2], [3]):
         networks, objective, optimizers = _setup()
@@ -281,7 +281,7 @@ def test_any_two_optimizers_skip_a_step_together_and_go_on(unet, text):
 
 @pytest.mark.parametrize(("unet", "text"), itertools.product(OPTIONS, OPTIONS))
 def test_a_gradient_of_one_network_that_is_not_finite_stops_both_or_is_reported(unet, text):
-    """Its own network never moves. The other one moves only where one of them steps inside backward: counted, which ends a run."""
+    """The other network moves only if it steps inside backward, which is counted and ends a run."""
     networks, train, optimizers = _pair(unet, text)
     train(0)
     before = [_flat(networks.unet), _flat(networks.text_encoder)]
@@ -565,7 +565,7 @@ def test_a_perturbation_of_the_captions_is_added_to_them():
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_a_perturbation_of_the_inputs_is_seen_and_not_predicted(prediction):
-    """At alpha_bar = a, the UNet sees sqrt(a) x + sqrt(1 - a) (noise + gamma * xi), and the target is that of the noise alone."""
+    """At alpha_bar = a, the UNet sees sqrt(a) x + sqrt(1 - a) (noise + gamma * xi); targets lack xi."""
     networks, objective, _ = _setup(prediction=prediction, input_perturbation=0.1)
     inputs = objective.draw(_batch(range(2)))
     moments = torch.cat([torch.full((2, 4, 8, 8), 0.5), torch.zeros(2, 4, 8, 8)], dim=1)
