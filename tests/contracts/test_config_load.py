@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.contracts.config_cases import Case
 from trainer.config import Loaded, TrainConfig, check_rates, ed2, load_config, write_resolved
 from trainer.config.paths import CONFIGS
+from trainer.config.resolved import flattened
 from trainer.config.schema import OptimizerFileOptions, keys_of, optimizer_keys, train_keys
 from trainer.errors import UserError
 from trainer.optim import AdamW8bitOptions, AdamWOptions, DAdaptAdam8bitOptions, DAdaptAdamOptions
@@ -419,6 +420,9 @@ SHIPPED = [
     ("configs/sd15.json", "configs/optimizer_dadapt_sd15.json"),
     ("configs/sd15.json", "configs/optimizer_dadapt_te_only.json"),
     ("configs/sd15_t4.json", "configs/optimizer_dadapt_t4.json"),
+    ("configs/sd15_8gb.json", "configs/optimizer_dadapt_sd15.json"),
+    ("configs/sd15_16gb.json", "configs/optimizer_dadapt_sd15.json"),
+    ("configs/sd15_lora.json", "configs/optimizer_dadapt_lora.json"),
     *(
         ("configs/followfox/train.json", f"configs/followfox/optimizer_{name}.json")
         for name in ("dadapt", "adamw", "adamw8bit")
@@ -482,6 +486,39 @@ def test_every_shipped_configuration_loads(folder: Path, name: str, optimizer: s
     ]
     loaded = load_config([*command_line, "--data_root", "input"])
     assert loaded.notes == ()
+
+
+ADAPTING = ("sd15", "t4", "te_only", "lora")
+
+
+@pytest.mark.parametrize("name", ADAPTING)
+def test_every_preset_with_d_adaptation_has_the_post_s_factor_and_lets_d_go_on(folder: Path, name: str):
+    source = str(ROOT / f"configs/optimizer_dadapt_{name}.json")
+    optimizers = load_config(["--optimizer_config", source]).config.optimizers
+    own = [found for found in (optimizers.unet, optimizers.text_encoder) if found.adapts]
+    scale = 100 if name == "lora" else 1
+    for found in own:
+        assert isinstance(found, DAdaptAdamOptions)
+        assert (found.lr, found.weight_decay) == (0.1, 0.01) and found.d0 == pytest.approx(scale * 1e-6)
+        assert (found.growth_rate, found.d_max) == (math.inf, math.inf), "nothing stops d"
+    assert [found.rate_max for found in own] == pytest.approx([scale * 1e-5, scale * 5e-6][-len(own) :])
+
+
+def test_presets_by_gpu_size_differ_in_what_the_size_asks_for(folder: Path):
+    def flat(name: str) -> dict[str, Any]:
+        return flattened(load_config(["--config", str(ROOT / "configs" / f"{name}.json")]).config)
+
+    sd15 = flat("sd15")
+
+    def differing(name: str) -> set[str]:
+        own = flat(name)
+        return {key for key in own.keys() | sd15.keys() if own.get(key) != sd15.get(key)} - {"project_name"}
+
+    assert differing("sd15_8gb") == {"weights_dtype", "cache_latents"}
+    assert differing("sd15_16gb") == {"gradient_checkpointing"}
+    optimizers = {f"{section}.{key}" for section in ("base", "text_encoder_overrides")
+                  for key in ("optimizer", "d0", "rate_max", "fused_backward")}  # fmt: skip
+    assert differing("sd15_lora") == {"lora", "lr", *optimizers}
 
 
 @pytest.mark.parametrize("name", ["sd15.json", "sd15_t4.json"])
@@ -555,8 +592,7 @@ def test_the_shipped_configurations_say_what_the_readme_says(folder: Path):
     unet, text_encoder = sd15.optimizers.unet, sd15.optimizers.text_encoder
     assert isinstance(unet, DAdaptAdam8bitOptions) and isinstance(text_encoder, DAdaptAdam8bitOptions)
     assert unet.fused_backward and text_encoder.fused_backward
-    assert (unet.lr or 0) * unet.d_max <= 1e-5 and (text_encoder.lr or 0) * text_encoder.d_max <= 5e-6
-    assert (unet.growth_rate, unet.weight_decay) == (1.02, 0.01)
+    assert (unet.rate_max, text_encoder.rate_max) == (1e-5, 5e-6) and unet.weight_decay == 0.01
     assert sd15.optimizers.freezing.freeze_embeddings is True
 
     by_hand = load_config(
@@ -578,7 +614,7 @@ def test_the_shipped_configurations_say_what_the_readme_says(folder: Path):
         ]
     ).config.optimizers
     assert isinstance(split.unet, AdamW8bitOptions) and split.unet.lr == 1e-6
-    assert isinstance(split.text_encoder, DAdaptAdam8bitOptions) and split.text_encoder.lr == 1.0
+    assert isinstance(split.text_encoder, DAdaptAdam8bitOptions) and split.text_encoder.lr == 0.1
     check_rates(sd15, {"unet": 859_520_964, "text encoder": 123_060_480})
     demo = load_config(
         [

@@ -10,6 +10,7 @@ from tests.runs import DADAPT, run_of, scalars, write
 from trainer.checkpoints.listing import checkpoints
 from trainer.config import load_config
 from trainer.config.export import optimizer_schema
+from trainer.config.paths import CONFIGS
 from trainer.optim import AdamW8bitOptions
 from trainer.run.learned_rate import LEARNED
 
@@ -74,7 +75,7 @@ def test_a_run_exports_the_rates_that_acted_and_a_run_with_them_starts(workplace
     assert told[0].endswith(
         f"{LEARNED}: AdamW in 8 bits at {unet.lr:g} for the unet and {text_encoder.lr:g} for the text encoder"
     )
-    short = "too early to tell whether it is settled: 6 of the 100 steps that takes"
+    short = "too early to tell whether d has settled, after 6 of 100 steps"
     assert told[1] == f"unet: {short}; text encoder: {short}" and told[1] in content["doc"]
     assert all(line in capsys.readouterr().out for line in told[1:])
 
@@ -105,3 +106,20 @@ def test_a_section_that_had_a_rate_keeps_it(workplace):
     assert (
         config.optimizers.text_encoder.optimizer == "adamw8bit" and config.optimizers.text_encoder.lr != 3e-5
     )
+
+
+def test_a_preset_leaves_d0_and_its_cap_holds_the_rate_and_not_d(workplace):
+    preset = json.loads((CONFIGS / "optimizer_dadapt_sd15.json").read_text())
+    write(workplace, preset, **{**SHORT, "max_epochs": 8}, first_samples=False)
+    assert train.main([]) == 0
+    run = run_of(workplace)
+    config, content = found(run)
+    for network, options, cap in (
+        ("unet", config.optimizers.unet, 1e-5),
+        ("text encoder", config.optimizers.text_encoder, 5e-6),
+    ):
+        asked, d = (scalars(run)[f"dadapt/{tag} {network}"] for tag in ("d*lr", "d"))
+        assert last(run, f"dadapt/d {network}") > 5 * d[1], network
+        assert last(run, f"hyperparameter/lr {network}") == pytest.approx(min(asked[max(asked)], cap))
+        assert options.lr == pytest.approx(min(asked[max(asked)], cap), rel=1e-3)
+    assert content["base"]["optimizer"] == "adamw8bit_fused" and content["base"]["fused_backward"]

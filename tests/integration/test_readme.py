@@ -56,7 +56,7 @@ CHECKED = [
     "python train.py --config configs/sd15.json --data_root YOUR_IMAGES --check",
     "python train.py --config mydog.json --vram 12 --check",
     "python train.py --config mydog.json",
-    "python train.py --config mydog.json --optimizer_config optimizer_dadapt.json --lora '{\"rank\": 16}'",
+    "python train.py --config configs/sd15_lora.json --data_root YOUR_IMAGES",
     "python train.py --config YOUR_TRAIN.json --check",
     "python train.py --config train.json",
     "python train.py --config train.json --optimizer_config optimizer.json",

@@ -118,7 +118,7 @@ class AdaptationWatch:
             return f"held by {self._sections[network]}.d_max ({d_max:g}), so chosen rather than learned"
         earlier = [look for look in self._courses[network].looks if look[0] <= step - PATIENCE]
         if not earlier:
-            return f"too early to tell whether it is settled: {step} of the {PATIENCE} steps that takes"
+            return f"too early to tell whether d has settled, after {step} of {PATIENCE} steps"
         then, before = earlier[-1]
         grown = f"grew by {d / before - 1:.1%}" if d < 2 * before else f"is {d / before:.0f} times as large"
         over = f"d {grown} over the last {step - then:.0f} steps"

@@ -101,7 +101,7 @@ def settled(course, last=300, **options):
          "still rising, d is 2 times as large over the last 100 steps"),
         (lambda step: 1e-5 if step <= 200 else 2e-5, 310, "settled, d grew by 0.0% over the last 100 steps"),
         (lambda step: 1e-6 * step, 104, "still rising, d is 104 times as large over the last 103 steps"),
-        (lambda step: 1e-5, 90, "too early to tell whether it is settled: 90 of the 100 steps that takes"),
+        (lambda step: 1e-5, 90, "too early to tell whether d has settled, after 90 of 100 steps"),
     ],
 )  # fmt: skip
 def test_how_settled_d_is(course, last, expected):
