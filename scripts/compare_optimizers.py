@@ -1,14 +1,16 @@
-"""Train the same with several optimizer files, and write a report of how they compare.
+r"""Train the same with several optimizer files, and write a report of how they compare.
 
-    python scripts/compare_optimizers.py --config train.json optimizer.json optimizer_dadapt.json --out
-    compare --seeds 1 2 --max_epochs 10
+    python scripts/compare_optimizers.py --config train.json optimizer.json optimizer_dadapt.json \
+        --out compare --seeds 1 2 --max_epochs 10
 
-The first file after --config is the train.json, the others are optimizer files; the first of them is what the
-others are measured by. All that this script does not know goes to train.py, for every run alike. Data, order,
-noise, timesteps and images held out are the same for every file; the seed is train.json's, or each of --seeds
-in turn. What is finished is not trained again, so a comparison may be stopped (Ctrl-C) and started again with
-the same command, or with one more file or seed. The result is report/report.html in the folder --out, one
-page that needs nothing beside it, and the same as report.md.
+The first file after --config is the train.json, the others are optimizer files. The first optimizer file is
+the baseline of the others. Options that this script does not know go to train.py, for every run alike. Data,
+order, noise, timesteps and validation images are the same for every file. The seed is train.json's, or each
+of --seeds in turn.
+
+A finished run is not repeated: stop the comparison with Ctrl-C, then resume it with the same command, or add
+a file or a seed. The result is report/report.html in the folder --out, a page without external files, and the
+same as report.md.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from trainer.output import say
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compare what the arguments name."""
+    """Run the comparison."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -51,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--prompts",
         type=Path,
-        help="prompts of the pictures that are shown (default: sample_prompts of train.json)",
+        help="prompts of the samples that are shown (default: sample_prompts of train.json)",
     )
     parser.add_argument(
         "--unrelated",
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         say(*error.problems, stream=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("Stopped. The same command goes on.", file=sys.stderr)
+        print("Stopped. The same command resumes.", file=sys.stderr)
         return 130
     return 0
 
@@ -75,9 +77,9 @@ def compare(options: argparse.Namespace, changes: list[str], command: str) -> No
     """Train what is left, and write the report.
 
     Raises:
-        UserError: something that was named cannot be used.
+        UserError: a file or an option cannot be used.
     """
-    from scripts.compare.measures import Compared, learning_parameters, measure, settings_of
+    from scripts.compare.measures import Compared, measure, settings_of, trained_parameters
     from scripts.compare.pictures import draw_pictures
     from scripts.compare.report import device_words, write_report
     from scripts.compare.runs import finish, plan_runs
@@ -91,7 +93,7 @@ def compare(options: argparse.Namespace, changes: list[str], command: str) -> No
     if shown is None:
         raise UserError(
             "--prompts: train.json names no sample_prompts; name a .json or .txt file of prompts to compare "
-            "pictures of."
+            "samples of."
         )
     prompts = read_prompts([str(shown)])
     unrelated = read_prompts([str(options.unrelated)]) if options.unrelated else prompts
@@ -99,18 +101,14 @@ def compare(options: argparse.Namespace, changes: list[str], command: str) -> No
         options.out.mkdir(parents=True, exist_ok=True)
     with locked(options.out):
         ends = finish(runs, print)
-
-        learning = {run.optimizer: learning_parameters(run) for run in runs}
+        trained = {run.optimizer: trained_parameters(run) for run in runs}
         files = []
         for label in dict.fromkeys(run.label for run in runs):
             own = [end for end in ends if end.planned.label == label]
-            files.append(Compared(label, tuple(measure(end, learning[end.planned.optimizer]) for end in own)))
+            files.append(Compared(label, tuple(measure(end, trained[end.planned.optimizer]) for end in own)))
         words = f"{len(unrelated.samples or ())} prompts of {(options.unrelated or Path(shown)).name}"
-        words += (
-            ""
-            if options.unrelated
-            else " (all sample prompts; name those that the training is not about with --unrelated)"
-        )
+        if not options.unrelated:
+            words += " (all sample prompts; name those that the training is not about with --unrelated)"
         resolution = runs[0].config["resolution"]
         files, drawn = draw_pictures(
             files,
@@ -124,7 +122,7 @@ def compare(options: argparse.Namespace, changes: list[str], command: str) -> No
         page = write_report(
             files, drawn, options.out, settings=settings_of(runs[0]), command=command, device=device_words()
         )
-        print(f"{page}: done. The curves:  tensorboard --logdir {shlex.quote(str(options.out / 'runs'))}")
+        print(f"{page}: done. Curves:  tensorboard --logdir {shlex.quote(str(options.out / 'runs'))}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Convert a Stable Diffusion 1.x or 2.x model between a diffusers folder and one .safetensors file in the original layout.
+"""Convert a Stable Diffusion 1.x or 2.x model between a diffusers folder and one .safetensors file.
 
     python scripts/convert_checkpoint.py logs/run/ckpts/last-smile-ep10-gs00080 smile.safetensors
     python scripts/convert_checkpoint.py v1-5-pruned-emaonly.safetensors sd15/
 
-The source is anything that train.py starts from: a folder, a checkpoint, a hub id, a .safetensors or .ckpt
-file. Offline but for hub ids.
+The source is any model that train.py starts from: a folder, a checkpoint, a hub id, a .safetensors or .ckpt
+file. The file has the original layout. Only hub ids need a network.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trainer.output import say
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Convert what the arguments name."""
+    """Convert the named model."""
     options = _parse(argv)
     began = time.perf_counter()
     try:
@@ -34,11 +34,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def convert(source: str, target: Path, *, vae: str | None = None, full_precision: bool = False) -> None:
-    """Write `source` as a file where `target` ends in .safetensors, as a diffusers folder otherwise; whole or not at all.
+    """Write `source` as a file if `target` ends in .safetensors, else as a diffusers folder, atomically.
 
     Args:
-        source: what `resume_ckpt` accepts as a model.
-        target: must not exist, so that nothing is overwritten.
+        source: a model, as in `resume_ckpt`.
+        target: must not exist.
         vae: replaces the model's own.
         full_precision: fp32 instead of fp16.
 

@@ -1,7 +1,7 @@
-"""Write the JSON Schemas of train.json and of optimizer files, which editors complete and check against, and the page of every key.
+"""Write the JSON Schemas of train.json and of optimizer files, for editors, and the page of every key.
 
-`python scripts/export_schema.py` rewrites configs/schema/ and docs/keys.md; with --check it only says whether
-they are up to date.
+`python scripts/export_schema.py` rewrites configs/schema/ and docs/keys.md; with --check it names the files
+that are out of date.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ REFERENCE = ROOT / "docs" / "keys.md"
 
 
 def main(arguments: list[str]) -> int:
-    """Write the files, or check them: 1 if one differs from what the code says."""
+    """Write the files, or check them; return 1 if a checked file is out of date."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--check", action="store_true", help="change nothing; exit with 1 if a file is out of date"
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
 
 
 def texts() -> dict[Path, str]:
-    """Return what each file should hold."""
+    """Return the text of each file."""
     from trainer.config.export import key_reference
 
     found = {

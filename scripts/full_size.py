@@ -1,4 +1,4 @@
-"""Training steps of a full-size Stable Diffusion 1.5 with random weights, which are made on the device and never written to a file.
+"""Training steps of a full-size Stable Diffusion 1.5 with random weights, made on the device.
 
 Weights, latents and captions are random: only sizes matter. The steps are the trainer's own
 (`trainer.training.step`), with its data types, memory layout and order.
@@ -36,7 +36,7 @@ NAMES = (
     "dadapt_adam_reference",
     *(name + variant for name in ("dadapt_adam", "dadapt_adam8bit") for variant in VARIANTS),
 )
-"""Optimizers, with what else is different after plus signs: updates in the backward pass, bf16 weights."""
+"""Optimizers and their variants: updates in the backward pass, bf16 weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +52,9 @@ class Setting:
     device: str = "cuda"
     checkpointing: bool = True
     latents_cached: bool = True
-    """Whether steps start from latents, with the VAE on the CPU, instead of pixels."""
+    """Start from latents, with the VAE on the CPU, instead of pixels."""
     bundled: bool = False
-    """The bundled model in the place of full-size networks."""
+    """Use the bundled model instead of full-size networks."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Timing:
     optimizer: float
     whole: float
     host: float
-    """Until all work was handed to the device."""
+    """Until all work was launched."""
 
 
 def run_config(setting: Setting) -> TrainConfig:
@@ -108,7 +108,7 @@ def optimizer_options(name: str, *, fused: bool) -> OptimizerOptions:
 
 
 def estimated(setting: Setting) -> int:
-    """Return the bytes of tensors that the memory estimate holds at the peak of a step; needs no GPU."""
+    """Return the memory estimate of a step's peak, in bytes of tensors; needs no GPU."""
     from trainer.planning.memory_trace import Work, footprint
     from trainer.training.precision import imagined_precision
 
@@ -121,7 +121,7 @@ def estimated(setting: Setting) -> int:
 
 
 def empty_models(*, bundled: bool = False) -> Models:
-    """Return the networks on the meta device, without weights: Stable Diffusion 1.5's, or the bundled model's."""
+    """Return the networks of Stable Diffusion 1.5, or of the bundled model, on the meta device."""
     from trainer.models.family import SD1
     from trainer.models.load import describe
     from trainer.models.networks import empty_models as empty
@@ -133,7 +133,7 @@ def empty_models(*, bundled: bool = False) -> Models:
 
 
 def random_models(device: torch.device | None = None) -> Models:
-    """Return the networks of Stable Diffusion 1.5 with random weights, in fp32, without a tokenizer; made on `device`, else the CPU."""
+    """Return Stable Diffusion 1.5's networks with random fp32 weights, made on `device`; no tokenizer."""
     from scripts.make_full_size import fill_randomly
 
     models = empty_models()
@@ -144,7 +144,7 @@ def random_models(device: torch.device | None = None) -> Models:
 
 
 def state_bytes(optimizers: Any) -> int:
-    """Return the bytes of all tensors that the optimizers keep, each counted once."""
+    """Return the bytes of all tensors of optimizer state, each counted once."""
     tensors: dict[int, int] = {}
     for optimizer in optimizers.optimizers:
         for state in optimizer.state.values():
@@ -160,7 +160,7 @@ class Steps:
     Attributes:
         networks, optimizers, objective, precision: the run's.
         autocast: the context in which the networks compute; may be replaced.
-        trained: how many weights are trained.
+        trained: number of trained parameters.
     """
 
     def __init__(self, setting: Setting, models: Models | None = None) -> None:
@@ -236,7 +236,7 @@ class Steps:
         return train_step([inputs], self.networks, self.objective, self.optimizers, **options)
 
     def timed(self, inputs: Inputs) -> Timing:
-        """Train one step and return how long its parts took."""
+        """Train one step and return the times of its parts."""
         marks = [self._mark()]
         gate, step = self.optimizers.gate, self.optimizers.step
 
@@ -277,7 +277,7 @@ class Steps:
 
 @contextmanager
 def without_checkpointing(steps: Steps) -> Iterator[None]:
-    """Keep all activations in the meantime."""
+    """Disable gradient checkpointing inside the block."""
     text_encoder = steps.networks.text_encoder
     steps.networks.unet.disable_gradient_checkpointing()
     text_encoder.activation_checkpointing_disable()

@@ -1,13 +1,13 @@
-"""Measure on a GPU what only a GPU can show, in ten minutes or fewer, and write a report that can be posted.
+"""Measure speed, memory and correctness on a GPU in at most ten minutes, and write a report.
 
-    python scripts/gpu_report.py --out gpu-report                   every step, the most telling first
-    python scripts/gpu_report.py --out gpu-report --minutes 3       the steps that fit three minutes
-    python scripts/gpu_report.py --out gpu-report --only profile    one step; results of other steps in the folder are kept
-    python scripts/gpu_report.py --out /tmp/try --device cpu --tiny tries the report out on the CPU with the bundled model
+    python scripts/gpu_report.py --out gpu-report                 every step, the most informative first
+    python scripts/gpu_report.py --out gpu-report --minutes 3     the steps that fit three minutes
+    python scripts/gpu_report.py --out gpu-report --only profile  one step; the folder keeps other results
+    python scripts/gpu_report.py --out try --device cpu --tiny    tests the report on the CPU
 
-The folder gets report.md, report.json and comparison.png, written anew after every result, and an output.log
-for each step. A step runs in a process of its own with a time limit. The weights of the full-size model are
-random and made on the GPU: nothing is downloaded.
+The folder gets report.md, report.json and comparison.png, rewritten after every result, and an output.log for
+each step. A step runs in its own process with a time limit. The weights of the full-size model are random and
+made on the GPU: nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OPTIMIZERS = (
     "dadapt_adam8bit+fused+bf16",
     "dadapt_adam8bit",
 )
-"""The most telling first."""
+"""The most informative first."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Planned:
     """Seconds."""
     argument: str = ""
     aside: bool = False
-    """Whether it runs beside the others, on the CPU."""
+    """Run beside the other steps, on the CPU."""
 
 
 STEPS = (
@@ -68,14 +68,14 @@ STEPS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Take the steps in turn until the time is over and write the report after each result."""
+    """Run the steps in turn until the time is over; write the report after each result."""
     options = _parse(argv)
     began = time.monotonic()
     report = _begin(options)
     only = options.only
     chosen = [step for step in STEPS if not only or step.name in only or step.name.split()[0] in only]
     ends = began + 60 * options.minutes
-    take = _Taking(report, options, ends)
+    take = _Runner(report, options, ends)
     asides = [threading.Thread(target=take, args=([step],), daemon=True) for step in chosen if step.aside]
     try:
         for aside in asides:
@@ -90,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if all(report["steps"][step.name]["status"] in ("ok", "not run") for step in chosen) else 1
 
 
-class _Taking:
-    """Takes steps one after the other until the time is over, and writes the report after every result."""
+class _Runner:
+    """Runs steps one after the other until the time is over, and writes the report after every result."""
 
     def __init__(self, report: dict[str, Any], options: argparse.Namespace, ends: float) -> None:
         self._report, self._options, self._ends = report, options, ends
@@ -142,7 +142,7 @@ class _Taking:
 
 
 def write(report: dict[str, Any], out: Path, *, picture: bool = True) -> None:
-    """Write what has been found so far."""
+    """Write the results so far."""
     from scripts.gpu.page import page
     from scripts.gpu.picture import draw
 
@@ -177,11 +177,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10, help="time for all steps together")
     names = list(dict.fromkeys(word for step in STEPS for word in (step.name.split()[0], step.name)))
     parser.add_argument(
-        "--only", nargs="+", choices=names, metavar="STEP", help=f"take these steps: {', '.join(names)}"
+        "--only", nargs="+", choices=names, metavar="STEP", help=f"run these steps: {', '.join(names)}"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
-        "--tiny", action="store_true", help="use the bundled model and few steps: tries the report out"
+        "--tiny", action="store_true", help="use the bundled model and few steps: a test of the report"
     )
     return parser.parse_args(argv)
 

@@ -1,18 +1,17 @@
-"""Draw the same prompts with several models beside each other, or merge checkpoints into one.
+r"""Draw the same prompts with several models side by side, or merge checkpoints into one.
 
-    python scripts/grid.py logs/mini_faces-... --prompts examples/sample_prompts.json --out faces.png python
-    scripts/grid.py a.safetensors b.safetensors --base models/mini-sd --prompts "a red heart" "a blue face"
-    --seeds 1 2 --cfgs 3 7 python scripts/grid.py --blend a.safetensors b.safetensors --weights 0.7 0.3 --out
-    c.safetensors
+    python scripts/grid.py logs/mini_faces-... --prompts examples/sample_prompts.json --out faces.png
+    python scripts/grid.py a.safetensors b.safetensors --base models/mini-sd \
+        --prompts "a red heart" "a blue face" --seeds 1 2 --cfgs 3 7
+    python scripts/grid.py --blend a.safetensors b.safetensors --weights 0.7 0.3 --out c.safetensors
 
-A run stands for all its checkpoints. The base, which a run knows and --base names, is the first column;
---against adds any other model after the last. Of checkpoints, prompts, seeds, cfgs and steps one is along the
-rows (--x), one down the columns (--y), and every combination of the other three is a panel below. The grid is
-written as a PNG and as a page beside it.
+A run stands for all its checkpoints. The base, which a run records or --base names, is the first column;
+--against adds other models after the last. The axes are checkpoints, prompts, seeds, cfgs and steps: one
+along the rows (--x), one down the columns (--y), and a panel for every combination of the other three. The
+grid is written as a PNG and as a page beside it.
 
---blend merges .safetensors or .ckpt files, reading one tensor of each at a time: with --weights into the sum
-of each times its number; with --add_difference W, of three files A, B and C, into A + W (B - C). What it was
-made of is in the new file's header.
+--blend merges .safetensors or .ckpt files: with --weights into the sum of each times its number; with
+--add_difference W and three files A, B and C into A + W (B - C). The new file's header records its sources.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draw or merge what the arguments name."""
+    """Draw a grid, or merge files."""
     options = _parse(argv)
     try:
         if options.blend:
@@ -46,7 +45,7 @@ def draw_grid(options: argparse.Namespace) -> int:
     """Write the grid and its page.
 
     Raises:
-        UserError: something that was named cannot be used.
+        UserError: a model, file or option cannot be used.
     """
     from data.atomic import appearing
     from scripts.grids.columns import find_columns
@@ -54,12 +53,12 @@ def draw_grid(options: argparse.Namespace) -> int:
     from scripts.web_page import document
 
     if options.weights or options.add_difference is not None:
-        raise UserError("--weights and --add_difference say how files are merged; name those with --blend.")
+        raise UserError("--weights and --add_difference merge files; name the files with --blend.")
     target = options.out or Path("grid.png")
     if target.suffix.lower() != ".png":
         raise UserError(
-            f"--out: {target} is not named .png, which is what is written; "
-            "the page beside it gets the same name in .html."
+            f"--out: {target} does not end in .png, the format of the picture; rename it. "
+            "The page beside it gets the same name in .html."
         )
     columns = find_columns(options.checkpoints, base=options.base, against=options.against)
     grid = draw(
@@ -78,7 +77,7 @@ def draw_grid(options: argparse.Namespace) -> int:
         picture_of(grid, target.stem).save(draft, "PNG")
     with appearing(page) as draft:
         draft.write_text(document(target.stem, page_body(grid)), encoding="utf-8")
-    print(f"{target}, {page}: {len(grid.cells)} pictures")
+    print(f"{target}, {page}: {len(grid.cells)} samples")
     return 0
 
 
@@ -107,7 +106,7 @@ def merge(options: argparse.Namespace) -> int:
     else:
         add_difference(options.blend, options.add_difference, options.out)
     print(
-        f"{options.out}: written. To look at it:  python scripts/grid.py {options.out} --base "
+        f"{options.out}: written. Draw with it:  python scripts/grid.py {options.out} --base "
         f"{options.blend[0]} --prompts PROMPTS"
     )
     return 0
@@ -123,7 +122,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="runs, checkpoints, diffusers folders, hub ids, single files, LoRA files",
     )
     parser.add_argument(
-        "--base", help="the first column: a model, or none (default: what the first run began from)"
+        "--base", help="the first column: a model, or none (default: the start of the first run)"
     )
     parser.add_argument(
         "--against", nargs="+", default=[], metavar="MODEL", help="further models, shown last"
@@ -150,7 +149,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--resolution",
         type=int,
-        help="the side of a square picture (default: the file's, or the model's own)",
+        help="the side of a square sample (default: the file's, or the model's own)",
     )
     parser.add_argument("--x", choices=AXES, default="checkpoints", help="along the rows (checkpoints)")
     parser.add_argument("--y", choices=AXES, default="prompts", help="down the columns (prompts)")

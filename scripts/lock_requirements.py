@@ -1,11 +1,10 @@
-"""Write requirements.lock: every package that requirements.txt installs, at one version, with the SHA-256 of each of its files on PyPI.
+"""Write requirements.lock: every package of requirements.txt at one version, with SHA-256 hashes.
 
     python scripts/lock_requirements.py
 
 Run it after a change of requirements.txt. It needs a network and uv (`pip install uv`), which resolves for
-Python 3.11 and later on all platforms at once. torch's files are those of PyPI: with CUDA on Linux, without
-on Windows and macOS. The CPU builds of download.pytorch.org are other files under the same version and are
-not in the lock; install those from requirements.txt.
+Python 3.11 and later on all platforms at once. torch's files are PyPI's: with CUDA on Linux, without on
+Windows and macOS. download.pytorch.org's CPU builds have other hashes; install them from requirements.txt.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ LOCK = ROOT / "requirements.lock"
 _HEADER = """\
 # Made by scripts/lock_requirements.py from requirements.txt; do not edit. Install with
 #   pip install --require-hashes -r requirements.lock
-# torch is PyPI's: with CUDA on Linux. The CPU builds of download.pytorch.org have other hashes; install those from requirements.txt.
+# torch is PyPI's: with CUDA on Linux. The CPU builds of download.pytorch.org have other hashes;
+# install those from requirements.txt.
 """
 
 

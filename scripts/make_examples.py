@@ -1,4 +1,4 @@
-"""Draw the example data set: 60 captioned smiling faces, a thing that the embedded model has never seen.
+"""Draw the example data set: 60 captioned smiling faces, which the bundled model has never seen.
 
     python scripts/make_examples.py
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the pictures and their captions."""
+    """Write the images and their captions."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=7)
     options = parser.parse_args(argv)
     write_examples(options.out, options.count, options.size, options.seed)
-    print(f"{options.count} pictures in {options.out / 'faces'}")
+    print(f"{options.count} images in {options.out / 'faces'}")
     return 0
 
 

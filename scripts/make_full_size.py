@@ -1,9 +1,9 @@
-"""Make a Stable Diffusion 1.5 of full size with random weights, to try out memory, speed and file formats without a download.
+"""Make a full-size Stable Diffusion 1.5 with random weights, to test memory, speed and formats offline.
 
     python scripts/make_full_size.py --out /tmp/full-size
 
 The folder is a complete diffusers model with CLIP's own tokenizer: 1.07 billion parameters, 2.1 GB in fp16.
-It draws noise.
+Its samples are noise.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trainer.output import say
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the folder that the arguments name."""
+    """Write the folder."""
     options = _parse(argv)
     began = time.perf_counter()
     quiet_libraries()
@@ -43,7 +43,7 @@ def make(out: Path, seed: int, dtype: str) -> dict[str, int]:
     """Write the folder and return the parameters of each network.
 
     Args:
-        out: must not hold anything yet.
+        out: must be empty or missing.
         seed: of the weights.
         dtype: on disk, "fp16" or "fp32".
 
@@ -100,7 +100,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not hold anything yet")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must be empty")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     parser.add_argument("--dtype", choices=("fp16", "fp32"), default="fp16", help="precision on disk")
     return parser.parse_args(argv)

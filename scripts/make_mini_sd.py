@@ -1,11 +1,11 @@
-"""Make the embedded model from nothing, on one CPU core, in resumable stages.
+"""Make the bundled model from nothing, on one CPU core, in resumable stages.
 
     python scripts/make_mini_sd.py                       every stage, then export and judge
     python scripts/make_mini_sd.py export                write the current weights as models/mini-sd
     python scripts/make_mini_sd.py judge --model FOLDER  print the figures of any Stable Diffusion folder
 
-A stage that was killed goes on from its last saved state (at most two minutes old); a complete stage is
-skipped. `vae` and `text` do not need each other and may run as two processes at once.
+A killed stage resumes from its last saved state, at most two minutes old; a complete stage is skipped. `vae`
+and `text` are independent and may run at the same time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STAGES = ("tokenizer", "vae", "text", "latents", "unet", "export", "judge")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the stages that the arguments name."""
+    """Run the named stages."""
     options = _parse(argv)
     _quieten()
     import torch
@@ -49,16 +49,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("stage", nargs="?", default="all", choices=("all", *STAGES))
     parser.add_argument(
-        "--work", type=Path, default=Path("build/mini-sd"), help="where intermediate state lies"
+        "--work", type=Path, default=Path("build/mini-sd"), help="folder of intermediate state"
     )
     parser.add_argument(
         "--model", type=Path, default=ROOT / "models" / "mini-sd", help="folder to write or to judge"
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     parser.add_argument(
-        "--seed", type=int, default=0, help="shifts the seed of every stage, or of the judged pictures"
+        "--seed", type=int, default=0, help="shifts the seed of every stage, or of the judged images"
     )
-    parser.add_argument("--grid", type=Path, help="judge: also write the pictures as one sheet")
+    parser.add_argument("--grid", type=Path, help="judge: also write the images as one sheet")
     return parser.parse_args(argv)
 
 
@@ -111,7 +111,7 @@ def _judge(options: argparse.Namespace) -> None:
 
 
 def _report_time(work: Path) -> None:
-    """Print the CPU time that each training stage has taken over all of its processes."""
+    """Print the CPU time of each training stage over all of its processes."""
     import torch
 
     spent = {name: torch.load(work / f"{name}.pt", weights_only=True)["cpu_s"] for name in STAGES[1:5]}
@@ -120,7 +120,7 @@ def _report_time(work: Path) -> None:
 
 
 def _quieten() -> None:
-    """Silence the libraries' remarks about packages that are not needed here."""
+    """Silence the libraries' remarks about optional packages."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in ("", "bitsandbytes", "transformers"):

@@ -1,11 +1,11 @@
-"""Rates picked by hand against D-Adaptation, on the embedded model: 18 optimizers, each with several seeds, judged by the pictures.
+"""Fixed rates against D-Adaptation on the bundled model: 18 optimizers, judged by their samples.
 
     python scripts/mini_sd_sweep.py --out /tmp/sweep --seeds 1 2 3
 
-AdamW with state in 32 and in 8 bits at five rates, the text encoder at half of each, and D-Adaptation in both
-at four values of lr. Every run is 24 epochs of train.json's data with a part held out. The judge looks at its
-last checkpoint. The table is written anew after every run (results.md, results.json), and what is done is not
-done again, so the sweep may be stopped at any time.
+AdamW with state in 32 and 8 bits at five rates, the text encoder at half of each, and D-Adaptation in both at
+four values of lr. Every run is 24 epochs of train.json's data with a validation split. The judge reads
+samples of its last checkpoint. The table (results.md, results.json) is rewritten after every run. A finished
+run is not repeated, so the sweep may be stopped at any time.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ FACES = [
     *(("yellow", "purple"), ("white", "blue"), ("orange", "black"), ("red", "green")),
 ]
 UNRELATED = 18
-"""Prompts of combinations that the embedded model has never seen; the six shapes in turn."""
+"""Number of prompts of combinations that the bundled model has never seen; the six shapes in turn."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Make the sweep, or what is left of it."""
+    """Start or resume the sweep."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -74,17 +74,16 @@ def main(argv: list[str] | None = None) -> int:
         say(*error.problems, stream=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("Stopped. The same command goes on.", file=sys.stderr)
+        print("Stopped. The same command resumes.", file=sys.stderr)
         return 130
     print(table(rows))
     return 0
 
 
 def lateness(run: Planned, first: int) -> int:
-    """Return how late a run may come.
+    """Return a run's place in the order; lower comes first.
 
-    Of the first seed come all but D-Adaptation with state in 8 bits, which is known to do as that in 32; then
-    what says the most, the middle rates in 32 bits.
+    The first seed of all but D-Adaptation in 8 bits, which behaves as in 32; then middle rates in 32 bits.
     """
     if run.seed == first and not run.label.startswith("dadapt_adam8bit"):
         return 0
@@ -104,7 +103,7 @@ def write_optimizers(out: Path) -> list[Path]:
                 **fixed,
                 "base": {**fixed["base"], "optimizer": name, "lr": float(rate)},
             }
-            # The same layers learn as with D-Adaptation, so that only the optimizer differs.
+            # The same parameters are trained as with D-Adaptation: only the optimizer differs.
             documents[f"{name} {rate}"]["text_encoder_freezing"] = found["text_encoder_freezing"]
     for name in ("dadapt_adam", "dadapt_adam8bit"):
         for factor in FACTORS:
@@ -120,7 +119,7 @@ def write_optimizers(out: Path) -> list[Path]:
 
 
 def settings(out: Path) -> list[str]:
-    """Write the files that the runs share, and return the arguments that name them."""
+    """Write the files that the runs share, and return their arguments."""
     validation, prompts = out / "validation.json", out / "prompts.json"
     validation.write_text(json.dumps({"auto_split_proportion": 0.15, "every_n_epochs": 6}), encoding="utf-8")
     one = {"cfgs": [3], "num_inference_steps": 20, "seed": 1, "generate_pretrain_samples": False}
@@ -132,7 +131,7 @@ def settings(out: Path) -> list[str]:
 
 
 def base_row(out: Path) -> dict[str, Any]:
-    """Return what is known of the model before any training."""
+    """Return the row of the model before training."""
     kept = out / "base.json"
     if not kept.exists():
         kept.write_text(
@@ -143,7 +142,7 @@ def base_row(out: Path) -> dict[str, Any]:
 
 
 def row_of(end: Finished) -> dict[str, Any]:
-    """Return everything that is known of a run; pictures are drawn once and their verdict kept beside the run."""
+    """Return a run's row; its samples are drawn and judged once, and the row kept beside the run."""
     kept = end.planned.logdir / "row.json"
     if kept.exists():
         return json.loads(kept.read_text(encoding="utf-8"))
@@ -171,7 +170,7 @@ def curves(end: Finished) -> dict[str, Any]:
 
 
 def judged(checkpoint: Path, sheet: Path) -> dict[str, float]:
-    """Return what the judge says of a checkpoint's pictures, and the tone of the unrelated ones; keep the pictures as `sheet`."""
+    """Return the judge's shares for a checkpoint and the tone of unrelated samples; write them to `sheet`."""
     from scripts.mini_sd.generate import Generator
     from scripts.mini_sd.judge import grid, judge_concept
     from scripts.mini_sd.scenes import article, held_out
@@ -191,7 +190,7 @@ def judged(checkpoint: Path, sheet: Path) -> dict[str, float]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the table in Markdown: a line for each setting, mean (lowest to highest) over the seeds that there are."""
+    """Return the Markdown table: a row for each setting, mean (lowest to highest) over its seeds."""
     fixed, validation = "loss/stabilize-train", "loss/val"
     heads = (
         "",

@@ -1,4 +1,4 @@
-"""train.py in processes of its own that find its libraries imported already, where the platform can."""
+"""Processes of train.py with its libraries already imported, if the platform can fork."""
 
 from __future__ import annotations
 
@@ -27,26 +27,20 @@ _IMPORTED = [
     "trainer.checkpoints.saver",
     "trainer.training.step",
 ]
-"""What children find imported already, where the platform can: a start then takes a second instead of ten."""
+"""Imported before a child is forked: it then starts in one second instead of ten."""
 
 
 def started(
     arguments: Sequence[str], output: Path, target: Callable[[list[str], str], None] | None = None
 ) -> BaseProcess:
-    """Start train.py in a process of its own, its output added to a file.
-
-    Args:
-        arguments: its command line.
-        output: the file.
-        target: what the process does with both, `run_train` unless something else is named.
-    """
+    """Start train.py in a new process and append its output to a file; `target` replaces `run_train`."""
     child = quick_context().Process(target=target or run_train, args=(list(arguments), str(output)))
     child.start()
     return child
 
 
 def quick_context() -> Any:
-    """Return what makes processes that find the libraries imported, where the platform can; not for processes that use CUDA."""
+    """Return a context whose processes have the libraries imported, if possible; not for CUDA."""
     methods = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
@@ -55,19 +49,18 @@ def quick_context() -> Any:
 
 
 def run_train(arguments: list[str], output: str) -> None:
-    """Be train.py."""
+    """Run train.py and end this process."""
     os._exit(train_into(arguments, output))
 
 
 def train_into(arguments: list[str], output: str) -> int:
-    """Run train.py in this process, add all that it prints to a file, and return its exit code."""
+    """Run train.py in this process, append its output to a file, and return its exit code."""
     with Path(output).open("a") as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
         sys.stdout = sys.stderr = file
-        multiprocessing.set_start_method(
-            multiprocessing.get_all_start_methods()[0], force=True
-        )  # the platform's own, for its workers
+        usual = multiprocessing.get_all_start_methods()[0]  # for its DataLoader workers
+        multiprocessing.set_start_method(usual, force=True)
         import train
 
         code = train.main(arguments)

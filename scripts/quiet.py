@@ -1,4 +1,4 @@
-"""Importing this silences the libraries, for processes that import them before any of our code runs."""
+"""Silence the libraries on import, in processes that import them before the program's code runs."""
 
 from trainer.models.quiet import quiet_libraries
 

@@ -1,12 +1,12 @@
-"""Show that short trainings of this tree and of another commit end with the same bits.
+"""Compare short trainings of this tree and of another commit, to the bit.
 
     python scripts/same_results.py --against 062bc76
     python scripts/same_results.py --against 062bc76 --only first lora across --out /tmp/same
 
 The other commit is checked out into a git worktree. Both trees train the same runs on the CPU, one after the
-other, each in a process of its own with one thread. Compared are the tensors of the last export, those of the
+other, each in its own process with one thread. Compared are the tensors of the last export and of the
 optimizer state, and the steps, tags and values of loss/* in metrics.jsonl. The run `across` resumes the other
-tree's checkpoint here and is compared with the other tree's unbroken run. Exit code 1: something differs.
+tree's checkpoint here; its counterpart is the other tree's unbroken run. Exit code 1: a part differs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Run:
     """A short training."""
 
     options: str
-    """Command line of train.py; {inputs} is the folder with the files that this script writes."""
+    """Command line of train.py; {inputs} is the folder of the files that this script writes."""
     processes: int = 1
     resumes: str = ""
     """The tree whose half run this one resumes: own or other; empty: a new run."""
@@ -63,7 +63,7 @@ _FUSED = {"base": {"optimizer": "dadapt_adam8bit", "lr": 1.0, "d0": 1e-5, "fused
 
 
 class Trees:
-    """Both trees and the folders of their runs."""
+    """Both trees and their runs."""
 
     def __init__(self, other: Path, out: Path) -> None:
         self._trees = {"this": ROOT, "other": other}
@@ -82,7 +82,7 @@ class Trees:
             subprocess.run([sys.executable, "-c", code, self._inputs / "sd2"], cwd=ROOT, check=True)
 
     def result(self, tree: str, name: str) -> tuple[str, str, str]:
-        """Return the digests of the three parts of a run; train it first if it is not there."""
+        """Return the digests of a run's three parts; train it first if it is missing."""
         logdir = self._logdir(tree, name)
         (run,) = (path.parent for path in logdir.glob("*/metrics.jsonl"))
         last = max(name for path in run.glob("ckpts/*") for name in re.findall(r"-gs\d{5}", path.name))
@@ -152,7 +152,7 @@ def _digest(lines: list[str], what: str) -> str:
 
 @contextmanager
 def checkout(commit: str, folder: Path) -> Iterator[Path]:
-    """Check a commit out into a new git worktree, and remove that at the end."""
+    """Check a commit out into a new git worktree, and remove it at the end."""
     git = ["git", "-C", str(ROOT), "worktree"]
     subprocess.run([*git, "add", "--quiet", "--force", "--detach", str(folder), commit], check=True)
     try:

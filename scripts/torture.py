@@ -1,16 +1,15 @@
-"""Kill a training run at random moments, again and again, and see that nothing is ever lost and the result is the same to the bit.
+r"""Kill a training run at random moments, and check that nothing is lost and the result is equal to the bit.
 
-    python scripts/torture.py --out /tmp/torture --kills 200 --config train.json --max_epochs 12
-    --save_every_n_epochs 1
+    python scripts/torture.py --out /tmp/torture --kills 200 --config train.json \
+        --max_epochs 12 --save_every_n_epochs 1
 
-Everything after the script's own options goes to train.py. One run is left alone; another is killed with
-SIGKILL (on Windows: ended by the system), half of the times at any moment and half while a checkpoint is
-being written, and continued with `--resume_ckpt findlast` until it is done. After each kill every checkpoint
-has to be whole, and the last step that could be gone on from before still has to be there; the finished run
-must have the other's weights, optimizer state and curves. Then the next one begins, until enough kills are
-made.
+Options that this script does not know go to train.py. One run is never killed. Another is killed with SIGKILL
+(on Windows: ended by the system) and resumed with `--resume_ckpt findlast` until it finishes. Half of the
+kills come at any moment, half while a checkpoint is being written. After each kill every checkpoint must be
+whole, and no earlier resumable step may be lost. The finished run must have the other's weights, optimizer
+state and curves. Then the next run starts, until there were enough kills.
 
-SIGKILL says nothing about a power failure, which also loses what the system had not written yet.
+A power failure, which also loses unwritten data of the system, is not tested.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.processes import started
 
 _LONGEST = 1800.0
-"""Seconds after which a child that neither ends nor dies is a failure."""
+"""Seconds after which a child that has not ended is a failure."""
 
 
 class Broken(AssertionError):
-    """A promise that was not kept."""
+    """A broken guarantee."""
 
 
 @dataclass
 class Tally:
-    """What was done to the runs."""
+    """Counts of kills and runs."""
 
     kills: int = 0
     while_saving: int = 0
@@ -48,26 +47,24 @@ class Tally:
     runs: int = 0
     """Runs that were finished and compared."""
     resumed_at: list[int] = field(default_factory=list)
-    """The steps that runs went on from."""
+    """Steps at which runs resumed."""
 
     def __str__(self) -> str:
         """Return it as a sentence."""
         return (
             f"{self.kills} kills, {self.while_saving} of them while a checkpoint was being written and "
-            f"{self.before_any_checkpoint} before "
-            f"the first one; {self.runs} runs finished, each to the bit; every checkpoint whole, none lost"
+            f"{self.before_any_checkpoint} before the first one; {self.runs} runs finished, each equal to "
+            "the bit; every checkpoint whole, none lost"
         )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Torture the run that the arguments describe."""
+    """Kill and resume the run that the arguments describe."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for the runs; must not hold anything yet"
-    )
-    parser.add_argument("--kills", type=int, default=200, help="how many times to kill (200)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs; must be empty")
+    parser.add_argument("--kills", type=int, default=200, help="number of kills (200)")
     parser.add_argument("--moments", type=int, default=0, help="seed of the random moments (0)")
     options, arguments = parser.parse_known_args(argv)
     if options.out.exists() and any(options.out.iterdir()):
@@ -86,28 +83,27 @@ def main(argv: list[str] | None = None) -> int:
 def torture(
     arguments: Sequence[str], out: Path, *, kills: int, seed: int, say: Any = lambda _: None
 ) -> Tally:
-    """Kill runs of train.py until it has been done `kills` times and the last of them is finished.
+    """Kill runs of train.py `kills` times and finish the last of them.
 
     Args:
         arguments: train.py's, without logdir and resume_ckpt.
         out: the folder for runs and their output.
-        kills: how many times.
+        kills: number of kills.
         seed: of the moments.
-        say: is told of every tenth kill.
+        say: takes a line for every tenth kill.
 
     Raises:
         Broken: a checkpoint was lost or is not whole, or a result differs.
     """
     out.mkdir(parents=True, exist_ok=True)
     draws = random.Random(seed)
-    started(["--help"], out / "help.txt").join(
-        _LONGEST
-    )  # waits for the imports, which the next one, being timed, then need not
+    # The fork server imports the libraries now, not during the next run, which is timed.
+    started(["--help"], out / "help.txt").join(_LONGEST)
     began = time.monotonic()
     child = started([*arguments, "--logdir", str(out / "alone")], out / "alone.txt")
     child.join(_LONGEST)
     if child.exitcode != 0:
-        raise Broken(f"the run that is left alone ended with {child.exitcode}; see {out / 'alone.txt'}")
+        raise Broken(f"the run without kills ended with {child.exitcode}; see {out / 'alone.txt'}")
     length = time.monotonic() - began
     alone = only_run(out / "alone")
 
@@ -129,7 +125,7 @@ def killed_run(
     tally: Tally,
     say: Any = lambda _: None,
 ) -> None:
-    """Make one whole run out of many pieces."""
+    """Kill and resume one run until it finishes."""
     reached = 0
     while True:
         resume = ["--resume_ckpt", "findlast"] if reached else []
@@ -150,7 +146,7 @@ def killed_run(
         tally.while_saving += bool(drafts(logdir) - left)
         now = inspect(logdir)
         if now < reached:
-            raise Broken(f"{logdir}: a run could go on from step {reached} before, and can from {now} now")
+            raise Broken(f"{logdir}: the run could resume from step {reached} before, and now from {now}")
         tally.before_any_checkpoint += now == 0
         tally.resumed_at.append(now)
         reached = now
@@ -159,7 +155,7 @@ def killed_run(
 
 
 def inspect(logdir: Path) -> int:
-    """Return the highest step that a run in `logdir` can go on from, 0 if none, having looked at every file that can be seen.
+    """Check every visible file of the runs in `logdir`; return the highest resumable step, 0 if none.
 
     Raises:
         Broken: a checkpoint is not whole, or a single file is cut short.
@@ -179,9 +175,7 @@ def inspect(logdir: Path) -> int:
                 raise Broken(problem)
             if (folder / RESUME).exists():
                 highest = max(highest, read_resume(folder)[0].step)
-        for file in (run / "ckpts").glob(
-            "[!.]*.safetensors"
-        ):  # a draft that a kill left behind has a hidden name
+        for file in (run / "ckpts").glob("[!.]*.safetensors"):  # drafts have hidden names
             try:
                 TensorFile(file)
             except UserError as error:
@@ -201,15 +195,15 @@ def compare(alone: Path, killed: Path) -> None:
     for part in ("unet", "text_encoder", "vae", "resume"):
         for file in sorted((ours / part).glob("*.safetensors")):
             if file.read_bytes() != (theirs / part / file.name).read_bytes():
-                raise Broken(f"{theirs / part / file.name} is not what it is in the run that was left alone")
+                raise Broken(f"{theirs / part / file.name} differs from the run without kills")
     left, right = curves(alone), curves(killed)
     if left != right:
         different = [tag for tag in left.keys() | right.keys() if left.get(tag) != right.get(tag)]
-        raise Broken(f"{killed}: other curves than in the run that was left alone: {', '.join(different)}")
+        raise Broken(f"{killed}: curves differ from the run without kills: {', '.join(different)}")
 
 
 def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Return what TensorBoard shows of a run but its speed: step and value by tag."""
+    """Return a run's curves in TensorBoard without its speed: step and value by tag."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
@@ -224,22 +218,22 @@ def only_run(logdir: Path) -> Path:
 
 
 def finished_run(logdir: Path) -> Path:
-    """Return the folder of the run that has come to its end; one that was killed before its first checkpoint has left a folder too."""
+    """Return the folder of the finished run; a kill before the first checkpoint leaves a folder too."""
     (run,) = (path.parents[2] for path in logdir.glob("*/ckpts/last-*/manifest.json"))
     return run
 
 
 def drafts(logdir: Path) -> set[tuple[str, int]]:
-    """Return name and inode of what is being written, or was when its process was killed."""
+    """Return name and inode of every draft, whether being written or left by a kill."""
     found = set()
     for path in logdir.glob("*/ckpts/.draft-*"):
-        with suppress(FileNotFoundError):  # it has just been renamed
+        with suppress(FileNotFoundError):  # renamed meanwhile
             found.add((path.name, path.stat().st_ino))
     return found
 
 
 def seen_saving(child: BaseProcess, logdir: Path, left: set[tuple[str, int]], longest: float) -> bool:
-    """Wait until something else is being written than what was `left`; return whether it was before `longest` seconds are over."""
+    """Wait for a draft other than those `left`; return False after `longest` seconds without one."""
     end = time.monotonic() + longest
     while time.monotonic() < end and child.is_alive():
         if drafts(logdir) - left:

@@ -1,1 +1,1 @@
-"""The same training with several optimizers, and a report of how they compare."""
+"""A comparison: the same training with several optimizers, and its report."""

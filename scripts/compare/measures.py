@@ -1,4 +1,4 @@
-"""What a finished run has left behind, as numbers."""
+"""The numbers of finished runs, read from their folders."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ Curve = Mapping[int, float]
 
 @dataclass(frozen=True)
 class Measured:
-    """A run in numbers; None where the run does not say."""
+    """A run in numbers; None if the run does not have one."""
 
     end: Finished
     curves: Mapping[str, Curve]
     """By TensorBoard tag."""
 
     checkpoint: Path | None
-    """The folder of the last checkpoint, or the single file where no folder was kept."""
+    """The folder of the last checkpoint, or the single file if no folder was kept."""
 
     minutes: float | None
-    """Of an epoch, the median over epochs; samples, validation and checkpoints do not count."""
+    """The median epoch, without samples, validation and checkpoints."""
 
     images: float | None
-    """A second, the median over reports without the first, which has what is done once in it."""
+    """Images a second: the median over reports but the first, which includes one-time work."""
 
     memory: float | None
-    """GiB: on CUDA the most that tensors have held, else the most that the process has."""
+    """Peak GiB: of tensors on CUDA, else of the process."""
 
     state: float | None
-    """Bytes of optimizer state for each parameter that learns."""
+    """Bytes of optimizer state for each trained parameter."""
 
     size: float | None
-    """MiB of the last checkpoint without what only resuming needs: the folder, the single file, or both."""
+    """MiB of the last checkpoint (folder, single file, or both) without its resume state."""
 
     def final(self, tag: str) -> float | None:
         """Return the last value of a curve."""
@@ -66,19 +66,19 @@ class Compared:
     label: str
     runs: tuple[Measured, ...]
     tones: tuple[Tone, ...] = ()
-    """Of the unrelated prompts' pictures, for each run that came to its end."""
+    """Of the unrelated prompts' samples, for each run that finished."""
 
     @property
     def failed(self) -> list[str]:
-        """Why runs failed, one sentence each."""
+        """Reasons of failed runs, one sentence each."""
         return [f"seed {run.end.planned.seed}: {run.end.reason}" for run in self.runs if run.end.code]
 
     def over_seeds(self, of: Callable[[Measured], float | None]) -> list[float]:
-        """Return a number of each run that came to its end and has it."""
+        """Return a number of each finished run that has it."""
         return [value for run in self.runs if not run.end.code and (value := of(run)) is not None]
 
     def curve(self, tag: str) -> dict[int, tuple[float, float, float]]:
-        """Return mean, lowest and highest over seeds at every step for which all runs that have the curve have a finite value."""
+        """Return mean, lowest and highest over seeds at every step at which all curves are finite."""
         found = [run.curves[tag] for run in self.runs if run.curves.get(tag)]
         curves = [{step: value for step, value in curve.items() if math.isfinite(value)} for curve in found]
         steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
@@ -87,7 +87,7 @@ class Compared:
 
 
 def networks_of(files: Sequence[Compared], prefix: str) -> list[str]:
-    """Return the networks that any run has a curve of, as tags name them."""
+    """Return the networks, as tags name them, of which any run has a curve."""
     tags = [
         tag.removeprefix(prefix)
         for file in files
@@ -98,13 +98,8 @@ def networks_of(files: Sequence[Compared], prefix: str) -> list[str]:
     return list(dict.fromkeys(tags))
 
 
-def measure(end: Finished, learning: Mapping[str, int]) -> Measured:
-    """Read a finished run.
-
-    Args:
-        end: the run.
-        learning: by network, how many parameters learn.
-    """
+def measure(end: Finished, trained: Mapping[str, int]) -> Measured:
+    """Read a finished run; `trained` is the number of trained parameters by network."""
     curves = read_curves(end.folder) if end.folder is not None else {}
     images = list(curves.get(IMAGES, {}).values())[1:]
     minutes = list(curves.get(MINUTES, {}).values())
@@ -119,16 +114,16 @@ def measure(end: Finished, learning: Mapping[str, int]) -> Measured:
         minutes=statistics.median(minutes) if minutes else None,
         images=statistics.median(images) if images else None,
         memory=memory,
-        state=_state_bytes(checkpoint, learning) if checkpoint is not None else None,
+        state=_state_bytes(checkpoint, trained) if checkpoint is not None else None,
         size=size,
     )
 
 
-def learning_parameters(run: Planned) -> dict[str, int]:
-    """Return how many parameters of each network learn, without reading weights.
+def trained_parameters(run: Planned) -> dict[str, int]:
+    """Return the number of trained parameters of each network, without reading weights.
 
     Raises:
-        UserError: the model is not there any more.
+        UserError: the model is gone.
     """
     from trainer.config import load_config
     from trainer.models.load import describe
@@ -150,14 +145,14 @@ def read_curves(run: Path) -> dict[str, Curve]:
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """Return the folder of a run's last checkpoint, else its single file; None where there is neither."""
+    """Return the folder of a run's last checkpoint, else its single file, else None."""
     from trainer.checkpoints.listing import checkpoints, single_files
 
     return next(iter([*checkpoints(run), *single_files(run / "ckpts", run.name)]), None)
 
 
 def _size(run: Path, checkpoint: Path) -> int:
-    """Return the bytes of a checkpoint, its single file included, and without the state for resuming."""
+    """Return the bytes of a checkpoint with its single file, without its resume state."""
     from trainer.checkpoints.listing import single_files
 
     files = [
@@ -171,12 +166,12 @@ def _size(run: Path, checkpoint: Path) -> int:
     )
 
 
-def _state_bytes(checkpoint: Path, learning: Mapping[str, int]) -> float | None:
-    """Return the bytes of optimizer state in a checkpoint for each parameter that learns."""
+def _state_bytes(checkpoint: Path, trained: Mapping[str, int]) -> float | None:
+    """Return the bytes of optimizer state in a checkpoint for each trained parameter."""
     from trainer.models.tensor_file import TensorFile
 
     path = checkpoint / "resume" / "training.safetensors"
-    if not path.is_file() or not sum(learning.values()):
+    if not path.is_file() or not sum(trained.values()):
         return None
     header = TensorFile(path)
     sizes = [
@@ -184,11 +179,11 @@ def _state_bytes(checkpoint: Path, learning: Mapping[str, int]) -> float | None:
         for name, tensor in header.items()
         if name.startswith("state.optimizers.")
     ]
-    return sum(sizes) / sum(learning.values())
+    return sum(sizes) / sum(trained.values())
 
 
 def settings_of(run: Planned) -> str:
-    """Return what a report says of a run's data and length, as JSON would have it."""
+    """Return the keys of a run's data and length with their values, as in JSON."""
     keys = (
         "resume_ckpt",
         "data_root",

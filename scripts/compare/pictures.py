@@ -1,20 +1,32 @@
-"""The same prompts with the base and with every last checkpoint."""
+"""Samples of the base and of every last checkpoint, for the same prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from scripts.compare.drift import Tone, tone
 from scripts.compare.measures import Compared
-from scripts.compare.report import Drawn
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from scripts.grids.draw import Cell, Grid
     from trainer.evaluation.options import SamplePrompts
+
+
+class Drawn(NamedTuple):
+    """The samples of a comparison."""
+
+    grid: Grid
+    """The base and the last checkpoint of every file, first seed."""
+
+    base: Tone
+    """Of the unrelated prompts before training."""
+
+    unrelated: str
+    """The unrelated prompts, in words."""
 
 
 def draw_pictures(
@@ -27,17 +39,16 @@ def draw_pictures(
     resolution: int,
     say: Callable[[str], None],
 ) -> tuple[list[Compared], Drawn | None]:
-    """Draw with all checkpoints; return the files with the tones of their pictures, and the rest.
+    """Draw samples with all checkpoints; return the files with their tones, and the grid.
 
     Args:
-        files: what is compared.
-        shown: the prompts of the grid, which has a column for the first run of each file that came to its
-        end.
+        files: the files.
+        shown: the prompts of the grid, with a column for each file's first finished run.
         unrelated: the prompts whose drift is measured, with every run.
-        words: which prompts those are.
-        base: the model that all runs began from.
+        words: `unrelated` in words.
+        base: the model that all runs started from.
         resolution: the training's.
-        say: is told of each model.
+        say: takes a line for each model.
     """
     from scripts.grids.columns import Column, checkpoint_column
     from scripts.grids.draw import draw
@@ -60,7 +71,7 @@ def draw_pictures(
     firsts = [owners.index(owner) for owner in dict.fromkeys(owners)]
 
     def drawn(these: Sequence[Column], prompts: SamplePrompts) -> Grid:
-        # One guidance scale: the first of the file, which is how people use the model.
+        # The file's first guidance scale alone: people use the model with one.
         return draw(
             these, prompts, cfgs=prompts.cfgs[:1], resolution=prompts.resolution or resolution, say=say
         )

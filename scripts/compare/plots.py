@@ -24,17 +24,17 @@ COLOURS = (
     "#0b8a9c",
     "#5b8c00",
 )
-"""Of the files in their order, from the eleventh on again: each has a contrast of at least 3 on white."""
+"""Of the files in their order, cycled: each has a contrast of at least 3 on white."""
 
 _DASHES = ("-", (0, (4, 2)), (0, (6, 1.5, 1.5, 1.5)))
-"""In turn, so that of lines that lie on each other all colours show."""
+"""Cycled, so that lines that coincide all show."""
 
 _WINDOW = 5
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture of curves, and what has to be known to read it."""
+    """A picture of curves, and the words that explain it."""
 
     name: str
     title: str
@@ -42,7 +42,7 @@ class Plot:
 
 
 def draw_plots(files: Sequence[Compared], folder: Path) -> list[Plot]:
-    """Write the plots as PNG into `folder`, those that have something to show."""
+    """Write the plots that have data as PNG into `folder`."""
     seeds = max(len(file.runs) for file in files)
     mean = " Each line is a mean over seeds." if seeds > 1 else ""
     band = " Line: mean over seeds; band: lowest to highest." if seeds > 1 else ""
@@ -65,34 +65,31 @@ def draw_plots(files: Sequence[Compared], folder: Path) -> list[Plot]:
     add(
         "loss",
         "Training loss",
-        "Faint: the mean loss of the steps between two reports, as logged. Strong: "
-        f"the mean of the last {_WINDOW} such values, of fewer "
-        "at the beginning. Timesteps and noise differ from step to step but are the same in every run, "
-        "so distances between lines say more "
-        "than the bumps that they share.",
+        f"Faint: the mean loss between two reports, as logged. Strong: the mean of the last {_WINDOW} such "
+        "values. Timesteps and noise differ from step to step but are the same in every run: compare the "
+        "distances between lines, not the bumps that they share.",
         [("", LOSS)],
         log=False,
         smooth=True,
     )
     add(
         "fixed",
-        "Fixed-noise loss, and loss of images held out",
-        "The same images, noise and timesteps at every measurement; each point is a measurement, "
-        "nothing is smoothed.",
-        [("training images (fixed-noise loss)", FIXED), ("images held out (validation)", VALIDATION)],
+        "Fixed-noise loss and validation loss",
+        "The same images, noise and timesteps at every measurement; nothing is smoothed.",
+        [("training images (fixed-noise loss)", FIXED), ("validation images", VALIDATION)],
         log=False,
     )
     add(
         "rates",
-        "The rate that acts",
-        "What the optimizer multiplies its steps by, D-Adaptation's d included. Logarithmic.",
+        "Effective learning rate",
+        "With the schedule's factor, and for D-Adaptation with d. Logarithmic.",
         [(network, RATE + network) for network in networks_of(files, RATE)],
         log=True,
     )
     add(
         "d",
-        "d, as D-Adaptation has found it",
-        "Files with a rate chosen by hand have no d. Logarithmic.",
+        "D-Adaptation's d",
+        "Files with a fixed rate have no d. Logarithmic.",
         [(network, D + network) for network in networks_of(files, D)],
         log=True,
     )
@@ -100,7 +97,7 @@ def draw_plots(files: Sequence[Compared], folder: Path) -> list[Plot]:
 
 
 def colour(number: int) -> str:
-    """Return the colour of the file of that number."""
+    """Return a file's colour by its number."""
     return COLOURS[number % len(COLOURS)]
 
 
@@ -148,7 +145,7 @@ def _label_ends(axis: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     """Write each line's name beside its end, moved up or down where names would cover each other."""
     figure = axis.get_figure(root=True)
     assert figure is not None
-    figure.draw_without_rendering()  # so that data coordinates are known
+    figure.draw_without_rendering()  # data coordinates are known only afterwards
     height = axis.get_window_extent().height
     to_share = [
         float(axis.transAxes.inverted().transform(axis.transData.transform((0, value)))[1])
@@ -162,7 +159,7 @@ def _label_ends(axis: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
         placed[place] = lowest = max(min(max(to_share[place], 0.0), 1.0), lowest)
         lowest += least
     highest = 1.0
-    for place in reversed(order):  # what was pushed out at the top comes down again
+    for place in reversed(order):  # names pushed out at the top come down again
         placed[place] = min(placed[place], highest)
         highest = placed[place] - least
     for place, (_, label, ink) in enumerate(ends):

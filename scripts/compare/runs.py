@@ -1,4 +1,4 @@
-"""Train once for every optimizer file and seed; what is finished already is left as it is."""
+"""The runs of a comparison: one for every optimizer file and seed, each trained once."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from scripts.processes import started, train_into
 from trainer.errors import UserError
 
 DONE = "done.json"
-"""Beside a run's folder: how the run ended. While it is missing, the run is not finished."""
+"""The file beside a run's folder that records how the run ended; missing until then."""
 
 _PEAK = ".peak"
 _OWN = ("config", "optimizer_config", "seed", "logdir", "project_name", "resume_ckpt")
-"""train.py's keys that the comparison sets itself. A model to start from is named in train.json."""
+"""train.py's keys that the comparison sets itself; train.json names the model to start from."""
 _PLACES = ("logdir", "cache_dir", "save_ckpt_dir")
-"""Keys that say where things are, and nothing about the run."""
+"""Keys of places, which do not tell runs apart."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Planned:
     """One run of a comparison."""
 
     label: str
-    """Of the optimizer file, as the report shows it."""
+    """The optimizer file's name in the report."""
 
     optimizer: Path
     seed: int
@@ -41,40 +41,38 @@ class Planned:
     """train.py's."""
 
     config: dict[str, Any]
-    """Every key of both files with its value, but for those that say where things are."""
+    """Every key of both files but places, with its value."""
 
     @property
     def output(self) -> Path:
-        """The file with what the run printed."""
+        """The file with the run's output."""
         return self.logdir / "output.txt"
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that has come to its end."""
+    """A run that has ended."""
 
     planned: Planned
     folder: Path | None
-    """The run's folder, with its events; None where there was none yet when it failed."""
+    """The run's folder, with its events; None if the run failed before making one."""
 
     code: int
-    """train.py's exit code: 0, or 1 where it could not go on."""
+    """train.py's exit code: 0, or 1 if it failed."""
 
     peak: int | None
-    """The most bytes that its process has held; None where the system does not say, or the run was made in several parts."""
+    """Peak bytes of its process; None if the system does not report them, or the run was resumed."""
 
     parts: int
-    """In how many parts it was made."""
+    """Processes that trained it, one after the other."""
 
     @property
     def reason(self) -> str:
-        """Why it failed, in the run's own words."""
+        """The last line of a failed run's output."""
+        if not self.code:
+            return ""
         lines = self.planned.output.read_text(encoding="utf-8", errors="replace").splitlines()
-        return (
-            next((line for line in reversed(lines) if line.strip()), f"exit code {self.code}")
-            if self.code
-            else ""
-        )
+        return next((line for line in reversed(lines) if line.strip()), f"exit code {self.code}")
 
 
 def plan_runs(
@@ -90,84 +88,74 @@ def plan_runs(
         changes: further arguments of train.py, the same for all.
 
     Raises:
-        UserError: a file has mistakes, or a file or argument is of no use here.
+        UserError: a file has mistakes, or a file or argument cannot be compared.
     """
-    from trainer.config import flattened, load_config
-
-    taken = [
-        word
-        for word in changes
-        if word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") in _OWN
-    ]
-    if taken:
-        raise UserError(
-            f"{taken[0]}: the comparison sets this itself; name files after --config, seeds after --seeds, "
-            "a folder with --out."
-        )
-    doubled = [
-        path
-        for number, path in enumerate(optimizers)
-        if path.resolve() in [other.resolve() for other in optimizers[:number]]
-    ]
-    if doubled:
-        raise UserError(f"--config: {doubled[0]} is named twice; name each optimizer file once.")
+    _check_arguments(optimizers, changes)
     problems: list[str] = []
     planned = []
     for seed in seeds or (None,):
         for label, optimizer in zip(labels(optimizers), optimizers, strict=True):
-            arguments = [
-                "--config",
-                str(train),
-                "--optimizer_config",
-                str(optimizer.resolve()),
-                *changes,
-                "--project_name",
-                "run",
-            ]
-            arguments += [] if seed is None else ["--seed", str(seed)]
+            arguments = ["--config", str(train), "--optimizer_config", str(optimizer.resolve()), *changes]
+            arguments += ["--project_name", "run", *([] if seed is None else ["--seed", str(seed)])]
             try:
-                config = load_config(arguments).config
+                planned.append(_plan(label, optimizer, out, arguments))
             except UserError as error:
                 problems += [problem for problem in error.problems if problem not in problems]
-                continue
-            if config.loop.seed == -1:
-                raise UserError(
-                    "seed: -1 draws another seed for each run, which cannot be compared; "
-                    "name one or more with --seeds."
-                )
-            if config.loop.stop_after_steps is not None or config.loop.max_train_time is not None:
-                raise UserError(
-                    "stop_after_steps, max_train_time: the runs would end at different places; "
-                    "shorten them by max_epochs."
-                )
-            model = Path(config.model.resume_ckpt)
-            if model.name == "findlast" or (model / "ckpts").is_dir() or (model / "resume").is_dir():
-                raise UserError(
-                    f"resume_ckpt: {config.model.resume_ckpt} belongs to a run; "
-                    "every run of a comparison starts from a model."
-                )
-            logdir = out / "runs" / label / f"seed-{config.loop.seed}"
-            known = {key: value for key, value in flattened(config).items() if key not in _PLACES}
-            # Latents and hashes of contents are the same for all.
-            shared = [
-                *arguments,
-                "--logdir",
-                str(logdir),
-                "--cache_dir",
-                str(config.cache.cache_dir or out / "cache"),
-            ]
-            planned.append(
-                Planned(
-                    label, optimizer, config.loop.seed, logdir, tuple(shared), json.loads(json.dumps(known))
-                )
-            )
     if problems:
         raise UserError(problems)
     return planned
 
 
+def _check_arguments(optimizers: Sequence[Path], changes: Sequence[str]) -> None:
+    """Raise UserError for a key that the comparison sets itself, or an optimizer file named twice."""
+    for word in changes:
+        if word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") in _OWN:
+            raise UserError(
+                f"{word}: the comparison sets this itself; name files after --config, seeds after --seeds, "
+                "a folder with --out."
+            )
+    seen: set[Path] = set()
+    for path in optimizers:
+        if path.resolve() in seen:
+            raise UserError(f"--config: {path} is named twice; name each optimizer file once.")
+        seen.add(path.resolve())
+
+
+def _plan(label: str, optimizer: Path, out: Path, arguments: list[str]) -> Planned:
+    """Return one run.
+
+    Raises:
+        UserError: its configuration has mistakes, or cannot be compared.
+    """
+    from trainer.config import flattened, load_config
+
+    config = load_config(arguments).config
+    if config.loop.seed == -1:
+        raise UserError(
+            "seed: -1 draws another seed for each run, which cannot be compared; "
+            "name one or more with --seeds."
+        )
+    if config.loop.stop_after_steps is not None or config.loop.max_train_time is not None:
+        raise UserError(
+            "stop_after_steps, max_train_time: the runs would end at different steps; "
+            "shorten them by max_epochs."
+        )
+    model = Path(config.model.resume_ckpt)
+    if model.name == "findlast" or (model / "ckpts").is_dir() or (model / "resume").is_dir():
+        raise UserError(
+            f"resume_ckpt: {config.model.resume_ckpt} belongs to a run; "
+            "every run of a comparison starts from a model."
+        )
+    logdir = out / "runs" / label / f"seed-{config.loop.seed}"
+    known = {key: value for key, value in flattened(config).items() if key not in _PLACES}
+    # Latents and hashes of contents are the same for all, so the runs share one cache.
+    cache = str(config.cache.cache_dir or out / "cache")
+    shared = (*arguments, "--logdir", str(logdir), "--cache_dir", cache)
+    return Planned(label, optimizer, config.loop.seed, logdir, shared, json.loads(json.dumps(known)))
+
+
 def labels(files: Sequence[Path]) -> list[str]:
-    """Return a name for each file: its own without the ending, after its folder's where two are equal."""
+    """Return a name for each file: its stem, after its folder's name where stems are equal."""
     stems = [path.stem for path in files]
     names = [
         stem if stems.count(stem) == 1 else f"{path.resolve().parent.name} {stem}"
@@ -177,15 +165,15 @@ def labels(files: Sequence[Path]) -> list[str]:
 
 
 def finish(runs: Sequence[Planned], say: Callable[[str], None]) -> list[Finished]:
-    """Train what is not finished, one run after the other, and return all runs.
+    """Train the runs that are not finished, one after the other, and return all runs.
 
-    A run that was broken off goes on from its newest checkpoint, or from the beginning where it has none.
+    An interrupted run resumes from its newest checkpoint, or starts anew if it has none.
 
     Raises:
-        UserError: the folder holds runs of another comparison, or a run cannot begin.
+        UserError: the folder holds runs of another comparison, or a run cannot start.
         KeyboardInterrupt: a run was interrupted.
     """
-    before = [finished(run) for run in runs]  # another comparison's runs are found before hours are spent
+    before = [finished(run) for run in runs]  # fails on another comparison's runs before hours are spent
     done = []
     for number, (run, end) in enumerate(zip(runs, before, strict=True), start=1):
         if end is None:
@@ -202,10 +190,10 @@ def finish(runs: Sequence[Planned], say: Callable[[str], None]) -> list[Finished
 
 
 def finished(run: Planned) -> Finished | None:
-    """Return the end of a run, or None where it has yet to come.
+    """Return the end of a run, or None before it.
 
     Raises:
-        UserError: the run that is there is another one.
+        UserError: the run in the folder has another configuration.
     """
     try:
         record = json.loads((run.logdir / DONE).read_text(encoding="utf-8"))
@@ -220,18 +208,17 @@ def finished(run: Planned) -> Finished | None:
         key = min(different)
         raise UserError(
             f"{run.logdir}: the run there is another one: {key} was {record['config'].get(key)} and is "
-            f"{run.config.get(key)} now; name "
-            "another folder with --out, or delete this one."
+            f"{run.config.get(key)} now; name another folder with --out, or delete this one."
         )
     folder = run.logdir / record["folder"] if record["folder"] else None
     return Finished(run, folder, record["code"], record["peak"], record["parts"])
 
 
 def train(run: Planned) -> Finished:
-    """Make one run, or what is left of it.
+    """Start or resume one run, and train it to its end.
 
     Raises:
-        UserError: it cannot begin.
+        UserError: it cannot start, or its process was killed.
         KeyboardInterrupt: it was interrupted.
     """
     from trainer.checkpoints.listing import find_last
@@ -250,15 +237,14 @@ def train(run: Planned) -> Finished:
     if code not in (0, 1):
         with run.output.open(encoding="utf-8", errors="replace") as file:
             file.seek(written)
-            said = [line for line in file.read().splitlines() if line.strip()]
+            lines = [line for line in file.read().splitlines() if line.strip()]
         if code == 2:
-            raise UserError([f"{run.label}, seed {run.seed}: the run could not begin.", *said[-5:]])
+            raise UserError([f"{run.label}, seed {run.seed}: the run could not start.", *lines[-5:]])
         if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             raise KeyboardInterrupt
         raise UserError(
-            f"{run.label}, seed {run.seed}: the run's process ended with code {code}, "
-            "as one does that is killed, perhaps for memory; see "
-            f"{run.output}. The same command goes on.",
+            f"{run.label}, seed {run.seed}: the run's process ended with code {code}, as after a kill, "
+            f"perhaps for lack of memory; see {run.output}. The same command resumes.",
             exit_code=1,
         )
     names = sorted(path.name for path in run.logdir.glob("run-*"))
@@ -278,14 +264,14 @@ def train(run: Planned) -> Finished:
 
 
 def join(child: BaseProcess) -> None:
-    """Wait for a run; where this process is to end before, let the run save a checkpoint, from which it goes on.
+    """Wait for a run; if this process is asked to end, wait until the run has saved a checkpoint.
 
     Raises:
-        KeyboardInterrupt: this process is to end.
+        KeyboardInterrupt: this process was asked to end.
     """
 
     def stop(*_: object) -> None:
-        child.terminate()  # Ctrl-C in a terminal reaches the run by itself, and twice would not let it save
+        child.terminate()  # not after Ctrl-C, which reaches the run itself: two signals prevent saving
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
@@ -299,7 +285,7 @@ def join(child: BaseProcess) -> None:
 
 
 def measured_train(arguments: list[str], output: str) -> None:
-    """Be train.py, and leave the most memory that the process has held beside its output."""
+    """Run train.py, write the peak memory of the process beside its output, and end the process."""
     code = train_into(arguments, output)
     if sys.platform != "win32":
         import resource

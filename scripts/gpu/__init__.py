@@ -1,1 +1,1 @@
-"""The steps of the GPU report, and how they are run and written down."""
+"""The GPU report: its steps, the processes that run them, and its pages."""

@@ -1,4 +1,4 @@
-"""Whether a GPU computes what the CPU does: the tests that need one, and D-Adaptation's steps against eager ones on the CPU."""
+"""Correctness on the device: the GPU tests, and D-Adaptation's steps against eager ones on the CPU."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ ROOT = Path(__file__).resolve().parents[2]
 D0 = 1e-6
 COMPARED = ("dadapt_adam", "dadapt_adam8bit", "dadapt_adam8bit+fused")
 SHAPES = ((1280, 1280, 3, 3), (2560, 1280), (320, 768), (320,), (77, 3))
-"""Of the compared tensors, the first channels last: 18 million elements, so that steps are compiled where they would be for a network."""
+"""Of the compared tensors, the first in channels_last: 18 million elements, enough to be compiled."""
 
 
 def gpu_tests(job: Job, tell: Callable[[Result], None]) -> None:
-    """Run the tests that need a GPU; on the CPU they are only collected."""
+    """Run the GPU tests; on the CPU, collect them."""
     import pytest
 
     os.chdir(ROOT)
@@ -36,7 +36,7 @@ def gpu_tests(job: Job, tell: Callable[[Result], None]) -> None:
 
 
 class _Outcomes:
-    """A pytest plugin that counts outcomes and hands over the name of every failure."""
+    """A pytest plugin that counts outcomes and reports every failure."""
 
     def __init__(self, tell: Callable[[Result], None]) -> None:
         self.counts: Counter[str] = Counter()
@@ -60,15 +60,14 @@ class _Outcomes:
 
 
 def agreement(job: Job, tell: Callable[[Result], None]) -> None:
-    """Take the same steps on the device and, eagerly, on the CPU; tell how far d and the weights' way from their start differ."""
+    """Take the same steps on the device and eagerly on the CPU; report the differences of d and weights."""
     shapes = [tuple(min(side, 16) for side in shape) for shape in SHAPES] if job.tiny else SHAPES
     steps = 2 if job.tiny else 4
     for name in COMPARED:
         generator = torch.Generator().manual_seed(0)
         start = [0.02 * torch.randn(shape, generator=generator) for shape in shapes]
-        ways = [
-            torch.randn(shape, generator=generator) for shape in shapes
-        ]  # that all gradients share, so that d grows
+        # Gradients share a direction, so d grows.
+        ways = [torch.randn(shape, generator=generator) for shape in shapes]
         gradients = [
             [1e-3 * (way + 0.1 * torch.randn(way.shape, generator=generator)) for way in ways]
             for _ in range(steps)
@@ -92,7 +91,7 @@ def agreement(job: Job, tell: Callable[[Result], None]) -> None:
 def _stepped(
     name: str, device: str, start: list[torch.Tensor], gradients: list[list[torch.Tensor]], *, eager: bool
 ) -> tuple[list[torch.Tensor], float]:
-    """Return the weights, on the CPU, and d after one step for each set of gradients."""
+    """Return the weights, on the CPU, and d after a step for each set of gradients."""
     weights = [torch.nn.Parameter(_placed(tensor, device)) for tensor in start]
     kind, _, fused = name.partition("+")
     optimizer: Any = optimizer_options(kind, fused=bool(fused)).build(weights, 1.0)

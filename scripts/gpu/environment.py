@@ -1,4 +1,4 @@
-"""What the report was measured on."""
+"""The machine of the report."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ PACKAGES = (
 
 
 def environment(job: Job, tell: Callable[[Result], None]) -> None:
-    """Return the device, versions and compiler, then measured speeds of copying and of matrix products."""
+    """Report device, versions and compiler, then measured speeds of copies and matrix products."""
     tell({"kind": "machine", **machine(job.device)})
     tell({"kind": "speed", **speed(job)})
 
 
 def machine(device: str) -> Result:
-    """Return what the machine is, and how installed versions differ from the pinned ones."""
+    """Return the machine's device and versions, and the versions that differ from the pinned ones."""
     versions = {name: known for name in PACKAGES if (known := _version(name))}
     found: Result = {
         "python": platform.python_version(),
@@ -59,7 +59,7 @@ def machine(device: str) -> Result:
 
 
 def speed(job: Job) -> Result:
-    """Return GB/s of a copy, bytes read and written counted, and TFLOPS of a product of square matrices."""
+    """Return GB/s of a copy (bytes read and written) and TFLOPS of a product of square matrices."""
     numel, side = (1 << 20, 256) if job.tiny else (1 << 28, 8192)
     source = torch.zeros(numel, device=job.device)
     target = torch.empty_like(source)
@@ -93,7 +93,7 @@ def _version(name: str) -> str | None:
 
 
 def _differences(versions: dict[str, str]) -> list[str]:
-    """Return the packages whose version is not the one that requirements.txt names."""
+    """Return the packages whose version differs from that in requirements.txt."""
     text = (Path(__file__).resolve().parents[2] / "requirements.txt").read_text(encoding="utf-8")
     pinned = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", text, re.MULTILINE))
     return [

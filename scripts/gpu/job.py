@@ -1,4 +1,4 @@
-"""What a step of the report is given, and how it hands over results."""
+"""The job of a step of the report, and the form of its results."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from pathlib import Path
 from typing import Any, Protocol
 
 Result = dict[str, Any]
-"""One measurement, as JSON can hold it."""
+"""One measurement, in JSON's types."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A step to take."""
+    """A step to run."""
 
     name: str
     device: str
     """cuda or cpu."""
     tiny: bool
-    """Whether the bundled model stands for the full-size one, and everything is made short: to test the report, not to measure."""
+    """Use the bundled model and few steps: tests the report, measures nothing."""
     folder: Path
-    """For files of the step's own."""
+    """The step's own folder."""
     argument: str = ""
-    """What distinguishes steps of one kind: an optimizer."""
+    """The optimizer, in steps of one kind."""
 
 
 class Step(Protocol):
-    """Measures something."""
+    """A step of the report."""
 
     def __call__(self, job: Job, tell: Callable[[Result], None]) -> None:
-        """Measure, and hand over every result as soon as there is one."""
+        """Measure, and pass every result to `tell` at once."""
         ...

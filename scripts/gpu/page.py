@@ -1,25 +1,24 @@
-"""The report as a page of Markdown, its tables as docs/evidence.md has them."""
+"""The report as Markdown, with tables for docs/evidence.md."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-BASE = "adamw8bit"
+from scripts.gpu.figures import Result, epoch_seconds, ratios, results, training_rows
+
 POST_TIME, POST_MEMORY = 1.37, 24 / 14
-"""Epoch time and memory of D-Adaptation relative to AdamW8bit in the first published comparison on Stable Diffusion."""
+"""Time and memory of D-Adaptation to AdamW8bit in the first published comparison on Stable Diffusion."""
 GIB = 2**30
-Result = dict[str, Any]
 
 
 def page(report: dict[str, Any]) -> str:
-    """Return the page of what has been found so far."""
+    """Return the page of the results so far."""
     steps: dict[str, dict[str, Any]] = report["steps"]
     lines = [f"# GPU report, {report['date']}", ""]
     if report["tiny"]:
         lines += [
-            "Made with the bundled model to try the report out: **its numbers say nothing about a GPU.**",
+            "Made with the bundled model to test the report: **its numbers say nothing about a GPU.**",
             "",
         ]
     lines += [*_summary(steps), ""]
@@ -27,85 +26,13 @@ def page(report: dict[str, Any]) -> str:
     return "\n".join([*lines, *(line for part in parts for line in part(steps)), *_course(steps), ""])
 
 
-def training_rows(steps: dict[str, dict[str, Any]]) -> list[Result]:
-    """Return the measured training steps of every optimizer, each with its name and what is known of the optimizer at all batches."""
-    rows: list[Result] = []
-    estimates = {
-        (found["optimizer"], found["images"]): found["bytes"]
-        for found in results(steps.get("estimates"), "estimate")
-    }
-    speeds = results(steps.get("environment"), "speed")
-    for name, step in steps.items():
-        kind, _, optimizer = name.partition(" ")
-        if kind not in ("training", "largest"):
-            continue
-        shared: Result = {"name": optimizer}
-        for found in [found for kind in ("built", "launches", "waits") for found in results(step, kind)]:
-            shared |= {key: value for key, value in found.items() if key not in ("kind", "images", "seconds")}
-        for found in results(step, "steps"):
-            row = {**shared, **found, "estimated": estimates.get((optimizer, found["images"]))}
-            if speeds:
-                row["floor"] = floor(row, speeds[0]["copy"])
-            rows.append(row)
-    return rows
-
-
-def floor(row: Result, copy: float) -> float | None:
-    """Return the milliseconds that an optimizer's step takes at the least, in memory traffic at the measured speed of copying.
-
-    Gradients are read once, weights and state read and written once. None for updates inside the backward
-    pass.
-    """
-    if "fused" in row["name"]:
-        return None
-    return (12 * row["trained"] + 2 * row["state"]) / copy / 1e6
-
-
-def results(step: dict[str, Any] | None, kind: str) -> list[Result]:
-    """Return a step's results of one kind."""
-    return [] if step is None else [found for found in step["results"] if found["kind"] == kind]
-
-
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Return a Markdown table, its first column aligned to the left, the others to the right; nothing without rows."""
+    """Return a Markdown table, first column left-aligned, others right-aligned; nothing without rows."""
     cells = [[_cell(value) for value in row] for row in rows]
     if not cells:
         return []
     lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *cells]
     return [*("| " + " | ".join(line) + " |" for line in lines), ""]
-
-
-def ratios(steps: dict[str, dict[str, Any]]) -> list[tuple[str, float, float | None]]:
-    """Return what D-Adaptation takes relative to AdamW8bit: a label, time, and memory where it was measured."""
-    found: list[tuple[str, float, float | None]] = []
-    epochs = epoch_seconds(steps)
-    found += [
-        (f"{name}, whole epochs", seconds / epochs[BASE], None)
-        for name, seconds in epochs.items()
-        if BASE in epochs and name != BASE
-    ]
-    rows = training_rows(steps)
-    base = {row["images"]: row for row in rows if row["name"] == BASE}
-    for row in rows:
-        other = base.get(row["images"])
-        if other is not None and row["name"].startswith("dadapt"):
-            memory = (
-                row["allocated"] / other["allocated"] if "allocated" in row and "allocated" in other else None
-            )
-            found.append(
-                (f"{row['name']}, steps of batch {row['images']}", row["whole"] / other["whole"], memory)
-            )
-    return found
-
-
-def epoch_seconds(steps: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Return the median time of an epoch by optimizer."""
-    found = {}
-    for name, step in steps.items():
-        seconds = [epoch["seconds"] for epoch in results(step, "epoch") if epoch["counted"]]
-        if seconds:
-            found[name.partition(" ")[2]] = statistics.median(seconds)
-    return found
 
 
 def _summary(steps: dict[str, dict[str, Any]]) -> list[str]:
@@ -146,7 +73,7 @@ def _correctness(steps: dict[str, dict[str, Any]]) -> list[str]:
             "steps",
             "d grew",
             "d, relative difference",
-            "weights, relative to their way",
+            "weights, relative to their change",
         ),
         (
             (
@@ -160,7 +87,7 @@ def _correctness(steps: dict[str, dict[str, Any]]) -> list[str]:
         ),
     )
     lines += table(
-        ("compared with an unbroken run, bit by bit", "tensors", "that differ", "largest difference"),
+        ("compared with an unbroken run", "tensors", "that differ in a bit", "largest difference"),
         (
             (found["what"], found["tensors"], found["differing"], _small(found["largest"]))
             for found in results(steps.get("resumed"), "equality")
@@ -208,21 +135,24 @@ def _epochs(steps: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _training(steps: dict[str, dict[str, Any]]) -> list[str]:
-    rows = training_rows(steps)
-    header = (
-        "optimizer",
-        "batch",
-        "images/s",
-        "step ms",
-        "forward",
-        "backward",
-        "optimizer",
-        "floor",
-        "host",
-        "first s",
+    title = (
+        "## Training steps: Stable Diffusion 1.5, UNet and text encoder, 512 px, 16-bit autocast, "
+        "gradient checkpointing, cached latents"
     )
+    legend = (
+        "Milliseconds, medians. `backward` includes the updates of an optimizer that steps inside it. "
+        "`floor`: the optimizer's memory traffic at the measured copy speed. `host`: until all work was "
+        "launched; if it equals the step, the CPU is the limit. `beside`: memory beyond torch's allocator."
+    )
+    rows = training_rows(steps)
+    tables = [*_times(rows), *_memory(rows), *_launches(rows)]
+    return [title, "", *([legend, "", *tables] if rows else ["not measured yet", ""])]
+
+
+def _times(rows: Sequence[Result]) -> list[str]:
     parts = ("whole", "forward", "backward", "optimizer", "floor", "host", "first")
-    times = table(
+    header = ("optimizer", "batch", "images/s", "step ms", *parts[1:6], "first s")
+    return table(
         header,
         (
             (
@@ -234,52 +164,35 @@ def _training(steps: dict[str, dict[str, Any]]) -> list[str]:
             for row in rows
         ),
     )
-    header = (
-        "optimizer",
-        "batch",
-        "allocated GiB",
-        "reserved",
-        "estimated",
-        "estimated / allocated",
-        "beside",
-        "state B/weight",
-    )
-    memory = table(header, ((row["name"], row["images"], *_memory(row)) for row in rows))
-    launches = table(
+
+
+def _memory(rows: Sequence[Result]) -> list[str]:
+    header = ("allocated GiB", "reserved", "estimated", "estimated / allocated", "beside", "state B/weight")
+    lines = []
+    for row in rows:
+        allocated, reserved, estimated, beside = (
+            row[key] / GIB if row.get(key) is not None else None
+            for key in ("allocated", "reserved", "estimated", "beside")
+        )
+        ratio = estimated / allocated if allocated and estimated else None
+        state = row["state"] / row["trained"]
+        lines.append((row["name"], row["images"], allocated, reserved, estimated, ratio, beside, state))
+    return table(("optimizer", "batch", *header), lines)
+
+
+def _launches(rows: Sequence[Result]) -> list[str]:
+    keys = ("launches", "busy", "cpu", "count")
+    measured = {row["name"]: row for row in rows if "launches" in row}
+    return table(
         ("optimizer", "launches a step", "GPU busy ms", "CPU ms", "waits for the GPU", "in lines"),
         (
-            (
-                name,
-                *(row.get(key) for key in ("launches", "busy", "cpu", "count")),
-                ", ".join(row.get("where", ())),
-            )
-            for name, row in {row["name"]: row for row in rows if "launches" in row}.items()
+            (name, *(row.get(key) for key in keys), ", ".join(row.get("where", ())))
+            for name, row in measured.items()
         ),
     )
-    title = (
-        "## Training steps: Stable Diffusion 1.5, UNet and text encoder, 512 px, 16-bit autocast, "
-        "gradient checkpointing, cached latents"
-    )
-    legend = (
-        "Milliseconds, medians. `backward` has the updates of an optimizer that steps inside it. `floor`: "
-        "the optimizer's memory traffic "
-        "at the measured speed of copying. `host`: until all work was handed to the GPU; "
-        "where it equals the step, the CPU is the "
-        "limit. `beside`: memory in use beyond torch's allocator."
-    )
-    return [title, "", *([legend, "", *times, *memory, *launches] if rows else ["not measured yet", ""])]
 
 
 _PARTS = ("whole", "forward", "backward", "optimizer", "host")
-
-
-def _memory(row: Result) -> tuple[object, ...]:
-    sizes = [
-        row[key] / GIB if row.get(key) is not None else None
-        for key in ("allocated", "reserved", "estimated", "beside")
-    ]
-    ratio = sizes[2] / sizes[0] if sizes[0] and sizes[2] else None
-    return (*sizes[:3], ratio, sizes[3], row["state"] / row["trained"])
 
 
 def _profile(steps: dict[str, dict[str, Any]]) -> list[str]:
@@ -305,8 +218,7 @@ def _profile(steps: dict[str, dict[str, Any]]) -> list[str]:
             f"### One traced step, {found['change']}",
             "",
             f"{found['wall']:.0f} ms with tracing, of which the GPU computes {found['busy']:.0f} ms "
-            f"({share:.0%}): "
-            f"{found['launches']} launches, {found['operators']} host operators.",
+            f"({share:.0%}): {found['launches']} launches, {found['operators']} host operators.",
             "",
         ]
         for title, key in (("kernel", "kernels"), ("host operator, own time", "host")):
@@ -314,7 +226,7 @@ def _profile(steps: dict[str, dict[str, Any]]) -> list[str]:
                 (f"`{entry['name'][:90]}`", entry["milliseconds"], entry["count"]) for entry in found[key]
             )
             lines += table((title, "ms", "calls"), rows)
-    return ["## Where the time of an AdamW8bit step goes", "", *lines] if lines else []
+    return ["## Profile of an AdamW8bit step", "", *lines] if lines else []
 
 
 def _runs(steps: dict[str, dict[str, Any]]) -> list[str]:

@@ -1,20 +1,21 @@
-"""One picture of the report: time and memory of each optimizer, as bars relative to AdamW8bit."""
+"""The report's picture: time and memory of each optimizer, with ratios to AdamW8bit."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from scripts.gpu.page import BASE, GIB, training_rows
+from scripts.gpu.figures import BASE, training_rows
+from scripts.gpu.page import GIB
 
 IMAGES = 4
-"""Batch size of the bars, where it was measured."""
+"""Batch size of the bars, if it was measured."""
 COLOURS = {BASE: "#9aa0a6", "dadapt_adam_reference": "#d98c5f"}
 OURS = "#3f7fbf"
 
 
 def draw(report: dict[str, Any], path: Path) -> bool:
-    """Draw the picture, if at least one optimizer's steps were measured and matplotlib is installed; return whether it was drawn."""
+    """Draw the picture; return False if nothing was measured or matplotlib is missing."""
     try:
         import matplotlib as mpl
     except ImportError:
@@ -53,14 +54,14 @@ def draw(report: dict[str, Any], path: Path) -> bool:
         ),
         None,
     )
-    model = "bundled model, to try the report out" if report["tiny"] else "Stable Diffusion 1.5, 512 px"
+    model = "bundled model, a test of the report" if report["tiny"] else "Stable Diffusion 1.5, 512 px"
     figure.suptitle(f"{model}, batch {images}, {gpu or 'CPU'}, {report['date']}")
     figure.savefig(path, dpi=110)
     return True
 
 
 def _labels(rows: list[dict[str, Any]], values: list[float], number: str) -> list[str]:
-    """Return a label for each bar: its value and, but for AdamW8bit itself, the ratio to AdamW8bit's."""
+    """Return a label for each bar: its value, and its ratio to AdamW8bit's."""
     base = next((value for row, value in zip(rows, values, strict=True) if row["name"] == BASE), None)
     ratios = [
         f"  ({value / base:.2f}x)" if base and row["name"] != BASE else ""

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: its parts, kernel launches, the share of time the GPU computes, kernels and host operators."""
+"""Profile of a training step: its parts, kernel launches, GPU time, kernels and host operators."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from scripts.full_size import Setting, Steps, Timing, without_checkpointing
 from scripts.gpu.job import Job, Result
 
 TOP = 15
-"""Kernels and operators that are listed."""
+"""Longest list of kernels or operators."""
 
 
 def setting_of(job: Job, optimizer: str, **changes: Any) -> Setting:
-    """Return the report's training step: 512 px, batch 4, 16-bit autocast, gradient checkpointing, cached latents."""
+    """Return the report's step: 512 px, batch 4, 16-bit autocast, gradient checkpointing, cached latents."""
     setting = Setting(optimizer=optimizer, device=job.device)
     if job.tiny:
         setting = replace(setting, resolution=64, images=2, bundled=True)
@@ -33,14 +33,9 @@ def setting_of(job: Job, optimizer: str, **changes: Any) -> Setting:
 def repeat(
     steps: Steps, images: int, *, warm: int, times: int, seconds: float = float("inf")
 ) -> dict[str, float]:
-    """Return the medians of some steps, in milliseconds, after some that are not counted.
+    """Return the medians of `times` steps, in milliseconds, after `warm` uncounted ones.
 
-    Args:
-        steps: the model.
-        images: of each step.
-        warm: steps that allocate and choose kernels.
-        times: steps to count.
-        seconds: stop counting after these, with at least one step counted.
+    After `seconds` no further step starts; at least one is counted.
     """
     inputs = steps.inputs(0, images)
     for _ in range(warm):
@@ -56,8 +51,8 @@ def repeat(
 
 
 def profile_step(job: Job, tell: Callable[[Result], None]) -> None:
-    """Time the AdamW8bit step as it is and with one thing changed at a time, then trace one step with and one without checkpointing."""
-    optimizer = "adamw" if job.tiny else "adamw8bit"  # which bitsandbytes steps slowly on a CPU
+    """Time the AdamW8bit step as configured and with one change each; trace it."""
+    optimizer = "adamw" if job.tiny else "adamw8bit"  # bitsandbytes is slow on a CPU
     setting = setting_of(job, optimizer)
     began = time.perf_counter()
     steps = Steps(setting)
@@ -95,7 +90,7 @@ def profile_step(job: Job, tell: Callable[[Result], None]) -> None:
     timed("cudnn.benchmark")
     torch.backends.cudnn.benchmark = before
     steps.networks.unet.to(memory_format=torch.contiguous_format)
-    # One input that is channels last suffices for convolutions to be computed so, whatever the weights are.
+    # One channels_last input makes torch convolve in that format, whatever the weights' format.
     steps.networks.unet.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     timed("not channels last")
     timed("neither channels last nor gradient checkpointing", without_checkpointing(steps))
@@ -117,7 +112,7 @@ def profile_step(job: Job, tell: Callable[[Result], None]) -> None:
 
 
 def traced(steps: Steps) -> Result:
-    """Trace one step, after one that was not traced."""
+    """Trace one step after an untraced one."""
     inputs = steps.inputs(0, steps.setting.images)
     steps.step(inputs)
     steps.wait()
@@ -133,7 +128,7 @@ def traced(steps: Steps) -> Result:
 
 
 def summary(events: Iterable[FunctionEvent]) -> Result:
-    """Return what a trace shows, in milliseconds: kernels by time, host operators by their own time, launches and GPU time."""
+    """Return a trace's kernels and host operators (by own time), launches and GPU time; milliseconds."""
     kernels, launches = list[FunctionEvent](), 0
     device_time: dict[str, float] = defaultdict(float)
     host_time: dict[str, float] = defaultdict(float)
@@ -157,7 +152,7 @@ def summary(events: Iterable[FunctionEvent]) -> Result:
 
 
 def busy(spans: Iterable[tuple[float, float]]) -> float:
-    """Return how long at least one of some spans of time lasts."""
+    """Return the length of the union of some spans of time."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))

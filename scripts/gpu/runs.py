@@ -1,4 +1,4 @@
-"""Whole runs of train.py on the bundled model: the first run against the CPU's, and a resumed run against an unbroken one."""
+"""Runs of the bundled model: the device's against the CPU's, a resumed against an unbroken one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COMPARED = {
 
 
 def first_run(job: Job, tell: Callable[[Result], None]) -> None:
-    """Train the bundled model as the README's first run does, on the device and on the CPU, and compare loss and d by step."""
+    """Train the README's first run on the device and on the CPU; compare loss and d by step."""
     steps, every = (2, 1) if job.tiny else (100, 20)
     arguments = ["--stop_after_steps", str(steps), "--log_step", str(every)]
     alone = job.device == "cpu"
@@ -49,7 +49,7 @@ def first_run(job: Job, tell: Callable[[Result], None]) -> None:
 
 
 def resumed(job: Job, tell: Callable[[Result], None]) -> None:
-    """Stop a run after half of its steps, resume it, and compare its weights and state with those of an unbroken run."""
+    """Stop a run after half of its steps, resume it, and compare weights and state with an unbroken run's."""
     half = 1 if job.tiny else 4
     whole = _train(job, "unbroken", "--stop_after_steps", str(2 * half))
     _train(job, "resumed", "--stop_after_steps", str(half))
@@ -71,7 +71,7 @@ def resumed(job: Job, tell: Callable[[Result], None]) -> None:
 
 
 def images_of(job: Job) -> Path:
-    """Return the folder of the example's images, in a tiny job of its first eight."""
+    """Return the folder of the example's images; of its first eight in a tiny job."""
     examples = ROOT / "examples" / "faces"
     if not job.tiny:
         return examples
@@ -83,7 +83,7 @@ def images_of(job: Job) -> Path:
 
 
 def _arguments(job: Job, name: str, *arguments: str) -> list[str]:
-    """Return the command line of a run that draws no samples and writes into a folder of its own."""
+    """Return the command line of a run without samples, with its own log folder."""
     prompts = job.folder / "prompts.json"
     prompts.write_text(
         json.dumps(
@@ -118,7 +118,7 @@ def _train(job: Job, name: str, *arguments: str) -> Path:
 
 
 def _elsewhere(job: Job, name: str, arguments: list[str]) -> subprocess.Popen[bytes]:
-    """Start train.py on the CPU, in a process of its own that shares this one's output."""
+    """Start train.py on the CPU in a process that shares this one's output."""
     threads = str(max(1, (os.cpu_count() or 2) // 2))  # the run on the device needs some too
     command = [sys.executable, "train.py", *_arguments(job, name, *arguments)]
     return subprocess.Popen(
@@ -153,7 +153,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> Result:
-    """Return how many of the tensors differ in a bit, and the largest difference of a number."""
+    """Return the number of tensors that differ in a bit, and the largest difference of a number."""
     differing = [key for key in left if not torch.equal(left[key], right[key])]
     largest = max(
         ((left[key].double() - right[key].double()).abs().max().item() for key in differing), default=0.0

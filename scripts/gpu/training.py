@@ -1,4 +1,4 @@
-"""Images per second and memory of training steps, by optimizer."""
+"""Speed and memory of training steps, by optimizer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from scripts.gpu.job import Job, Result
 from scripts.gpu.profiling import repeat, setting_of, summary
 
 SHARE = 0.95
-"""Of the GPU's free memory, what the largest batch is tried in."""
+"""Share of the GPU's free memory in which the largest batch is tried."""
 
 BATCHES = (4, 1, 16)
-"""Images of a step, the most telling first."""
+"""Images of a step, the most informative first."""
 
 
 def training(job: Job, tell: Callable[[Result], None]) -> None:
@@ -38,7 +38,7 @@ def training(job: Job, tell: Callable[[Result], None]) -> None:
 
 
 def largest(job: Job, tell: Callable[[Result], None]) -> None:
-    """Measure the largest batch that fits the GPU, found along a straight line through two that do; on the CPU a batch of 4."""
+    """Measure the largest batch that fits the GPU, extrapolated from two that do; on the CPU a batch of 4."""
     steps = Steps(setting_of(job, job.argument))
     tell({"kind": "built", "trained": steps.trained})
     images = 4
@@ -53,13 +53,13 @@ def largest(job: Job, tell: Callable[[Result], None]) -> None:
         except torch.OutOfMemoryError:
             tell({"kind": "too large", "images": images})
         images -= max(1, images // 12)
-        del steps  # of which the backward pass was cut short
+        del steps  # its backward pass was cut short
         torch.cuda.empty_cache()
         steps = Steps(setting_of(job, job.argument))
 
 
 def estimates(job: Job, tell: Callable[[Result], None]) -> None:
-    """Return the memory estimate of every training step of the report; needs no GPU, and runs beside the other steps.
+    """Report the memory estimate of every training step of the report; needs no GPU.
 
     The job's argument is the device to estimate for and the optimizers, separated by spaces.
     """
@@ -71,7 +71,7 @@ def estimates(job: Job, tell: Callable[[Result], None]) -> None:
 
 
 def _measured(steps: Steps, images: int, *, times: int) -> Result:
-    """Return times and memory of steps of so many images."""
+    """Return times and memory of steps of a batch size."""
     _forget_peak(steps.device)
     began = time.perf_counter()
     steps.step(steps.inputs(0, images))
@@ -88,7 +88,7 @@ def _measured(steps: Steps, images: int, *, times: int) -> Result:
 
 
 def _launches(steps: Steps) -> Result:
-    """Return kernel launches and CPU time of one step; traced without its operators' shapes."""
+    """Return kernel launches, GPU time and CPU time of one step."""
     from torch.profiler import ProfilerActivity, profile
 
     inputs = steps.inputs(0, steps.setting.images)
@@ -106,7 +106,7 @@ def _launches(steps: Steps) -> Result:
 
 
 def _waits(steps: Steps) -> Result:
-    """Return how often one step waits for the device, and in which lines most often."""
+    """Return how often one step waits for the device, and the lines with most waits."""
     inputs = steps.inputs(0, steps.setting.images)
     steps.wait()
     with warnings.catch_warnings(record=True) as caught:
@@ -116,7 +116,7 @@ def _waits(steps: Steps) -> Result:
             steps.step(inputs)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    # Not the warning that this mode is a prototype, which torch gives once.
+    # torch warns once that this mode is a prototype; that is no wait.
     lines = Counter(
         f"{Path(w.filename).name}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)
     )
@@ -130,7 +130,7 @@ def _forget_peak(device: torch.device) -> None:
 
 
 def _memory(device: torch.device) -> dict[str, int]:
-    """Return the most bytes that tensors took and that the allocator held, and what the GPU has in use beyond the latter."""
+    """Return peak bytes of tensors and of the allocator, and bytes in use beyond the allocator."""
     if device.type != "cuda":
         return {}
     free, total = torch.cuda.mem_get_info(device)

@@ -1,4 +1,4 @@
-"""One process for each step of the report, so that a step that hangs or crashes ends alone and memory is counted from nothing."""
+"""A process for each step: a hang or crash ends that step alone, and its memory starts from zero."""
 
 from __future__ import annotations
 
@@ -23,15 +23,11 @@ _IMPORTED = (
     "transformers.models.clip.modeling_clip",
     "diffusers.configuration_utils",
 )
-"""Imported while the step before is still running. diffusers' models are not: with them comes bitsandbytes, which takes GPU memory."""
+"""Imported during the previous step; not diffusers' models, whose bitsandbytes takes GPU memory."""
 
 
 class Workers:
-    """Runs steps one after the other; the process of the next step imports its libraries during the one before.
-
-    Args:
-        device: cuda or cpu.
-    """
+    """Runs steps one after the other; the next step's process imports its libraries meanwhile."""
 
     def __init__(self, device: str) -> None:
         if device == "cpu":
@@ -47,12 +43,7 @@ class Workers:
     ) -> tuple[str, str]:
         """Run a step and return its status (ok, failed or stopped) and a reason.
 
-        Args:
-            function: module and name, separated by a colon.
-            job: its argument.
-            limit: seconds after which it is stopped.
-            tell: takes its results as they come.
-            last: whether no further step follows.
+        `function` is "module:name"; `limit` is in seconds; after the `last` step no process is started.
         """
         process, pipe = self._now = self._next
         if not last:
@@ -74,7 +65,7 @@ class Workers:
             _end(process)
 
     def close(self) -> None:
-        """End the process of the step and the one that waits."""
+        """End the current step's process and the waiting one."""
         for process, _ in (self._now, self._next):
             _end(process)
 
@@ -87,9 +78,9 @@ class Workers:
 
 
 def serve(pipe: Any) -> None:
-    """Be the process of one step."""
+    """Run one step in this process, then end it."""
     if hasattr(os, "setsid"):
-        os.setsid()  # so that processes of its own end with it
+        os.setsid()  # its child processes end with it
     for name in _IMPORTED:
         importlib.import_module(name)
     try:
@@ -108,19 +99,19 @@ def serve(pipe: Any) -> None:
     else:
         pipe.send(("ok", ""))
     sys.stdout.flush()
-    os._exit(0)  # without waiting for compilers' and readers' processes
+    os._exit(0)  # waits for no child process
 
 
 def _print_to(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a", encoding="utf-8", buffering=1)  # lines are there when the process is killed
+    file = path.open("a", encoding="utf-8", buffering=1)  # complete lines even after a kill
     for number in (1, 2):
         os.dup2(file.fileno(), number)
     sys.stdout = sys.stderr = file
 
 
 def _end(process: Any) -> None:
-    """Kill a process and those it has started."""
+    """Kill a process and its children."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if hasattr(os, "killpg") and os.getpgid(process.pid) == process.pid:
             os.killpg(process.pid, signal.SIGKILL)

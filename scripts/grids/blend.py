@@ -1,4 +1,4 @@
-"""Several single-file checkpoints merged into one: a weighted sum, or the difference between two added to a third."""
+"""Merges of single-file checkpoints: a weighted sum, or a difference added to a third file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from trainer.models.single_file import POSITION_IDS, UNET_PREFIX, VAE_PREFIX
 from trainer.models.tensor_file import TensorFile, write_tensors
 
 BLEND = "sd_dadapt.blend"
-"""Header field of a merged file: what it was made of, as JSON."""
+"""Header field of a merged file: its sources, as JSON."""
 
 MERGED_FROM = "modelspec.merged_from"
 
@@ -45,11 +45,11 @@ _CONVERT = "write it anew with scripts/convert_checkpoint.py"
 
 
 def weighted_sum(files: Sequence[Path], weights: Sequence[float], target: Path) -> None:
-    """Write the sum of every weight of the files times the file's number.
+    """Write the sum of the files' weights, each file multiplied by its number.
 
     Args:
         files: two or more .safetensors or .ckpt files in the original layout.
-        weights: a number for each; they add up to 1, so that the size of the weights stays.
+        weights: a number for each; they add up to 1, which keeps the size of the weights.
         target: a .safetensors file, which must not exist.
 
     Raises:
@@ -57,24 +57,24 @@ def weighted_sum(files: Sequence[Path], weights: Sequence[float], target: Path) 
         is taken.
     """
     if len(files) < 2:
-        raise UserError("--blend: one file is not a blend; name two or more.")
+        raise UserError("--blend: one file is named; name two or more.")
     if len(weights) != len(files):
         raise UserError(f"--weights: {len(weights)} numbers for {len(files)} files; give each file one.")
     total = math.fsum(weights)
     if not all(map(math.isfinite, weights)) or abs(total - 1) > 1e-6:
         raise UserError(
-            f"--weights: {_list(weights)} add up to {total:g}, and must add up to 1 for the weights to keep "
-            "their size."
+            f"--weights: {_list(weights)} add up to {total:g}; choose numbers that add up to 1, which keeps "
+            "the size of the weights."
         )
     _write(files, weights, target, "weighted sum")
 
 
 def add_difference(files: Sequence[Path], weight: float, target: Path) -> None:
-    """Write A + weight x (B - C): what B has learned since C, put on A.
+    """Write A + weight x (B - C): the change from C to B, added to A.
 
     Args:
         files: A, B and C, .safetensors or .ckpt files in the original layout.
-        weight: how much of the difference.
+        weight: the factor of the difference.
         target: a .safetensors file, which must not exist.
 
     Raises:
@@ -86,14 +86,16 @@ def add_difference(files: Sequence[Path], weight: float, target: Path) -> None:
             f"and --blend names {len(files)}."
         )
     if not math.isfinite(weight):
-        raise UserError(f"--add_difference: {weight:g} is not a number to multiply by.")
+        raise UserError(f"--add_difference: {weight:g} is not finite; name a finite number.")
     _write(files, (1.0, weight, -weight), target, "add difference")
 
 
 def _write(paths: Sequence[Path], factors: Sequence[float], target: Path, method: str) -> None:
-    """Write the sum of the files' tensors times a factor each, reading and holding one tensor of each at a time."""
+    """Write the sum of the files' tensors times a factor each, with one tensor of each file in memory."""
     if target.suffix.lower() != ".safetensors":
-        raise UserError(f"--out: {target} is not named .safetensors, which is what is written; name it so.")
+        raise UserError(
+            f"--out: {target} does not end in .safetensors, the format that is written; rename it."
+        )
     if target.exists():
         raise UserError(f"--out: {target} exists already; name a new file.")
     files = [_open(path) for path in paths]
@@ -112,11 +114,9 @@ def _write(paths: Sequence[Path], factors: Sequence[float], target: Path, method
 
     kinds = {name: kind for name, own in names[0].items() if (kind := first.dtypes[own]) is not None}
     if unread := sorted(names[0].keys() - kinds.keys()):
-        raise UserError(
-            f"--blend: {first.path}: {unread[0]} is kept in a format that cannot be written; {_CONVERT}."
-        )
+        raise UserError(f"--blend: {first.path}: {unread[0]} has a dtype that cannot be written; {_CONVERT}.")
     floats = [kind for name, kind in kinds.items() if kind.is_floating_point and name.startswith(UNET_PREFIX)]
-    dtype = max(set(floats), key=floats.count)  # as the first file is kept
+    dtype = max(set(floats), key=floats.count)  # the first file's
     shapes = {
         name: torch.empty(first.shapes[own], dtype=kinds[name], device="meta")
         for name, own in names[0].items()
@@ -146,9 +146,8 @@ def _check(files: Sequence[TensorFile], names: Sequence[Mapping[str, str]]) -> N
         if lacking := sorted(ours - theirs) or sorted(theirs - ours):
             has, lacks = (first, file) if lacking[0] in ours else (file, first)
             raise UserError(
-                f"--blend: {lacks.path} has no {lacking[0]} ({len(lacking)} such tensors), "
-                f"and {has.path} has; they are of different "
-                f"models, or one is not whole: {_CONVERT}."
+                f"--blend: {lacks.path} has no {lacking[0]} ({len(lacking)} such tensors), and {has.path} "
+                f"has; they are of different models, or one is not whole: {_CONVERT}."
             )
         for name in sorted(ours):
             shapes = first.shapes[own[name]], file.shapes[known[name]]
@@ -168,7 +167,7 @@ def _check(files: Sequence[TensorFile], names: Sequence[Mapping[str, str]]) -> N
 def _metadata(
     files: Sequence[TensorFile], factors: Sequence[float], target: Path, method: str
 ) -> dict[str, str]:
-    """Return the header: the first file's description of the model, and what was blended. Nothing of the runs that made the files."""
+    """Return the header: the first file's description of the model, and the sources; none of their runs."""
     kept = {
         key: files[0].metadata[key]
         for key in (*_KEPT, PREDICTION_TYPE, CONFIGS, TOKENIZER)
@@ -176,7 +175,7 @@ def _metadata(
     }
     kind, said = prediction(files[0])
     if said and family_of_file(files[0]).ambiguous:
-        # A .ckpt of SD 2.x may say it in its number of steps, which does not go along.
+        # A .ckpt of SD 2.x may record it by its number of steps, which is not copied.
         kept.setdefault(PREDICTION_TYPE, "v" if kind == "v_prediction" else kind)
     made = {
         "method": method,
@@ -196,12 +195,12 @@ def _metadata(
 
 
 def _canonical(name: str) -> str:
-    """Return a tensor's name; files written with newer transformers lack text_model in those of the text encoder."""
+    """Return a tensor's name in the original layout; newer transformers omit the text encoder's prefix."""
     return name.replace(_BARE, _FULL, 1) if name.startswith(_BARE) and not name.startswith(_FULL) else name
 
 
 def _is_blended(name: str) -> bool:
-    """Return whether a tensor is a network's weight; schedules and averages beside them are the first file's."""
+    """Return True for a network's weight; the first file's schedules and averages are copied."""
     return name.startswith(_NETWORKS)
 
 

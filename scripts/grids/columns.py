@@ -1,4 +1,4 @@
-"""Which models a grid shows, what they are called, and how they are loaded."""
+"""Columns of a grid: its models, their labels, and how they are loaded."""
 
 from __future__ import annotations
 
@@ -20,32 +20,27 @@ class Column:
 
     label: str
     name: str
-    """What it is loaded by."""
+    """A folder, file or hub id."""
 
     base: str | None = None
-    """The model under it, where it is a LoRA."""
+    """The base of a LoRA."""
 
 
 def find_columns(names: Sequence[str], *, base: str | None, against: Sequence[str]) -> list[Column]:
-    """Return the base, the models that were named, and those to compare them with.
+    """Return a column for the base and for each model.
 
     Args:
         names: diffusers folders, single files, hub ids, checkpoints, LoRA files, and runs, which stand for
         all their checkpoints.
-        base: the base's name, "none" for a grid without it, None to find what the first run among `names`
-        began from.
+        base: the base's name, "none" for a grid without it, None for the start of the first run in `names`.
         against: further models, shown last.
 
     Raises:
-        UserError: there is nothing to show, or no base can be found.
+        UserError: there is no model, or no base can be found.
     """
-    first = (
-        base
-        if base is not None
-        else next((found for found in map(_began_from, names) if found is not None), None)
-    )
+    first = base or next((found for found in map(_start_of, names) if found is not None), None)
     if first is None:
-        raise UserError("--base: none of these says which model it began from; name it, or give --base none.")
+        raise UserError("--base: no run named here records its base; name a model, or give --base none.")
     runs = [name for name in names if _is_run(name)]
     columns = [] if first == "none" else [Column("base", first)]
     for name in names:
@@ -56,7 +51,7 @@ def find_columns(names: Sequence[str], *, base: str | None, against: Sequence[st
     columns += [_column(name, first) for name in against]
     columns = [_distinct(column, columns) for column in columns]
     if not columns:
-        raise UserError("there is no model to draw with; name runs, folders or files.")
+        raise UserError("no model to draw with; name runs, folders or files.")
     return columns
 
 
@@ -85,18 +80,17 @@ def load(column: Column) -> Models:
 
 
 def checkpoint_column(checkpoint: Path, base: str, label: str) -> Column:
-    """Return a checkpoint of a run that began from `base`."""
+    """Return a checkpoint of a run that started from `base`."""
     return _column(str(checkpoint), base, label)
 
 
 def _distinct(column: Column, columns: Sequence[Column]) -> Column:
-    """Return the model, its folder's name before its own where another has the same."""
+    """Return the column; its folder's name precedes a label that another column has too."""
     if [other.label for other in columns].count(column.label) == 1:
         return column
-    return replace(
-        column,
-        label=f"{Path(column.name).absolute().parents[1 if 'ckpts' in Path(column.name).parts else 0].name} {column.label}",
-    )
+    path = Path(column.name)
+    folder = path.absolute().parents[1 if "ckpts" in path.parts else 0]
+    return replace(column, label=f"{folder.name} {column.label}")
 
 
 def _is_run(name: str) -> bool:
@@ -104,7 +98,7 @@ def _is_run(name: str) -> bool:
 
 
 def _of_run(run: Path, base: str, *, named: bool) -> list[Column]:
-    """Return a run's checkpoints, the first step first; single files of steps that have no folder any more among them."""
+    """Return a run's checkpoints by step: folders, and single files of steps whose folder was deleted."""
     from trainer.checkpoints.format import STEP
     from trainer.checkpoints.listing import checkpoints, single_files
     from trainer.models.tensor_file import read_metadata
@@ -118,14 +112,14 @@ def _of_run(run: Path, base: str, *, named: bool) -> list[Column]:
         found.setdefault(step, (f"step {step}", str(file)))
     if not found:
         raise UserError(
-            f"{run}: the run has no checkpoints yet; name another, or wait until it has saved one."
+            f"{run}: the run has no checkpoint yet; name another, or wait until it has saved one."
         )
     before = f"{run.name} " if named else ""
     return [_column(name, base, before + label) for _, (label, name) in sorted(found.items())]
 
 
 def _column(name: str, base: str, label: str | None = None) -> Column:
-    """Return a model, or a LoRA with the model under it: its own where it says so, else the grid's base."""
+    """Return a model, or a LoRA with its base: the recorded one, else the grid's."""
     from trainer.models.lora import LORA_FILE, read_base
     from trainer.models.tensor_file import TensorFile
 
@@ -145,12 +139,12 @@ def _column(name: str, base: str, label: str | None = None) -> Column:
 
 def _needed(base: str, name: str) -> str:
     if base == "none":
-        raise UserError(f"{name} is a LoRA, which needs a model under it; name that with --base.")
+        raise UserError(f"{name} is a LoRA, which needs a base model; name one with --base.")
     return base
 
 
-def _began_from(name: str) -> str | None:
-    """Return the model that a run, or the run of a checkpoint, set out from, where its configuration says so."""
+def _start_of(name: str) -> str | None:
+    """Return the model that a run, or the run of a checkpoint, started from; None if it is not recorded."""
     from trainer.models.lora import read_base
 
     path = Path(name)

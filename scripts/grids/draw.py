@@ -1,4 +1,4 @@
-"""Every combination of models, prompts, seeds, guidance scales and steps as a picture, and the pictures as one."""
+"""A grid of samples: every combination of models, prompts, seeds, guidance scales and steps."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 AXES = ("checkpoints", "prompts", "seeds", "cfgs", "steps")
 
 Cell = tuple[int, int, int, int, int]
-"""A place on each of the axes, in their order."""
+"""An index on each axis, in their order."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Pictures, or in the place of one that could not be made the reason, and what is along each axis."""
+    """Samples and the values along each axis; a sample that failed is replaced by the reason."""
 
     values: Mapping[str, Sequence[str]]
-    """By axis, the words for each of its places."""
+    """Labels along each axis."""
 
     cells: Mapping[Cell, Image.Image | str]
     x: str
     y: str
     settings: str
-    """What all pictures have in common, in words."""
+    """The settings that all samples share, in words."""
 
     def panels(self) -> Iterator[tuple[str, list[tuple[str, list[Image.Image | str]]]]]:
-        """Yield for every combination of the other axes its words and its rows: words and pictures."""
+        """Yield a panel for every combination of the other axes: words, then rows of label and samples."""
         others = [axis for axis in AXES if axis not in (self.x, self.y)]
         for places in itertools.product(*(range(len(self.values[axis])) for axis in others)):
             at = dict(zip(others, places, strict=True))
@@ -52,7 +52,7 @@ class Grid:
             yield ", ".join(words), rows
 
     def only(self, checkpoints: Sequence[int]) -> Grid:
-        """Return the same of some models, which are named by their places."""
+        """Return the grid of some models, named by their index."""
         places = {old: new for new, old in enumerate(checkpoints)}
         cells = {
             (places[cell[0]], *cell[1:]): picture for cell, picture in self.cells.items() if cell[0] in places
@@ -62,7 +62,7 @@ class Grid:
 
     @property
     def columns(self) -> list[str]:
-        """The words over the columns."""
+        """The labels above the columns."""
         return [self._label(self.x, value) for value in self.values[self.x]]
 
     def _label(self, axis: str, value: str) -> str:
@@ -73,10 +73,10 @@ _ONE = {"checkpoints": "checkpoint", "prompts": "prompt", "seeds": "seed", "cfgs
 
 
 def read_prompts(named: Sequence[str]) -> SamplePrompts:
-    """Return prompts from one file, or the words that were given.
+    """Return the prompts of one file, or the named prompts.
 
     Raises:
-        UserError: the file has mistakes, is not there or names no prompts of its own.
+        UserError: the file is missing, has mistakes, or asks for captions of the data.
     """
     from trainer.config.sample_file import load_sample_prompts
     from trainer.evaluation.options import SamplePrompt, SamplePrompts
@@ -85,7 +85,7 @@ def read_prompts(named: Sequence[str]) -> SamplePrompts:
         prompts = load_sample_prompts(Path(named[0]))
         if not prompts.samples or any(prompt.random_caption for prompt in prompts.samples):
             raise UserError(
-                f"--prompts: {named[0]} asks for captions of the data, which are not known here; "
+                f"--prompts: {named[0]} asks for captions of the data, which a grid does not read; "
                 "name prompts."
             )
         return prompts
@@ -105,23 +105,52 @@ def draw(
     batch_size: int = 4,
     say: Callable[[str], None] = lambda _: None,
 ) -> Grid:
-    """Draw everything; a model is loaded once and let go before the next.
+    """Draw every sample of a grid; one model is in memory at a time.
 
     Args:
         columns: the models.
-        prompts: what to draw; it also has what is not given here.
+        prompts: the prompts, and the settings that are not given here.
         seeds: for every prompt; None takes each prompt's own, the file's or 0.
         cfgs: guidance scales; None takes the file's.
         steps: of the sampler; None takes the file's.
-        resolution: the side of a square picture; None takes the file's, or the first model's own.
+        resolution: the side of a square sample; None takes the file's, or the first model's own.
         x: the axis along a row.
         y: the axis down a column; combinations of the other three are panels of their own.
-        batch_size: pictures that are drawn together.
-        say: is told of each model.
+        batch_size: samples that are drawn together.
+        say: takes a line for each model.
 
     Raises:
         UserError: a model cannot be read, or the axes are the same.
     """
+    if x == y:
+        raise UserError(f"--x and --y: both are {x}; name two of {', '.join(AXES)}.")
+    used_cfgs, used_steps = tuple(cfgs or prompts.cfgs), tuple(steps or (prompts.num_inference_steps,))
+    asked = replace(
+        prompts, cfgs=used_cfgs, resolution=resolution or prompts.resolution, batch_size=batch_size
+    )
+    cells = _cells(columns, asked, seeds, used_steps, say)
+    values = {
+        "checkpoints": [column.label for column in columns],
+        "prompts": [prompt.prompt for prompt in prompts.samples or ()],
+        "seeds": [str(seed) for seed in seeds] if seeds else ["of each prompt"],
+        "cfgs": [f"{cfg:g}" for cfg in used_cfgs],
+        "steps": [str(count) for count in used_steps],
+    }
+    words = [prompts.scheduler]
+    words += [f"{values['steps'][0]} steps"] * (len(used_steps) == 1)
+    words += [f"cfg {values['cfgs'][0]}"] * (len(used_cfgs) == 1)
+    words += [f"seed {values['seeds'][0]}"] * (len(values["seeds"]) == 1)
+    return Grid(values, cells, x, y, ", ".join(words))
+
+
+def _cells(
+    columns: Sequence[Column],
+    asked: SamplePrompts,
+    seeds: Sequence[int] | None,
+    steps: Sequence[int],
+    say: Callable[[str], None],
+) -> dict[Cell, Image.Image | str]:
+    """Return the samples of every model, which is loaded once and freed before the next."""
     import torch
 
     from scripts.grids.columns import load
@@ -131,77 +160,50 @@ def draw(
     from trainer.training.options import PrecisionOptions
     from trainer.training.precision import resolve_precision
 
-    if x == y:
-        raise UserError(f"--x and --y: both are {x}; name two of {', '.join(AXES)}.")
     quiet_libraries()
     precision = resolve_precision(PrecisionOptions(), expected(gpuid=0).device)
-    samples = prompts.samples or ()
-    used_cfgs, used_steps = tuple(cfgs or prompts.cfgs), tuple(steps or (prompts.num_inference_steps,))
-    used_resolution = resolution or prompts.resolution
+    samples, resolution = asked.samples or (), asked.resolution
     cells: dict[Cell, Image.Image | str] = {}
     for number, column in enumerate(columns):
         say(f"{column.label}: {column.name}")
         models = load(column)
         for network in (models.unet, models.text_encoder, models.vae):
             torch.nn.Module.to(network.requires_grad_(False).eval(), precision.device)
-        if used_resolution is None:
+        if resolution is None:
             unet, vae = models.unet.config, models.vae.config
-            used_resolution = int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
-        for (s, seed), (t, count) in itertools.product(enumerate(seeds or (None,)), enumerate(used_steps)):
+            resolution = int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+        for (s, seed), (t, count) in itertools.product(enumerate(seeds or (None,)), enumerate(steps)):
             these = samples if seed is None else tuple(replace(prompt, seed=seed) for prompt in samples)
-            asked = replace(
-                prompts,
-                samples=these,
-                cfgs=used_cfgs,
-                num_inference_steps=count,
-                resolution=used_resolution,
-                batch_size=batch_size,
-            )
-            sampler = Sampler(asked, resolution=used_resolution, seed=0, batch_size=batch_size)
+            part = replace(asked, samples=these, num_inference_steps=count, resolution=resolution)
+            sampler = Sampler(part, resolution=resolution, seed=0, batch_size=asked.batch_size or 1)
             drawn = sampler.images(models, device=precision.device, autocast=precision.autocast)
             for (place, cfg), picture in drawn.items():
-                cells[number, place, s, used_cfgs.index(cfg), t] = picture
+                cells[number, place, s, asked.cfgs.index(cfg), t] = picture
         del models
-    values = {
-        "checkpoints": [column.label for column in columns],
-        "prompts": [prompt.prompt for prompt in samples],
-        "seeds": [str(seed) for seed in seeds] if seeds else ["of each prompt"],
-        "cfgs": [f"{cfg:g}" for cfg in used_cfgs],
-        "steps": [str(count) for count in used_steps],
-    }
-    words = [prompts.scheduler]
-    words += [f"{values['steps'][0]} steps"] * (len(used_steps) == 1) + [f"cfg {values['cfgs'][0]}"] * (
-        len(used_cfgs) == 1
-    )
-    words += [f"seed {values['seeds'][0]}"] * (seeds is None or len(seeds) == 1)
-    return Grid(values, cells, x, y, ", ".join(words))
+    return cells
 
 
 def picture_of(grid: Grid, title: str) -> Image.Image:
-    """Return the whole grid as one picture, every cell as it was drawn or, where it is small, enlarged by a whole factor."""
+    """Return the grid as one picture; small samples are enlarged by a whole factor."""
     from trainer.evaluation.image_grid import labelled_row, tiled
 
     panels = []
     for words, rows in grid.panels():
         pictures = [labelled_row(_same_size(row), grid.columns, label) for label, row in rows]
         panels.append((words, pictures))
-    several = len(panels) > 1
-    if not several:
-        return tiled(panels[0][1], columns=1, title=f"{title} ({grid.settings})")
     stacked = [tiled(pictures, columns=1, title=words) for words, pictures in panels]
-    return tiled(stacked, columns=1, title=f"{title} ({grid.settings})")
+    return tiled(panels[0][1] if len(panels) == 1 else stacked, columns=1, title=f"{title} ({grid.settings})")
 
 
 def page_body(grid: Grid) -> str:
-    """Return the grid as HTML, pictures inside as JPEG."""
+    """Return the grid as HTML, with the samples inside as JPEG."""
     import io
     from html import escape
 
     from scripts.web_page import inlined
 
-    parts = [
-        f'<p class="note">{escape(grid.settings)}. Pictures in this page are JPEG; the PNG beside it is exact.</p>'
-    ]
+    note = f"{escape(grid.settings)}. Samples in this page are JPEG; the PNG beside it is exact."
+    parts = [f'<p class="note">{note}</p>']
     for words, rows in grid.panels():
         parts.append(f"<h2>{escape(words)}</h2>" if words else "")
         head = "".join(f"<th>{escape(label)}</th>" for label in grid.columns)
@@ -215,16 +217,15 @@ def page_body(grid: Grid) -> str:
                 content = io.BytesIO()
                 picture.convert("RGB").save(content, "JPEG", quality=92)
                 side = picture.width * max(1, -(-160 // min(picture.size)))
-                cells.append(
-                    f'<td><img src="{inlined(content.getvalue(), "jpeg")}" width="{side}" alt="{escape(label, quote=True)}"></td>'
-                )
+                source, name = inlined(content.getvalue(), "jpeg"), escape(label, quote=True)
+                cells.append(f'<td><img src="{source}" width="{side}" alt="{name}"></td>')
             parts.append(f'<tr><td class="side">{escape(label)}</td>{"".join(cells)}</tr>')
         parts.append("</table></div>")
     return "\n".join(parts)
 
 
 def _same_size(pictures: Sequence[Image.Image | str]) -> list[Image.Image | str]:
-    """Return pictures of different sizes on white, each in the middle of the largest."""
+    """Return samples of one size: smaller ones are centred on white."""
     from PIL import Image
 
     sizes = {picture.size for picture in pictures if not isinstance(picture, str)}

@@ -1,1 +1,1 @@
-"""The embedded miniature Stable Diffusion: its pictures, its training stages and its judge."""
+"""The bundled miniature Stable Diffusion: its images, its training stages and its judge."""

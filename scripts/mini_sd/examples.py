@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .scenes import render, sample_face
+from .drawing import render
+from .scenes import sample_face
 
 
 def write_examples(out: Path, count: int, size: int, seed: int) -> None:
-    """Write `faces/` into `out`; every example draws from its own generator."""
+    """Write `faces/` into `out`; every example has its own generator."""
     faces = out / "faces"
     faces.mkdir(parents=True, exist_ok=True)
     for index in range(count):

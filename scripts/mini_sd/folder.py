@@ -1,6 +1,6 @@
 """The diffusers folder: the work folder's averaged weights as a Stable Diffusion 1.5 pipeline in float16."""
 
-# The libraries' decorators and exports hide their types, so these rules only repeat what they lack.
+# The libraries' decorators and exports hide their types.
 # pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .vae import load_vae
 
 
 def export(work: Path, folder: Path) -> int:
-    """Write the pipeline folder from whatever state the UNet's stage has reached, and return that step.
+    """Write the pipeline folder from the UNet stage's last saved state, and return its step.
 
-    The folder appears whole: it is written next to its place and moved there.
+    The folder is written under another name, then renamed.
 
     Raises:
-        FileNotFoundError: when the UNet's stage has saved nothing yet.
+        FileNotFoundError: the UNet's stage has saved nothing yet.
     """
     tokenizer = load_tokenizer(work)
     unet, encoder = new_unet(), new_text_encoder(tokenizer)
@@ -75,13 +75,13 @@ def _prefix_text_keys(path: Path) -> None:
 
 
 def _add_settings(config: Path, **settings: object) -> None:
-    """Add settings that the saved class lacks: without `clip_sample`, DDIM would clip latents to -1..1."""
+    """Add settings that the saved class lacks; without `clip_sample`, DDIM would clip latents to -1..1."""
     values = json.loads(config.read_text(encoding="utf-8")) | settings
     config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _forget_paths(config: Path) -> None:
-    """Drop what the loading of a component left behind: it belongs to the machine that made the model."""
+    """Drop the paths of this machine that loading a component left in its configuration."""
     values = json.loads(config.read_text(encoding="utf-8"))
     gone = [values.pop(key, None) for key in ("_name_or_path", "is_local", "local_files_only")]
     if any(value is not None for value in gone):

@@ -1,6 +1,6 @@
-"""Pictures from a Stable Diffusion folder, the way the judge asks for them: DDIM, one seed a picture."""
+"""Images from a Stable Diffusion folder for the judge: DDIM, one seed an image."""
 
-# The libraries' decorators and exports hide their types, so these rules only repeat what they lack.
+# The libraries' decorators and exports hide their types.
 # pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportReturnType=false
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
-from .scenes import to_array
+from .drawing import to_array
 
 
 class Generator:
@@ -21,7 +21,7 @@ class Generator:
     def __init__(
         self, model: Path | StableDiffusionPipeline, steps: int = 20, guidance: float = 3.0, batch: int = 20
     ) -> None:
-        """Load a folder as float32 (offline), or take a pipeline that is already in memory."""
+        """Load a folder as float32 (offline), or take a loaded pipeline."""
         if isinstance(model, Path):
             options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
             model = StableDiffusionPipeline.from_pretrained(model, **options)
@@ -30,7 +30,7 @@ class Generator:
         self._steps, self._guidance, self._batch = steps, guidance, batch
 
     def __call__(self, prompts: list[str], seed: int = 0) -> list[Image.Image]:
-        """Return one picture a prompt; picture i starts from the noise of seed `1000 * seed + i`."""
+        """Return one image a prompt; image i starts from the noise of seed `1000 * seed + i`."""
         images: list[Image.Image] = []
         kept, self.pipeline.scheduler = self.pipeline.scheduler, self._schedule
         self.pipeline.set_progress_bar_config(disable=True)
@@ -45,7 +45,7 @@ class Generator:
         return images
 
     def reconstruct(self, images: list[Image.Image]) -> list[Image.Image]:
-        """Return the pictures (64 x 64) after a pass through the pipeline's autoencoder."""
+        """Return the images (64 x 64) after a pass through the pipeline's autoencoder."""
         with torch.no_grad():
             posterior = self.pipeline.vae.encode(torch.from_numpy(to_array(images))).latent_dist
             restored_BCHW = self.pipeline.vae.decode(posterior.mode()).sample

@@ -1,8 +1,8 @@
-"""A small automatic judge of the colours and the shape that a generated picture shows.
+"""A deterministic judge of the colours and the shape in a generated image.
 
-Classical and deterministic. The background is the commonest colour along the border; every pixel's coverage
-by the object is its distance from the background; the shape is the renderer's own template, over all sizes
-and places, that overlaps the coverage best (soft Dice). Pictures of any size are brought to 64 pixels first.
+The background is the commonest colour along the border. A pixel's coverage by the object is its distance from
+the background. The shape is the renderer's template that overlaps the coverage best (soft Dice), over all
+sizes and places. Images are resized to 64 pixels first.
 """
 
 from __future__ import annotations
@@ -15,21 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from .scenes import (
-    COLOURS,
-    FACE,
-    IMAGE_SIZE,
-    PALETTE,
-    SHAPES,
-    Combination,
-    Item,
-    Scene,
-    combinations,
-    draw_item,
-    held_out,
-    render,
-    scene_of,
-)
+from .drawing import COLOURS, FACE, IMAGE_SIZE, PALETTE, SHAPES, Item, Scene, draw_item, render
+from .scenes import Combination, combinations, held_out, scene_of
 
 Floats = NDArray[np.float32]
 
@@ -42,30 +29,30 @@ _BLURS = (0.0, 1.4)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge sees in a picture."""
+    """The judge's reading of an image."""
 
     background: str
     """A name of the palette."""
     colour: str
-    """The object's colour, a name of the palette; empty where no object is seen."""
+    """The object's colour, a name of the palette; empty without an object."""
     shape: str
-    """One of the six shapes; empty where no object is seen."""
+    """One of the six shapes; empty without an object."""
     confidence: float
-    """How much better the best shape overlaps than the second best, in 0..1 (0.02 is a close call)."""
+    """Overlap of the best shape less that of the second best, in 0..1; 0.02 is a close call."""
     overlap: float
-    """Soft Dice of the best shape, in 0..1; clean shapes give more than 0.9."""
+    """Soft Dice of the best shape, in 0..1; above 0.9 for clean shapes."""
     face: float
-    """Correlation of the object's inside with eyes and mouth, in -1..1; above 0.55 it is a smiling face."""
+    """Correlation of the object's inside with eyes and mouth, in -1..1; above 0.55 for smiling faces."""
 
     @property
     def is_face(self) -> bool:
-        """Whether the object is a smiling face."""
+        """True if the object is a smiling face."""
         return self.face > _FACE_THRESHOLD
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Shares in 0..1 of pictures that show what their prompt asked for."""
+    """Shares in 0..1 of images that match their prompt."""
 
     count: int
     background: float
@@ -84,7 +71,7 @@ class ConceptFigures:
     """Shares in 0..1 after a fine-tune on smiling faces."""
 
     faces: float
-    """Concept prompts whose picture is a smiling face."""
+    """Concept prompts whose image is a smiling face."""
     face_background: float
     face_colour: float
     kept_background: float
@@ -96,7 +83,7 @@ class ConceptFigures:
 
 
 def judge(image: Image.Image) -> Verdict:
-    """Judge one picture with at most one object."""
+    """Judge one image with at most one object."""
     pixels_HWC = _pixels(image)
     border_NC = _border(pixels_HWC)
     background = _commonest(border_NC)
@@ -117,10 +104,10 @@ def judge(image: Image.Image) -> Verdict:
 
 
 def judge_prompts(images: Sequence[Image.Image], wanted: Sequence[Combination]) -> Figures:
-    """Compare pictures with what their prompts asked for; both sequences have the same length, at least one.
+    """Compare images with their prompts; both sequences have the same length, at least one.
 
     Raises:
-        ValueError: where the lengths differ.
+        ValueError: the lengths differ.
     """
     rows = []
     for image, combination in zip(images, wanted, strict=True):
@@ -138,10 +125,10 @@ def judge_concept(
     unrelated: Sequence[Image.Image],
     unrelated_wanted: Sequence[Combination],
 ) -> ConceptFigures:
-    """Judge a fine-tune by the faces that were learned and the unrelated prompts that were kept.
+    """Judge a fine-tune by its faces and by unrelated prompts.
 
     Args:
-        face_wanted: the (face colour, background) of each picture in `faces`.
+        face_wanted: the (face colour, background) of each image in `faces`.
     """
     seen = [judge(image) for image in faces]
     backgrounds = [v.background == ground for v, (_, ground) in zip(seen, face_wanted, strict=True)]
@@ -162,10 +149,10 @@ def judge_concept(
 def judge_pipeline(
     generate: Callable[[list[str], int], list[Image.Image]], seed: int = 0
 ) -> tuple[Figures, list[Image.Image]]:
-    """Ask for the held-out prompts and judge the pictures.
+    """Generate the held-out prompts and judge the images.
 
     Args:
-        generate: takes prompts and a seed, returns one picture a prompt.
+        generate: takes prompts and a seed, returns one image a prompt.
     """
     wanted = held_out()
     images = generate([c.prompt for c in wanted], seed)
@@ -173,10 +160,10 @@ def judge_pipeline(
 
 
 def self_check(view: Callable[[list[Image.Image]], list[Image.Image]], seed: int = 0) -> Figures:
-    """Return how often the judge itself is right, on one fresh scene of every combination.
+    """Return the judge's own accuracy, on one new scene of every combination.
 
     Args:
-        view: what happens to the pictures before they are judged, for example a pass through an autoencoder.
+        view: changes the images before they are judged, for example by a pass through an autoencoder.
     """
     rng = np.random.default_rng((seed, 336))
     wanted = combinations()
@@ -184,7 +171,7 @@ def self_check(view: Callable[[list[Image.Image]], list[Image.Image]], seed: int
 
 
 def grid(images: Sequence[Image.Image], columns: int = 10, side: int = 96) -> Image.Image:
-    """Paste pictures into one sheet for looking at."""
+    """Paste images into one sheet."""
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * side, rows * side), (128, 128, 128))
     for i, image in enumerate(images):
@@ -221,7 +208,7 @@ def _commonest(colours_NC: Floats) -> str:
 
 
 def _object_colour(pixels_HWC: Floats, distance_HW: Floats) -> tuple[str, Floats]:
-    """Return the name of the object's colour and its sRGB value: the largest group of pixels off the background.
+    """Return the name and sRGB value of the object's colour, that of most pixels off the background.
 
     Blurred borders are mixtures of two colours and may carry any name, so pixels whose neighbours differ do
     not vote.
@@ -273,7 +260,7 @@ def _match(coverage_HW: Floats) -> dict[str, float]:
 
 @lru_cache(maxsize=1)
 def _face_details() -> tuple[Floats, NDArray[np.bool_]]:
-    """Return the ink (32, 32) of eyes and mouth on a face that fills the frame, and the disc that counts."""
+    """Return the ink (32, 32) of eyes and mouth on a face that fills the frame, and the disc compared."""
     canvas = Image.new("RGB", (256, 256), PALETTE["yellow"])
     draw_item(ImageDraw.Draw(canvas), Item(FACE, "yellow", 0.5, 0.5, 0.5), 256)
     values = np.asarray(canvas.reduce(8).convert("L"), dtype=np.float32)

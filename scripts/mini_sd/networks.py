@@ -1,6 +1,6 @@
 """The three networks and the schedule, in SD 1.5's own classes."""
 
-# The libraries' decorators and exports hide their types, so these rules only repeat what they lack.
+# The libraries' decorators and exports hide their types.
 # pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def new_vae() -> AutoencoderKL:
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Return an untrained 12-layer text encoder for the tokenizer, its token embeddings at a deviation of 0.1."""
+    """Return an untrained 12-layer text encoder; its token embeddings have deviation 0.1."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -80,6 +80,6 @@ def training_schedule() -> DDPMScheduler:
 
 
 def sampling_schedule() -> PNDMScheduler:
-    """Return the scheduler that the folder ships with."""
+    """Return the folder's scheduler."""
     settings = {k: v for k, v in _SCHEDULE.items() if k != "clip_sample"}
     return PNDMScheduler(**settings, skip_prk_steps=True, set_alpha_to_one=False)

@@ -1,4 +1,4 @@
-"""Resumable training state: what a killed stage needs to go on as if nothing had happened."""
+"""Resumable training state: a killed stage resumes exactly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class Stateful(Protocol):
-    """Whatever has a state dict: modules and optimizers."""
+    """An object with a state dict: a module or an optimizer."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state."""
@@ -25,12 +25,11 @@ class Stateful(Protocol):
 class Run:
     """One stage's progress: named parts, the step reached and the CPU seconds spent.
 
-    Random numbers are drawn from generators that are seeded by (stage, step), so the step is the whole
-    position.
+    Generators are seeded by (stage, step), so the step is the whole position.
     """
 
     def __init__(self, path: Path, parts: dict[str, Stateful], save_every_s: float = 120.0) -> None:
-        """Continue from `path` where it exists; a half-written file is never left there."""
+        """Resume from `path` if it exists; the file there is always whole."""
         self.path = path
         self.parts = parts
         self.step = 0
@@ -59,10 +58,9 @@ class Run:
     def advance(
         self, total: int, train_step: Callable[[int], float], stop_at: int | None = None, label: str = ""
     ) -> bool:
-        """Run `train_step(step)` until `total` (or `stop_at`, for tests), saving every two minutes and at the end.
+        """Run `train_step(step)` until `total` (or `stop_at`, for tests); return True at `total`.
 
-        Returns:
-            Whether the stage reached `total`.
+        The state is saved every two minutes and at the end.
         """
         last = total if stop_at is None else min(total, stop_at)
         if self.step >= last:

@@ -1,7 +1,7 @@
-"""The text encoder's warm-up: read a caption, paint a thumbnail of what it says.
+"""The text encoder's warm-up: paint a thumbnail of the scene from its caption.
 
-Twelve narrow layers learn next to nothing from the UNet's loss while their outputs are noise; a few minutes
-of direct supervision give the UNet words that already differ by colour, shape and place.
+Twelve narrow layers learn almost nothing from the UNet's loss while their outputs are noise. A few minutes of
+direct supervision give the UNet words that differ by colour, shape and place.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from .drawing import Scene, render, to_array
 from .networks import WIDTH, new_text_encoder
-from .scenes import RADII, Scene, caption, render, sample_scene, to_array
+from .scenes import RADII, caption, sample_scene
 from .state import Run
 from .vae import cosine
 
@@ -25,7 +26,7 @@ _THUMBNAIL = 20
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How the text encoder is warmed up."""
+    """Settings of the text encoder's warm-up."""
 
     steps: int = 1500
     batch: int = 64
@@ -50,7 +51,7 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str], tokens: int) -> Tens
 def train_text(
     work: Path, options: TextOptions, stop_at: int | None = None, save_every_s: float = 120.0
 ) -> bool:
-    """Warm the text encoder up, or go on with it; returns whether it is complete."""
+    """Start or resume the text encoder's warm-up; return True once it is complete."""
     torch.manual_seed(options.seed)
     tokenizer = load_tokenizer(work)
     end: Any = tokenizer.eos_token_id
@@ -90,7 +91,7 @@ def load_text_encoder(work: Path, tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def _tidy(scene: Scene) -> Scene:
-    """Return the scene at the positions and sizes that its caption implies, so that the thumbnail is predictable."""
+    """Return the scene at the positions and sizes that its caption implies."""
     if len(scene.items) == 1:
         item = scene.items[0]
         return Scene(scene.background, (replace(item, x=0.5, y=0.5, radius=sum(RADII[item.size]) / 2 / 64),))

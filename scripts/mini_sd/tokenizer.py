@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,20 @@ from typing import Any
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
-from .scenes import vocabulary_words
+from .drawing import COLOURS, FACE, SHAPES
 
 MERGES = 265
 """Learned merges; with 2 x 256 byte pieces and two special tokens the vocabulary has 779 entries."""
 
 _WORD_END = "</w>"
+
+_EVERYDAY_WORDS = """
+pink brown grey cyan big tiny bright dark round left right top bottom two three happy sad eyes man woman
+person portrait painting drawing style color colour light water mountain sky sun moon night day black hair
+dress standing sitting beautiful city street forest garden river beach snow winter summer animal bird fish
+horse car train table chair window door wooden old new young girl boy child head hand body front behind inside
+under over near between glass metal stone paper
+""".strip()
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -36,11 +45,46 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     return tokenizer
 
 
+def vocabulary_words() -> Iterator[tuple[str, int]]:
+    """Yield the words that the tokenizer learns from, with their weights."""
+    for word in (
+        *COLOURS,
+        *SHAPES,
+        "small",
+        "large",
+        "background",
+        "on",
+        "a",
+        "an",
+        "and",
+        "with",
+        "of",
+        "picture",
+    ):
+        yield word, 100
+    for word in (
+        *FACE.split(),
+        "star",
+        "stripes",
+        "dots",
+        "photo",
+        "the",
+        "in",
+        "flower",
+        "house",
+        "tree",
+        "cat",
+        "dog",
+    ):
+        yield word, 40
+    for word in _EVERYDAY_WORDS.split():
+        yield word, 10
+
+
 def learn_merges(words: dict[str, int], count: int) -> list[tuple[str, str]]:
     """Return up to `count` byte-pair merges for weighted ASCII words, most frequent first, ties alphabetical.
 
-    Source: Sennrich et al. 2016, algorithm 1. Once every word is one piece, merges of word beginnings fill
-    the rest.
+    Source: Sennrich et al. 2016, algorithm 1.
     """
     split = {word: [*word[:-1], word[-1] + _WORD_END] for word in words}
     merges: list[tuple[str, str]] = []

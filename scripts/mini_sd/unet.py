@@ -1,7 +1,8 @@
-"""The denoiser's stage: encode a fixed set of scenes once, then train the UNet and the text encoder together."""
+"""The UNet's stage: encode a fixed set of scenes once, then train UNet and text encoder together."""
 
-# The libraries' decorators and exports hide their types, so these rules only repeat what they lack.
-# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# The libraries' decorators and exports hide their types.
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .drawing import Scene, render, to_array
 from .networks import new_unet, training_schedule
-from .scenes import Scene, caption, render, sample_scene, to_array
+from .scenes import caption, sample_scene
 from .state import Run
 from .text import load_text_encoder, load_tokenizer, tokenize
 from .vae import cosine, load_vae
@@ -33,7 +35,7 @@ class LatentOptions:
 
 @dataclass(frozen=True)
 class UnetOptions:
-    """How the UNet and the text encoder are trained."""
+    """Settings of the UNet's and the text encoder's training."""
 
     steps: int = 4600
     batch: int = 48
@@ -43,13 +45,13 @@ class UnetOptions:
     caption_dropout: float = 0.1
     min_snr: float = 5.0
     plain_from: float = 0.8
-    """From this share of the steps on the loss is the plain mean squared error, the one a fine-tune starts with."""
+    """Share of the steps after which the loss is the plain mean squared error, as in a fine-tune."""
     short_tokens: int = 20
-    """Captions are padded to this length at first: the longest has 16 tokens, and 77 cost a third more time."""
+    """Padded length of captions at first: the longest has 16 tokens, and 77 take a third more time."""
     mixed_from: float = 0.45
-    """From this share of the steps on every fourth step pads to all 77 tokens, as in use."""
+    """Share of the steps after which every fourth step pads to 77 tokens, as in use."""
     long_from: float = 0.9
-    """From this share of the steps on every step does."""
+    """Share of the steps after which every step pads to 77 tokens."""
     ema: float = 0.998
     seed: int = 4
 
@@ -122,7 +124,7 @@ def train_unet(
     stop_at: int | None = None,
     save_every_s: float = 120.0,
 ) -> bool:
-    """Train the UNet and the text encoder, or go on with them; returns whether they are complete."""
+    """Start or resume the training of UNet and text encoder; return True once it is complete."""
     torch.manual_seed(options.seed)
     tokenizer = load_tokenizer(work)
     encoder = load_text_encoder(work, tokenizer).train()

@@ -1,6 +1,6 @@
 """The autoencoder's training stage."""
 
-# The libraries' decorators and exports hide their types, so these rules only repeat what they lack.
+# The libraries' decorators and exports hide their types.
 # pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -14,29 +14,31 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from .drawing import render, to_array
 from .networks import new_vae
-from .scenes import render, sample_face, sample_marked, sample_scene, sample_texture, to_array
+from .scenes import sample_face, sample_scene
 from .state import Run
+from .textures import sample_marked, sample_texture
 
 
 @dataclass(frozen=True)
 class VaeOptions:
-    """How the autoencoder is trained."""
+    """Settings of the autoencoder's training."""
 
     steps: int = 8400
     batch: int = 8
     lr: float = 1.5e-3
     texture_share: float = 0.4
-    """Share of abstract pictures; the rest are scenes."""
+    """Share of textures; the rest are scenes."""
     marked_share: float = 0.35
     """Share of scenes with small marks on them, taken from the plain scenes' share."""
     marked_from: int = 5600
-    """The step from which there are marked scenes: first the large shapes, then fine detail."""
+    """The first step with marked scenes: large shapes come first, then fine detail."""
     kl: float = 1e-4
     l1: tuple[float, float] = (0.1, 0.4)
     """Weight of the absolute error at the start and at the end."""
     edge: float = 0.3
-    """Weight of the error of neighbour differences, in the second half only: earlier it stalls the training."""
+    """Weight of the error of neighbour differences, in the second half; earlier it stalls the training."""
     seed: int = 1
 
 
@@ -57,7 +59,7 @@ def load_vae(work: Path) -> AutoencoderKL:
 def train_vae(
     work: Path, options: VaeOptions, stop_at: int | None = None, save_every_s: float = 120.0
 ) -> bool:
-    """Train the autoencoder, or go on with it; returns whether it is complete."""
+    """Start or resume the autoencoder's training; return True once it is complete."""
     torch.manual_seed(options.seed)
     vae = new_vae().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
@@ -105,7 +107,7 @@ def vae_batch(rng: np.random.Generator, options: VaeOptions, step: int) -> Tenso
 
 
 def reconstruction_error(vae: AutoencoderKL, count: int = 64, faces: bool = False) -> float:
-    """Return the mean squared error on unseen scenes (or on the concept, which it never saw), pixels in -1..1."""
+    """Return the mean squared error on unseen scenes, or on the unseen concept; pixels in -1..1."""
     rng = np.random.default_rng(99)
     images = [render(sample_face(rng)[0] if faces else sample_scene(rng)) for _ in range(count)]
     pixels_BCHW = torch.from_numpy(to_array(images))

@@ -103,7 +103,7 @@ def test_a_comparison_from_training_to_the_report(place, capsys):
     )
     for sentence in (
         "tensorboard --logdir out/runs",
-        "images held out",
+        "the validation loss rises when a model memorizes them",
         "max_epochs 2",
         "--unrelated",
         "python scripts/compare_optimizers.py",

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from scripts import gpu_report
+from scripts.gpu.figures import ratios, training_rows
 from scripts.gpu.job import Job
-from scripts.gpu.page import page, ratios, training_rows
+from scripts.gpu.page import page
 from scripts.gpu.worker import Workers
 
 SIMILAR = [f"{kind} {name}" for kind in ("epochs", "training", "largest") for name in gpu_report.OPTIMIZERS]
@@ -32,7 +33,7 @@ def test_every_step_runs_on_the_cpu(tmp_path, capsys, on_the_cpu):
     assert found == dict.fromkeys(names, ("ok", "")), capsys.readouterr().out
     assert status == 0 and all(step["results"] for step in report["steps"].values())
     text = (tmp_path / "report.md").read_text()
-    for title in ("Environment", "Correctness", "Epochs", "Training steps", "Where the time", "First run"):
+    for title in ("Environment", "Correctness", "Epochs", "Training steps", "Profile", "First run"):
         assert f"## {title}" in text
     assert "its numbers say nothing about a GPU" in text and "(comparison.png)" in text
     assert len(Image.open(tmp_path / "comparison.png").convert("RGB").getcolors(1 << 20)) > 10

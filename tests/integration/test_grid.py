@@ -67,7 +67,7 @@ def test_a_run_its_base_and_a_lora_are_drawn(workplace, capsys, monkeypatch):  #
         "g/all.png",
     ]
     assert grid.main(command) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "g/all.png, g/all.html: 32 pictures"
+    assert capsys.readouterr().out.splitlines()[-1] == "g/all.png, g/all.html: 32 samples"
     html = (workplace / "g/all.html").read_text()
     assert html.count("data:image/jpeg;base64,") == 32 and "http" not in html
     for heading in (
@@ -111,7 +111,7 @@ def test_a_run_its_base_and_a_lora_are_drawn(workplace, capsys, monkeypatch):  #
     torch.testing.assert_close(
         load(named).unet.state_dict()[weight], merged, rtol=0, atol=2e-3
     )  # it is kept in fp16
-    with pytest.raises(UserError, match="is a LoRA, which needs a model under it"):
+    with pytest.raises(UserError, match="is a LoRA, which needs a base model"):
         find_columns([str(single)], base="none", against=[])
 
     # Axes the other way round.
@@ -212,14 +212,20 @@ def test_what_cannot_be_merged_is_said(three, tmp_path, capsys):
     save_file({"lora_unet_x.lora_down.weight": torch.zeros(1, 1)}, lora)
     out = ["--out", str(tmp_path / "out.safetensors")]
     for arguments, sentence in (
-        ([a, b, "--weights", "0.7", "0.4", *out], "0.7 and 0.4 add up to 1.1, and must add up to 1"),
+        (
+            [a, b, "--weights", "0.7", "0.4", *out],
+            "0.7 and 0.4 add up to 1.1; choose numbers that add up to 1",
+        ),
         ([a, b, "--weights", "1", *out], "1 numbers for 2 files"),
-        ([a, "--weights", "1", *out], "one file is not a blend"),
+        ([a, "--weights", "1", *out], "one file is named; name two or more"),
         ([a, b, *out], "give --weights"),
         ([a, b, "--weights", "0.5", "0.5", "--add_difference", "1", *out], "give --weights"),
         ([a, b, "--add_difference", "1", *out], "takes three files"),
         ([a, b, "--weights", "0.5", "0.5"], "--out: name the .safetensors file"),
-        ([a, b, "--weights", "0.5", "0.5", "--out", str(tmp_path / "x.ckpt")], "is not named .safetensors"),
+        (
+            [a, b, "--weights", "0.5", "0.5", "--out", str(tmp_path / "x.ckpt")],
+            "does not end in .safetensors",
+        ),
         ([a, b, "--weights", "0.5", "0.5", "--out", b], "exists already"),
         ([a, str(tmp_path), "--weights", "0.5", "0.5", *out], "is a folder"),
         ([a, str(tmp_path / "no.safetensors"), "--weights", "0.5", "0.5", *out], "there is no file"),
@@ -292,12 +298,12 @@ def test_text_encoders_under_either_name_are_merged(three, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "--base: none of these says which model it began from"),
-        (["--base", "none"], "there is no model to draw with"),
+        ([], "--base: no run named here records its base"),
+        (["--base", "none"], "no model to draw with"),
         (["nowhere/at/all", "--base", "none", "--prompts", "x"], "there is no folder or file nowhere/at/all"),
         (["--base", "m", "--x", "seeds", "--y", "seeds"], "both are seeds"),
-        (["--base", "m", "--out", "x.jpg"], "is not named .png"),
-        (["--base", "m", "--weights", "1"], "name those with --blend"),
+        (["--base", "m", "--out", "x.jpg"], "does not end in .png"),
+        (["--base", "m", "--weights", "1"], "name the files with --blend"),
         (["--base", "m", "--prompts", "none.json"], "none.json"),
     ],
 )

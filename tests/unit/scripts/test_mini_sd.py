@@ -9,21 +9,19 @@ import pytest
 import torch
 from PIL import ImageFilter
 
+from scripts.mini_sd.drawing import COLOURS, SHAPES, render
 from scripts.mini_sd.examples import write_examples
 from scripts.mini_sd.judge import judge, judge_concept, judge_prompts
 from scripts.mini_sd.scenes import (
-    COLOURS,
-    SHAPES,
     Combination,
     caption,
     combinations,
     held_out,
-    render,
     sample_face,
     sample_scene,
-    sample_texture,
     scene_of,
 )
+from scripts.mini_sd.textures import sample_texture
 
 ROOT = Path(__file__).resolve().parents[3]
 MODEL = ROOT / "models" / "mini-sd"

@@ -1,0 +1,166 @@
+"""Tables of a comparison: losses, costs, drift and learning rates, a row for each optimizer file."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import TYPE_CHECKING, NamedTuple
+
+from scripts.compare.measures import FIXED, RATE, VALIDATION, Compared, D, Measured, networks_of
+from scripts.compare.plots import colour
+
+if TYPE_CHECKING:
+    from scripts.compare.pictures import Drawn
+
+Measure = Callable[[Measured], float | None]
+
+
+class Cell(NamedTuple):
+    """A number of a table."""
+
+    text: str
+    under: str = ""
+    """The smaller line below it."""
+
+
+class Row(NamedTuple):
+    """A row of a table: one file, or the base."""
+
+    label: str
+    ink: str
+    cells: tuple[Cell, ...]
+
+
+class Table(NamedTuple):
+    """A table, and the words that explain it."""
+
+    title: str
+    words: str
+    heads: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+    def html(self) -> str:
+        """Return the table as HTML."""
+        head = "".join(f"<th>{escape(text)}</th>" for text in ("", *self.heads))
+        body = "".join(
+            f"<tr>{_html_label(row)}{''.join(map(_html_cell, row.cells))}</tr>" for row in self.rows
+        )
+        return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+    def markdown(self) -> list[str]:
+        """Return the table as lines of Markdown."""
+        lines = ["| " + " | ".join(("", *self.heads)) + " |", "|" + "---|" * (len(self.heads) + 1)]
+        for row in self.rows:
+            cells = [cell.text + (f" ({cell.under})" if cell.under else "") for cell in row.cells]
+            lines.append("| " + " | ".join([row.label.replace("|", "\\|"), *cells]) + " |")
+        return lines
+
+
+def tables(files: Sequence[Compared], drawn: Drawn | None) -> list[Table]:
+    """Return all tables; without samples there is none of drift."""
+    drift = [] if drawn is None else [_drift(files, drawn)]
+    return [_losses(files), _cost(files), *drift, _rates(files)]
+
+
+def _losses(files: Sequence[Compared]) -> Table:
+    has_validation = any(run.curves.get(VALIDATION) for file in files for run in file.runs)
+    tags = [("fixed-noise", FIXED), *([("validation", VALIDATION)] if has_validation else [])]
+    heads: list[str] = []
+    measures: list[Measure] = []
+    for words, tag in tags:
+        heads += [f"{words} loss, final", "to the first", "lowest", "to the first"]
+        measures += [lambda run, tag=tag: run.final(tag), lambda run, tag=tag: run.best(tag)]
+    rows = []
+    for number, file in enumerate(files):
+        cells: list[Cell] = []
+        for measure in measures:
+            cells += [_cell(file.over_seeds(measure), ".4f"), _ratio(file, files[0], measure)]
+        rows.append(Row(file.label, colour(number), tuple(cells)))
+    words = (
+        "Lowest: after the first step. To the first: the mean divided by the first file's. A lower "
+        "fixed-noise loss is a closer fit to the training images"
+    )
+    words += "; the validation loss rises when a model memorizes them." if has_validation else "."
+    return Table("Loss", words, tuple(heads), tuple(rows))
+
+
+def _cost(files: Sequence[Compared]) -> Table:
+    columns: list[tuple[str, str, Measure]] = [
+        ("minutes an epoch", ".3g", lambda run: run.minutes),
+        ("images/s", ".3g", lambda run: run.images),
+        ("peak memory, GiB", ".2f", lambda run: run.memory),
+        ("state, bytes a parameter", ".2f", lambda run: run.state),
+        ("checkpoint, MiB", ".1f", lambda run: run.size),
+    ]
+    words = (
+        "Medians of a run, without samples and validation. Other work on the machine shows in the times. "
+        "Memory is the peak of tensors on CUDA, and of the whole process on a CPU. State is the optimizer's, "
+        "for each trained parameter. The checkpoint is counted without its resume state."
+    )
+    return _plain_table("Cost", words, files, columns)
+
+
+def _rates(files: Sequence[Compared]) -> Table:
+    tags = [(f"rate at the end, {network}", RATE + network) for network in networks_of(files, RATE)]
+    tags += [(f"d at the end, {network}", D + network) for network in networks_of(files, D)]
+    columns: list[tuple[str, str, Measure]] = [
+        (head, ".2e", lambda run, tag=tag: run.final(tag)) for head, tag in tags
+    ]
+    words = "D-Adaptation's rate is d times lr, times the schedule's factor."
+    return _plain_table("Rates", words, files, columns)
+
+
+def _plain_table(
+    title: str, words: str, files: Sequence[Compared], columns: Sequence[tuple[str, str, Measure]]
+) -> Table:
+    """Return a table of a head, a number format and a measure a column."""
+    rows = [
+        Row(file.label, colour(number), tuple(_cell(file.over_seeds(of), form) for _, form, of in columns))
+        for number, file in enumerate(files)
+    ]
+    return Table(title, words, tuple(head for head, _, _ in columns), tuple(rows))
+
+
+def _drift(files: Sequence[Compared], drawn: Drawn) -> Table:
+    base = drawn.base
+    cells = tuple(Cell(text) for value in base for text in (f"{value:.3f}", "0%"))
+    rows = [Row("base", "#1d2430", cells)]
+    for number, file in enumerate(files):
+        own: list[Cell] = []
+        for place, before in enumerate(base):
+            values = [tone[place] for tone in file.tones]
+            changes = [100 * (value / before - 1) if before else 0.0 for value in values]
+            own += [_cell(values, ".3f"), _cell(changes, "+.0f", "%")]
+        rows.append(Row(file.label, colour(number), tuple(own)))
+    words = (
+        f"Samples of {drawn.unrelated}, from the same noise with the base and with each last checkpoint. "
+        "Saturation: largest less smallest channel, mean over pixels, 0 to 1. Contrast: standard deviation "
+        "of a sample's luma, mean over samples. Both tend to change before the loss shows that a model was "
+        "trained too hard."
+    )
+    heads = ("saturation", "to the base", "contrast", "to the base")
+    return Table("Drift of unrelated prompts", words, heads, tuple(rows))
+
+
+def _cell(values: Sequence[float], form: str, unit: str = "") -> Cell:
+    if not values:
+        return Cell("–")
+    under = f"{min(values):{form}} to {max(values):{form}}" if len(values) > 1 else ""
+    return Cell(f"{statistics.fmean(values):{form}}{unit}", under)
+
+
+def _ratio(file: Compared, first: Compared, of: Measure) -> Cell:
+    ours, theirs = file.over_seeds(of), first.over_seeds(of)
+    if not ours or not theirs or not statistics.fmean(theirs):
+        return Cell("–")
+    return Cell(f"{statistics.fmean(ours) / statistics.fmean(theirs):.3f}")
+
+
+def _html_label(row: Row) -> str:
+    return f'<td><span class="swatch" style="border-color:{row.ink}"></span>{escape(row.label)}</td>'
+
+
+def _html_cell(cell: Cell) -> str:
+    under = f'<span class="under">{escape(cell.under)}</span>' if cell.under else ""
+    return f"<td>{escape(cell.text)}{under}</td>"
