@@ -156,6 +156,8 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
 def _bench(shapes: Sequence[torch.Size], numel: int, threads: int, options: argparse.Namespace) -> None:
     import torch
 
+    from trainer.optim.dadapt.choice import chosen
+
     dtype = torch.bfloat16 if options.weights == "bf16" else torch.float32
 
     def random(shape: torch.Size, scale: float) -> torch.Tensor:
@@ -224,6 +226,8 @@ def _bench(shapes: Sequence[torch.Size], numel: int, threads: int, options: argp
             "first step, with allocation and compiling: "
             + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in first.items())
         )
+        for (bits, every, dtype), choice in chosen.items():
+            print(f"compiled step of {bits} bits, s of one in {every}, {dtype} weights: {choice.way}")
 
 
 def _step(optimizer: Optimizer, params: list[nn.Parameter], gradients: list[torch.Tensor]) -> None:
@@ -306,12 +310,9 @@ def _machine(device: str) -> str:
         import torch
 
         return torch.cuda.get_device_name()
-    lines = (
-        Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        if Path("/proc/cpuinfo").exists()
-        else []
-    )
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
+    from trainer.optim.dadapt.choice import compiler, cpu_model
+
+    return f"{cpu_model()}, {compiler()}"
 
 
 if __name__ == "__main__":

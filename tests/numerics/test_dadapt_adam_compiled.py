@@ -4,15 +4,18 @@ Most tests run the kernels uncompiled, which shows everything but the compiler's
 compile.
 """
 
+import itertools
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
 import torch._dynamo
 from torch import nn
 
-from trainer.optim.dadapt import eager, kernels
+from trainer.optim.dadapt import choice
+from trainer.optim.dadapt.choice import EAGER, Choice, Trial, choose
 from trainer.optim.dadapt.kernels import CompiledKernel, advance_bytes, advance_float, estimate_bytes
 from trainer.optim.dadapt.optimizer import DAdaptAdam
 from trainer.optim.dadapt.state import TILE
@@ -27,15 +30,16 @@ def calls(monkeypatch):
     """Run kernels uncompiled; return the list of how many rows each call had."""
     seen = []
 
-    def uncompiled(bits, every, weights):
+    def uncompiled(bits, every):
         def whole(p, *arguments):
             assert p.is_contiguous() and len(p) >= 2
             seen.append(p.numel() // TILE)
             return (advance_float if bits == 32 else advance_bytes)(p, *arguments)
 
-        return CompiledKernel(whole, estimate_bytes if every > 1 else None)
+        return Choice("default", CompiledKernel(whole, estimate_bytes if every > 1 else None))
 
-    monkeypatch.setattr(eager, "compiled_kernel", uncompiled)
+    keys = itertools.product((8, 32), (0, 1, 16), (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(choice, "chosen", {(*key, dtype): uncompiled(*key) for *key, dtype in keys})
     return seen
 
 
@@ -247,7 +251,7 @@ def test_compiling_is_chosen_by_size_and_saved(calls):
 
 
 def test_a_forbidden_compiler_is_not_used(monkeypatch):
-    monkeypatch.setattr(kernels, "_compiled", {})
+    monkeypatch.setattr(choice, "chosen", {})
     with (
         torch._dynamo.config.patch(disable=True),
         pytest.warns(UserWarning, match="TORCH_COMPILE_DISABLE is set"),
@@ -257,7 +261,7 @@ def test_a_forbidden_compiler_is_not_used(monkeypatch):
 
 def test_a_resumed_run_whose_compiler_is_gone_says_so(calls, monkeypatch):
     saved = DAdaptAdam([nn.Parameter(torch.zeros(1000))], compile=True).state_dict()
-    monkeypatch.setattr(eager, "compiled_kernel", lambda *_: None)
+    monkeypatch.setattr(choice, "chosen", dict.fromkeys(choice.chosen, Choice(EAGER, None)))
     resumed = DAdaptAdam([nn.Parameter(torch.zeros(1000))])
     with pytest.warns(UserWarning, match=r"stepped through a compiler, this one does without"):
         resumed.load_state_dict(saved)
@@ -268,7 +272,7 @@ def test_where_compiling_does_not_work_one_line_says_so(monkeypatch):
     def broken(*arguments, **options):
         raise OSError("no compiler found\nand a second line")
 
-    monkeypatch.setattr(kernels, "_compiled", {})
+    monkeypatch.setattr(choice, "chosen", {})
     monkeypatch.setattr(torch, "compile", broken)
     params = parameters()
     with pytest.warns(
@@ -279,6 +283,108 @@ def test_where_compiling_does_not_work_one_line_says_so(monkeypatch):
         train(parameters(), optimizer_over(parameters(), compile=True), 1)
     assert len(caught) == 1 and "\n" not in str(caught[0].message)
     assert not optimizer.compiled and optimizer.param_groups[0]["k"] == 2
+
+
+@pytest.fixture
+def trials(monkeypatch, tmp_path):
+    """Give a new machine with 512-bit vectors; return the seconds of each way, which a test may change, and the ways compiled."""
+    seconds, compiled = {"default": 2.0, "512-bit vectors": 1.0, EAGER: 3.0}, []
+
+    def uncompiled(bits, every, options):
+        compiled.append(next(way for way, given in choice.WAYS.items() if given == options))
+        kernel = CompiledKernel(partial(advance_bytes), estimate_bytes)
+        names[kernel.whole] = compiled[-1]
+        return kernel
+
+    names = {}
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(choice, "chosen", {})
+    monkeypatch.setattr(choice, "compile_kernel", uncompiled)
+    monkeypatch.setattr(choice, "has_512_bits", lambda: True)
+    monkeypatch.setattr(
+        Trial, "timed", lambda trial: seconds[names[trial.kernel.whole] if trial.kernel else EAGER]
+    )
+    return seconds, compiled
+
+
+KEY = 8, 16, torch.float32
+
+
+@pytest.mark.parametrize("fastest", ["default", "512-bit vectors", EAGER])
+def test_the_fastest_way_is_chosen_once_for_all_processes(trials, monkeypatch, fastest):
+    seconds, compiled = trials
+    seconds[fastest] = 0.5
+    first = choose(*KEY)
+    assert first.way == fastest and choose(*KEY) is first and compiled == ["default", "512-bit vectors"]
+    monkeypatch.setattr(choice, "chosen", {})  # as in the next process
+    seconds.clear()
+    assert choose(*KEY).way == fastest, "kept, without any timing"
+    assert compiled[2:] == ["default" if fastest == EAGER else fastest], "the others are not compiled again"
+
+
+def test_the_first_choice_written_holds_for_processes_that_measured_at_the_same_time(
+    trials, monkeypatch, tmp_path
+):
+    seconds, _ = trials
+    slow = Trial.timed
+
+    def other_process_is_first(trial):
+        for name in [path.name for path in tmp_path.iterdir()] or [place.name]:
+            (tmp_path / name).write_text("default")
+        return slow(trial)
+
+    choose(*KEY)
+    (place,) = tmp_path.iterdir()
+    place.unlink()
+    monkeypatch.setattr(choice, "chosen", {})
+    monkeypatch.setattr(Trial, "timed", other_process_is_first)
+    assert choose(*KEY).way == "default" and seconds["default"] > seconds["512-bit vectors"]
+    assert [path.name for path in tmp_path.iterdir()] == [place.name], "nothing is left behind"
+
+
+def test_eager_is_only_chosen_where_other_processes_learn_of_it(trials, monkeypatch):
+    seconds, _ = trials
+    seconds[EAGER] = 0.1
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(choice.os, "link", full)
+    assert choose(*KEY).way == "512-bit vectors", "this choice does not show in results"
+
+
+def test_a_way_that_gives_other_bits_is_not_taken(trials, monkeypatch):
+    usual = Trial.run
+    monkeypatch.setattr(
+        Trial,
+        "run",
+        lambda trial: [part + (trial.kernel is not None and len(trials[1]) > 1) for part in usual(trial)],
+    )
+    assert choose(*KEY).way == "default"
+
+
+def test_a_step_is_not_compiled_where_that_is_slower_but_for_a_run_that_was(trials):
+    trials[0][EAGER] = 0.1
+    size = 1 << 20
+    automatic, asked = (
+        DAdaptAdam([nn.Parameter(torch.zeros(size))], state_bits=8, compile=way) for way in (None, True)
+    )
+    assert not automatic.compiled and asked.compiled
+    automatic.load_state_dict(asked.state_dict())
+    assert automatic.compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [32, 8])
+def test_compiled_ways_give_the_same_bits(bits, monkeypatch, tmp_path):
+    if not choice.has_512_bits():
+        pytest.skip("this CPU or this compiler has no vectors of 512 bits, so there is one way")
+    every = 1 if bits == 32 else 16
+    results = [
+        Trial(choice.compile_kernel(bits, every, options), bits, every, torch.float32).run()
+        for options in choice.WAYS.values()
+    ]
+    assert_same(*results)
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def test_the_kernel_gives_what_torch_gives(interpreted, dtype, bits, every):
         params = tensors(dtype)
         layout = Layout([{"params": params[:2]}, {"params": params[2:]}], bits, every)
         engines = {
-            bank: TritonEngine(bank, rows) if kernel else TorchEngine(bank, False, [1.0, 0.5])
+            bank: TritonEngine(bank, rows) if kernel else TorchEngine(bank, None, [1.0, 0.5])
             for bank in layout.banks
         }
         sums = []

@@ -196,7 +196,7 @@ def _compare(device: torch.device, weights: torch.dtype, bits: int, every: int) 
         bank.segments += [
             Segment(number, 0, bank, first[number], size, (0,)) for number, size in enumerate(sizes)
         ]
-        engine = TritonEngine(bank, table) if way else TorchEngine(bank, False, [1.0])
+        engine = TritonEngine(bank, table) if way else TorchEngine(bank, None, [1.0])
         params = [start.clone() for start in starts]
         for step, gradients in enumerate(steps):
             engine.begin(step, False, False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.optim.dadapt.adam import Coefficients, advance, estimate
-from trainer.optim.dadapt.kernels import compiled_kernel
+from trainer.optim.dadapt.kernels import CompiledKernel
 from trainer.optim.dadapt.quantized import BLOCK, noise, to_bf16
 from trainer.optim.dadapt.state import TILE, Bank, Segment, tiles_of
 
@@ -41,19 +41,12 @@ class TorchEngine:
     """Advances the parameters of a bank by operations of torch.
 
     Args:
-        compile: through torch.compile, where that works.
+        kernel: the compiled step; None: the step runs eagerly.
         weights_of: by group, the weight of its sums, layer_scale.
     """
 
-    def __init__(self, bank: Bank, compile: bool, weights_of: Sequence[float]) -> None:
-        self.bank, self._weights_of = bank, weights_of
-        possible = (
-            compile
-            and bank.device.type == "cpu"
-            and bank.dtype == torch.float32
-            and (bank.bits == 8 or bank.every < 2)
-        )
-        self.kernel = compiled_kernel(bank.bits, bank.every, bank.weights) if possible else None
+    def __init__(self, bank: Bank, kernel: CompiledKernel | None, weights_of: Sequence[float]) -> None:
+        self.bank, self.kernel, self._weights_of = bank, kernel, weights_of
         self._num, self._l1 = (
             torch.zeros(bank.tiles, dtype=torch.float64, device=bank.device) for _ in range(2)
         )

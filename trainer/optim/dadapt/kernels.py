@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from trainer.optim.dadapt.adam import Coefficients, advance, estimate
-from trainer.optim.dadapt.quantized import BLOCK, decode, encode, give_hints, noise, stored, to_bf16
+from trainer.optim.dadapt.quantized import BLOCK, decode, encode, give_hints, stored, to_bf16
 from trainer.optim.dadapt.state import TILE, Bank
 
 _BLOCKS = TILE // BLOCK
+_BLOCK_BITS = BLOCK.bit_length() - 1
 
 Kernel = Callable[..., tuple[Tensor, Tensor]]
 
@@ -56,7 +56,7 @@ class CompiledKernel(NamedTuple):
             (s, exponents), (v, powers) = (
                 [each[first : first + tiles] for each in bank.held[name]] for name in ("s", "exp_avg_sq")
             )
-            few = [s, exponents, v.gather(1, drawn), powers.gather(1, drawn // BLOCK)]
+            few = [s, exponents, v.gather(1, drawn), powers.gather(1, drawn >> _BLOCK_BITS)]
             sums = _call(
                 self.few, ps, gs, live, table, [draws[0][::_BLOCKS], draws[1][0, :, : bank.few]], few
             )
@@ -201,52 +201,26 @@ def _of_live(num: Tensor, l1: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
 _OPTIONS: dict[str, Any] = {"realize_opcount_threshold": 10_000, "realize_reads_threshold": 10_000}
 """Inductor's: compute again what two loops need rather than store it, since the loops are bound by memory."""
 
-_compiled: dict[tuple[int, int, torch.dtype], CompiledKernel | None] = {}
+
+def compiles(bank: Bank) -> bool:
+    """Return whether there is a compiled step for a bank."""
+    return bank.device.type == "cpu" and bank.dtype == torch.float32 and (bank.bits == 8 or bank.every < 2)
 
 
-@torch.no_grad()  # as every step: the graph is for one of the two modes
-def compiled_kernel(bits: int, every: int, weights: torch.dtype) -> CompiledKernel | None:
-    """Return the step compiled for fp32 or bf16 weights on the CPU; None if that does not work here.
+def compile_kernel(bits: int, every: int, options: Mapping[str, Any]) -> CompiledKernel:
+    """Return the step through torch.compile with these further options; the first call with a dtype compiles.
 
-    The first call compiles for any number of rows above one and tries the result out, in some seconds (torch
-    keeps it on disk). One graph serves every shape, group and optimizer. If it fails, or
-    TORCH_COMPILE_DISABLE=1 forbids it, a warning of one line says so.
+    Raises:
+        RuntimeError: TORCH_COMPILE_DISABLE=1 forbids it.
     """
-    key = bits, every, weights
-    if key not in _compiled:
-        try:
-            _compiled[key] = _tried(bits, every, weights)
-        except (
-            Exception
-        ) as error:  # a missing or broken compiler raises anything, from OSError to torch's InductorError
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            warnings.warn(
-                f"torch.compile does not work here ({reason}): the optimizer runs without it, slower",
-                stacklevel=2,
-            )
-            _compiled[key] = None
-    return _compiled[key]
-
-
-def _tried(bits: int, every: int, weights: torch.dtype) -> CompiledKernel:
     import torch._dynamo
 
     if torch._dynamo.config.disable:
         raise RuntimeError("TORCH_COMPILE_DISABLE is set")
     give_hints()
-    whole: Kernel = torch.compile(
-        advance_float if bits == 32 else advance_bytes, fullgraph=True, options=_OPTIONS
-    )
+    step = advance_float if bits == 32 else advance_bytes
+    whole: Kernel = torch.compile(step, fullgraph=True, options={**_OPTIONS, **options})
     few: Kernel | None = (
         torch.compile(estimate_bytes, fullgraph=True, options=_OPTIONS) if every > 1 else None
     )
-    kernel = CompiledKernel(whole, few)
-    tiles = 48
-    bank = Bank(torch.device("cpu"), weights, tiles, bits, every)
-    draws = noise(0, 0, tiles * _BLOCKS, bank.device) if row_width(bits, weights) == BLOCK else None
-    p, g = (torch.full((tiles, TILE), value, dtype=weights) for value in (1.0, 0.5))
-    table = torch.tensor([0.9, 0.1, 0.99, 0.01, 0.99, 0.01, 1e-8, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0])
-    _, l1 = kernel.advance(bank, 0, p, g, torch.ones(tiles, 1, dtype=torch.bool), table, draws)
-    if (every and not torch.allclose(l1, torch.full_like(l1, 0.005 * (TILE // every)))) or not (p < 1).all():
-        raise RuntimeError("the compiled kernel gives wrong results")
-    return kernel
+    return CompiledKernel(whole, few)

@@ -95,7 +95,6 @@ def stored(value: Tensor) -> Tensor:
     return _store(value, value.stride())
 
 
-_WORD = (1 << 32) - 1
 _COLUMNS = 0x6A09E667
 
 
@@ -108,19 +107,21 @@ def noise(step: int, first: int, blocks: int, device: torch.device) -> tuple[Ten
     """
     if device.type == "meta":
         return torch.empty(blocks, 1, device=device), torch.empty(2, 1, BLOCK, device=device)
-    key = int(mixed(torch.tensor(step & _WORD)))
-    by_block = mixed(torch.arange(first, first + blocks, device=device) ^ key) >> 16
-    by_column = mixed((torch.arange(2 * BLOCK, device=device) + (key ^ _COLUMNS)) & _WORD) >> 16
-    return by_block.to(torch.float32).view(-1, 1) * 2**-16, by_column.to(torch.float32).view(
-        2, 1, BLOCK
-    ) * 2**-16 + 2**-17
+    key = int(mixed(torch.tensor(step & 0xFFFFFFFF).to(torch.int32)))
+    by_block = mixed(torch.arange(first, first + blocks, dtype=torch.int32, device=device) ^ key)
+    by_column = mixed(torch.arange(2 * BLOCK, dtype=torch.int32, device=device) + (key ^ _COLUMNS))
+    rows, columns = ((bits >> 16 & 0xFFFF).to(torch.float32) * 2**-16 for bits in (by_block, by_column))
+    return rows.view(-1, 1), columns.view(2, 1, BLOCK) + 2**-17
 
 
 def mixed(x: Tensor) -> Tensor:
-    """Permute the 32-bit numbers so that each bit changes half of the others (lowbias32, by C. Wellons); int64."""
-    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _WORD
-    x = ((x ^ (x >> 15)) * 0xD35A2D97) & _WORD
-    return x ^ (x >> 15)
+    """Permute the 32-bit numbers so that each bit changes half of the others (lowbias32, by C. Wellons); int32.
+
+    The masks make the shifts of signed numbers logical ones.
+    """
+    x = (x ^ (x >> 16 & 0xFFFF)).mul_(0x21F0AAAD)
+    x.bitwise_xor_(x >> 15 & 0x1FFFF).mul_(0xD35A2D97 - (1 << 32))
+    return x.bitwise_xor_(x >> 15 & 0x1FFFF)
 
 
 def give_hints() -> None:

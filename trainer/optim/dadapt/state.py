@@ -29,7 +29,7 @@ class Bank:
     Args:
         weights: the parameters' dtype.
         bits: 8 or 32 for each kept number (64 for fp64 weights).
-        every: keep s of every element (1), of one drawn in each `every`, or not at all (0).
+        every: keep s of every element (1), of one drawn in each `every` (a power of two), or not at all (0).
     """
 
     def __init__(self, device: torch.device, weights: torch.dtype, tiles: int, bits: int, every: int) -> None:
@@ -71,11 +71,14 @@ class Bank:
 
     def drawn(self, first: int, tiles: int) -> Tensor:
         """Return which elements of these tiles keep s: (tiles, few), int64."""
-        few = torch.arange(self.few, device=self.device)
+        few, tile = (
+            torch.arange(*span, dtype=torch.int32, device=self.device)
+            for span in ((0, self.few), (first, first + tiles))
+        )
         if self.device.type == "meta":
-            return few.expand(tiles, -1)
-        tile = mixed(torch.arange(first, first + tiles, device=self.device)).view(-1, 1)
-        return few * self.every + mixed((tile + few) & ((1 << 32) - 1)) % self.every
+            return few.long().expand(tiles, -1)
+        places = mixed(mixed(tile).view(-1, 1) + few).bitwise_and_(self.every - 1)
+        return places.add_(few * self.every).long()
 
 
 @dataclass(frozen=True, eq=False)

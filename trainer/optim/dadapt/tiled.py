@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from trainer.optim.dadapt.adam import Coefficients, adapt
+from trainer.optim.dadapt.choice import EAGER, choose
 from trainer.optim.dadapt.device import TritonEngine, launch, works
 from trainer.optim.dadapt.eager import Arrival, TorchEngine
 from trainer.optim.dadapt.fused import FusedBackward, Pass, arrival_hook
 from trainer.optim.dadapt.groups import LEARNED, Group, check_group
+from trainer.optim.dadapt.kernels import compiles
 from trainer.optim.dadapt.saved import restore
-from trainer.optim.dadapt.state import Bank, Layout, Segment
+from trainer.optim.dadapt.state import TILE, Bank, Layout, Segment
 from trainer.transfer import to_device
 
 KERNEL_DEVICES = ("cuda", "meta")
@@ -58,6 +60,8 @@ class TiledAdam(FusedBackward, Optimizer):
             raise ValueError(f"lr is {defaults['lr']}; it must be above 0")
         if bits not in (8, 32):
             raise ValueError(f"state_bits is {bits}; it must be 8 or 32")
+        if every not in (0, *(1 << power for power in range(TILE.bit_length()))):
+            raise ValueError(f"every is {every}; it must be a power of two up to {TILE}")
         self.state_bits, self.every, self.fused_backward, self.compile = bits, every, fused_backward, compile
         self._steps = 0
         self._layout: Layout | None = None
@@ -316,14 +320,26 @@ class TiledAdam(FusedBackward, Optimizer):
             for group in self.param_groups:
                 group.update({key: self._scalars[key] for key in LEARNED if key in group})
             worth_it = sum(segment.numel for segment in layout.segments) >= _WORTH_COMPILING[self.state_bits]
-            self._choose_engines(layout, compile=worth_it if self.compile is None else self.compile)
+            automatic = self.compile is None
+            self._choose_engines(
+                layout, compile=worth_it if automatic else bool(self.compile), automatic=automatic
+            )
             self._look_who_moved()
         return self._layout
 
-    def _choose_engines(self, layout: Layout, *, compile: bool) -> None:
+    def _choose_engines(self, layout: Layout, *, compile: bool, automatic: bool = False) -> None:
+        """Give each bank its engine; an `automatic` choice compiles only where the eager step is not faster."""
         self._host = _on_host(layout.device)
         self._engines: dict[Bank, TorchEngine | TritonEngine] = {}
         weights = [group["layer_scale"] for group in self.param_groups]
+        largest = max(layout.banks, key=lambda bank: bank.tiles)
+        choices = {
+            bank: choose(bank.bits, bank.every, bank.weights)
+            for bank in layout.banks
+            if compile and compiles(bank)
+        }
+        if automatic and largest in choices and choices[largest].way == EAGER:
+            choices.clear()
         for bank in layout.banks:
             possible = (
                 self.compile is not False
@@ -333,7 +349,8 @@ class TiledAdam(FusedBackward, Optimizer):
             if possible and works(bank.device, bank.weights, bank.bits, bank.every):
                 self._engines[bank] = TritonEngine(bank, self._coefficients)
             else:
-                self._engines[bank] = TorchEngine(bank, compile, weights)
+                kernel = choices[bank].kernel if bank in choices else None
+                self._engines[bank] = TorchEngine(bank, kernel, weights)
         self._on_kernel = all(isinstance(engine, TritonEngine) for engine in self._engines.values())
 
     def _look_who_moved(self) -> None:
