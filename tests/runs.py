@@ -14,6 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from tests.tiny import write_tiny_folder
+from trainer.environment import PROGRAM, python_command
+
+COMMAND = f"{python_command()} {PROGRAM}"
+"""The words that start the program in a folder that is not its own."""
 
 ADAMW8BIT = {
     "base": {"optimizer": "adamw8bit", "lr": None, "weight_decay": 0.01},

@@ -18,7 +18,9 @@ from pathlib import Path
 
 from trainer.errors import UserError
 
-REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
+_ROOT = Path(__file__).resolve().parents[1]
+REQUIREMENTS = _ROOT / "requirements.txt"
+PROGRAM = _ROOT / "train.py"
 
 CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
 """The index of torch's builds for CUDA 13.0, which PyPI has for Linux alone."""
@@ -45,6 +47,16 @@ def check_environment() -> list[str]:
     if problems:
         raise UserError(problems)
     return [*_torch_without_cuda(pins["torch"]), *_other_versions(pins, installed)]
+
+
+def python_command() -> str:
+    """Return the word that starts this Python in a shell: a name that PATH leads to it, or its path."""
+    own = Path(sys.executable)
+    for name in ("python", "python3"):
+        found = shutil.which(name)
+        if found is not None and Path(found).parent == own.parent and Path(found).samefile(own):
+            return name
+    return str(own)
 
 
 def check_cuda() -> list[str]:

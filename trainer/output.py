@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
 # Control characters, line ends, changes of text direction and halves of surrogate pairs. Joiners stay: emoji
@@ -18,6 +19,14 @@ def clean(text: str, encoding: str = "utf-8") -> str:
     """Return a text as one line, with escapes for characters that are unsafe or that `encoding` lacks."""
     line = _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
     return line.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def shown_path(path: Path) -> str:
+    """Return a path as messages show it: relative to the working directory if it lies inside."""
+    try:
+        return path.relative_to(Path.cwd()).as_posix()
+    except ValueError:
+        return str(path)
 
 
 def say(*lines: str, stream: TextIO) -> None:

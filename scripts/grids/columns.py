@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,13 +121,14 @@ def _of_run(run: Path, base: str, *, named: bool) -> list[Column]:
 
 def _column(name: str, base: str, label: str | None = None) -> Column:
     """Return a model, or a LoRA with its base: the recorded one, else the grid's."""
-    from trainer.models.lora import LORA_FILE, read_base
+    from trainer.checkpoints.base import read_base
+    from trainer.models.lora import LORA_FILE
     from trainer.models.tensor_file import TensorFile
 
     path = Path(name).expanduser()
     label = label or (path.stem if path.is_file() else path.name)
     if path.is_dir() and (path / LORA_FILE).is_file():
-        own = read_base(path)
+        own = read_base(path, None if base == "none" else base)
         return Column(label, str(path), own.model if own else _needed(base, name))
     if (
         path.is_file()
@@ -145,11 +147,12 @@ def _needed(base: str, name: str) -> str:
 
 def _start_of(name: str) -> str | None:
     """Return the model that a run, or the run of a checkpoint, started from; None if it is not recorded."""
-    from trainer.models.lora import read_base
+    from trainer.checkpoints.base import read_base
 
     path = Path(name)
-    if (path / "base.json").is_file() and (lora := read_base(path)) is not None:
-        return lora.model
+    with suppress(UserError):  # a LoRA whose base is not found does not answer
+        if (lora := read_base(path)) is not None:
+            return lora.model
     run = path if _is_run(name) else path.parent.parent
     try:
         config = json.loads((run / "train.json").read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ the check replaced.
 """
 
 import ast
+import os
 import subprocess
 import sys
 import warnings
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from trainer import environment
-from trainer.environment import check_cuda, check_environment, visible_gpus
+from trainer.environment import check_cuda, check_environment, python_command, visible_gpus
 from trainer.errors import UserError
 
 ROOT = environment.REQUIREMENTS.parent
@@ -306,3 +307,19 @@ def test_a_cuda_torch_that_cannot_reach_the_gpu_is_noted_with_its_reason(nvidia_
     assert "(found version 12020).)" in note and "Please" not in note
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert check_cuda() == []
+
+
+def test_the_word_that_starts_this_python_does_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert python_command() == sys.executable
+    own = str(Path(sys.executable).parent)
+    monkeypatch.setenv("PATH", os.pathsep.join([own, str(tmp_path)]))
+    command = [python_command(), "-c", "import sys; print(sys.executable)"]
+    assert not Path(command[0]).is_absolute()
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert Path(found.stdout.strip()).parent == Path(own)
+    other = tmp_path / ("python.exe" if os.name == "nt" else "python")  # another one, first on PATH
+    other.write_text("")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert python_command() == sys.executable

@@ -110,6 +110,10 @@ def hub(tmp_path, monkeypatch):
     server.server_close()
 
 
+LATER = "f" * 40
+"""A commit that the main branch moves to."""
+
+
 def load(name, vae=None):
     return load_models(ModelOptions(resume_ckpt=name, vae=vae))
 
@@ -164,7 +168,7 @@ def test_the_commit_of_a_model_is_recorded_and_loaded_again(hub, tmp_path, monke
     assert models.revision == COMMIT
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     refs = next((tmp_path / "cache").rglob("refs/main"))
-    refs.write_text("f" * 40)  # as after a download of a later commit
+    refs.write_text(LATER)  # as after a download of a later commit
     with pytest.raises(UserError, match="is not complete in the hub cache"):
         load("someone/some-model")
     options = ModelOptions(resume_ckpt="someone/some-model", revision=COMMIT)
@@ -187,12 +191,45 @@ def test_a_run_records_the_commit_and_is_resumed_with_it(hub, workplace, no_esti
     assert f"(https://huggingface.co/someone/some-model) at revision `{COMMIT}`" in page
     if lora:
         assert json.loads((checkpoint / "base.json").read_text())["revision"] == COMMIT
-    next((workplace / "cache").rglob("refs/main")).write_text("f" * 40)
+    next((workplace / "cache").rglob("refs/main")).write_text(LATER)
     for more in (["--check"], []):
         capsys.readouterr()
         assert train.main(["--resume_ckpt", "findlast", *more]) == 0
         assert "Changed: revision" not in capsys.readouterr().out
     assert json.loads((run / "train.json").read_text())["revision"] == COMMIT
+
+
+@pytest.mark.parametrize("form", ["vae alone", "whole model"])
+def test_the_commits_of_vae_and_ema_model_are_recorded_and_resumed(
+    hub, workplace, no_estimate, monkeypatch, form, capsys
+):
+    served = write_tiny_folder(workplace / "served", seed=1)
+    hub.repositories["someone/vae"] = served / "vae" if form == "vae alone" else served
+    hub.repositories["someone/average"] = served
+    settings = {"max_epochs": 1, "fixed_loss_images": 0, "first_samples": False, "save_format": "diffusers"}
+    ema = {"ema_decay_rate": 0.5, "ema_resume_model": "someone/average"}
+    write(workplace, ADAMW, vae="someone/vae", **settings, **ema)
+    assert train.main(["--stop_after_steps", "1"]) == 0
+    run = run_of(workplace)
+
+    def recorded():
+        values = json.loads((run / "train.json").read_text())
+        return values["vae_revision"], values["ema_resume_revision"]
+
+    assert recorded() == (COMMIT, COMMIT)
+    page = (next((run / "ckpts").iterdir()) / "README.md").read_text()
+    assert page.count(COMMIT) == 2  # in the configuration
+    for refs in (workplace / "cache").rglob("refs/main"):
+        refs.write_text(LATER)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for more in (["--check"], []):
+        capsys.readouterr()
+        assert train.main(["--resume_ckpt", "findlast", *more]) == 0
+        assert "revision: " not in capsys.readouterr().out
+    assert recorded() == (COMMIT, COMMIT)
+    capsys.readouterr()
+    assert train.main(["--check"]) == 0  # a new run takes the main branch
+    assert "vae: someone/vae is not in the hub cache" in capsys.readouterr().out
 
 
 def test_a_revision_that_there_is_not_and_one_of_a_folder_are_refused(hub, workplace, capsys):
@@ -202,6 +239,15 @@ def test_a_revision_that_there_is_not_and_one_of_a_folder_are_refused(hub, workp
     assert "revision: someone/some-model on the hub has no such revision" in capsys.readouterr().err
     assert train.main(["--revision", "v9", "--resume_ckpt", "served"]) == 2
     assert "is a file or folder, and only models on the hub have revisions" in capsys.readouterr().err
+    more = ["--ema_decay_rate", "0.5", "--ema_resume_model", "someone/some-model"]
+    assert train.main([*more, "--ema_resume_revision", "v9"]) == 2
+    assert "ema_resume_revision: someone/some-model on the hub has no such" in capsys.readouterr().err
+    assert train.main(["--vae", "someone/some-model", "--vae_revision", "v9"]) == 2
+    assert "vae_revision: someone/some-model on the hub has no such revision" in capsys.readouterr().err
+    assert train.main(["--vae", "served", "--vae_revision", "v9", "--ema_resume_revision", "v9"]) == 2
+    told = capsys.readouterr().err
+    for key, model in (("vae_revision", "vae"), ("ema_resume_revision", "ema_resume_model")):
+        assert f"--{key}: {model} is not on the hub, and only models there have revisions" in told
 
 
 def test_a_repository_with_half_precision_only_loads(hub, tmp_path):

@@ -1,6 +1,7 @@
 """LoRA runs: files load elsewhere and sample the same, resumed to the bit, and the model is unchanged."""
 
 import json
+import shutil
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -10,8 +11,10 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 
 import train
 from tests.runs import ADAMW, DADAPT, FUSED, run_of, scalars, write
-from tests.tiny import tiny_models, write_tiny_folder
+from tests.tiny import tiny_models, write_parts_beside, write_tiny_folder
+from trainer.checkpoints.base import read_base
 from trainer.checkpoints.listing import checkpoints, single_files
+from trainer.errors import UserError
 from trainer.models.load import load_models
 from trainer.models.lora import LORA_FILE, begin, named, read_adapter
 from trainer.models.options import FreezingOptions, LoraOptions, ModelOptions, TrainableOptions
@@ -251,9 +254,73 @@ def test_what_does_not_fit_a_lora_is_refused(workplace, capsys, tmp_path):
     (checkpoint / "base.json").write_text(json.dumps({**base, "model": str(other)}))
     assert train.main(["--resume_ckpt", str(checkpoint), "--resume_weights_only"]) == 2
     assert f"was trained on other weights than {other} holds now" in capsys.readouterr().err
-    (checkpoint / "base.json").write_text(json.dumps({**base, "model": str(tmp_path / "gone")}))
-    assert train.main(["--resume_ckpt", str(checkpoint), "--resume_weights_only"]) == 2
-    assert "is not there any more; put it back" in capsys.readouterr().err
+
+
+def test_the_base_is_published_by_name_and_found_by_its_path(workplace, model, no_estimate, capsys, tmp_path):
+    write(workplace, DADAPT, **SHORT, lora={"rank": 2})
+    assert train.main(["--stop_after_steps", "1"]) == 0
+    run = run_of(workplace)
+    [checkpoint] = checkpoints(run)
+    published = json.loads((checkpoint / "base.json").read_text())
+    assert published["model"] == model.name and set(published) == {"model", "fingerprint", "revision"}
+
+    def starts(*words):
+        return train.main(["--check", "--resume_ckpt", *map(str, words)])
+
+    def base_of(folder):
+        base = read_base(folder)
+        return base and base.model
+
+    def found():
+        return base_of(checkpoint), base_of(checkpoint / "ema")
+
+    moved = shutil.copytree(checkpoint, tmp_path / "moved")
+    assert base_of(moved) == str(model) and starts(moved) == 0
+    shutil.copytree(checkpoint, checkpoint / "ema", ignore=shutil.ignore_patterns("resume"))
+    assert found() == (str(model),) * 2
+    shutil.rmtree(checkpoint / "resume")  # as of older checkpoints of a run
+    assert found() == (str(model),) * 2 and starts(checkpoint, "--resume_weights_only") == 0
+    record = json.loads((run / "base.json").read_text())
+    (run / "base.json").write_text(json.dumps({**record, "fingerprint": "of another model"}))
+    with pytest.raises(UserError, match="its base, model, is not found"):
+        read_base(checkpoint)
+
+    lone = shutil.copytree(checkpoint, tmp_path / "lone")  # as from the hub
+    weights_only = ["--resume_ckpt", str(lone), "--resume_weights_only", "--stop_after_steps", "1"]
+    assert train.main(weights_only) == 0
+    assert json.loads((run_of(workplace) / "base.json").read_text())["model"] == str(model)
+    other = write_tiny_folder(tmp_path / "other", seed=5)
+    write(workplace, DADAPT, **SHORT, lora={"rank": 2}, model=str(other))
+    capsys.readouterr()
+    assert train.main(weights_only) == 2
+    assert f"other weights than {other} holds now; put {model.name} back" in capsys.readouterr().err
+    write(workplace, DADAPT, **SHORT, lora={"rank": 2}, model=str(lone))
+    assert train.main(["--resume_weights_only"]) == 2
+    said = capsys.readouterr().err
+    assert f"{lone} is a LoRA, and its base, {model.name}, is not found on this machine" in said
+    (lone / "base.json").write_text(json.dumps({**published, "model": str(model)}))  # of earlier versions
+    assert base_of(lone) == str(model)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["model", "lora"])
+def test_no_published_file_names_a_folder_of_this_machine(workplace, tmp_path, lora, drawn_curves):
+    base = write_tiny_folder(tmp_path / "base")
+    write_parts_beside(base)
+    settings = {"ema_decay_rate": 0.5, "ema_update_interval": 1, "save_ckpt_dir": str(tmp_path / "singles")}
+    write(workplace, QUICK, **SHORT | settings, lora=lora, model=str(base), vae=str(base / "vae"))
+    for more in ([], ["--save_format", "diffusers"]):
+        assert train.main(["--stop_after_steps", "1", *more]) == 0
+    published = [path for path in (tmp_path / "singles").iterdir() if path.is_file()]
+    for checkpoint in (checkpoints(run_of(workplace, number))[0] for number in (0, 1)):
+        published += [
+            path
+            for path in checkpoint.rglob("*")
+            if path.is_file() and "resume" not in path.relative_to(checkpoint).parts
+        ]
+    assert {"README.md", "manifest.json", "samples.png"} < {path.name for path in published}
+    assert len([path for path in published if path.suffix == ".safetensors"]) == (5 if lora else 14)
+    for path in published:
+        assert str(tmp_path).encode() not in path.read_bytes(), path
 
 
 def test_a_new_lora_changes_no_bit_and_depends_on_the_seed_and_the_layer_alone():

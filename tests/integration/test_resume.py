@@ -8,7 +8,7 @@ import pytest
 
 import train
 from data.atomic import WINDOWS
-from tests.runs import ADAMW, DADAPT, run_of, same_run, scalars, uncut, write
+from tests.runs import ADAMW, COMMAND, DADAPT, run_of, same_run, scalars, uncut, write
 from tests.unit.trainer.checkpoints.test_lock import held
 from trainer.checkpoints.listing import checkpoints
 from trainer.checkpoints.lock import LOCK
@@ -232,10 +232,10 @@ def test_continuing_with_other_data_or_another_optimizer_is_refused_and_weights_
 def test_a_finished_run_does_nothing_more_unless_epochs_are_added(workplace, capsys):
     write(workplace, DADAPT, **SHORT)
     assert train.main([]) == 0
-    assert "To train on, raise max_epochs (it is 2):  python train.py --resume_ckpt" in (
+    assert f"To train on, raise max_epochs (it is 2):  {COMMAND} --resume_ckpt" in (
         out := capsys.readouterr().out
     )
-    assert f"--resume_ckpt {run_of(workplace)} --max_epochs 4\n" in out
+    assert f"--resume_ckpt logs/{run_of(workplace).name} --max_epochs 4\n" in out
     saved = (run_of(workplace) / "ckpts" / LAST / "manifest.json").read_bytes()
     assert train.main(["--resume_ckpt", "findlast"]) == 0
     assert "Done: 6 steps" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import pytest
 
 import train
 from scripts.torture import started, torture
-from tests.runs import DADAPT, run_of, same_run, scalars, uncut, write
+from tests.runs import COMMAND, DADAPT, run_of, same_run, scalars, uncut, write
 from trainer.checkpoints.format import resume_problem
 from trainer.checkpoints.listing import checkpoints
 from trainer.reporting.console import Console
@@ -91,7 +91,7 @@ def test_the_first_signal_saves_and_the_run_goes_on_to_the_bit(
     run = run_of(workplace)
     assert checkpoints(run)[0].name == checkpoint and resume_problem(checkpoints(run)[0]) is None
     assert (run / "ckpts" / f"{checkpoint}.safetensors").is_file()
-    assert f"Resume with:  python train.py --resume_ckpt {run}" in told.out
+    assert f"Resume with:  {COMMAND} --resume_ckpt logs/{run.name}" in told.out
     assert f"Stopped by {number.name}." in told.err
 
     assert train.main(["--resume_ckpt", str(run)]) == 0

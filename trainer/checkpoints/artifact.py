@@ -1,36 +1,26 @@
-"""What a checkpoint holds and how it is exported: a whole model, or LoRA adapters beside a base."""
+"""The content of a checkpoint and its export: a whole model, or LoRA adapters for a base."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from trainer.checkpoints.export import describe_file, save_diffusers, save_single_file, write_json
+from trainer.checkpoints.base import Base, base_of
+from trainer.checkpoints.export import describe_file, save_diffusers, save_single_file
 from trainer.errors import UserError
-from trainer.models.lora import (
-    ADAPTER_CONFIG,
-    LORA_FILE,
-    PREFIX,
-    Base,
-    base_of,
-    begin,
-    in_file,
-    named,
-    read_adapter,
-)
-from trainer.models.options import BASE_FILE, LoraOptions
+from trainer.models.lora import ADAPTER_CONFIG, LORA_FILE, PREFIX, begin, in_file, named, read_adapter
+from trainer.models.options import LoraOptions
 from trainer.models.pipeline import Models, TrainedParts
 from trainer.models.tensor_file import write_tensors
 
 
 class Artifact(Protocol):
-    """What a run trains, saves and publishes."""
+    """The model or the adapters that a run trains, saves and publishes."""
 
     models: Models
     suffix: str
@@ -64,15 +54,19 @@ class Artifact(Protocol):
         ...
 
     def write_folder(self, folder: Path) -> None:
-        """Write what diffusers loads from a folder."""
+        """Write a folder that diffusers loads."""
+        ...
+
+    def keep_base(self, folder: Path) -> None:
+        """Write into an unpublished folder where a LoRA's base is on this machine."""
         ...
 
     def write_file(self, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
-        """Write what web UIs load from one .safetensors file; `metadata` wins over header fields made here."""
+        """Write one .safetensors file that web UIs load; `metadata` wins over header fields made here."""
         ...
 
     def folder_bytes(self, weights: torch.dtype | None = None) -> int:
-        """Return the bytes of the weights in a folder, with trained networks in `weights` or their own format."""
+        """Return the bytes of a folder's weights, with trained networks in `weights` or their own dtype."""
         ...
 
     def file_bytes(self, dtype: torch.dtype) -> int:
@@ -80,19 +74,19 @@ class Artifact(Protocol):
         ...
 
     def usage(self, repository: str, base: str) -> list[str]:
-        """Return the lines of Python that load it from the hub."""
+        """Return lines of Python that load it from the hub."""
         ...
 
 
 def artifact_of(
     options: LoraOptions | None, models: Models, model: str | None = None, adapter: Path | None = None
 ) -> Artifact:
-    """Return what a run saves; to be called before LoRA adapters are put on the networks.
+    """Return the artifact of a run. Call it before LoRA adapters are attached.
 
     Args:
-        options: of the LoRA, or None for a whole model.
-        models: as they were loaded.
-        model: the name that they were loaded by; None where they are described only.
+        options: None for a whole model.
+        models: the networks.
+        model: the name that they were loaded by; None on the meta device.
         adapter: the checkpoint folder of the LoRA that the run starts from.
 
     Raises:
@@ -118,9 +112,8 @@ class WholeModel:
         """Refuse to start from a LoRA."""
         if adapter is not None:
             raise UserError(
-                f"resume_ckpt: {adapter} holds a LoRA, and lora is null; set lora to the rank, "
-                "alpha and targets that "
-                "it was trained with."
+                f"resume_ckpt: {adapter} holds a LoRA, and lora is null; set lora to the rank, alpha and "
+                "targets that it was trained with."
             )
 
     def begin(self, seed: int) -> None:
@@ -130,12 +123,15 @@ class WholeModel:
         """Write a diffusers folder, with hard links to the base's further parts."""
         save_diffusers(self.models, folder, link=True)
 
+    def keep_base(self, folder: Path) -> None:
+        """Write nothing: a whole model needs no base."""
+
     def write_file(self, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
         """Write a single file in the original layout."""
         save_single_file(self.models, path, dtype, metadata)
 
     def folder_bytes(self, weights: torch.dtype | None = None) -> int:
-        """Return the bytes of all weights; the VAE keeps its format."""
+        """Return the bytes of all weights; the VAE keeps its dtype."""
         trained = _bytes(self.models.unet, weights) + _bytes(self.models.text_encoder, weights)
         return trained + _bytes(self.models.vae)
 
@@ -150,7 +146,7 @@ class WholeModel:
 
 
 class Adapters:
-    """LoRA adapters beside the layers of a base, in fp32."""
+    """LoRA adapters for the layers of a base, in fp32."""
 
     suffix, folder_name, file_name = "-lora", "LoRA folder", "LoRA .safetensors"
     tags: tuple[str, ...] = ("lora",)
@@ -163,18 +159,18 @@ class Adapters:
         self._values: dict[str, Tensor] | None = None
 
     def take(self, parts: TrainedParts, adapter: Path | None) -> None:
-        """Take the adapters, and read their values from a checkpoint."""
+        """Take the adapters, and read their values from a checkpoint if there is one."""
         self._parts = parts
         if adapter is not None:
             self._values = read_adapter(adapter, parts, self._options)
 
     def begin(self, seed: int) -> None:
-        """Give the adapters the values that were read, or new ones."""
+        """Give the adapters the values of the checkpoint, or new ones."""
         begin(self._parts, seed, self._values)
         self._values = None
 
     def write_folder(self, folder: Path) -> None:
-        """Write a folder that `pipe.load_lora_weights(folder)` loads, and the base's name beside the adapters."""
+        """Write a folder that `pipe.load_lora_weights(folder)` loads, and the base's name."""
         assert self._base is not None, "weights are loaded"
         folder.mkdir(parents=True, exist_ok=True)
         config: dict[str, Any] = {}
@@ -185,15 +181,17 @@ class Adapters:
         tensors = {in_file(name): tensor for name, tensor in named(self._parts).items()}
         header = {"format": "pt", ADAPTER_CONFIG: json.dumps(config)}
         write_tensors(folder / LORA_FILE, tensors, torch.float32, header)
-        write_json(folder / BASE_FILE, asdict(self._base))
+        self._base.publish(folder)
+
+    def keep_base(self, folder: Path) -> None:
+        """Write the path of a local base."""
+        assert self._base is not None, "weights are loaded"
+        self._base.keep(folder)
 
     def write_file(self, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
-        """Write one file with the names and header fields of kohya's scripts, which web UIs and diffusers read.
-
-        `modelspec.title` is also kohya's output name, which web UIs show.
-        """
+        """Write one file with kohya's names and header fields, which web UIs and diffusers read."""
         assert self._base is not None, "weights are loaded"
-        family, model, strength = self.models.family, self._base.model, self._options.strength
+        family, strength = self.models.family, self._options.strength
         velocity = self.models.scheduler_config.get("prediction_type") == "v_prediction"
         header = {
             **describe_file(self.models, path, "/lora"),
@@ -201,8 +199,8 @@ class Adapters:
             "ss_network_module": "networks.lora",
             "ss_network_dim": str(self._options.rank),
             "ss_network_alpha": str(strength),
-            "ss_output_name": metadata.get("modelspec.title", path.stem),
-            "ss_sd_model_name": Path(model).name if Path(model).is_absolute() else model,
+            "ss_output_name": metadata.get("modelspec.title", path.stem),  # the name that web UIs show
+            "ss_sd_model_name": self._base.name,
             "ss_v2": str(family.kohya_v2),
         }
         tensors: dict[str, Tensor] = {}
@@ -225,7 +223,7 @@ class Adapters:
         return sum(parameter.numel() for parameter in learning) * dtype.itemsize
 
     def usage(self, repository: str, base: str) -> list[str]:
-        """Return the lines that put the adapters on their base."""
+        """Return the lines that load the base and its adapters."""
         return [
             f"pipeline = {self.models.family.pipeline}.from_pretrained({json.dumps(base)})",
             f'pipeline.load_lora_weights("{repository}")',

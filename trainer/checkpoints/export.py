@@ -1,7 +1,6 @@
-"""Writing a model so that other programs read it: a diffusers folder, or one .safetensors file in the original layout.
+"""Export of models for other programs: a diffusers folder, or one .safetensors file in the original layout.
 
-All write straight to the path that they are given; the caller writes beside and renames
-(`trainer.checkpoints.format`).
+Functions write straight to their path; callers write a draft and rename it (`trainer.checkpoints.format`).
 """
 
 from __future__ import annotations
@@ -29,17 +28,16 @@ if TYPE_CHECKING:
 def save_diffusers(
     models: Models, folder: Path, dtype: torch.dtype | None = None, *, link: bool = False
 ) -> None:
-    """Write a folder that `StableDiffusionPipeline.from_pretrained(folder)` loads; it has a safety checker where the base has one.
+    """Write a folder that diffusers' `from_pretrained(folder)` loads, with the base's safety checker.
 
-    Older diffusers and transformers read it too: the text encoder's names begin with `text_model.`, which
-    newer ones accept, and the tokenizer comes in both forms. Needs memory for one tensor beside the model.
+    Older diffusers and transformers read it too: the text encoder's names start with `text_model.`, which
+    newer versions accept, and the tokenizer has both of its forms. Needs memory for one tensor.
 
     Args:
         models: on any device.
         folder: made if absent; files of the same names are replaced.
         dtype: of the weights in the files; None keeps each network's own.
-        link: give the files of the base's further parts a second name here instead of copying them, where the
-        file system can.
+        link: hard-link the base's further parts instead of copying them, where the file system can.
     """
     import diffusers
 
@@ -83,15 +81,15 @@ def save_diffusers(
 
 
 def copy_beside(models: Models, folder: Path, *, link: bool = False) -> dict[str, tuple[str, str]]:
-    """Put the base's further parts into a folder and return library and class of those that are there.
+    """Copy the base's further parts into a folder, and return library and class of each.
 
     Args:
-        models: which name them and their place.
-        folder: gets a folder of each.
-        link: give their files a second name instead of copying them, where the file system can.
+        models: their names and their folder.
+        folder: gets a subfolder for each.
+        link: hard-link instead of copying, where the file system can.
 
     Raises:
-        OSError: one cannot be read or written.
+        OSError: a file cannot be read or written.
     """
     placed = {}
     for name, source in places_beside(models).items():
@@ -118,7 +116,7 @@ def size_beside(models: Models) -> int:
 
 
 def places_beside(models: Models) -> dict[str, Path]:
-    """Return the folders of the base's further parts, as far as they are still there."""
+    """Return the folders of the base's further parts that still exist."""
     if models.beside_from is None:
         return {}
     return {name: models.beside_from / name for name in models.beside if (models.beside_from / name).is_dir()}
@@ -127,20 +125,18 @@ def places_beside(models: Models) -> dict[str, Path]:
 def save_single_file(
     models: Models, path: Path, dtype: torch.dtype = torch.float16, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write one .safetensors file in the original layout, which Stable Diffusion programs and `from_single_file` read.
+    """Write one .safetensors file in the original layout, which web UIs and `from_single_file` read.
 
-    The header describes the model as the ModelSpec standard (https://github.com/Stability-AI/ModelSpec) has
-    it, and holds the configurations, so that this program loads the file alone whatever the networks' size;
-    also the tokenizer where it is not the one of this kind of model. An SD 2.x text encoder stands in
-    OpenCLIP's names; OpenCLIP's last layer and projection, which SD 2.x does not use, are in no folder and so
-    in no exported file. Needs memory for one tensor beside the model.
+    The header follows the ModelSpec standard (https://github.com/Stability-AI/ModelSpec). It also holds the
+    configurations, so that this program needs no other file, and a tokenizer that is not the family's own. An
+    SD 2.x text encoder gets OpenCLIP's names, without the last layer and projection that SD 2.x does not use.
+    Needs memory for one tensor.
 
     Args:
         models: on any device.
         path: the file to write.
         dtype: of the weights in the file.
-        metadata: further header fields; they win over those made here, `modelspec.title` and `modelspec.date`
-        among them.
+        metadata: header fields that win over those made here, such as `modelspec.title`.
     """
     configs = _configs(models)
     size = configs["unet"]["sample_size"]
@@ -150,7 +146,7 @@ def save_single_file(
     header = describe_file(models, path)
     header |= {
         "modelspec.resolution": f"{side}x{side}",
-        PREDICTION_TYPE: header.pop(PREDICTION_TYPE),  # its place in the header is after the resolution
+        PREDICTION_TYPE: header.pop(PREDICTION_TYPE),  # after the resolution
         CONFIGS: json.dumps(configs, separators=(",", ":")),
     }
     if not is_clip_tokenizer(models.tokenizer, models.family.text.pad):
@@ -161,7 +157,7 @@ def save_single_file(
 
 
 def describe_file(models: Models, path: Path, kind: str = "") -> dict[str, str]:
-    """Return the header fields that describe a model's file as the ModelSpec standard has it; `kind` ends the architecture's name."""
+    """Return the ModelSpec header fields of a model's file; `kind` ends the architecture's name."""
     prediction = models.scheduler_config.get("prediction_type", "epsilon")
     return {
         "format": "pt",
@@ -175,13 +171,13 @@ def describe_file(models: Models, path: Path, kind: str = "") -> dict[str, str]:
 
 
 def architecture(models: Models) -> str:
-    """Return the ModelSpec standard's name of the model."""
+    """Return the model's architecture by ModelSpec's name."""
     names, prediction = models.family.architectures, models.scheduler_config.get("prediction_type")
     return names.get(prediction or "", names["epsilon"])
 
 
 def _configs(models: Models) -> dict[str, dict[str, Any]]:
-    """Return the four configurations as plain data, without what belongs to the machine and the libraries that loaded them."""
+    """Return the four configurations as plain data, without paths and versions of this machine."""
     text_encoder = models.text_encoder.config.to_diff_dict()
     configs = {
         "unet": dict(models.unet.config),

@@ -1,4 +1,4 @@
-"""Saving a run: what a checkpoint holds, when one is due by the clock, and what happens where it cannot be written."""
+"""Saving a run: write, time and rotate its checkpoints, and handle failed saves."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from trainer.networks import by_network
 from trainer.state_file import size_of_state, write_state
 
 Kind = Literal["", "last", "interrupted", "errored", "best"]
-"""Why a checkpoint is written, the beginning of its name: on schedule, at the run's end, at a signal, at an
+"""The reason for a checkpoint, which its name starts with: on schedule, at the run's end, at a signal, at an
 error, at the lowest validation loss."""
 
 MOST_FAILURES = 3
-"""Saves in a row that may fail before the run ends: training on would be for nothing."""
+"""Failed saves in a row that end the run: further training could not be saved."""
 
 _SLACK = 1 << 24
-"""Bytes for configurations, tokenizer and manifests."""
+"""Bytes allowed for configurations, tokenizer and manifests."""
 
 
 class SavingError(UserError):
@@ -36,39 +36,33 @@ class SavingError(UserError):
 
 
 class Stateful(Protocol):
-    """A part of a run whose state goes into its checkpoints."""
+    """A part of a run whose state is in its checkpoints."""
 
     def state_dict(self) -> Any:
         """Return tensors, numbers and texts in dicts and lists."""
         ...
 
     def load_state_dict(self, state: Any, /) -> Any:
-        """Go on from what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         ...
 
 
 class Saver:
-    """Write a run's checkpoints, the resumable folder first and the single file after it, and rotate older ones.
+    """Write a run's checkpoints, the resumable folder before the single file, and rotate older ones.
 
-    A checkpoint that cannot be written is an event, and training goes on with the last good one in place; the
-    third in a row ends the run.
+    A failed save is reported, and training continues with the last good checkpoint. The third in a row ends
+    the run.
 
     Args:
-        options: what is written and kept.
-        run: the run's folder.
-        project: the project's name.
-        artifact: what is saved.
-        state: the run's counters.
-        parts: what a continued run needs beside weights and counters, by name.
-        about: what a continued run has to agree with, and the configuration.
+        parts: state that a resumed run needs beside weights and counters, by name.
+        about: the configuration, and the values that a resumed run must share.
         metadata: further header fields of single files.
-        say: takes a sentence for people.
-        ema: averaged weights, which are written too: as a single file with -ema in its name, or without
-            single files as the folder ema inside the checkpoint.
-        writes: false for processes that are not the first: they write nothing.
-        describe: writes what is published beside a checkpoint's model into its folder, where users may change
-        it.
-        clock: returns seconds; a change of the computer's time does not matter to it.
+        say: shows a sentence.
+        ema: written as a single file with -ema in its name, or as the folder ema inside a checkpoint without
+            single files.
+        writes: false on ranks other than 0, which write nothing.
+        describe: writes the files that users may edit, such as the model card, into a checkpoint's folder.
+        clock: returns monotonic seconds.
     """
 
     def __init__(
@@ -102,13 +96,13 @@ class Saver:
         self._describe = describe
         self._clock = clock
         self._last_time = clock()
-        self._last_step = state.step  # a checkpoint or the base model holds what has been made so far
+        self._last_step = state.step  # the checkpoint or base model of the start
         self._failures = 0
         self._single_folder = Path(options.save_ckpt_dir) if options.save_ckpt_dir else run / "ckpts"
 
     @property
     def keeps_best(self) -> bool:
-        """Whether a checkpoint is kept of the lowest validation loss."""
+        """Whether the checkpoint of the lowest validation loss is kept."""
         return self._options.keep_best
 
     @property
@@ -117,25 +111,27 @@ class Saver:
         return self._options.ckpt_every_n_minutes is not None
 
     def due(self) -> bool:
-        """Return whether the minutes between checkpoints are over."""
+        """Return whether a checkpoint is due by the clock."""
         minutes = self._options.ckpt_every_n_minutes
         return minutes is not None and self._clock() - self._last_time >= 60 * minutes
 
     def save(self, kind: Kind = "") -> list[Path]:
-        """Write a checkpoint of the run as it stands and return what was written; before an untimely end only where this step has none.
+        """Write a checkpoint of the current step and return its paths.
+
+        At a signal or an error, a step that already has one gets no second.
 
         Raises:
-            SavingError: it is the third in a row that cannot be written, the last of the run, or the weights
-            are not finite.
+            SavingError: the weights are not finite, or a save failed that was the third in a row or the run's
+            last.
         """
         if not self._writes or (kind in ("interrupted", "errored") and self._last_step == self._state.step):
             return []
         began, written = time.perf_counter(), []
         if networks := self._not_finite():
             raise SavingError(
-                f"step {self._state.step}: weights of the {' and the '.join(networks)} are not finite, "
-                "so no checkpoint is saved and the "
-                f"run ends; {self._last_good()}; resume from it with a lower rate.",
+                f"step {self._state.step}: weights of the {' and the '.join(networks)} are not finite, so no "
+                f"checkpoint is saved and the run ends; {self._last_good()}; "
+                "resume from it with a lower rate.",
                 exit_code=1,
             )
         try:
@@ -161,12 +157,12 @@ class Saver:
         return written
 
     def _publish(self, folder: Path) -> None:
-        """Describe a checkpoint that is whole, after its manifest was made, so that it stays whole when its owner edits the page."""
+        """Write the files that users may edit, which the manifest therefore does not list."""
         if self._describe is None:
             return
         try:
             self._describe(folder)
-        except Exception as error:  # whatever is wrong with a page, the checkpoint is worth more
+        except Exception as error:  # a bad page must not cost the checkpoint
             self._say(f"Note: {folder} is whole, and its model card could not be written ({_reason(error)}).")
 
     def _write(self, kind: Kind, written: list[Path]) -> None:
@@ -190,10 +186,14 @@ class Saver:
                 with self._ema.applied():
                     self._artifact.write_folder(draft / SUFFIX)
 
+        def write_resume(draft: Path) -> None:
+            write_state(training, draft / "training")
+            self._artifact.keep_base(draft)
+
         save_checkpoint(
             folder,
             write_model=write_model,
-            write_resume=lambda draft: write_state(training, draft / "training"),
+            write_resume=write_resume,
             state=state,
             about=dict(self._about),
             kind=kind,
@@ -228,7 +228,8 @@ class Saver:
         )
         if kind == "last":
             raise SavingError(
-                f"{sentence}; make room or choose another place, and resume with --resume_ckpt {self._run}.",
+                f"{sentence}; free disk space or choose another folder, "
+                f"and resume with --resume_ckpt {self._run}.",
                 exit_code=1,
             )
         if self._failures >= MOST_FAILURES:
@@ -240,10 +241,10 @@ class Saver:
         return f"the last good one is {found[0]}" if found else "there is none yet"
 
     def _not_finite(self) -> list[str]:
-        """Return the networks with a weight that is not finite: nobody can go on from such a checkpoint, and `findlast` would take it."""
+        """Return the networks with non-finite weights, of which `findlast` must find no checkpoint."""
         found = []
         for name, network in by_network(self._artifact.models).items():
-            # Minimum and maximum take no memory beside the weights, and NaN is both where there is one.
+            # Minimum and maximum need no memory beside the weights, and both are NaN if any weight is.
             extremes = [
                 end.float()
                 for parameter in network.parameters()
@@ -256,10 +257,10 @@ class Saver:
 
 
 def require_room(folder: Path, size: int) -> None:
-    """Find out before writing `size` bytes in `folder` that there is no room for them.
+    """Refuse to write `size` bytes where they do not fit.
 
     Raises:
-        OSError: there is not.
+        OSError: the disk of `folder` has too little free space.
     """
     free = free_bytes(folder)
     if free < size + _SLACK:

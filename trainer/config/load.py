@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from trainer.config.optimizer_rules import apply_optimizer_rules
 from trainer.config.optimizers import BASE, Rates, read_optimizers
 from trainer.config.overrides import help_text, parse
 from trainer.config.paths import (
+    FINDLAST,
     find,
     not_found,
     resolve_ema_model,
@@ -24,7 +25,6 @@ from trainer.config.paths import (
     resolve_model,
     resolve_prompts,
     resolve_vae,
-    shown_path,
 )
 from trainer.config.positions import Document, read_json
 from trainer.config.report import (
@@ -55,7 +55,7 @@ from trainer.config.schema import (
 )
 from trainer.config.validation_file import read_validation
 from trainer.errors import UserError
-from trainer.output import say
+from trainer.output import say, shown_path
 
 _FREEZE = "; to leave a network as it is, set disable_unet_training or disable_textenc_training"
 _IN_A_FILE = "; write the keys into a .json file and name the file here"
@@ -96,6 +96,7 @@ def load_config(argv: Sequence[str]) -> Loaded:
         )
         document = None
     written = _written(document, report) if document else {}
+    file_model = _overridden_model(written, arguments.values)
     written |= arguments.values
     if document and not arguments.config_is_named and {"resume_ckpt", "data_root"} <= arguments.values.keys():
         report.note(
@@ -121,7 +122,7 @@ def load_config(argv: Sequence[str]) -> Loaded:
     if report.errors or optimizers is None:
         raise UserError(report.errors)
     config = _config(resolved(settings.values), optimizers)
-    config = replace(config, source=source, optimizer_source=optimizer_source)
+    config = replace(config, source=source, optimizer_source=optimizer_source, file_model=file_model)
     return Loaded(config, arguments.command, report.notes)
 
 
@@ -189,6 +190,14 @@ def _written(document: Document, report: Report) -> dict[str, Written]:
         report.note(skip.place, f"{was} is read as {now}: the penultimate layer was 1, and is 2 now")
         result["clip_skip"] = replace(skip, value=now)
     return result
+
+
+def _overridden_model(written: Mapping[str, Written], given: Mapping[str, Written]) -> str | None:
+    """Return the file's resume_ckpt, resolved, if the command line names another model."""
+    own = written.get("resume_ckpt")
+    if own is None or "resume_ckpt" not in given or not isinstance(own.value, str) or own.value == FINDLAST:
+        return None
+    return resolve_model(own, Report())
 
 
 def _unknown_key(name: str) -> str:

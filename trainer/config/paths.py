@@ -30,14 +30,6 @@ _PROMPT_FILES = (".txt", ".json")
 _IMAGE_LISTS = (".json", ".jsonl", ".csv", ".parquet")
 
 
-def shown_path(path: Path) -> str:
-    """Return a path as messages show it: relative to the working directory if it lies inside."""
-    try:
-        return path.relative_to(Path.cwd()).as_posix()
-    except ValueError:
-        return str(path)
-
-
 def find(written: Written) -> Path | None:
     """Return an existing path as an absolute one; None if there is none."""
     for folder in _folders(written):

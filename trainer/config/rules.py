@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from trainer.config.report import COMMAND_LINE, Place, Report, Written
@@ -215,6 +216,15 @@ def _lora(settings: Settings) -> None:
         )
 
 
+def _revisions(settings: Settings) -> None:
+    for key, model in (("vae_revision", "vae"), ("ema_resume_revision", "ema_resume_model")):
+        named = settings[model]
+        if settings[key] is not None and (named is None or Path(named).is_absolute()):
+            settings.error(
+                f"{model} is not on the hub, and only models there have revisions; set it to null", key
+            )
+
+
 def _attention(settings: Settings) -> None:
     if settings["attn_type"] == "xformers":
         settings.note("xformers is not used; torch's own attention (sdp) takes its place", "attn_type")
@@ -267,6 +277,7 @@ _RULES: tuple[Callable[[Settings], None], ...] = (
     _attention,
     _tags,
     _lora,
+    _revisions,
     _cache,
     _wandb,
     _names,

@@ -6,12 +6,12 @@ import importlib.util
 from pathlib import Path
 
 from data.regular import read_regular
-from trainer.config.paths import shown_path
 from trainer.config.positions import Document, read_json, read_text
 from trainer.config.report import Place, Report, read_keys, shown, values_of
 from trainer.config.schema import keys_of
 from trainer.errors import UserError
 from trainer.evaluation.options import SamplePrompt, SamplePrompts
+from trainer.output import shown_path
 
 _SAMPLES = "samples"
 _UNUSED = {"cfgs": "EveryDream2 ignores it too; the cfgs beside samples draw every prompt"}

@@ -99,7 +99,7 @@ class TrainConfig:
     """All options of a run, in the sections that its parts take.
 
     Input paths are absolute, output paths as they were written. Two configurations are equal if they describe
-    the same run; `source` and `optimizer_source`, the files they were read from, do not count.
+    the same run; the files they were read from do not count, nor does `file_model`.
     """
 
     model: ModelOptions
@@ -120,6 +120,8 @@ class TrainConfig:
     optimizers: OptimizerConfig
     source: Path = field(default=Path("train.json"), compare=False)
     optimizer_source: Path = field(default=Path("optimizer.json"), compare=False)
+    file_model: str | None = field(default=None, compare=False)
+    """The file's resume_ckpt, if the command line names another: the base of a LoRA that lacks its own."""
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from data.regular import read_regular
-from trainer.config.paths import resolve_images, shown_path
+from trainer.config.paths import resolve_images
 from trainer.config.positions import read_json
 from trainer.config.report import Place, Report, Written, read_keys, unknown_key, values_of
 from trainer.config.schema import keys_of
 from trainer.errors import UserError
 from trainer.evaluation.options import ValidationFile
+from trainer.output import shown_path
 
 _OLD = {"val_data_root": "manual_data_root", "val_split_proportion": "auto_split_proportion"}
 """EveryDream2's earlier names of keys, and today's."""

@@ -1,4 +1,4 @@
-"""Models by hub id: a complete copy in the cache, or a download of what training needs."""
+"""Models by hub id: a complete copy in the cache, or a download of the files that training needs."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ from trainer.models.folder import INDEX, WEIGHTS, check_index, choose_weights
 
 _SETTINGS = (INDEX, "scheduler/*.json", "tokenizer/*", "unet/*.json", "vae/*.json", "text_encoder/*.json")
 
+_REVISIONS = {"resume_ckpt": "revision", "vae": "vae_revision", "ema_resume_model": "ema_resume_revision"}
+"""By key of a model, the key of its revision."""
+
 
 class HubUnreachable(UserError):
     """The hub did not answer."""
 
 
 def cached_model(name: str, revision: str | None = None) -> Path | None:
-    """Return the folder of a model's revision (its main branch by default) if the cache holds it whole. Asks no network."""
+    """Return the folder of a model's revision, by default its main branch, if the cache holds all of it."""
     folder = _cached(name, INDEX, revision)
     if folder is None or any(_choice(folder / network, network) is None for network in WEIGHTS):
         return None
     return folder
 
 
-def cached_vae(name: str) -> Path | None:
-    """Return the folder of a VAE, or of a model's VAE, if the cache holds it. Asks no network."""
+def cached_vae(name: str, revision: str | None = None) -> Path | None:
+    """Return the folder of a VAE, or of a model's VAE, if the cache holds it."""
     for config, inside in (("config.json", "."), ("vae/config.json", "vae")):
-        found = _cached(name, config)
+        found = _cached(name, config, revision)
         if found is not None and _choice(found / inside, "vae") is not None:
             return found / inside
     return None
@@ -37,13 +40,13 @@ def fetch_model(name: str, key: str, *, weights: bool, revision: str | None = No
 
     Raises:
         HubUnreachable: the hub did not answer.
-        UserError: the hub does not know the id, or the id is no Stable Diffusion model.
+        UserError: the hub does not know the id, or it is no Stable Diffusion model.
     """
     files = _listed(name, key, revision)
     if INDEX not in files:
         raise UserError(
-            f"{key}: {name} on the hub is no diffusers model: it holds no {INDEX}; name another, "
-            "or download its single file."
+            f"{key}: {name} on the hub is no diffusers model: it holds no {INDEX}; name another, or download "
+            "its single file."
         )
     settings = _downloaded(name, key, [*_SETTINGS], revision)
     check_index(settings, key, name)
@@ -60,30 +63,31 @@ def fetch_model(name: str, key: str, *, weights: bool, revision: str | None = No
     return _downloaded(name, key, wanted, revision) if weights else settings
 
 
-def fetch_vae(name: str, key: str) -> Path:
-    """Return the folder of a VAE, downloaded unless the cache holds it; from a whole model, only its VAE.
+def fetch_vae(name: str, key: str, revision: str | None = None) -> Path:
+    """Return the folder of a VAE, downloaded unless it is cached; of a whole model, only its VAE.
 
     Raises:
         UserError: the hub cannot be reached, does not know the id, or the id holds no VAE.
     """
-    cached = cached_vae(name)
+    cached = cached_vae(name, revision)
     if cached is not None:
         return cached
-    files = _listed(name, key)
+    files = _listed(name, key, revision)
     inside = "vae/" if "vae/config.json" in files else ""
     choice = choose_weights([file.removeprefix(inside) for file in files if file.startswith(inside)], "vae")
     if choice is None or f"{inside}config.json" not in files:
         raise UserError(
-            f"{key}: {name} on the hub holds no VAE in diffusers' layout; name another, "
-            "or download its single file."
+            f"{key}: {name} on the hub holds no VAE in diffusers' layout; name another, or download its "
+            "single file."
         )
-    folder = _downloaded(name, key, [f"{inside}{file}" for file in ("config.json", *choice.files)])
-    return folder / inside
+    wanted = [f"{inside}{file}" for file in ("config.json", *choice.files)]
+    return _downloaded(name, key, wanted, revision) / inside
 
 
 def commit_of(folder: Path) -> str | None:
-    """Return the commit of a folder in the hub cache."""
-    return folder.name if folder.parent.name == "snapshots" else None
+    """Return the commit of a folder in the hub cache, None for a folder elsewhere."""
+    places = (folder, *folder.parents)
+    return next((place.name for place in places if place.parent.name == "snapshots"), None)
 
 
 def _cached(name: str, file: str, revision: str | None = None) -> Path | None:
@@ -137,8 +141,8 @@ def _unavailable(name: str, key: str, error: Exception) -> UserError:
     local = f"or give {key} the path of a local diffusers folder or .safetensors file."
     if isinstance(error, GatedRepoError):
         return UserError(
-            f"{key}: {name} on the hub asks for consent: accept its terms on its page and run `hf auth "
-            f"login`, {local}"
+            f"{key}: {name} on the hub asks for consent: accept its terms on its page and run "
+            f"`hf auth login`, {local}"
         )
     if isinstance(error, RepositoryNotFoundError):
         return UserError(
@@ -147,8 +151,8 @@ def _unavailable(name: str, key: str, error: Exception) -> UserError:
         )
     if isinstance(error, RevisionNotFoundError):
         return UserError(
-            f"revision: {name} on the hub has no such revision; correct it, "
-            "or set it to null for the main branch."
+            f"{_REVISIONS[key]}: {name} on the hub has no such revision; correct it, or set it to null for "
+            "the main branch."
         )
     if isinstance(error, HFValidationError):
         return UserError(
@@ -157,8 +161,7 @@ def _unavailable(name: str, key: str, error: Exception) -> UserError:
     reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else _first_line(error)
     return HubUnreachable(
         f"{key}: {name} is not complete in the hub cache ({constants.HF_HUB_CACHE}) and cannot be "
-        f"downloaded ({reason}); "
-        f"run `hf download {name}` where there is internet and copy the cache, {local}"
+        f"downloaded ({reason}); run `hf download {name}` where there is internet and copy the cache, {local}"
     )
 
 

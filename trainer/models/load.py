@@ -20,18 +20,19 @@ from trainer.models.tokenizer import clip_tokenizer
 from trainer.models.trial import complete, try_model, try_vae
 
 
-def load_models(options: ModelOptions) -> Models:
+def load_models(options: ModelOptions, key: str = "resume_ckpt") -> Models:
     """Load the networks in fp32 on the CPU; a hub id is downloaded unless it is cached.
 
     Prints nothing but a download's progress. The safety checker and its image processor are never read.
+    `key` names the model in messages.
 
     Raises:
         UserError: nothing is there, it is damaged, cannot be downloaded or is another kind of model.
     """
-    return _load(options, weights=True)
+    return _load(options, key, weights=True)
 
 
-def describe(options: ModelOptions) -> Models:
+def describe(options: ModelOptions, key: str = "resume_ckpt") -> Models:
     """Return the same networks on the meta device, without weights; of a hub id, download configurations.
 
     Where the hub does not answer either, SD 1.5's configurations describe the model, and `notes` says so.
@@ -39,20 +40,19 @@ def describe(options: ModelOptions) -> Models:
     Raises:
         UserError: as `load_models`, as far as it shows without reading weights.
     """
-    return _load(options, weights=False)
+    return _load(options, key, weights=False)
 
 
-def _load(options: ModelOptions, *, weights: bool) -> Models:
+def _load(options: ModelOptions, key: str, *, weights: bool) -> Models:
     quiet_libraries()
-    models = _base(options.resume_ckpt, options.revision, weights=weights)
-    _check(models)
+    models = _base(options.resume_ckpt, options.revision, key, weights=weights)
+    _check(models, key)
     if options.vae is not None:
-        _replace_vae(models, options.vae, weights=weights)
+        _replace_vae(models, options.vae, options.vae_revision, weights=weights)
     return models
 
 
-def _base(name: str, revision: str | None, *, weights: bool) -> Models:
-    key = "resume_ckpt"
+def _base(name: str, revision: str | None, key: str, *, weights: bool) -> Models:
     path = Path(name).expanduser()
     if path.is_dir():
         return read_folder(path, key, weights=weights)
@@ -68,18 +68,20 @@ def _base(name: str, revision: str | None, *, weights: bool) -> Models:
     except HubUnreachable:
         if weights:
             raise
-        return _assumed(name)
+        return _assumed(name, key)
     described = read_folder(folder, key, weights=False, source=name, weights_follow=True)
     if weights:
-        _check(described)  # before gigabytes are downloaded
+        _check(described, key)  # before gigabytes are downloaded
         folder = fetch_model(name, key, weights=True, revision=revision)
         return replace(read_folder(folder, key, weights=True, source=name), revision=commit_of(folder))
     return replace(
-        described, notes=(f"{key}: {name} is not in the hub cache and is downloaded when training starts.",)
+        described,
+        revision=commit_of(folder),
+        notes=(f"{key}: {name} is not in the hub cache and is downloaded when training starts.",),
     )
 
 
-def _replace_vae(models: Models, name: str, *, weights: bool) -> None:
+def _replace_vae(models: Models, name: str, revision: str | None, *, weights: bool) -> None:
     key = "vae"
     path = Path(name).expanduser()
     before: Any = models.vae.config
@@ -90,11 +92,12 @@ def _replace_vae(models: Models, name: str, *, weights: bool) -> None:
         models.vae = read_vae_file(path, key, before, weights=weights)
     else:
         _check_hub_id(name, key)
-        folder = fetch_vae(name, key) if weights else cached_vae(name)
+        folder = fetch_vae(name, key, revision) if weights else cached_vae(name, revision)
         if folder is None:
             models.notes += (f"vae: {name} is not in the hub cache and is downloaded when training starts.",)
             return
         models.vae = read_vae_folder(folder, key, weights=weights)
+        models.vae_revision = commit_of(folder)
     try_vae(models.vae, f"{key}: {name}")
     after: Any = models.vae.config
     for what, old, new in (
@@ -108,23 +111,22 @@ def _replace_vae(models: Models, name: str, *, weights: bool) -> None:
             )
 
 
-def _assumed(name: str) -> Models:
+def _assumed(name: str, key: str) -> Models:
     """Return SD 1.5's shapes for a model that has yet to be downloaded."""
     return replace(
         empty_models(SD1.default, clip_tokenizer(), name),
         notes=(
-            f"resume_ckpt: {name} is not in the hub cache, and the hub does not answer: "
-            "the kind of model is unknown until it is "
-            "downloaded; sizes here are SD 1.5's.",
+            f"{key}: {name} is not in the hub cache, and the hub does not answer: the kind of model is "
+            "unknown until it is downloaded; sizes here are SD 1.5's.",
         ),
         assumed=True,
     )
 
 
-def _check(models: Models) -> None:
+def _check(models: Models, key: str) -> None:
     """Complete what is left out; raise UserError unless the parts fit together, work, and can be trained."""
     unet: Any = models.unet.config
-    where = f"resume_ckpt: {models.source}"
+    where = f"{key}: {models.source}"
     taken, made = unet["in_channels"], models.vae.config["latent_channels"]
     if taken != 4 or made != 4:
         raise UserError(

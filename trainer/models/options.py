@@ -27,6 +27,9 @@ class ModelOptions:
     vae: str | None = None
     """A VAE to use instead of the model's own: a diffusers folder, a hub id or a .safetensors file."""
 
+    vae_revision: str | None = None
+    """The commit, tag or branch of a vae on the hub, recorded and resumed like revision."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraOptions:
@@ -123,7 +126,10 @@ class EmaOptions:
 
     ema_resume_model: str | None = None
     """A model to begin the average from instead of the one that is trained: a diffusers folder, a hub id or a
-    single file. A run that goes on brings its own."""
+    single file. A resumed run brings its own."""
+
+    ema_resume_revision: str | None = None
+    """The commit, tag or branch of an ema_resume_model on the hub, recorded like revision."""
 
     @property
     def active(self) -> bool:

@@ -32,6 +32,7 @@ class Models:
         beside: library and class of the further parts of the base's pipeline, such as a safety checker, as
         its `model_index.json` has them.
         revision: the commit of a model from the hub.
+        vae_revision: the commit of a VAE from the hub that takes the place of the model's own.
         beside_from: the folder that holds a folder of each. They are never loaded, and go into exported
         folders as they are.
     """
@@ -47,6 +48,7 @@ class Models:
     beside: dict[str, tuple[str, str]] = field(default_factory=dict)
     beside_from: Path | None = None
     revision: str | None = None
+    vae_revision: str | None = None
 
     @property
     def family(self) -> Family:

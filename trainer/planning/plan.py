@@ -10,7 +10,6 @@ from typing import Any
 
 from trainer.checkpoints.artifact import Artifact
 from trainer.config import TrainConfig
-from trainer.config.paths import shown_path
 from trainer.diffusion.conditioning import Tokenize
 from trainer.evaluation.options import SamplePrompts, ValidationFile
 from trainer.evaluation.sampling import Sampler
@@ -19,6 +18,7 @@ from trainer.models.ema import plan_ema
 from trainer.models.pipeline import Models, Part
 from trainer.networks import TEXT_ENCODER, by_network
 from trainer.optim import OptimizerOptions
+from trainer.output import shown_path
 from trainer.planning.memory import Estimate, estimate, size_of_device, work_of
 from trainer.planning.resume import Start
 from trainer.training.latent_cache import LatentPlan
@@ -77,10 +77,12 @@ class Plan:
         """Images and timesteps that are validated at a time."""
         return self.validation.batch_size or self.config.data.batch_size
 
-    def at_revision(self, revision: str) -> Plan:
-        """Return the plan with the commit that a model on the hub was downloaded from."""
-        config = replace(self.config, model=replace(self.config.model, revision=revision))
-        about = {**self.about, "config": {**self.about["config"], "revision": revision}}
+    def pinned(self, models: Models) -> Plan:
+        """Return the plan with the commits of the hub that its networks were loaded from."""
+        loaded = {"revision": models.revision, "vae_revision": models.vae_revision}
+        commits = {key: commit for key, commit in loaded.items() if commit is not None}
+        config = replace(self.config, model=replace(self.config.model, **commits))
+        about = {**self.about, "config": {**self.about["config"], **commits}}
         return replace(self, config=config, about=about)
 
     def tokenize(self, tokenizer: Any) -> Tokenize:

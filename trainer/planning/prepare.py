@@ -24,10 +24,18 @@ from trainer.evaluation.schedulers import check_scheduler
 from trainer.evaluation.validation import Split, split_images
 from trainer.models.ema import plan_ema
 from trainer.models.load import describe
+from trainer.models.options import ModelOptions
 from trainer.models.pipeline import Models
 from trainer.models.trainable import apply_freezing
 from trainer.planning.plan import Plan, images_per_step
-from trainer.planning.resume import Start, about_run, changes, check_same_run, find_start
+from trainer.planning.resume import (
+    Start,
+    about_run,
+    changes,
+    check_same_run,
+    find_start,
+    with_recorded_revisions,
+)
 from trainer.training.latent_cache import cache_folder, plan_latents
 from trainer.training.precision import Precision
 from trainer.training.ranks import Processes
@@ -70,8 +78,10 @@ def prepare(
     notes = check_schedules(config, total_steps)
     plan_ema(config.ema, total_steps)  # refuses an average that would never be updated
 
+    if start.about is not None:
+        config = with_recorded_revisions(config, start.about)
     models = describe(replace(config.model, resume_ckpt=start.model, revision=start.revision))
-    config = replace(config, model=replace(config.model, revision=models.revision or start.revision))
+    config = _pin(config, start, models)
     set_noise_schedule(config, prompts, models)
     artifact = artifact_of(config.parts.lora, models)
     # diffusers puts a local function on networks with gradient checkpointing; the plan must pickle.
@@ -119,6 +129,22 @@ def set_noise_schedule(config: TrainConfig, prompts: SamplePrompts, models: Mode
     if config.objective.enable_zero_terminal_snr and not models.assumed:
         models.scheduler_config = with_zero_terminal_snr(models.scheduler_config, models.source)
     check_scheduler(prompts, models.scheduler_config)
+
+
+def _pin(config: TrainConfig, start: Start, models: Models) -> TrainConfig:
+    """Return the configuration with the commits of its models on the hub, as far as they are known yet."""
+    model = replace(
+        config.model,
+        revision=models.revision or start.revision,
+        vae_revision=models.vae_revision or config.model.vae_revision,
+    )
+    ema, named = config.ema, config.ema.ema_resume_model
+    new = ema.active and start.checkpoint is None
+    if new and named is not None and not Path(named).is_absolute():
+        options = ModelOptions(resume_ckpt=named, revision=ema.ema_resume_revision)
+        commit = describe(options, key="ema_resume_model").revision
+        ema = replace(ema, ema_resume_revision=commit or ema.ema_resume_revision)
+    return replace(config, model=model, ema=ema)
 
 
 def _scan(config: TrainConfig, validation: ValidationFile, *, for_run: bool) -> Split:

@@ -1,22 +1,23 @@
-"""The start of a run: from a model, or from a checkpoint of its own; and what may change on resume."""
+"""The start of a run, from a model or a checkpoint of its own, and the changes that a resumed run allows."""
 
 from __future__ import annotations
 
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.atomic import WINDOWS
+from trainer.checkpoints.base import read_base
 from trainer.checkpoints.format import RESUME, RUN, TrainState, is_checkpoint, read_resume
 from trainer.checkpoints.listing import find_last, newest_of, require_resumable
 from trainer.checkpoints.run_folder import run_of
 from trainer.config import FORMAT, clip_skip_of_format_1, flattened
 from trainer.errors import UserError, said
-from trainer.models.lora import read_base
 from trainer.networks import by_network
+from trainer.output import shown_path
 
 if TYPE_CHECKING:
     from data.index import Index
@@ -27,43 +28,43 @@ if TYPE_CHECKING:
 _NEW_RUN = "or start a new run from its weights with --resume_weights_only"
 
 _OWN_TO_A_START = ("resume_ckpt", "stop_after_steps", "max_train_time", "optimizer_config")
-"""Keys that say how this start of the run goes, and nothing about the run."""
+"""Keys of one start, which do not describe the run."""
 
 _GIVEN_BY_RESUMING = ("resume_ckpt", "base_model", "resume_weights_only")
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins."""
+    """The model or checkpoint that a run starts from."""
 
     model: str
-    """What `load_models` loads."""
+    """A name that `load_models` loads."""
 
     checkpoint: Path | None = None
-    """The checkpoint folder of the run that is continued."""
+    """The checkpoint folder of the resumed run."""
 
     revision: str | None = None
     """The model's commit, tag or branch on the hub."""
 
     run: Path | None = None
-    """That run's folder; None for a new run and for a checkpoint that was copied out of its run."""
+    """The resumed run's folder; None for a new run and for a checkpoint that was copied out of its run."""
 
     state: TrainState | None = None
     adapter: Path | None = None
-    """The checkpoint folder whose adapters are attached to that model."""
+    """The checkpoint folder whose adapters are attached to the model."""
 
     about: Mapping[str, Any] | None = None
-    """What the continued run was, as its checkpoint says."""
+    """The resumed run's record in its checkpoint."""
 
     notes: Sequence[str] = ()
-    """What to say about the choice: newer checkpoints that are damaged, a run that is not resumed."""
+    """Sentences about the choice: damaged newer checkpoints, a run that is not resumed."""
 
 
 def find_start(config: TrainConfig, *, weights_only: bool) -> Start:
-    """Return what resume_ckpt stands for.
+    """Find the model or checkpoint that resume_ckpt names.
 
     A checkpoint folder, a run folder (its newest whole checkpoint) and `findlast` resume a run, or start a
-    new one from its weights if asked to; anything else is a base model.
+    new one from its weights if `weights_only`. Anything else is a base model.
 
     Raises:
         UserError: there is no checkpoint to resume, it is damaged, or it holds no resume state.
@@ -89,16 +90,13 @@ def find_start(config: TrainConfig, *, weights_only: bool) -> Start:
     elif not weights_only:
         require_resumable(folder)
     notes = [*noted, *(f"{problem}; {folder.name} is used instead" for problem in damaged)]
-    base = read_base(folder)
+    base = read_base(folder, config.file_model)
     whole = named if folder == Path(named) else str(folder)  # a hub id is no path
     model, adapter = (whole, None) if base is None else (base.model, folder)
     if weights_only:
-        return Start(
-            model,
-            revision=config.model.revision if base is None else base.revision,
-            adapter=adapter,
-            notes=notes,
-        )
+        recorded = base is not None and base.model != config.file_model
+        revision = base.revision if base and recorded else config.model.revision
+        return Start(model, revision=revision, adapter=adapter, notes=notes)
     state, about = read_resume(folder)
     run = run_of(folder)
     if run is None:
@@ -110,11 +108,22 @@ def find_start(config: TrainConfig, *, weights_only: bool) -> Start:
     return Start(model, folder, revision, run, state, adapter, about, [*notes, *_migrate(about)])
 
 
+def with_recorded_revisions(config: TrainConfig, about: Mapping[str, Any]) -> TrainConfig:
+    """Return the configuration with the resumed run's commits of the same VAE and EMA model on the hub."""
+    then = about["config"]
+    model, ema = config.model, config.ema
+    if model.vae_revision is None and model.vae == then.get("vae"):
+        model = replace(model, vae_revision=then.get("vae_revision"))
+    if ema.ema_resume_revision is None and ema.ema_resume_model == then.get("ema_resume_model"):
+        ema = replace(ema, ema_resume_revision=then.get("ema_resume_revision"))
+    return replace(config, model=model, ema=ema)
+
+
 def restore_state(parts: Mapping[str, Stateful], checkpoint: Path) -> None:
-    """Give the parts of a resumed run their state from a checkpoint that has been found whole.
+    """Load the state of a resumed run's parts from a whole checkpoint.
 
     Raises:
-        UserError: the state is not there, or not of such parts.
+        UserError: the state is missing, or belongs to other parts.
     """
     from safetensors import SafetensorError
 
@@ -147,7 +156,7 @@ def restore_state(parts: Mapping[str, Stateful], checkpoint: Path) -> None:
 
 
 def _migrate(about: dict[str, Any]) -> list[str]:
-    """Put the configuration of a checkpoint into today's format; return a note of what changes its number."""
+    """Convert a checkpoint's configuration to today's format, and return notes on changed numbers."""
     config = about["config"]
     skip = config.get("clip_skip", 0)
     if about.get("config_format") == FORMAT or skip == 0:
@@ -160,7 +169,7 @@ def _migrate(about: dict[str, Any]) -> list[str]:
 
 
 def _of_run(file: Path, logdir: Path) -> list[str]:
-    """Return a note where `file` is the single file of a run's checkpoint, which cannot be resumed."""
+    """Return a note if `file` is a run's single file, which cannot be resumed."""
     from trainer.models.tensor_file import read_metadata
 
     run = read_metadata(file).get(RUN) if file.is_file() and file.suffix.lower() == ".safetensors" else None
@@ -178,15 +187,7 @@ def _of_run(file: Path, logdir: Path) -> list[str]:
 def about_run(
     config: TrainConfig, index: Index, parts: TrainedParts, total_steps: int, processes: int
 ) -> dict[str, Any]:
-    """Return the record of a run's configuration in its checkpoints.
-
-    Args:
-        config: the run's configuration.
-        index: its images.
-        parts: what learns.
-        total_steps: optimizer steps of the whole run.
-        processes: how many share each step.
-    """
+    """Return the record of a run in its checkpoints: configuration, data and trained parts."""
     optimizers = by_network(config.optimizers)
     return {
         "project": config.logging.project_name,
@@ -199,8 +200,8 @@ def about_run(
             if isinstance(config.data.resolution, int)
             else list(config.data.resolution),
             "images per step": config.data.batch_size * config.loop.grad_accum * processes,
-            "channels_last": config.precision.channels_last,  # state in 8 bits is kept in blocks along memory
-            "compile": config.parts.compile,  # its last bits are others
+            "channels_last": config.precision.channels_last,  # 8-bit state has blocks along memory
+            "compile": config.parts.compile,  # compiled steps round differently
             **{f"what learns of the {network}": part.what for network, part in parts.counts.items()},
             **{
                 f"the optimizer of the {network}": optimizers[network].optimizer
@@ -213,22 +214,18 @@ def about_run(
 
 
 def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], checkpoint: str) -> None:
-    """Refuse to resume a run with another seed, other data or other trained parameters.
+    """Refuse to resume a run with another seed, data, batch, trained part or optimizer.
 
     Args:
         now: `about_run` of this start.
-        then: what it said when the checkpoint was saved.
+        then: `about_run` in the checkpoint.
         checkpoint: the checkpoint's folder.
 
     Raises:
-        UserError: the seed, the data, the batch, the trained parts or their optimizers differ from the
-        checkpoint's.
+        UserError: they differ.
     """
     words = {"data": "the images or captions have changed"}
-    before, after = (
-        {"compile": False, **then["same"]},
-        now["same"],
-    )  # older checkpoints do not say that they were not compiled
+    before, after = {"compile": False, **then["same"]}, now["same"]  # older checkpoints lack compile
     differences = [
         words.get(key, f"{key} was {before.get(key, 'none')}, and is {after.get(key, 'none')} now")
         for key in dict.fromkeys([*after, *before])
@@ -238,8 +235,7 @@ def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], checkpoint: 
         raise UserError(
             [
                 f"resume_ckpt: {checkpoint} belongs to another run, which this configuration cannot "
-                "continue; "
-                f"put these back, {_NEW_RUN}."
+                f"continue; put these back, {_NEW_RUN}."
             ]
             + [f"  {difference}" for difference in differences]
         )
@@ -261,15 +257,16 @@ def resume_command(
     *,
     changed: Mapping[str, str],
     launcher: Sequence[str] = ("python",),
+    program: str = "train.py",
 ) -> str:
-    """Return the command line that resumes the run in `folder`.
+    """Return the command line that resumes a run.
 
     Args:
-        arguments: this start's own, without the program's name.
+        arguments: those of this start.
         folder: the run's.
-        changed: keys of the configuration that would stop it again, with the values to give them; null lifts
-        one.
-        launcher: the words before train.py.
+        changed: keys that would stop it again, with their new values; null lifts a limit.
+        launcher: the words before `program`.
+        program: the path of train.py.
     """
     given: set[str] = set()
     kept: list[str] = []
@@ -285,7 +282,7 @@ def resume_command(
             dropped = False
             continue
         kept.append(word)
-    words = [*launcher, "train.py", *kept, "--resume_ckpt", str(folder)]
+    words = [*launcher, program, *kept, "--resume_ckpt", shown_path(folder)]
     for name, value in changed.items():
         words += [] if name in given and value == "null" else [f"--{name}", value]
     return subprocess.list2cmdline(words) if WINDOWS else shlex.join(words)

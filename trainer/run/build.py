@@ -48,8 +48,7 @@ def build(
         DataError: the images do not.
     """
     models, parts, artifact = load(plan, precision)
-    if models.revision is not None:
-        plan = plan.at_revision(models.revision)
+    plan = plan.pinned(models)
     config, start, index = plan.config, plan.start, plan.split.train
     tokenize = plan.tokenize(models.tokenizer)
     encoded = encode(plan, models, tokenize, precision, processes, console)
@@ -81,7 +80,7 @@ def build(
     loggers, notes = Loggers([]), []
     if processes.main:
         loggers = open_folder(
-            folder, plan, state, console, ending, adaptive=watch.networks, curves=saved.card.curves
+            folder, plan, artifact, state, console, ending, adaptive=watch.networks, curves=saved.card.curves
         )
         notes = keep_beside(models, folder)
     announce(plan, notes, encoded, saved, tokenize, precision, folder, console)

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from data.atomic import appearing, remove, tidy
+from trainer.checkpoints.artifact import Artifact
 from trainer.checkpoints.export import copy_beside
 from trainer.checkpoints.format import TrainState
 from trainer.checkpoints.lock import locked
@@ -45,6 +46,7 @@ def make_folder(config: TrainConfig) -> Path:
 def open_folder(
     folder: Path,
     plan: Plan,
+    artifact: Artifact,
     state: TrainState,
     console: Console,
     ending: ExitStack,
@@ -57,6 +59,7 @@ def open_folder(
     Args:
         folder: new or of the resumed run.
         plan: the run's.
+        artifact: the run's, with weights.
         state: where the run starts.
         console: records its lines in the folder's run.log from here on.
         ending: takes what must be done at the end.
@@ -80,6 +83,7 @@ def open_folder(
     loggers = Loggers([recorders, curves])
     ending.callback(loggers.close)
     write_resolved(plan.config, folder)
+    artifact.keep_base(folder)
     for name in ("train.json", "optimizer.json"):
         loggers.text(f"config/{name}", (folder / name).read_text(encoding="utf-8"), state.step)
     console.record_to(folder / "run.log")

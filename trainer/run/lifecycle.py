@@ -10,9 +10,10 @@ from trainer.checkpoints.format import RESUME
 from trainer.checkpoints.listing import checkpoints
 from trainer.checkpoints.lock import locked
 from trainer.config.schema import TrainConfig
-from trainer.environment import check_cuda
+from trainer.environment import PROGRAM, check_cuda
 from trainer.errors import UserError, said
 from trainer.models.compiled import require_compiler
+from trainer.output import shown_path
 from trainer.planning.memory_advice import cheapest_key
 from trainer.planning.plan import Plan
 from trainer.planning.prepare import prepare
@@ -163,7 +164,13 @@ def _close(run: Run, config: TrainConfig, arguments: Sequence[str], *, failed: b
         changed["max_train_time"] = "null"
     if state.step >= run.cadence.total_steps and not state.pending:
         changed["max_epochs"] = str(2 * run.epochs)
-    command = resume_command(arguments, run.folder, changed=changed, launcher=run.processes.launcher)
+    command = resume_command(
+        arguments,
+        run.folder,
+        changed=changed,
+        launcher=run.processes.launcher,
+        program=shown_path(PROGRAM),
+    )
     for sentence in closing(run, command):
         console.event(sentence)
     if failed or state.step == 0:  # a failed run will be resumed, or its rate is what made it fail

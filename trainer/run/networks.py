@@ -10,6 +10,7 @@ from trainer.checkpoints.artifact import Artifact, artifact_of
 from trainer.diffusion.objective import Networks
 from trainer.models.ema import Ema, decay_of, weights_of
 from trainer.models.load import load_models
+from trainer.models.options import ModelOptions
 from trainer.models.pipeline import Models, TrainedParts
 from trainer.models.placement import place, skipped_layers
 from trainer.models.trainable import apply_freezing
@@ -65,6 +66,7 @@ def make_ema(plan: Plan, parts: TrainedParts, device: torch.device) -> Ema | Non
         device=torch.device("cpu") if options.ema_device == "cpu" else device,
     )
     if options.ema_resume_model is not None and plan.start.checkpoint is None:
-        model = replace(plan.config.model, resume_ckpt=options.ema_resume_model, revision=None, vae=None)
-        ema.begin_from(weights_of(load_models(model), parts.parameters, options.ema_resume_model))
+        model = ModelOptions(resume_ckpt=options.ema_resume_model, revision=options.ema_resume_revision)
+        models = load_models(model, key="ema_resume_model")
+        ema.begin_from(weights_of(models, parts.parameters, options.ema_resume_model))
     return ema

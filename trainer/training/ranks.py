@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from trainer.environment import python_command
 from trainer.errors import UserError
 from trainer.output import say
 from trainer.training.signals import Interrupted, StopSignals
@@ -111,7 +112,9 @@ class Processes:
         machines = self.count // self.on_machine
         nodes = ["--nnodes", str(machines)] if machines > 1 else []
         return (
-            ["python"] if self.count == 1 else ["torchrun", *nodes, "--nproc_per_node", str(self.on_machine)]
+            [python_command()]
+            if self.count == 1
+            else ["torchrun", *nodes, "--nproc_per_node", str(self.on_machine)]
         )
 
     def gather(self, value: T) -> list[T]:

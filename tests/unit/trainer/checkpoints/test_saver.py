@@ -190,7 +190,7 @@ def test_the_last_checkpoint_of_a_run_must_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(saving, "free_bytes", lambda _: 0)
     with pytest.raises(
         SavingError,
-        match="there is none yet; make room or choose another place, and resume with --resume_ckpt",
+        match="there is none yet; free disk space or choose another folder, and resume with --resume_ckpt",
     ):
         bench.save(9, "last")
 
