@@ -209,7 +209,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         whole = [row for row in own if row.get("code", 0) == 0]
         failed = f", {len(own) - len(whole)} failed" if len(whole) < len(own) else ""
         curves = [row["curves"] for row in whole if "curves" in row]
-        rates = [each["hyperparameter/lr unet"][-1][1] for each in curves]
+        rates = [each["lr/unet"][-1][1] for each in curves]
         kept = " / ".join(_share(whole, f"kept_{what}") for what in ("background", "shape", "colour"))
         tones = ", ".join(
             f"{100 * (_mean([row[key] for row in whole]) / base[key] - 1):+.0f}%"

@@ -18,16 +18,13 @@ class Network:
     section: str
     """Section of the optimizer file."""
 
-    norm_tag: str
-    """Tag of its gradient norm."""
-
     short: str
     """Name on the progress line."""
 
 
 NETWORKS = {
-    UNET: Network("unet", "base", "optimizer/unet_grad_norm", "unet"),
-    TEXT_ENCODER: Network("text_encoder", "text_encoder_overrides", "optimizer/te_grad_norm", "text"),
+    UNET: Network("unet", "base", "unet"),
+    TEXT_ENCODER: Network("text_encoder", "text_encoder_overrides", "text"),
 }
 
 

@@ -11,10 +11,7 @@ from pathlib import Path
 
 from scripts.compare.drift import Tone
 from scripts.compare.runs import Finished, Planned
-
-LOSS, FIXED, VALIDATION = "loss/log_step", "loss/stabilize-train", "loss/val"
-RATE, D = "hyperparameter/lr ", "dadapt/d "
-IMAGES, MINUTES, VRAM = "performance/images per second", "performance/minutes per epoch", "performance/vram"
+from trainer.reporting.tags import IMAGES_PER_SECOND, MINUTES_PER_EPOCH, VRAM, current
 
 Curve = Mapping[int, float]
 """Values by optimizer step."""
@@ -101,8 +98,8 @@ def networks_of(files: Sequence[Compared], prefix: str) -> list[str]:
 def measure(end: Finished, trained: Mapping[str, int]) -> Measured:
     """Read a finished run; `trained` is the number of trained parameters by network."""
     curves = read_curves(end.folder) if end.folder is not None else {}
-    images = list(curves.get(IMAGES, {}).values())[1:]
-    minutes = list(curves.get(MINUTES, {}).values())
+    images = list(curves.get(IMAGES_PER_SECOND, {}).values())[1:]
+    minutes = list(curves.get(MINUTES_PER_EPOCH, {}).values())
     vram = curves.get(VRAM, {})
     memory = max(vram.values()) if vram else None if end.peak is None else end.peak / 2**30
     checkpoint = last_checkpoint(end.folder) if end.folder is not None else None
@@ -140,7 +137,9 @@ def read_curves(run: Path) -> dict[str, Curve]:
 
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     return {
-        tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]
+        current(tag): {event.step: event.value for event in events.Scalars(tag)}
+        for tag in events.Tags()["scalars"]
+        if "/log10 " not in tag
     }
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.compare.measures import FIXED, LOSS, RATE, VALIDATION, Compared, D, networks_of
+from scripts.compare.measures import Compared, networks_of
+from trainer.reporting.tags import FIXED_LOSS, LOSS, RATE, VALIDATION_LOSS, D
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,7 +77,7 @@ def draw_plots(files: Sequence[Compared], folder: Path) -> list[Plot]:
         "fixed",
         "Fixed-noise loss and validation loss",
         "The same images, noise and timesteps at every measurement; nothing is smoothed.",
-        [("training images (fixed-noise loss)", FIXED), ("validation images", VALIDATION)],
+        [("training images (fixed-noise loss)", FIXED_LOSS), ("validation images", VALIDATION_LOSS)],
         log=False,
     )
     add(

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, NamedTuple
 
-from scripts.compare.measures import FIXED, RATE, VALIDATION, Compared, D, Measured, networks_of
+from scripts.compare.measures import Compared, Measured, networks_of
 from scripts.compare.plots import colour
+from trainer.reporting.tags import FIXED_LOSS, RATE, VALIDATION_LOSS, D
 
 if TYPE_CHECKING:
     from scripts.compare.pictures import Drawn
@@ -64,8 +65,8 @@ def tables(files: Sequence[Compared], drawn: Drawn | None) -> list[Table]:
 
 
 def _losses(files: Sequence[Compared]) -> Table:
-    has_validation = any(run.curves.get(VALIDATION) for file in files for run in file.runs)
-    tags = [("fixed-noise", FIXED), *([("validation", VALIDATION)] if has_validation else [])]
+    has_validation = any(run.curves.get(VALIDATION_LOSS) for file in files for run in file.runs)
+    tags = [("fixed-noise", FIXED_LOSS), *([("validation", VALIDATION_LOSS)] if has_validation else [])]
     heads: list[str] = []
     measures: list[Measure] = []
     for words, tag in tags:

@@ -19,8 +19,8 @@ from scripts.gpu.job import Job, Result
 ROOT = Path(__file__).resolve().parents[2]
 COMPARED = {
     "loss": "loss/log_step",
-    "d of the UNet": "dadapt/d unet",
-    "d of the text encoder": "dadapt/d text encoder",
+    "d of the UNet": "optimizer/d unet",
+    "d of the text encoder": "optimizer/d text encoder",
 }
 
 

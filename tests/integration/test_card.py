@@ -50,7 +50,7 @@ def test_every_checkpoint_of_a_run_has_its_page_also_after_a_stop(workplace, mod
     assert "Fine-tuned from `the-base`, which was made from someone/on-the-hub" in card.text
     losses = scalars(run)["loss/stabilize-train"]
     assert f"{losses[0]:.4f} at step 0, {losses[6]:.4f} at step 6" in card.text, "the curve of both starts"
-    assert f"| rate of the unet | {scalars(run)['hyperparameter/lr unet'][6]:.3g} at step 6 |" in card.text
+    assert f"| rate of the unet | {scalars(run)['lr/unet'][6]:.3g} at step 6 |" in card.text
     assert "| unet | dadapt_adam, lr 0.1 x the d it finds" in card.text and '"weight_decay": 0.8' in card.text
     assert "![samples of step 6](samples.png)" in card.text
     assert (checkpoint / "samples.png").read_bytes() == (run / "samples" / "gs00006.png").read_bytes()

@@ -99,7 +99,7 @@ def test_a_comparison_from_training_to_the_report(place, capsys):
     assert drift["base"][1] == "0%" and re.fullmatch(r"[+-]\d+%", drift["adamw"][1])
     ends = table(text, "Rates")
     assert ends["adamw"][2] == "–" and float(ends["optimizer"][2]) == pytest.approx(
-        list(curves["optimizer"]["dadapt/d unet"].values())[-1], rel=1e-2
+        list(curves["optimizer"]["optimizer/d unet"].values())[-1], rel=1e-2
     )
     for sentence in (
         "tensorboard --logdir out/runs",

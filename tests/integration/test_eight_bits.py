@@ -14,7 +14,7 @@ from tests.integration.test_train import scalars
 ROOT = Path(__file__).parents[2]
 NAMES = ("dadapt_adam", "dadapt_adam8bit")
 SEEDS = (1, 2, 3)
-D = ("dadapt/d unet", "dadapt/d text encoder")
+D = ("optimizer/d unet", "optimizer/d text encoder")
 FIXED = "loss/stabilize-train"
 
 

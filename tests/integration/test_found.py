@@ -63,8 +63,8 @@ def test_a_run_exports_the_rates_that_acted_and_a_run_with_them_starts(workplace
     assert train.main(["--resume_ckpt", "findlast"]) == 0
     config, content = found(run)
     unet, text_encoder = config.optimizers.unet, config.optimizers.text_encoder
-    assert unet.lr == pytest.approx(last(run, "hyperparameter/lr unet"), rel=1e-3)
-    assert text_encoder.lr == pytest.approx(last(run, "hyperparameter/lr text encoder"), rel=1e-3)
+    assert unet.lr == pytest.approx(last(run, "lr/unet"), rel=1e-3)
+    assert text_encoder.lr == pytest.approx(last(run, "lr/text encoder"), rel=1e-3)
     expected = AdamW8bitOptions(
         lr=unet.lr, lr_scheduler="constant", betas=(0.8, 0.99), epsilon=1e-7, weight_decay=0.6
     )
@@ -91,7 +91,7 @@ def test_a_run_exports_the_rates_that_acted_and_a_run_with_them_starts(workplace
         and not (handed / LEARNED).exists()
         and f"No {LEARNED}" not in (handed / "run.log").read_text()
     )
-    assert last(handed, "hyperparameter/lr unet") == pytest.approx(unet.lr, rel=1e-6)
+    assert last(handed, "lr/unet") == pytest.approx(unet.lr, rel=1e-6)
 
 
 def test_a_section_that_had_a_rate_keeps_it(workplace):

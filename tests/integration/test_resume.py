@@ -156,7 +156,7 @@ def test_what_has_changed_is_told_and_the_configuration_counts(workplace, no_est
         "what has not changed is not told"
     )
     assert checkpoints(run_of(workplace))[0].name == "last-tiny-ep03-gs00009"
-    assert scalars(run_of(workplace))["hyperparameter/lr unet"][5] > 1e-3, "the new rate acts"
+    assert scalars(run_of(workplace))["lr/unet"][5] > 1e-3, "the new rate acts"
     saved = json.loads((run_of(workplace) / "optimizer.json").read_text())
     assert saved["base"]["weight_decay"] == 0.5
 

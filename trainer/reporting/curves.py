@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from trainer.reporting.tags import current
 from trainer.state_file import as_kind
 
 MOST = 2000
@@ -59,6 +60,7 @@ class Curves:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from a `state_dict`, and drop curves that are not drawn any more."""
+        state = {current(tag): points for tag, points in state.items()}
         for tag in self._points:
             points = as_kind(list[tuple[int, float]], state.get(tag, []))
             self._points[tag] = [list(point) for point in points]

@@ -12,11 +12,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from trainer.reporting.tags import DATA_WAIT, IMAGES_PER_SECOND, MINUTES_PER_EPOCH
 from trainer.state_file import as_kind
-
-DATA_WAIT = "performance/data wait"
-IMAGES_PER_SECOND = "performance/images per second"
-MINUTES_PER_EPOCH = "performance/minutes per epoch"
 
 
 class Meter:

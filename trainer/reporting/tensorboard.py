@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
+import math
 import os
 import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +27,23 @@ from PIL import Image
 from trainer.errors import UserError
 from trainer.networks import NETWORKS
 from trainer.reporting.jsonl import append
+from trainer.reporting.tags import (
+    D_HAT,
+    DATA_WAIT,
+    EPOCH_LOSS,
+    FIXED_LOSS,
+    IMAGES_PER_SECOND,
+    LOSS,
+    MINUTES_PER_EPOCH,
+    NORM,
+    RAM,
+    RATE,
+    VALIDATION_LOSS,
+    VRAM,
+    D,
+    describe,
+    logarithmic,
+)
 
 # tensorboard looks for this module, and then does not import TensorFlow where it is installed (Colab), which
 # takes seconds and GPU memory and prints notices.
@@ -77,9 +97,12 @@ class TensorBoardLogger:
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Record numbers by tag."""
-        from torch.utils.tensorboard.summary import scalar
-
-        self._record([scalar(tag, value) for tag, value in values.items()], step)
+        logs = {
+            twin: math.log10(value)
+            for tag, value in values.items()
+            if (twin := logarithmic(tag)) is not None and value > 0
+        }
+        self._record([_scalar(tag, value) for tag, value in {**values, **logs}.items()], step)
 
     def image(self, tag: str, image: Image.Image, step: int) -> None:
         """Record an image as PNG."""
@@ -93,12 +116,10 @@ class TensorBoardLogger:
         self._record([Summary(value=[Summary.Value(tag=tag, image=value)])], step)
 
     def text(self, tag: str, text: str, step: int) -> None:
-        """Record a text verbatim, fenced as code, since TensorBoard renders Markdown."""
+        """Record a text, a JSON object as a table; TensorBoard renders Markdown."""
         from torch.utils.tensorboard.summary import text as text_summary
 
-        longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
-        fence = "`" * max(3, longest + 1)
-        self._record([text_summary(tag, f"{fence}\n{text}\n{fence}")], step)
+        self._record([text_summary(tag, _markdown(text))], step)
 
     def close(self) -> None:
         """Close the event file; further calls do nothing."""
@@ -157,6 +178,38 @@ class TensorBoardLogger:
             )
 
 
+def _scalar(tag: str, value: float) -> Any:
+    """Return the summary of a number, with its description for the tag's info button."""
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata  # type: ignore[attr-defined]
+
+    plugin = SummaryMetadata.PluginData(plugin_name="scalars")
+    metadata = SummaryMetadata(plugin_data=plugin, summary_description=describe(tag))
+    return Summary(value=[Summary.Value(tag=tag, simple_value=value, metadata=metadata)])
+
+
+def _markdown(text: str) -> str:
+    """Return a JSON object as a table of keys and values, any other text fenced as code."""
+    with suppress(ValueError):
+        if isinstance(found := json.loads(text), dict):
+            rows = [f"| {_code(key)} | {_code(json.dumps(value))} |" for key, value in _leaves(found)]
+            return "\n".join(["| key | value |", "|---|---|", *rows])
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}\n{text}\n{fence}"
+
+
+def _leaves(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{above}{key}.")
+        else:
+            yield above + key, value
+
+
+def _code(text: str) -> str:
+    """Return text for a table's cell, verbatim: Markdown's and HTML's signs are character references."""
+    return "<code>" + re.sub(r"[^\w\s.,:/-]|_", lambda match: f"&#{ord(match[0])};", text) + "</code>"
+
+
 def layout(*, networks: Sequence[str], adaptive: Collection[str]) -> Layout:
     """Return the charts of TensorBoard's Custom Scalars tab, for the tags of these networks.
 
@@ -164,31 +217,27 @@ def layout(*, networks: Sequence[str], adaptive: Collection[str]) -> Layout:
         adaptive: networks with a learned rate d.
     """
     learned = [network for network in networks if network in adaptive]
-    d = "d, the estimated distance to the solution"
+    # A colour is a run there, so each network has charts of its own.
     categories = {
         "losses": {
-            "loss of the batches trained": ["loss/log_step", "loss/epoch"],
-            "loss at fixed images, noise and timesteps": ["loss/stabilize-train", "loss/val"],
+            "loss of the batches trained": [LOSS, EPOCH_LOSS],
+            "loss at fixed images, noise and timesteps": [FIXED_LOSS, VALIDATION_LOSS],
         },
-        "rates": {"effective learning rate": [f"hyperparameter/lr {network}" for network in networks]},
+        "effective learning rate": {
+            f"{network}{title}": [tag]
+            for network in networks
+            for title, tag in (("", RATE + network), (", log10", logarithmic(RATE + network)))
+        },
         "D-Adaptation": {
-            d: [f"dadapt/d {network}" for network in learned],
-            **{
-                f"{network}: d and the estimate that raises it": [
-                    f"dadapt/d {network}",
-                    f"dadapt/d_hat {network}",
-                ]
-                for network in learned
-            },
+            f"{network}: d, and the estimate d_hat that it follows": [D + network, D_HAT + network]
+            for network in learned
         },
-        "gradients": {
-            "gradient norm, before clipping": ["optimizer/unet_grad_norm", "optimizer/te_grad_norm"]
-        },
+        "gradient norm, before clipping": {network: [NORM + network] for network in networks},
         "performance": {
-            "images per second": ["performance/images per second"],
-            "data wait: seconds a step": ["performance/data wait"],
-            "minutes per epoch": ["performance/minutes per epoch"],
-            "memory": ["performance/vram", "performance/ram"],
+            "images per second": [IMAGES_PER_SECOND],
+            "data wait: seconds a step": [DATA_WAIT],
+            "minutes per epoch": [MINUTES_PER_EPOCH],
+            "memory, GiB": [VRAM, RAM],
         },
     }
     if not adaptive:

@@ -15,7 +15,7 @@ from trainer.networks import NETWORKS
 from trainer.planning.plan import Plan
 from trainer.reporting.curves import Curves
 from trainer.reporting.model_card import Card, origin_of
-from trainer.reporting.tags import FIXED_LOSS, LOSS, VALIDATION_LOSS
+from trainer.reporting.tags import FIXED_LOSS, LOSS, RATE, VALIDATION_LOSS
 from trainer.training.run import Run
 from trainer.transfer import visiting
 
@@ -28,7 +28,7 @@ def make_card(plan: Plan, state: TrainState) -> Card:
     config = plan.config
     losses = {FIXED_LOSS: "fixed-noise loss", VALIDATION_LOSS: "validation loss"}
     trained = [network for network, part in plan.counts.items() if part.trained]
-    rates = {network: f"hyperparameter/lr {network}" for network in trained}
+    rates = {network: f"{RATE}{network}" for network in trained}
     names = {tag: network for network, tag in rates.items()}
     return Card(
         project=config.logging.project_name,

@@ -11,8 +11,7 @@ from data.batch import Batch
 from data.errors import DataError
 from trainer.checkpoints.saver import SavingError
 from trainer.errors import UserError
-from trainer.networks import NETWORKS
-from trainer.reporting.tags import LOSS, SKIPPED
+from trainer.reporting.tags import LOSS, NORM, SKIPPED
 from trainer.training.due import SAMPLES, VALIDATION, do_due, list_due
 from trainer.training.health import check_gradients, check_readable, count_images
 from trainer.training.reports import report
@@ -116,7 +115,7 @@ def learn(run: Run, batches: Sequence[Batch], images: int) -> None:
         )
         run.processes.mean_(result.loss)
     logged = result.norms.items() if run.records.log_grad_norm else ()
-    norms = {NETWORKS[network].norm_tag: norm for network, norm in logged}
+    norms = {f"{NORM}{network}": norm for network, norm in logged}
     run.records.meter.add({LOSS: result.loss, **norms}, images=images, totals={SKIPPED: result.skipped})
 
 

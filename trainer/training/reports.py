@@ -6,8 +6,21 @@ import math
 from typing import Any
 
 from trainer.reporting.console import Report
-from trainer.reporting.metrics import IMAGES_PER_SECOND, memory_in_use
-from trainer.reporting.tags import LOSS, NOT_FINITE, SKIPPED
+from trainer.reporting.metrics import memory_in_use
+from trainer.reporting.tags import (
+    D_HAT,
+    DECAYED,
+    GRAD_SCALE,
+    IMAGES_PER_SECOND,
+    LOSS,
+    NOT_FINITE,
+    RAM,
+    RATE,
+    SKIPPED,
+    UNCAPPED,
+    VRAM,
+    D,
+)
 from trainer.training.health import check_gradients, check_progress, check_ranks
 from trainer.training.run import Run
 
@@ -24,14 +37,12 @@ def report(run: Run) -> None:
     records, precision, step = run.records, run.learner.precision, run.state.step
     numbers = records.meter.read(_measures(run))
     loss, memory = numbers.get(LOSS, math.nan), memory_in_use(precision.device)
-    numbers["performance/vram" if precision.device.type == "cuda" else "performance/ram"] = memory / 2**30
+    numbers[VRAM if precision.device.type == "cuda" else RAM] = memory / 2**30
     records.loggers.scalars(numbers, step)
-    rates = {
-        network: numbers[f"hyperparameter/lr {network}"] for network in run.learner.optimizers.parameters
-    }
+    rates = {network: numbers[f"{RATE}{network}"] for network in run.learner.optimizers.parameters}
     records.console.report(Report(loss, rates, numbers.get(IMAGES_PER_SECOND), memory))
     for network in records.watch.networks:
-        d, d_hat = numbers[f"dadapt/d {network}"], numbers[f"dadapt/d_hat {network}"]
+        d, d_hat = numbers[f"{D}{network}"], numbers[f"{D_HAT}{network}"]
         for sentence in records.watch.look(network, step=step, d=d, d_hat=d_hat):
             records.console.event(sentence)
     run.evaluation.loss_watch.trained(loss)
@@ -44,14 +55,15 @@ def _measures(run: Run) -> dict[str, Any]:
     """Return the optimizers' own numbers by tag, as device tensors where they are on the device."""
     latest: dict[str, Any] = {}
     for network, measures in run.learner.optimizers.measures().items():
-        latest[f"hyperparameter/lr {network}"] = measures["rate"]
+        latest[f"{RATE}{network}"] = measures["rate"]
         if "d" in measures:
-            latest[f"dadapt/d {network}"] = measures["d"]
-            latest[f"dadapt/d_hat {network}"] = measures["d_hat"]
-            latest[f"dadapt/d*lr {network}"] = measures.get("d*lr", measures["rate"])
-            latest[f"dadapt/decay so far {network}"] = measures["decayed"]
+            latest[f"{D}{network}"] = measures["d"]
+            latest[f"{D_HAT}{network}"] = measures["d_hat"]
+            latest[f"{DECAYED}{network}"] = measures["decayed"]
+        if "d*lr" in measures:
+            latest[f"{UNCAPPED}{network}"] = measures["d*lr"]
         if "not finite" in measures:
-            latest[f"{NOT_FINITE} {network}"] = measures["not finite"]
+            latest[f"{NOT_FINITE}{network}"] = measures["not finite"]
     if run.learner.precision.scaler is not None:
-        latest["hyperparameter/grad scale"] = run.learner.precision.scaler.get_scale()
+        latest[GRAD_SCALE] = run.learner.precision.scaler.get_scale()
     return latest

@@ -134,13 +134,15 @@ class DAdaptAdamOptions(AdaptationOptions):
         return optimizer.rate() * self.layer_scale  # type: ignore[attr-defined]
 
     def measure(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return `d`, the estimate `d_hat` that d follows upwards, `rate`, and `d*lr`, the same uncapped; 0-d device tensors.
+        """Return 0-d device tensors: `d`, the estimate `d_hat` that d follows upwards, and `rate`.
 
+        With rate_max also `d*lr`, the rate without that cap.
         With fused backward also `not finite`, how many gradients were left out since the run began or went
         on.
         """
-        free = optimizer.rate(capped=False) * self.layer_scale  # type: ignore[attr-defined]
-        found = {"rate": self.rate(optimizer), "d*lr": free, "d": optimizer.d, "d_hat": optimizer.d_hat}  # type: ignore[attr-defined]
+        found = {"rate": self.rate(optimizer), "d": optimizer.d, "d_hat": optimizer.d_hat}  # type: ignore[attr-defined]
+        if self.rate_max < math.inf:
+            found["d*lr"] = optimizer.rate(capped=False) * self.layer_scale  # type: ignore[attr-defined]
         return {**found, "not finite": optimizer.not_finite} if self.fused_backward else found  # type: ignore[attr-defined]
 
 

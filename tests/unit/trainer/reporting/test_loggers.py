@@ -60,14 +60,41 @@ def warnings() -> Warnings:
 def test_numbers_come_back_with_their_tags_and_steps(tmp_path: Path, warnings: Warnings):
     logger = TensorBoardLogger(tmp_path / "run", warn=warnings)
     logger.scalars({"loss/stabilize-train": 0.5}, 0)
-    logger.scalars({"loss/log_step": 0.25, "dadapt/d*lr unet": 1e-7}, 1)
+    logger.scalars({"loss/log_step": 0.25, "optimizer/d*lr unet": 1e-7}, 1)
     logger.scalars({"loss/log_step": 0.125}, 25)
     # Before close: a run that is killed keeps what it reported.
     assert curve(tmp_path / "run", "loss/log_step") == [(1, 0.25), (25, 0.125)]
     assert curve(tmp_path / "run", "loss/stabilize-train") == [(0, 0.5)]
-    assert curve(tmp_path / "run", "dadapt/d*lr unet") == [(1, pytest.approx(1e-7))]
+    assert curve(tmp_path / "run", "optimizer/d*lr unet") == [(1, pytest.approx(1e-7))]
     logger.close()
     assert warnings == []
+
+
+def test_small_rates_are_shown_as_logarithms_too(tmp_path: Path, warnings: Warnings):
+    logger = TensorBoardLogger(tmp_path, warn=warnings)
+    logger.scalars({"lr/unet": 1e-5, "optimizer/d unet": 1e-4, "loss/log_step": 0.1}, 1)
+    logger.scalars({"lr/unet": 0.0, "optimizer/d unet": 1e-3, "loss/log_step": 0.1}, 2)
+    assert curve(tmp_path, "lr/log10 unet") == [(1, pytest.approx(-5))], "a rate of 0 has no logarithm"
+    assert curve(tmp_path, "optimizer/log10 d unet") == [(1, pytest.approx(-4)), (2, pytest.approx(-3))]
+    assert len(read(tmp_path).Tags()["scalars"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("tag", "words"),
+    [
+        ("loss/log_step", "Mean loss"),
+        ("loss/val", "validation images"),
+        ("loss/val minus stabilize-train", "minus"),
+        ("lr/text encoder", "hyperparameter/lr"),
+        ("lr/log10 unet", "base-10 logarithm"),
+        ("optimizer/d unet", "distance"),
+        ("optimizer/d_hat unet", "follows"),
+        ("performance/vram", "GiB"),
+    ],
+)
+def test_a_number_says_what_it_is(tmp_path: Path, warnings: Warnings, tag: str, words: str):
+    TensorBoardLogger(tmp_path, warn=warnings).scalars({tag: 0.5}, 1)
+    assert words in read(tmp_path).SummaryMetadata(tag).summary_description
 
 
 def test_pictures_come_back_bit_for_bit(tmp_path: Path, warnings: Warnings):
@@ -78,8 +105,22 @@ def test_pictures_come_back_bit_for_bit(tmp_path: Path, warnings: Warnings):
     assert Image.open(io.BytesIO(event.encoded_image_string)).tobytes() == picture.tobytes()
 
 
+def test_configurations_are_tables(tmp_path: Path, warnings: Warnings):
+    from html import unescape
+
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    text = '{"base": {"lr": 0.1, "betas": [0.9, 0.99]}, "doc": "*a* | `b` <i>", "none": {}}'
+    TensorBoardLogger(tmp_path, warn=warnings).text("config", text, 0)
+    (event,) = read(tmp_path).Tensors("config/text_summary")
+    html = markdown_to_safe_html(stored(event).decode())
+    cells = [unescape(cell) for cell in re.findall("<td><code>(.*?)</code></td>", html)]
+    assert cells == ["base.lr", "0.1", "base.betas", "[0.9, 0.99]", "doc", '"*a* | `b` <i>"', "none", "{}"]
+
+
 @pytest.mark.parametrize(
-    "text", ['{\n  "lr": 0.1,  # *not* emphasis\n  "a_b_c": null\n}', "a fence\n```\ninside\n````\n", ""]
+    "text",
+    ['{\n  "lr": 0.1,  # *not* emphasis\n  "a_b_c": null\n}', "[1, 2]", "a fence\n```\ninside\n````\n", ""],
 )
 def test_text_is_shown_as_it_is(tmp_path: Path, warnings: Warnings, text: str):
     from html import unescape
@@ -106,7 +147,13 @@ def test_the_charts_find_the_tags(tmp_path: Path, warnings: Warnings):
         category.title: [list(chart.multiline.tag) for chart in category.chart]
         for category in layout.category
     }
-    assert list(patterns) == ["losses", "rates", "D-Adaptation", "gradients", "performance"]
+    assert list(patterns) == [
+        "losses",
+        "effective learning rate",
+        "D-Adaptation",
+        "gradient norm, before clipping",
+        "performance",
+    ]
 
     def found(category: str, chart: int, tags: list[str]) -> list[str]:  # as TensorBoard's server matches
         return [
@@ -116,16 +163,19 @@ def test_the_charts_find_the_tags(tmp_path: Path, warnings: Warnings):
         ]
 
     tags = [
-        "dadapt/d unet",
-        "dadapt/d text encoder",
-        "dadapt/d_hat text encoder",
-        "dadapt/d*lr unet",
-        "dadapt/d*lr text encoder",
+        "optimizer/d unet",
+        "optimizer/d text encoder",
+        "optimizer/d_hat text encoder",
+        "optimizer/d*lr unet",
+        "optimizer/d*lr text encoder",
     ]
-    assert found("D-Adaptation", 0, tags) == ["dadapt/d text encoder"]
-    assert found("D-Adaptation", 1, tags) == ["dadapt/d text encoder", "dadapt/d_hat text encoder"]
-    rates = ["hyperparameter/lr unet", "hyperparameter/lr text encoder", "hyperparameter/grad scale"]
-    assert found("rates", 0, rates) == rates[:2]
+    assert found("D-Adaptation", 0, tags) == ["optimizer/d text encoder", "optimizer/d_hat text encoder"]
+    rates = ["lr/unet", "lr/log10 unet", "lr/text encoder", "lr/log10 text encoder"]
+    for chart, tag in enumerate(rates):
+        assert found("effective learning rate", chart, [*rates, "optimizer/grad scale"]) == [tag]
+    norms = ["optimizer/grad norm unet", "optimizer/grad norm text encoder"]
+    for chart, tag in enumerate(norms):
+        assert found("gradient norm, before clipping", chart, norms) == [tag]
     losses = ["loss/log_step", "loss/epoch", "loss/stabilize-train", "loss/val"]
     assert found("losses", 0, losses) + found("losses", 1, losses) == losses
 
@@ -133,7 +183,7 @@ def test_the_charts_find_the_tags(tmp_path: Path, warnings: Warnings):
 def test_a_run_without_d_adaptation_has_no_charts_of_it(tmp_path: Path, warnings: Warnings):
     open_loggers(tmp_path, warn=warnings, networks=["unet"], adaptive=[]).close()
     (event,) = read(tmp_path).Tensors("custom_scalars__config__")
-    assert b"dadapt" not in stored(event)
+    assert b"D-Adaptation" not in stored(event)
 
 
 def test_a_continued_run_hides_what_was_recorded_after_its_checkpoint(tmp_path: Path, warnings: Warnings):
@@ -201,13 +251,13 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def test_each_report_is_a_line_of_json(tmp_path: Path, warnings: Warnings):
     logger = JsonlLogger(tmp_path / "run", warn=warnings)
     logger.scalars({"loss/val": 0.5}, 0)
-    logger.scalars({"loss/log_step": 0.1 + 0.2, "dadapt/d*lr unet": 1e-7}, 1)
+    logger.scalars({"loss/log_step": 0.1 + 0.2, "optimizer/d*lr unet": 1e-7}, 1)
     logger.scalars({"loss/log_step": math.nan, "loss/epoch": math.inf}, 2)
     logger.image("a", Image.new("RGB", (8, 8)), 2)
     logger.text("b", "c", 2)
     assert lines(tmp_path / "run") == [  # before close, and every digit of the numbers
         {"step": 0, "loss/val": 0.5},
-        {"step": 1, "loss/log_step": 0.1 + 0.2, "dadapt/d*lr unet": 1e-7},
+        {"step": 1, "loss/log_step": 0.1 + 0.2, "optimizer/d*lr unet": 1e-7},
         {"step": 2, "loss/log_step": None, "loss/epoch": None},
     ]
     logger.close()

@@ -69,8 +69,8 @@ def test_totals_are_never_reset():
 
 def test_latest_values_may_be_tensors_or_numbers():
     m = meter()
-    read = m.read({"dadapt/d unet": torch.tensor(1e-6, dtype=torch.float64), "hyperparameter/lr unet": 0.5})
-    assert read == {"dadapt/d unet": 1e-6, "hyperparameter/lr unet": 0.5}
+    read = m.read({"optimizer/d unet": torch.tensor(1e-6, dtype=torch.float64), "lr/unet": 0.5})
+    assert read == {"optimizer/d unet": 1e-6, "lr/unet": 0.5}
 
 
 def test_speed_leaves_pauses_out_and_waiting_is_per_step():

@@ -21,13 +21,12 @@ def test_numbers_are_recorded_under_their_tags_and_shown():
     add_loss(run, 0.75)
     report(run)
     numbers = numbers_of(run)
-    assert {tag: numbers[tag] for tag in numbers if tag.startswith(("loss", "dadapt", "hyper"))} == {
+    assert {tag: numbers[tag] for tag in numbers if tag.startswith(("loss", "lr/", "optimizer/d"))} == {
         LOSS: 0.75,
-        "hyperparameter/lr unet": 2e-4,
-        "dadapt/d unet": pytest.approx(1e-3),
-        "dadapt/d_hat unet": pytest.approx(2e-3),
-        "dadapt/d*lr unet": 2e-4,
-        "dadapt/decay so far unet": 0.5,
+        "lr/unet": 2e-4,
+        "optimizer/d unet": pytest.approx(1e-3),
+        "optimizer/d_hat unet": pytest.approx(2e-3),
+        "optimizer/decay so far unet": 0.5,
     }
     assert numbers["performance/ram"] > 0
     shown = next(entry[1] for entry in run.done if entry[0] == "report")
@@ -52,4 +51,4 @@ def test_gradients_that_were_not_finite_are_counted():
     run = fake_run({"unet": {"rate": 1.0, "not finite": torch.tensor(0)}})
     add_loss(run)
     report(run)
-    assert numbers_of(run)[f"{NOT_FINITE} unet"] == 0.0
+    assert numbers_of(run)[f"{NOT_FINITE}unet"] == 0.0
