@@ -76,13 +76,14 @@ def test_a_broken_off_run_is_recorded_once_and_as_one_run(offline):
 
     lines = _lines(stopped)
     assert _steady(lines) == _steady(_lines(whole))
-    drawn = {tag: {} for tag in scalars(stopped)}
+    recorded = {tag: curve for tag, curve in scalars(stopped).items() if "/log10 " not in tag}
+    drawn = {tag: {} for tag in recorded}
     for line in lines:
         for tag, value in line.items():
             if tag != "step":
                 assert line["step"] not in drawn[tag], "twice"
                 drawn[tag][line["step"]] = pytest.approx(value, rel=1e-6)
-    assert scalars(stopped) == drawn, "the same numbers as in TensorBoard"
+    assert recorded == drawn, "the same numbers as in TensorBoard"
 
     files = sorted((stopped / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2 and len({path.stem for path in files}) == 1, "one run, in two parts"
