@@ -118,8 +118,8 @@ def test_a_preset_leaves_d0_and_its_cap_holds_the_rate_and_not_d(workplace):
         ("unet", config.optimizers.unet, 1e-5),
         ("text encoder", config.optimizers.text_encoder, 5e-6),
     ):
-        asked, d = (scalars(run)[f"dadapt/{tag} {network}"] for tag in ("d*lr", "d"))
-        assert last(run, f"dadapt/d {network}") > 5 * d[1], network
-        assert last(run, f"hyperparameter/lr {network}") == pytest.approx(min(asked[max(asked)], cap))
+        asked, d = (scalars(run)[f"optimizer/{tag} {network}"] for tag in ("d*lr", "d"))
+        assert last(run, f"optimizer/d {network}") > 5 * d[1], network
+        assert last(run, f"lr/{network}") == pytest.approx(min(asked[max(asked)], cap))
         assert options.lr == pytest.approx(min(asked[max(asked)], cap), rel=1e-3)
     assert content["base"]["optimizer"] == "adamw8bit_fused" and content["base"]["fused_backward"]
