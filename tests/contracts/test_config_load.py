@@ -518,7 +518,7 @@ def test_presets_by_gpu_size_differ_in_what_the_size_asks_for(folder: Path):
     assert differing("sd15_16gb") == {"gradient_checkpointing"}
     optimizers = {f"{section}.{key}" for section in ("base", "text_encoder_overrides")
                   for key in ("optimizer", "d0", "rate_max", "fused_backward")}  # fmt: skip
-    assert differing("sd15_lora") == {"lora", "lr", *optimizers}
+    assert differing("sd15_lora") == {"lora", "lr", "save_every_n_epochs", *optimizers}
 
 
 @pytest.mark.parametrize("name", ["sd15.json", "sd15_t4.json"])

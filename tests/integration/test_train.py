@@ -403,3 +403,16 @@ def test_every_image_counts_the_same_also_in_a_short_step(workplace, monkeypatch
     assert train.main([]) == 0
     assert sorted(map(len, weights)) == [1, 4]
     assert {weight for step in weights for weight in step} == {0.25}
+
+
+def test_auto_draws_samples_ten_times_whatever_the_length(workplace, no_estimate, capsys):
+    write(workplace, DADAPT, sample_steps="auto")
+    assert train.main(["--check", "--max_epochs", "13"]) == 0
+    assert "every 4 steps, 11 times in all: prompts.json" in capsys.readouterr().out
+    assert train.main(["--stop_after_steps", "3", "--max_epochs", "7", "--batch_size", "3"]) == 0
+    assert sorted(path.name for path in (run_of(workplace) / "samples").iterdir()) == [
+        "gs00000.png",
+        "gs00001.png",
+        "gs00002.png",
+        "gs00003.png",
+    ]

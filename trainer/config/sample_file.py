@@ -55,7 +55,9 @@ def read_sample_prompts(path: Path, report: Report) -> SamplePrompts | None:
     if prompts is None or len(report.errors) > before:
         return None
     if not prompts.samples:
-        report.note(Place(file), "names no prompts; four captions of the data are drawn")
+        report.note(
+            Place(file), "names no prompts; two captions of the data and two unrelated prompts are drawn"
+        )
     return prompts
 
 

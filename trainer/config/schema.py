@@ -281,10 +281,11 @@ def accepts(annotation: Any) -> str:
     if len(members) == 2 and get_args(_limits(members[1])[0]) == (members[0], ...):
         return f"{accepts(members[0])}, or a list of such"
     if len(members) > 1:
-        return " or ".join(accepts(member) for member in members)
+        return ", or ".join(accepts(member) for member in members)
     kind, limits = _limits(members[0])
     if get_origin(kind) is Literal:
-        return "one of " + ", ".join(repr(choice) for choice in get_args(kind))
+        choices = ", ".join(repr(choice) for choice in get_args(kind))
+        return f"one of {choices}" if len(get_args(kind)) > 1 else choices
     if get_origin(kind) is tuple:
         inner = get_args(kind)
         if inner[-1] is Ellipsis:

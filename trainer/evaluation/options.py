@@ -21,10 +21,11 @@ class SampleOptions:
 
     sample_prompts: str | None = None
     """A .txt file with one prompt a line, or a .json file with prompts, seeds, guidance scales and more; null
-    takes four captions of the data."""
+    takes two captions of the data and two unrelated prompts, which show drift and burning."""
 
-    sample_steps: Annotated[int, Ge(1)] = 250
-    """Draw samples every n optimizer steps, besides before the first and after the last."""
+    sample_steps: Annotated[int, Ge(1)] | Literal["auto"] = 250
+    """Draw samples every n optimizer steps, besides before the first and after the last; auto draws ten times
+    a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ class SamplePrompts:
     """Draw every n optimizer steps; null takes sample_steps of the training."""
 
     samples: tuple[SamplePrompt, ...] | None = None
-    """The prompts; null or an empty list takes four captions of the data."""
+    """The prompts; null or an empty list takes two captions of the data and two unrelated prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,9 @@ from trainer.models.pipeline import Models
 Drawn = dict[tuple[int, float], Image.Image | str]
 """By the prompt's number and the guidance scale, a sample, or the reason why it could not be drawn."""
 
+UNRELATED = ("a bowl of fruit on a wooden table", "a city street at night in the rain")
+"""Default prompts beside captions of the data: their samples change when the model burns."""
+
 _GUIDANCE_RESCALE = 0.7
 """For zero-terminal SNR, where guidance overexposes (arXiv 2305.08891, section 3.4)."""
 
@@ -81,7 +84,7 @@ class Sampler:
         self._clip_skip = clip_skip
         self._chunks = chunks
         self.prompts: tuple[SamplePrompt, ...] = prompts.samples or tuple(
-            SamplePrompt(prompt=text) for text in _four(self._captions)
+            SamplePrompt(prompt=text) for text in (*_two(self._captions), *UNRELATED)
         )
         self._reported_long: set[str] = set()
 
@@ -272,10 +275,10 @@ class Drawing:
         return encode_text(self.pipeline.text_encoder, tokens_BT.to(self.device), self.clip_skip)
 
 
-def _four(captions: Sequence[str]) -> list[str]:
-    """Return up to four different captions, evenly spread, or the empty prompt."""
+def _two(captions: Sequence[str]) -> list[str]:
+    """Return up to two different captions, evenly spread, or the empty prompt."""
     different = list(dict.fromkeys(caption for caption in captions if caption.strip()))
-    count = min(4, len(different))
+    count = min(2, len(different))
     return [different[number * len(different) // count] for number in range(count)] or [""]
 
 

@@ -77,6 +77,12 @@ class Plan:
         """Images and timesteps that are validated at a time."""
         return self.validation.batch_size or self.config.data.batch_size
 
+    @property
+    def sample_steps(self) -> int:
+        """Optimizer steps between samples."""
+        steps = self.config.samples.sample_steps
+        return max(1, round(self.total_steps / 10)) if steps == "auto" else steps
+
     def pinned(self, models: Models) -> Plan:
         """Return the plan with the commits of the hub that its networks were loaded from."""
         loaded = {"revision": models.revision, "vae_revision": models.vae_revision}
@@ -123,7 +129,7 @@ class Plan:
     def rows(self) -> list[tuple[str, str]]:
         """Return the plan as names and texts."""
         config = self.config
-        loop, saving, samples = config.loop, config.saving, config.samples
+        loop, saving = config.loop, config.saving
         limits = [f"{loop.stop_after_steps}"] if loop.stop_after_steps else []
         limits += [f"{loop.max_train_time:g} minutes of training"] if loop.max_train_time else []
         stop = f", stopping after {' or '.join(limits)}" if limits else ""
@@ -132,7 +138,7 @@ class Plan:
         averaged, held_out = plan_ema(config.ema, self.total_steps), self.split.lines()
         new = Path(config.logging.logdir) / f"{run_name(config)}-<time>"
         return [
-            ("model", self.models.source),
+            ("model", shown_path(Path(self.models.source))),
             *((network, self._network(network)) for network in self.counts),
             ("steps", f"{self.total_steps:,} = {loop.max_epochs} epochs of {self.steps_of_epoch:,}{stop}"),
             ("batch", self._batch()),
@@ -142,11 +148,7 @@ class Plan:
             *([("ema", averaged)] if averaged else []),
             ("precision", self.computes),
             ("seed", str(loop.seed)),
-            (
-                "samples",
-                f"every {samples.sample_steps} steps, "
-                f"from {samples.sample_prompts or 'four captions of the data'}",
-            ),
+            ("samples", self._samples()),
             ("checkpoints", f"{every}at the end: {_forms(self.artifact)[kind]}"),
             ("outputs", shown_path(self.start.run or new)),
         ]
@@ -155,6 +157,12 @@ class Plan:
         part = self.counts[network]
         learning = f"{_optimizer(by_network(self.config.optimizers)[network])}; " if part.trained else ""
         return f"{learning}trains {part.what}: {part.trained:,} of {part.total:,} parameters"
+
+    def _samples(self) -> str:
+        every, named = self.sample_steps, self.config.samples.sample_prompts
+        times = self.prompts.generate_pretrain_samples + math.ceil(self.total_steps / every)
+        prompts = shown_path(Path(named)) if named else "two captions of the data and two unrelated prompts"
+        return f"every {every} steps, {times} times in all: {prompts}"
 
     def _batch(self) -> str:
         data, passes = self.config.data, self.config.loop.grad_accum

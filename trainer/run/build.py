@@ -118,7 +118,7 @@ def build(
         loader=loader,
         cadence=Cadence(
             log_step=config.logging.log_step,
-            sample_steps=config.samples.sample_steps,
+            sample_steps=plan.sample_steps,
             save_every_n_epochs=config.saving.save_every_n_epochs,
             save_ckpts_from_n_epochs=config.saving.save_ckpts_from_n_epochs,
             total_steps=plan.total_steps,

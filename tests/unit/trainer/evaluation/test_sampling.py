@@ -24,7 +24,7 @@ from trainer.diffusion.schedule import with_zero_terminal_snr
 from trainer.errors import UserError
 from trainer.evaluation.image_grid import labelled_row, tiled
 from trainer.evaluation.options import SamplePrompt, SamplePrompts, Scheduler
-from trainer.evaluation.sampling import Sampler, Samples
+from trainer.evaluation.sampling import UNRELATED, Sampler, Samples
 from trainer.evaluation.schedulers import check_scheduler
 
 QUICK = SamplePrompts(
@@ -181,7 +181,7 @@ def test_a_scheduler_whose_package_is_missing_is_an_error(tmp_path: Path, monkey
 def test_a_file_without_prompts_says_that_captions_are_taken(tmp_path: Path, name: str, content: str):
     report = Report()
     read_sample_prompts(write(tmp_path / name, content), report)
-    assert len(report.notes) == 1 and "four captions" in report.notes[0]
+    assert len(report.notes) == 1 and "two captions" in report.notes[0]
 
 
 def test_a_key_that_has_no_effect_is_a_note(tmp_path: Path):
@@ -190,14 +190,14 @@ def test_a_key_that_has_no_effect_is_a_note(tmp_path: Path):
     assert report.errors == () and "samples[0].cfgs: has no effect" in report.notes[0]
 
 
-def test_without_prompts_four_captions_of_the_data_are_drawn():
-    captions = [f"caption {number // 2}" for number in range(20)]
-    chosen = [prompt.prompt for prompt in sampler(SamplePrompts(), captions=captions).prompts]
-    assert chosen == ["caption 0", "caption 2", "caption 5", "caption 7"]
-    assert [prompt.prompt for prompt in sampler(SamplePrompts(), captions=["one", "one", " "]).prompts] == [
-        "one"
-    ]
-    assert [prompt.prompt for prompt in sampler(SamplePrompts(), captions=[]).prompts] == [""]
+def test_without_prompts_two_captions_of_the_data_and_two_others_are_drawn():
+    for captions, own in (
+        ([f"caption {number // 2}" for number in range(20)], ["caption 0", "caption 5"]),
+        (["one", "one", " "], ["one"]),
+        ([], [""]),
+    ):
+        chosen = [prompt.prompt for prompt in sampler(SamplePrompts(), captions=captions).prompts]
+        assert chosen == [*own, *UNRELATED] and len(UNRELATED) == 2
 
 
 # What is drawn
