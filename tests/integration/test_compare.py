@@ -13,13 +13,14 @@ from PIL import Image, ImageDraw
 
 from scripts import compare_optimizers
 from scripts.compare.drift import tone
-from scripts.compare.measures import FIXED, Compared, Measured
+from scripts.compare.measures import Compared, Measured
 from scripts.compare.plots import COLOURS
 from scripts.compare.report import write_report
 from scripts.compare.runs import DONE, Finished, Planned, finish, join, labels, plan_runs
 from tests.runs import ADAMW, DADAPT, model, scalars, workplace, write  # noqa: F401
 from tests.unit.trainer.checkpoints.test_lock import held
 from trainer.checkpoints.lock import LOCK
+from trainer.reporting.tags import FIXED_LOSS
 
 LOSSES = ("loss/log_step", "loss/stabilize-train", "loss/val")
 
@@ -200,11 +201,11 @@ def test_a_report_of_a_run_that_failed(tmp_path):
     output.write_text("step 1\nit failed because <of this>.\n\n")
     planned = [Planned(name, tmp_path / name, 1, tmp_path, (), {}) for name in ("good", "wild")]
     good = Measured(
-        Finished(planned[0], tmp_path, 0, 2**30, 1), {FIXED: {0: 0.2, 5: 0.1}}, None, 1.0, 2.0, 1.0, 2.0, 3.0
+        Finished(planned[0], tmp_path, 0, 2**30, 1), {FIXED_LOSS: {0: 0.2, 5: 0.1}}, None, 1.0, 2.0, 1.0, 2.0, 3.0
     )
     wild = Measured(
         Finished(planned[1], tmp_path, 1, None, 1),
-        {FIXED: {0: 0.2, 5: float("nan")}},
+        {FIXED_LOSS: {0: 0.2, 5: float("nan")}},
         None,
         None,
         None,
