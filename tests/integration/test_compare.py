@@ -201,7 +201,14 @@ def test_a_report_of_a_run_that_failed(tmp_path):
     output.write_text("step 1\nit failed because <of this>.\n\n")
     planned = [Planned(name, tmp_path / name, 1, tmp_path, (), {}) for name in ("good", "wild")]
     good = Measured(
-        Finished(planned[0], tmp_path, 0, 2**30, 1), {FIXED_LOSS: {0: 0.2, 5: 0.1}}, None, 1.0, 2.0, 1.0, 2.0, 3.0
+        Finished(planned[0], tmp_path, 0, 2**30, 1),
+        {FIXED_LOSS: {0: 0.2, 5: 0.1}},
+        None,
+        1.0,
+        2.0,
+        1.0,
+        2.0,
+        3.0,
     )
     wild = Measured(
         Finished(planned[1], tmp_path, 1, None, 1),
