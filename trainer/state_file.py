@@ -58,6 +58,19 @@ def read_state(path: Path) -> Any:
         return _from_tree(tree, file)
 
 
+def read_entry(path: Path, *place: str | int) -> Any:
+    """Return one entry of what `write_state` wrote, by the keys that lead to it; the rest is not read.
+
+    Raises:
+        LookupError: there is no such entry.
+    """
+    tree = load_json(path.with_suffix(".json"), LARGEST_STATE)
+    for key in place:
+        tree = dict(tree[_ITEMS])[key] if isinstance(tree, dict) and _ITEMS in tree else tree[key]
+    with safe_open(path.with_suffix(".safetensors"), framework="pt") as file:
+        return _from_tree(tree, file)
+
+
 def as_kind(kind: type[T], value: Any) -> T:
     """Return saved state as the type that it was saved from: a dataclass or builtin containers.
 

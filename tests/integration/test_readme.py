@@ -138,6 +138,8 @@ ELSEWHERE = {
     "tensorboard --logdir logs": "serves until it is stopped",
     "tensorboard --logdir compare/runs": "serves until it is stopped",
     "wandb sync": "needs an account",
+    "python train.py --config YOUR_TRAIN.json --resume_ckpt logs/RUN --resume_weights_only": "needs a run; "
+    "test_first_d.py starts such ones",
     "python train.py --config mydog.json --resume_ckpt findlast": "needs such a run; LONG resumes one",
     f"torchrun --nproc_per_node 2 {_TWO_GPUS}": "needs two GPUs; test_processes.py launches on CPUs",
     "python -m pytest -m slow": "is the slow part of this",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -159,9 +159,13 @@ def _computable(value: Any) -> bool:
 def _sentences(key: Key, value: Any, error: ValidationError) -> list[tuple[tuple[int | str, ...], str]]:
     """Return each problem as a path inside the value and a sentence."""
     if len(key.variants) > 1:
-        # pydantic reports every member of a union; a list or no list shows the intended one.
+        # pydantic reports every member of a union; a list or no list, or a number, shows the intended one.
+        kinds = {kind: get_origin(_plain(kind)) for kind in key.variants}
+        number = isinstance(value, int | float)
         meant = [
-            kind for kind in key.variants if (get_origin(_plain(kind)) is tuple) == isinstance(value, list)
+            kind
+            for kind, origin in kinds.items()
+            if (origin is tuple) == isinstance(value, list) and not (number and origin is Literal)
         ]
         if len(meant) != 1:
             return [((), f"must be {accepts(key.annotation)}; got {shown(value)}")]

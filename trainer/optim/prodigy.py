@@ -60,7 +60,7 @@ class ProdigyOptions(AdaptedMomentOptions):
                 decouple=self.decouple,
                 use_bias_correction=self.use_bias_correction,
                 safeguard_warmup=self.safeguard_warmup,
-                d0=self.d0,
+                d0=self.first_d,
                 d_coef=self.d_coef,
                 growth_rate=self.growth_rate,
                 slice_p=self.slice_p,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,8 @@ class _Course:
     level: float = 0.0
     """d where the present flat stretch began."""
     level_since: int = 0
+    learned: bool = False
+    """d started at a checkpoint's, so it need not rise."""
     plateau: float = 0.0
     """The last d that had been flat for long enough; 0 before there is one."""
 
@@ -43,11 +45,17 @@ class AdaptationWatch:
     Args:
         options: of the optimizers that find their rate, by network.
         sections: the section of the optimizer file that sets each network's keys, for the sentences.
+        learned: networks whose d starts at a checkpoint's.
     """
 
-    def __init__(self, options: Mapping[str, EstimateOptions], sections: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        options: Mapping[str, EstimateOptions],
+        sections: Mapping[str, str],
+        learned: Collection[str] = (),
+    ) -> None:
         self._options, self._sections = dict(options), dict(sections)
-        self._courses = {network: _Course() for network in options}
+        self._courses = {network: _Course(learned=network in learned) for network in options}
         self.networks = tuple(options)
 
     def look(self, network: str, *, step: int, d: float, d_hat: float) -> list[str]:
@@ -59,7 +67,7 @@ class AdaptationWatch:
             d: the estimate that acts.
             d_hat: what the last step estimated.
         """
-        course, d0, where = self._courses[network], self._options[network].d0, self._sections[network]
+        course, d0, where = self._courses[network], self._options[network].first_d, self._sections[network]
         sentences: list[str] = []
 
         def say(what: str, sentence: str) -> None:
@@ -67,7 +75,7 @@ class AdaptationWatch:
                 course.told.append(what)
                 sentences.append(f"step {step}: {sentence}")
 
-        if d <= d0 and step >= PATIENCE:
+        if d <= d0 and step >= PATIENCE and not course.learned:
             say(
                 "stuck",
                 f"d of the {network} has not left d0 ({d0:g}): the gradients of successive steps agree too "
@@ -111,6 +119,10 @@ class AdaptationWatch:
             )
         return sentences
 
+    def stuck(self, network: str, d: float) -> bool:
+        """Return whether d is still at a d0 that was not learned before."""
+        return d <= self._options[network].first_d and not self._courses[network].learned
+
     def settled(self, network: str, *, step: int, d: float) -> str:
         """Return how settled d is after `step`, as a clause: its growth over the last 100 steps, or what holds it."""
         d_max = getattr(self._options[network], "d_max", math.inf)
@@ -128,12 +140,15 @@ class AdaptationWatch:
         """Find the stretches where d is flat; d0 itself is no rest that d has come to."""
         if d > FLAT * course.level:
             course.level, course.level_since = d, step
-        elif d > d0 and step - course.level_since >= PATIENCE and not course.plateau:
+        elif (d > d0 or course.learned) and step - course.level_since >= PATIENCE and not course.plateau:
             course.plateau = course.level
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered, so that a continued run says what an unbroken one would have."""
-        return {network: vars(course).copy() for network, course in self._courses.items()}
+        return {
+            network: {key: value for key, value in vars(course).items() if key != "learned" or value}
+            for network, course in self._courses.items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned."""

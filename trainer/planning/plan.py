@@ -17,7 +17,6 @@ from trainer.evaluation.validation import Split
 from trainer.models.ema import plan_ema
 from trainer.models.pipeline import Models, Part
 from trainer.networks import TEXT_ENCODER, by_network
-from trainer.optim import OptimizerOptions
 from trainer.output import shown_path
 from trainer.planning.memory import Estimate, estimate, size_of_device, work_of
 from trainer.planning.resume import Start
@@ -53,6 +52,9 @@ class Plan:
 
     about: Mapping[str, Any]
     """The run as its checkpoints record it."""
+
+    learned_d: frozenset[str]
+    """Networks whose d starts at a checkpoint's."""
 
     changed: tuple[str, ...]
     """Differences from the resumed run's configuration."""
@@ -155,7 +157,11 @@ class Plan:
 
     def _network(self, network: str) -> str:
         part = self.counts[network]
-        learning = f"{_optimizer(by_network(self.config.optimizers)[network])}; " if part.trained else ""
+        learning = (
+            f"{_optimizer(by_network(self.config.optimizers)[network], network in self.learned_d)}; "
+            if part.trained
+            else ""
+        )
         return f"{learning}trains {part.what}: {part.trained:,} of {part.total:,} parameters"
 
     def _samples(self) -> str:
@@ -204,8 +210,9 @@ def _forms(artifact: Artifact) -> dict[str, str]:
     return {"both": f"{folder} and {single}", "diffusers": folder, "single": single}
 
 
-def _optimizer(options: OptimizerOptions) -> str:
+def _optimizer(options: Any, learned: bool) -> str:
     rate = f"lr {options.lr:g}" + (" x the d it finds" if options.adapts else "")
+    first = f", from the checkpoint's {options.d0:.3g} on" if learned else ""
     rate_max = getattr(options, "rate_max", math.inf)
     cap = f", at most {rate_max:g}" if rate_max < math.inf else ""
-    return f"{options.optimizer}, {rate}{cap}, {options.lr_scheduler}"
+    return f"{options.optimizer}, {rate}{first}{cap}, {options.lr_scheduler}"

@@ -27,6 +27,7 @@ from trainer.models.load import describe
 from trainer.models.options import ModelOptions
 from trainer.models.pipeline import Models
 from trainer.models.trainable import apply_freezing
+from trainer.planning.first_d import with_first_d
 from trainer.planning.plan import Plan, images_per_step
 from trainer.planning.resume import (
     Start,
@@ -88,6 +89,7 @@ def prepare(
     trained = replace(config.parts, gradient_checkpointing=False)
     parts = apply_freezing(models, trained, config.optimizers.freezing)
     check_rates(config, {network: part.trained for network, part in parts.counts.items()})
+    config, learned = with_first_d(config, start, parts.parameters)
     about = about_run(config, split.train, parts, total_steps, processes.count)
     if start.about is not None:
         check_same_run(about, start.about, str(start.checkpoint))
@@ -114,6 +116,7 @@ def prepare(
         ranks=processes.count,
         latents=latents,
         about=about,
+        learned_d=learned,
         changed=() if start.about is None else tuple(changes(about, start.about)),
         notes=(*start.notes, *split.notes, *notes, *models.notes),
         computes=f"{precision.name} on {precision.device}",

@@ -56,6 +56,9 @@ class Start:
     about: Mapping[str, Any] | None = None
     """The resumed run's record in its checkpoint."""
 
+    weights_of: Path | None = None
+    """The checkpoint folder whose weights a new run starts from."""
+
     notes: Sequence[str] = ()
     """Sentences about the choice: damaged newer checkpoints, a run that is not resumed."""
 
@@ -96,7 +99,8 @@ def find_start(config: TrainConfig, *, weights_only: bool) -> Start:
     if weights_only:
         recorded = base is not None and base.model != config.file_model
         revision = base.revision if base and recorded else config.model.revision
-        return Start(model, revision=revision, adapter=adapter, notes=notes)
+        weights_of = folder if is_checkpoint(folder) else None
+        return Start(model, revision=revision, adapter=adapter, weights_of=weights_of, notes=notes)
     state, about = read_resume(folder)
     run = run_of(folder)
     if run is None:
@@ -105,7 +109,7 @@ def find_start(config: TrainConfig, *, weights_only: bool) -> Start:
             f"so the resumed run gets a new one in {config.logging.logdir}"
         )
     revision = about["config"].get("revision") if base is None else base.revision
-    return Start(model, folder, revision, run, state, adapter, about, [*notes, *_migrate(about)])
+    return Start(model, folder, revision, run, state, adapter, about, notes=[*notes, *_migrate(about)])
 
 
 def with_recorded_revisions(config: TrainConfig, about: Mapping[str, Any]) -> TrainConfig:

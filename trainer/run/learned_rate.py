@@ -39,9 +39,7 @@ def export_learned_rate(run: Run, config: TrainConfig) -> list[str]:
     try:
         path.unlink(missing_ok=True)  # of an earlier stop, at which d may have been another
         if reasons := [
-            reason
-            for network, member in adapted.items()
-            if (reason := _reason(member, found[network], run.state.step))
+            reason for network, member in adapted.items() if (reason := _reason(member, found[network], run))
         ]:
             return [f"No {LEARNED}: {'; '.join(reasons)}."]
         half = config.precision.weights_dtype == "bf16" and not config.parts.trains_adapters
@@ -69,14 +67,14 @@ def export_learned_rate(run: Run, config: TrainConfig) -> list[str]:
     ]
 
 
-def _reason(member: Member, d: float, step: int) -> str | None:
+def _reason(member: Member, d: float, run: Run) -> str | None:
     """Return why the rate of a network cannot be exported, as a clause; None if it can."""
     options, network = member.options, member.network
     if not isinstance(options, AdaptedMomentOptions):
         other = f"{options.optimizer} of the {network} takes other steps than AdamW"
         return f"{other}, to which its rate means nothing"
-    if d <= options.d0:
-        return f"d of the {network} has not left d0 ({options.d0:g}) up to step {step}"
+    if run.records.watch.stuck(network, d):
+        return f"d of the {network} has not left d0 ({options.d0:g}) up to step {run.state.step}"
     return None
 
 

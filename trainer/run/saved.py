@@ -78,7 +78,9 @@ def make_saved(plan: Plan, parts: TrainedParts, precision: Precision, processes:
         state=state,
         optimizers=optimizers,
         meter=Meter(epoch_tags={LOSS: EPOCH_LOSS}),
-        watch=AdaptationWatch(adaptive, {name: network.section for name, network in NETWORKS.items()}),
+        watch=AdaptationWatch(
+            adaptive, {name: network.section for name, network in NETWORKS.items()}, plan.learned_d
+        ),
         loss_watch=LossWatch(tuple(adaptive), " ".join(measured_on)),
         card=make_card(plan, state),
         ema=make_ema(plan, parts, precision.device) if processes.main else None,

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from trainer.config.schema import optimizer_classes
 from trainer.optim.optimizer_set import OptimizerSet
-from trainer.state_file import read_state, write_state
+from trainer.state_file import read_entry, read_state, write_state
 
 
 def test_round_trip_of_every_kind_of_value(tmp_path):
@@ -126,3 +126,16 @@ def test_the_scale_of_fp16_goes_on(tmp_path):
     write_state(scaler.state_dict(), tmp_path / "scaler")
     again.load_state_dict(read_state(tmp_path / "scaler"))
     assert again.state_dict() == scaler.state_dict() and again.get_scale() == 2.0**9
+
+
+def test_one_entry_is_read_by_its_place(tmp_path):
+    state = {
+        "optimizers": {"unet": {"state": {0: {"s": torch.zeros(9)}, "adaptation": {"d": torch.tensor(0.5)}}}}
+    }
+    state["groups"] = [{"d": 2.5}]
+    write_state(state, tmp_path / "state")
+    assert read_entry(tmp_path / "state", "optimizers", "unet", "state", "adaptation", "d") == 0.5
+    assert read_entry(tmp_path / "state", "groups", 0, "d") == 2.5
+    for place in (("optimizers", "unet", "state", 1), ("groups", 1), ("optimizers", "vae")):
+        with pytest.raises(LookupError):
+            read_entry(tmp_path / "state", *place)

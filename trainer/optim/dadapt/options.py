@@ -25,10 +25,17 @@ if TYPE_CHECKING:
 class EstimateOptions(ScheduleOptions):
     """What every optimizer with an estimate d of the distance to the solution has: where d starts."""
 
-    d0: Annotated[float, Gt(0)] = 1e-6
-    """Where the estimate d starts."""
+    d0: Annotated[float, Gt(0)] | Literal["resume"] = 1e-6
+    """Where the estimate d starts; resume: at the d of the checkpoint that --resume_weights_only starts from."""
 
     adapts: ClassVar[bool] = True
+
+    @property
+    def first_d(self) -> float:
+        """d0 as the number that a planned run has for it."""
+        if isinstance(self.d0, str):
+            raise ValueError("d0 is resolved when the run is planned")
+        return self.d0
 
     def rate(self, optimizer: Optimizer) -> Any:
         """Return d * lr, the rate of the coming step, a number or a 0-d tensor on the device."""
@@ -121,7 +128,7 @@ class DAdaptAdamOptions(AdaptationOptions):
             weight_decay=self.weight_decay,
             decouple=self.decouple,
             use_bias_correction=self.use_bias_correction,
-            d0=self.d0,
+            d0=self.first_d,
             growth_rate=self.growth_rate,
             d_max=self.d_max,
             rate_max=self.rate_max / self.layer_scale,
@@ -180,7 +187,7 @@ class DAdaptAdamReferenceOptions(AdaptationOptions):
                 weight_decay=self.weight_decay,  # type: ignore[arg-type]  # the library annotates its default, 0, as int
                 decouple=self.decouple,
                 use_bias_correction=self.use_bias_correction,
-                d0=self.d0,
+                d0=self.first_d,
                 growth_rate=self.growth_rate,
             )
 
@@ -212,7 +219,7 @@ class DAdaptLionOptions(SignOptions, EstimateOptions):
             from dadaptation import DAdaptLion
         except ImportError as error:
             raise does_not_load(self.optimizer, "dadaptation", error, "lion or dadapt_adam") from error
-        return DAdaptLion(params, lr=lr, betas=self.betas, weight_decay=self.weight_decay, d0=self.d0)
+        return DAdaptLion(params, lr=lr, betas=self.betas, weight_decay=self.weight_decay, d0=self.first_d)
 
     def decay(self, optimizer: Optimizer) -> float:
         """Return the share of every weight that weight decay takes in the coming step."""
@@ -257,7 +264,7 @@ class DAdaptSGDOptions(GrowthOptions):
             lr=lr,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
-            d0=self.d0,
+            d0=self.first_d,
             growth_rate=self.growth_rate,
         )
 
