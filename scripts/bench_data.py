@@ -1,12 +1,11 @@
 """Measure how fast images are read, scanned and encoded: `python scripts/bench_data.py pixels|scan|latents`.
 
-pixels   decode, crop and resize to 512 px, from JPEGs of 12 megapixels and PNGs of 1024 x 1024, images per second of one core:
-         this program's data set against the least that Pillow can do, and against Hugging Face datasets' imagefolder
-scan     the index of 1 000 to 100 000 captioned images, anew and saved: seconds, and bytes of memory an image
-latents  training of the embedded model with and without kept latents, images per second
+pixels   decode, crop and resize to 512 px, from JPEGs of 12 megapixels and PNGs of 1024 x 1024: images per
+         second of one core, against Pillow alone and against Hugging Face datasets' imagefolder
+scan     the index of 1 000 to 100 000 captioned images, new and saved: seconds, and bytes of memory an image
+latents  training of the bundled model with and without cached latents, images per second
 
-What is compared runs in turns, and medians are given: a machine that is busy with something else slows all of
-them alike.
+Contenders take turns, and medians are printed: other work on the machine slows all of them alike.
 """
 
 from __future__ import annotations
@@ -16,64 +15,68 @@ import gc
 import itertools
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.bench.machine import machine
+from scripts.bench.rounds import Rounds, parser, table, timed, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
 SIDE = 512
+LIMIT = "Pillow, least work"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the benchmark that is named."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("what", choices=["pixels", "scan", "latents"])
-    parser.add_argument(
+    """Run the named benchmark."""
+    options = parser(__doc__, rounds=5)
+    options.add_argument("what", choices=["pixels", "scan", "latents"])
+    options.add_argument(
         "--images", type=int, help="pixels: files of each kind (6); scan: the largest data set (100000)"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="how often each thing is measured")
-    parser.add_argument("--scan-once", nargs=2, metavar=("FOLDER", "CACHE"), help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
+    options.add_argument("--scan-once", nargs=2, metavar=("FOLDER", "CACHE"), help=argparse.SUPPRESS)
+    given = options.parse_args(arguments)
     if given.scan_once:
         print(json.dumps(scan_once(*map(Path, given.scan_once))))
         return
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-    print(
-        f"Python {platform.python_version()}, torch {torch.__version__}, Pillow {PIL.__version__}, "
-        f"{os.cpu_count()} cores, load {load:.1f}"
-    )
+    print(machine())
     with tempfile.TemporaryDirectory() as folder:
         if given.what == "pixels":
-            pixels(Path(folder), given.images or 6, given.rounds)
+            found = pixels(Path(folder), given.images or 6, given.rounds)
         elif given.what == "scan":
-            scan(Path(folder), given.images or 100_000, given.rounds)
+            found = scan(Path(folder), given.images or 100_000, given.rounds)
         else:
-            latents(Path(folder), given.rounds)
+            found = latents(Path(folder), given.rounds)
+    write_json(given.json, machine(), found)
 
 
-def pixels(folder: Path, images: int, rounds: int) -> None:
-    """Print images per second of one core, and each reader's share of the fastest that Pillow can."""
+def measured(contenders: Mapping[str, Callable[[], object]], rounds: int, *, warm: int) -> Rounds:
+    """Return CPU seconds of each contender in every round."""
+    found = Rounds()
+    found.run({name: partial(timed, run) for name, run in contenders.items()}, rounds, warm=warm)
+    return found
+
+
+def pixels(folder: Path, images: int, rounds: int) -> dict[str, Rounds]:
+    """Print images per second of one core, and each reader's share of Pillow's best."""
     torch.set_num_threads(1)
     kinds = {
         "JPEG 4000 x 3000": ("jpg", (4000, 3000), (576, 448)),
         "PNG 1024 x 1024": ("png", (1024, 1024), (SIDE, SIDE)),
     }
+    found: dict[str, Rounds] = {}
     for place, (title, (suffix, size, bucket)) in enumerate(kinds.items()):
         files = folder / suffix
         files.mkdir()
@@ -81,31 +84,23 @@ def pixels(folder: Path, images: int, rounds: int) -> None:
             photograph(size, seed=1000 * place + number).save(files / f"{number}.{suffix}", quality=92)
         paths = sorted(files.iterdir())
         readers: dict[str, Callable[[], int]] = {
-            "Pillow, as little as it can": lambda paths=paths, bucket=bucket: plain(
-                paths, bucket, draft=True
-            ),
-            "Pillow, decoding all": lambda paths=paths, bucket=bucket: plain(paths, bucket, draft=False),
+            LIMIT: partial(plain, paths, bucket, draft=True),
+            "Pillow, every pixel": partial(plain, paths, bucket, draft=False),
             "sd-dadapt": ours(files, bucket),
         }
         if other := hugging_face(files, bucket, folder / "hub"):
             readers["datasets imagefolder"] = other
-        seconds: dict[str, list[float]] = {name: [] for name in readers}
-        for turn in range(rounds + 1):
-            for name, read in readers.items():
-                began = time.process_time()
-                read()
-                if turn:  # the first warms up
-                    seconds[name].append(time.process_time() - began)
-        limit = seconds["Pillow, as little as it can"]
+        found[title] = measured(readers, rounds, warm=1)
         print(f"\n{title} to {bucket[0]} x {bucket[1]}, {images} files, {rounds} rounds")
-        for name, measured in seconds.items():
-            speed = images / statistics.median(measured)
-            share = statistics.median(best / own for best, own in zip(limit, measured, strict=True))
-            print(f"  {name:<28} {speed:7.1f} images/s of one core   {share:5.2f} of the limit")
+        speeds = {name: images / found[title].median(name, "host") for name in readers}
+        shares = {name: found[title].ratio(LIMIT, name, "host").median for name in readers}
+        rows = [(name, f"{speeds[name]:.1f}", f"{shares[name]:.2f}") for name in readers]
+        print(table(("", "images/s of one core", "of the limit"), rows))
+    return found
 
 
 def photograph(size: tuple[int, int], seed: int) -> Image.Image:
-    """Return a picture with the smooth areas, edges and grain of a photograph."""
+    """Return an image with the smooth areas, edges and grain of a photograph."""
     draws = np.random.default_rng(seed)
     coarse = Image.fromarray(
         draws.normal(128, 50, (size[1] // 64 + 2, size[0] // 64 + 2, 3)).clip(0, 255).astype(np.uint8)
@@ -157,11 +152,11 @@ def ours(folder: Path, bucket: tuple[int, int]) -> Callable[[], int]:
 
 
 def hugging_face(folder: Path, bucket: tuple[int, int], cache: Path) -> Callable[[], int] | None:
-    """Return a reader of the same files through `datasets`, or None where it is not installed."""
+    """Return a reader of the same files through `datasets`, or None if it is not installed."""
     try:
         import datasets  # type: ignore[import-not-found]
     except ImportError:
-        print("datasets is not installed (requirements-dev.txt): not compared with")
+        print("datasets imagefolder: skipped: datasets is not installed (requirements-dev.txt)")
         return None
     from data.batch import to_pixels
 
@@ -188,33 +183,34 @@ def hugging_face(folder: Path, bucket: tuple[int, int], cache: Path) -> Callable
     return read
 
 
-def scan(folder: Path, largest: int, rounds: int) -> None:
-    """Print seconds and memory of scanning data sets of growing size, each in a process of its own."""
+def scan(folder: Path, largest: int, rounds: int) -> dict[str, Rounds]:
+    """Print seconds and memory of scanning data sets of growing size, each in its own process."""
     sizes = [size for size in (1_000, 10_000, 100_000) if size < largest] + [largest]
     for size in sizes:
         captioned(folder / str(size), size)
-    time.sleep(3)  # what was written a moment ago is not remembered
-    print("\n images   anew, s   CPU, s   saved, s   CPU, s   bytes an image")
+    time.sleep(3)  # the index does not remember files written a moment ago
+    found = {"scan": Rounds()}
+    rows = []
     for size in sizes:
-        anew, saved = [], []
         for turn in range(rounds):
             cache = folder / f"cache-{size}-{turn}"
-            anew.append(in_process(folder / str(size), cache))
-            saved.append(in_process(folder / str(size), cache))
-            assert anew[-1]["fingerprint"] == saved[-1]["fingerprint"]
+            new, saved = (in_process(folder / str(size), cache) for _ in range(2))
+            assert new.pop("fingerprint") == saved.pop("fingerprint")
+            found["scan"].add(f"{size} new", new)
+            found["scan"].add(f"{size} saved", saved)
         held = in_process(folder / str(size), "memory")["bytes"]
-        seconds = [
-            statistics.median(run[key] for run in runs) for runs in (anew, saved) for key in ("wall", "cpu")
+        medians = [
+            f"{found['scan'].median(f'{size} {kind}', key):.2f}"
+            for kind in ("new", "saved")
+            for key in ("wall", "cpu")
         ]
-        print(
-            f"{size:>7,}   {seconds[0]:>7.2f}   {seconds[1]:>6.2f}   {seconds[2]:>8.2f}   "
-            f"{seconds[3]:>6.2f}   {held:>14,.0f}",
-            flush=True,
-        )
+        rows.append((f"{size:,}", *medians, f"{held:,.0f}"))
+    print("\n" + table(("images", "new, s", "CPU, s", "saved, s", "CPU, s", "bytes an image"), rows))
+    return found
 
 
 def captioned(folder: Path, size: int) -> None:
-    """Make small images, of which a hundred are different and the others links to them, each with a caption of its own."""
+    """Make small images: a hundred files and links to them, each with its own caption."""
     different = []
     for number in range(size):
         place = folder / f"{number // 1000:03d}"
@@ -232,22 +228,20 @@ def captioned(folder: Path, size: int) -> None:
 
 
 def in_process(folder: Path, cache: Path | str) -> dict[str, Any]:
-    """Scan in a new process and return what it measured."""
+    """Scan in a new process and return its measurements."""
     command = [sys.executable, __file__, "scan", "--scan-once", str(folder), str(cache)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def scan_once(folder: Path, cache: Path) -> dict[str, Any]:
-    """Scan and return seconds and a fingerprint, or for the cache "memory" the bytes that an image takes in the index."""
+    """Scan and return seconds and a fingerprint; for the cache "memory" the index's bytes an image."""
     from data.index import build_index
     from data.options import DataOptions
     from data.saved_index import remembered_index
 
     options = DataOptions(data_root=str(folder))
     if str(cache) == "memory":
-        build_index(
-            DataOptions(data_root=str(folder / "000"))
-        )  # what is imported and tabulated once does not count
+        build_index(DataOptions(data_root=str(folder / "000")))  # one-time imports and tables do not count
         gc.collect()
         tracemalloc.start()
         index = build_index(options)
@@ -262,43 +256,32 @@ def scan_once(folder: Path, cache: Path) -> dict[str, Any]:
     }
 
 
-def latents(folder: Path, rounds: int) -> None:
-    """Print images per second of training the embedded model with and without kept latents, a step of each in turn."""
-    print(
-        f"\nembedded model, batch 8, 64 px, fp32 on the CPU, one thread, {rounds} steps each in turns, "
-        "CPU time"
-    )
+def latents(folder: Path, rounds: int) -> dict[str, Rounds]:
+    """Print images per second of training the bundled model with and without cached latents."""
+    print(f"\nbundled model, batch 8, 64 px, fp32, {rounds} steps each in turns, CPU time")
     torch.set_num_threads(1)
+    found: dict[str, Rounds] = {}
+    rows = []
     for title, extra in {
-        "both networks train": [],
+        "both networks trained": [],
         "text encoder frozen": ["--disable_textenc_training", "true"],
     }.items():
-        steps = {kept: training_steps(kept, folder, extra) for kept in ("no", "memory")}
-        seconds: dict[str, list[float]] = {kept: [] for kept in steps}
-        for turn in range(rounds + 3):
-            for kept, step in steps.items():
-                began = time.process_time()
-                step()
-                if turn >= 3:  # the first allocate and tune
-                    seconds[kept].append(time.process_time() - began)
-        ratio = statistics.median(
-            plain / own for plain, own in zip(seconds["no"], seconds["memory"], strict=True)
-        )
-        speeds = {kept: 8 / statistics.median(measured) for kept, measured in seconds.items()}
-        print(
-            f"  {title:<22} encoded in every step {speeds['no']:6.1f} images/s   kept "
-            f"{speeds['memory']:6.1f} images/s   {ratio:5.2f} times"
-        )
+        steps = {cached: training_steps(cached, folder, extra) for cached in ("no", "memory")}
+        rounds_of = found[title] = measured(steps, rounds, warm=3)  # the first steps allocate
+        speeds = [f"{8 / rounds_of.median(cached, 'host'):.1f}" for cached in steps]
+        rows.append((title, *speeds, f"{rounds_of.ratio('no', 'memory', 'host').median:.2f}"))
+    print(table(("images/s", "encoded in every step", "cached", "ratio"), rows))
+    return found
 
 
-def training_steps(kept: str, folder: Path, extra: Sequence[str]) -> Callable[[], None]:
-    """Return a function that trains the bundled model by one step, from reading the batch to the update."""
+def training_steps(cached: str, folder: Path, extra: Sequence[str]) -> Callable[[], None]:
+    """Return a function that trains the bundled model by one step, from reading to the update."""
     from scripts.bench_loop import build
     from trainer.config import load_config
     from trainer.training.loop import learn
 
     files = ["--config", str(ROOT / "train.json"), "--optimizer_config", str(ROOT / "optimizer.json")]
-    sizes = ["--max_epochs", "1000", "--batch_size", "8", "--cache_latents", kept]
+    sizes = ["--max_epochs", "1000", "--batch_size", "8", "--cache_latents", cached]
     run = build(load_config([*files, *sizes, "--logdir", str(folder), *extra]).config)
     batches = (step for epoch in itertools.count() for step in run.loader.steps(epoch) if len(step[0]) == 8)
 

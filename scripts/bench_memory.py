@@ -1,15 +1,14 @@
-"""Measure the memory that training steps of a full-size Stable Diffusion 1.5 need with each optimizer, each in a process of its own.
+"""Measure the memory of training steps of a full-size Stable Diffusion 1.5 with each optimizer.
 
-    python scripts/bench_memory.py                                     both networks, 256 px, gradient checkpointing
+    python scripts/bench_memory.py                               both networks, 256 px, gradient checkpointing
     python scripts/bench_memory.py --networks unet --only adamw8bit dadapt_adam_reference
     python scripts/bench_memory.py --mixed_precision bf16
-    python scripts/bench_memory.py --cards 8 12 16 24                  measures nothing: the batch sizes that are estimated to fit cards
+    python scripts/bench_memory.py --cards 8 12 16 24            estimates batch sizes; measures nothing
 
-Weights and images are random: only sizes matter. The steps are the trainer's own (`trainer.training.step`),
-with its data types, memory layout and order. What is reported is the most memory that the process held during
-the steps (on Linux its peak resident set, on CUDA what torch had allocated), what the optimizer's state and
-everything else of known size account for, and what trainer.planning.memory would have said before: the
-tensors of its trace, on the CPU with what the process held before there were any.
+Every optimizer has its own process. Weights and images are random: only sizes matter. The steps are the
+trainer's own (`trainer.training.step`), with its dtypes, memory layout and order. The peak is that of the
+steps: the resident set on Linux, torch's allocations on CUDA. The estimate is the memory trace's tensors, on
+the CPU with the memory that the process held before.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.bench.machine import forget_peak, held, machine, peak
+from scripts.bench.rounds import Rounds, parser, table, write_json
 from scripts.full_size import (
     NAMES,
     Setting,
@@ -54,7 +53,7 @@ GIB = 2**30
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure each optimizer in turn, in every round, and print the table; with --one, measure that one here."""
+    """Measure each optimizer once a round and print the table; with --one, measure that one here."""
     options = parse(argv)
     if options.one:
         print(json.dumps(measure(options)))
@@ -62,38 +61,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.cards:
         print_cards(options.cards)
         return 0
-    results: dict[str, list[dict[str, Any]]] = {}
+    rounds = Rounds()
     for _ in range(options.rounds):
         for name in options.only:
-            forwarded = [
-                f"--{key}={value}"
-                for key, value in vars(options).items()
-                if key not in ("only", "one", "rounds", "cards")
-            ]
+            kept = {key: value for key, value in vars(options).items() if key not in _OWN}
+            forwarded = [f"--{key}={value}" for key, value in kept.items()]
             command = [sys.executable, __file__, "--one", name, *forwarded]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if done.returncode:
-                print(
-                    f"{name}: ended with status {done.returncode}; -9 is what the system does when memory "
-                    "runs out",
-                    flush=True,
-                )
+                reason = "; -9 is the system's kill for lack of memory" if done.returncode == -9 else ""
+                print(f"{name}: ended with status {done.returncode}{reason}", flush=True)
                 continue
-            results.setdefault(name, []).append(json.loads(done.stdout.splitlines()[-1]))
-            print(
-                f"{name}: {results[name][-1]['peak'] / GIB:.2f} GiB", file=sys.stderr, flush=True
-            )  # minutes each: an end may come before
-    _print(options, results)
+            rounds.add(name, json.loads(done.stdout.splitlines()[-1]))
+            # Each takes minutes, and the benchmark may be stopped before the table.
+            print(f"{name}: {rounds.median(name, 'peak') / GIB:.2f} GiB", file=sys.stderr, flush=True)
+    words = machine(options.device)
+    if rounds.figures:
+        print(f"{words}\n{_table(options, rounds)}")
+    write_json(options.json, words, {"steps": rounds})
     return 0
 
 
+_OWN = ("only", "one", "rounds", "cards", "json")
+"""Options that the process of one optimizer does not get."""
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Train a few steps with one optimizer and return its numbers, in bytes and seconds."""
+    """Train a few steps with one optimizer and return its figures, in bytes and seconds."""
     setting = setting_of(options.one, options)
     device = precision_of(setting).device
     baseline = _held_before(run_config(setting).optimizers.unet, device)
     steps = Steps(setting)
-    _start_counting(device)
+    forget_peak(device.type)
     seconds: list[float] = []
     done: list[tuple[float, float]] = []
     for step in range(options.steps):
@@ -102,11 +101,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         result = steps.step(inputs)
         done.append((result.loss.item(), result.skipped.item()))
         seconds.append(time.perf_counter() - began)
-    assert all(math.isfinite(loss) and not skipped for loss, skipped in done), (
-        "a step was skipped, so it did not do its work"
-    )
+    assert all(math.isfinite(loss) and not skipped for loss, skipped in done), "a step was skipped"
     return {
-        "peak": _peak(device),
+        "peak": peak(device.type),
         "baseline": baseline,
         "state": state_bytes(steps.optimizers),
         "weights": sum(
@@ -114,12 +111,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         ),
         "trained": steps.trained,
         "seconds": statistics.median(seconds[1:] or seconds),
-        "machine": _machine(device),
     }
 
 
 def setting_of(name: str, options: argparse.Namespace) -> Setting:
-    """Return the step that a name of NAMES stands for: from pixels, with gradient checkpointing."""
+    """Return the step of a name of NAMES: from pixels, with gradient checkpointing."""
     return Setting(
         optimizer=name,
         networks=options.networks,
@@ -132,12 +128,12 @@ def setting_of(name: str, options: argparse.Namespace) -> Setting:
 
 
 def estimated(name: str, options: argparse.Namespace) -> int:
-    """Return the bytes of tensors that the trace of the same step holds at its peak."""
+    """Return the peak bytes of tensors in the trace of the same step."""
     return estimated_step(setting_of(name, options))
 
 
 def print_cards(cards: Sequence[float]) -> None:
-    """Print a table of the largest batch that each of some configurations fits into cards of so many GiB, at 512 px."""
+    """Print the largest batch at 512 px by configuration and by GiB of GPU memory."""
     import torch
 
     from trainer.planning.memory import estimate
@@ -205,7 +201,7 @@ def _card_rows() -> list[tuple[str, TrainConfig, torch.dtype]]:
 
 
 def _largest(peak: Callable[[int], int], holds: int) -> int:
-    """Return the largest number of images whose peak is within bounds, found along a straight line; 0 if one is too many."""
+    """Return the largest number of images that fits, by extrapolation; 0 if one image does not."""
     if peak(1) > holds:
         return 0
     guess, step = 1, max(1, (peak(16) - peak(8)) // 8)
@@ -220,7 +216,7 @@ def _largest(peak: Callable[[int], int], holds: int) -> int:
 
 
 def _held_before(options: OptimizerOptions, device: torch.device) -> int:
-    """Return what the process holds with its libraries, and what they make on their first use, but without any model."""
+    """Return the bytes that the process holds with its libraries after their first use, without a model."""
     import torch
 
     if device.type == "cuda":
@@ -229,100 +225,58 @@ def _held_before(options: OptimizerOptions, device: torch.device) -> int:
     parameter.grad = torch.ones(4096)
     options.build([parameter], 1.0).step()
     torch.nn.Conv2d(4, 8, 3)(torch.ones(1, 4, 16, 16)).sum().backward()
-    import psutil
-
     import trainer.models.networks  # noqa: F401
 
-    return psutil.Process().memory_info().rss
+    return held()
 
 
-def _start_counting(device: torch.device) -> None:
-    """Forget the peak so far: loading is not what is measured."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): 5 resets the peak resident set
-
-
-def _peak(device: torch.device) -> int:
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    line = next(
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")
-    )
-    return int(line.split()[1]) * 1024
-
-
-def _machine(device: torch.device) -> str:
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    found = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{found[0].split(': ')[1] if found else platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def _print(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> None:
-    import torch
-
-    if not results:
-        return
-    any_result = next(iter(results.values()))[0]
-    print(
-        f"{date.today()}  {any_result['machine']}  torch {torch.__version__}  Python "
-        f"{platform.python_version()}"
-    )
-    print(
-        f"{options.networks}: {any_result['trained'] / 1e6:.0f}M parameters trained, "
-        f"{options.resolution} px, batch {options.batch_size}, "
-        f"gradient checkpointing, mixed_precision {options.mixed_precision}; {options.steps} steps, "
-        f"{options.rounds} rounds\n"
-    )
-    base = statistics.median(result["peak"] for result in results[BASE]) if BASE in results else None
-    print(
-        f"{'':<28}{'peak GiB':>9}{'to ' + BASE:>14}{'state GiB':>11}{'state B/param':>15}{'weights GiB':>13}{'s/step':>8}"
-        f"{'before GiB':>12}{'estimated GiB':>15}{'to measured':>13}"
-    )
-    for name, found in results.items():
-        peak = statistics.median(result["peak"] for result in found)
-        seconds = statistics.median(result["seconds"] for result in found)
-        one = found[0]
-        before = one["baseline"] + estimated(name, options)
-        ratio = f"{peak / base:.2f}" if base else ""
-        print(
-            f"{name:<28}{peak / GIB:>9.2f}{ratio:>14}{one['state'] / GIB:>11.2f}{one['state'] / one['trained']:>15.2f}"
-            f"{one['weights'] / GIB:>13.2f}{seconds:>8.1f}{one['baseline'] / GIB:>12.2f}{before / GIB:>15.2f}{before / peak:>13.3f}"
+def _table(options: argparse.Namespace, rounds: Rounds) -> str:
+    lines = []
+    trained = 0.0
+    for name in rounds.figures:
+        peak, seconds, trained, state, weights, before = (
+            rounds.median(name, key) for key in ("peak", "seconds", "trained", "state", "weights", "baseline")
         )
+        expected = before + estimated(name, options)
+        ratio = f"{peak / rounds.median(BASE, 'peak'):.2f}" if BASE in rounds.figures else ""
+        sizes = (f"{size / GIB:.2f}" for size in (weights, before, expected))
+        line = [name, f"{peak / GIB:.2f}", ratio, f"{state / GIB:.2f}", f"{state / trained:.2f}", *sizes]
+        lines.append([*line, f"{expected / peak:.3f}", f"{seconds:.1f}"])
+    heads = ("", "peak GiB", f"to {BASE}", "state GiB", "state B/param", "weights GiB", "before GiB")
+    settings = (
+        f"{options.networks}: {trained / 1e6:.0f}M parameters trained, {options.resolution} px, batch "
+        f"{options.batch_size}, gradient checkpointing, mixed_precision {options.mixed_precision}; "
+        f"{options.steps} steps, {options.rounds} rounds"
+    )
+    return f"{settings}\n\n{table((*heads, 'estimated GiB', 'to measured', 's/step'), lines)}"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return what a command line asks for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--networks", choices=("both", "unet"), default="both", help="what is trained")
-    parser.add_argument(
+    """Return the options of a command line."""
+    options = parser(__doc__, rounds=1)
+    options.add_argument("--networks", choices=("both", "unet"), default="both", help="what is trained")
+    options.add_argument(
         "--only",
         nargs="+",
         choices=NAMES,
         default=[BASE, *NAMES[3:]],
         help="optimizers to measure, in this order",
     )
-    parser.add_argument("--resolution", type=int, default=256)
-    parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=2, help="the first makes the state, the second meets it")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--mixed_precision", choices=("no", "bf16", "auto"), default="no")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--cards", nargs="+", type=float, help="GiB of cards: print what fits them, and measure nothing"
+    options.add_argument("--resolution", type=int, default=256)
+    options.add_argument("--batch_size", type=int, default=1)
+    options.add_argument(
+        "--steps", type=int, default=2, help="the first creates the state, the second finds it"
     )
-    parser.add_argument("--one", choices=NAMES, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    options.add_argument("--mixed_precision", choices=("no", "bf16", "auto"), default="no")
+    options.add_argument("--device", default="cpu")
+    options.add_argument(
+        "--cards",
+        nargs="+",
+        type=float,
+        help="GiB of GPUs: estimate the batches that fit, and measure nothing",
+    )
+    options.add_argument("--one", choices=NAMES, help=argparse.SUPPRESS)
+    return options.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Time a step of each optimizer on the tensors of Stable Diffusion 1.5, in one run, one after the other in every round.
+"""Time a step of each optimizer on the tensors of Stable Diffusion 1.5, of the bundled model or of a LoRA.
 
-    python scripts/bench_optimizer.py                             every 21st tensor of the UNet, one and two threads
-    python scripts/bench_optimizer.py --every 1 --only ours-8bit  the whole UNet, one optimizer
-    python scripts/bench_optimizer.py --device cuda               on a GPU
+    python scripts/bench_optimizer.py                 every 21st tensor of SD 1.5's UNet, one and two threads
+    python scripts/bench_optimizer.py --network mini  the bundled UNet; lora: a LoRA of rank 16 for it
+    python scripts/bench_optimizer.py --every 1 --only dadapt_adam8bit    the whole UNet, one optimizer
+    python scripts/bench_optimizer.py --device cuda   on a GPU
 
-Weights and gradients are random; only their shapes are Stable Diffusion's. A probe that streams memory runs
-in every round, so a machine that is busy with something else shows. The ratio is the median over the rounds
-of the time against torch's fused AdamW.
+Weights and gradients are random; only their shapes are the network's. Every round times each optimizer once,
+and a probe that streams memory, which shows other work on the machine. Ratios are to torch's fused AdamW.
 """
 
 from __future__ import annotations
@@ -17,27 +17,38 @@ import gc
 import os
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from datetime import date
 from functools import partial
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from scripts.bench.machine import forget_peak, held, machine, peak
+from scripts.bench.optimizers import BASE, CONTENDERS, CONTIGUOUS_ONLY, NETWORKS, shapes
+from scripts.bench.rounds import Figures, Rounds, parser, table, timed, write_json
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from torch.optim import Optimizer
 
-BASE = "adamw"
+PROBE = "streaming memory"
 PROBE_NUMEL = 1 << 24
+
+
+class Contender(NamedTuple):
+    """An optimizer over parameters of its own."""
+
+    optimizer: Optimizer
+    step: Callable[[], None]
+    first: float
+    """Seconds of the first step, with allocation and compiling."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,193 +56,120 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     import torch
 
-    shapes = _shapes(options.network)[:: options.every]
-    numel = sum(shape.numel() for shape in shapes)
-    print(f"{date.today()}  {_machine(options.device)}  torch {torch.__version__}")
-    print(
-        f"{options.network}: {len(shapes)} tensors, {numel / 1e6:.1f}M parameters (every {options.every}.), "
-        f"{options.rounds} rounds"
-    )
+    every = options.every or (1 if options.network in ("mini", "lora") else 21)
+    chosen = shapes(options.network)[::every]
+    found: dict[str, Rounds] = {}
+    numel = sum(shape.numel() for shape in chosen)
+    print(f"{options.network}: {len(chosen)} tensors (1 of {every}), {numel / 1e6:.2f}M parameters")
     with TemporaryDirectory() as empty:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty  # compiling shall take the time that it takes
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty  # first steps include compiling
         for threads in options.threads:
             torch.set_num_threads(threads)
-            _bench(shapes, numel, threads, options)
+            print(f"\n{machine(options.device)}", flush=True)
+            contenders = _contenders(chosen, options)
+            rounds = found[f"{threads} threads"] = _measure(contenders, options)
+            print(_table(contenders, rounds, numel, options.device))
+            firsts = (f"{name} {contender.first:.1f}" for name, contender in contenders.items())
+            print(f"first step, seconds: {', '.join(firsts)}")
+        from trainer.optim.dadapt.choice import chosen as ways
+
+        for (bits, each, weights), choice in ways.items():
+            print(f"step of {bits} bits, s of one in {each}, {weights} weights: {choice.way}")
+    write_json(options.json, machine(options.device), found)
     return 0
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = parser(__doc__, rounds=9)
+    options.add_argument("--network", choices=NETWORKS, default="unet")
+    options.add_argument("--every", type=int, help="take every k-th tensor (21; of mini and lora all)")
+    options.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    options.add_argument(
+        "--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), help=f"besides {BASE}"
     )
-    parser.add_argument("--network", choices=("unet", "text_encoder", "both"), default="unet")
-    parser.add_argument("--every", type=int, default=21, help="take every k-th tensor")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument(
-        "--only", nargs="+", choices=list(OPTIMIZERS), help="these, and the base they are compared with"
-    )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument(
+    options.add_argument("--device", default="cpu")
+    options.add_argument(
         "--weights", choices=("fp32", "bf16"), default="fp32", help="dtype of weights and gradients"
     )
-    parser.add_argument(
-        "--contiguous", action="store_true", help="convolutions contiguous, not channels last as in training"
+    options.add_argument(
+        "--contiguous", action="store_true", help="convolutions contiguous, not channels_last"
     )
-    return parser.parse_args(argv)
+    return options.parse_args(argv)
 
 
-def _shapes(network: str) -> list[torch.Size]:
-    """Return the shapes of all parameters, in order, without reading or allocating weights."""
+def _contenders(chosen: Sequence[torch.Size], options: argparse.Namespace) -> dict[str, Contender]:
+    """Return the optimizers after three steps, the first of which is timed."""
     import torch
-
-    from trainer.models.family import SD1
-    from trainer.models.networks import empty_text_encoder, empty_unet
-
-    with torch.device("meta"):
-        networks = [empty_unet(SD1.default.unet)] if network != "text_encoder" else []
-        networks += [empty_text_encoder(SD1.default.text_encoder)] if network != "unet" else []
-    return [parameter.shape for each in networks for parameter in each.parameters()]
-
-
-def _adamw(params: list[nn.Parameter]) -> Optimizer:
-    from torch.optim import AdamW
-
-    return AdamW(params, lr=1e-6, weight_decay=0.01, fused=True)
-
-
-def _adamw8bit(params: list[nn.Parameter]) -> Optimizer:
-    from bitsandbytes.optim.adamw import AdamW8bit
-
-    return AdamW8bit(params, lr=1e-6, weight_decay=0.01)
-
-
-def _published(params: list[nn.Parameter]) -> Optimizer:
-    from dadaptation import DAdaptAdam
-
-    return DAdaptAdam(params, weight_decay=0.01, decouple=True)  # type: ignore[arg-type]
-
-
-def _prodigy(params: list[nn.Parameter]) -> Optimizer:
-    from prodigyopt import Prodigy
-
-    return Prodigy(params, weight_decay=0.01)  # type: ignore[arg-type]  # likewise
-
-
-def _ours(**options: Any) -> Callable[[list[nn.Parameter]], Optimizer]:
-    def build(params: list[nn.Parameter]) -> Optimizer:
-        from trainer.optim.dadapt.optimizer import DAdaptAdam
-
-        return DAdaptAdam(params, weight_decay=0.01, decouple=True, **options)
-
-    return build
-
-
-def _our_adamw(**options: Any) -> Callable[[list[nn.Parameter]], Optimizer]:
-    def build(params: list[nn.Parameter]) -> Optimizer:
-        from trainer.optim.dadapt.optimizer import TiledAdamW
-
-        return TiledAdamW(params, lr=1e-6, weight_decay=0.01, **options)
-
-    return build
-
-
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
-    BASE: _adamw,
-    "adamw8bit": _adamw8bit,
-    "dadaptation": _published,
-    "prodigy": _prodigy,
-    "ours": _ours(compile=True),
-    "ours+fused": _ours(compile=True, fused_backward=True),
-    "ours-8bit": _ours(compile=True, state_bits=8),
-    "ours-8bit+fused": _ours(compile=True, state_bits=8, fused_backward=True),
-    "ours-8bit-all-s": _ours(compile=True, state_bits=8, every=1),
-    "ours-adamw8bit": _our_adamw(compile=True),
-    "ours-adamw8bit+fused": _our_adamw(compile=True, fused_backward=True),
-    "ours-eager": _ours(compile=False),
-    "ours-8bit-eager": _ours(compile=False, state_bits=8),
-}
-
-
-def _bench(shapes: Sequence[torch.Size], numel: int, threads: int, options: argparse.Namespace) -> None:
-    import torch
-
-    from trainer.optim.dadapt.choice import chosen
 
     dtype = torch.bfloat16 if options.weights == "bf16" else torch.float32
 
-    def random(shape: torch.Size, scale: float) -> torch.Tensor:
+    def random(shape: torch.Size, scale: float, contiguous: bool) -> torch.Tensor:
         made = (torch.randn(shape, device=options.device) * scale).to(dtype)
-        return made if options.contiguous or len(shape) != 4 else made.to(memory_format=torch.channels_last)
+        return made if contiguous or len(shape) != 4 else made.to(memory_format=torch.channels_last)
 
-    gradients = [random(shape, 1e-3) for shape in shapes]
-    built: dict[str, Callable[[], Any]] = {}
-    optimizers: dict[str, Optimizer] = {}
-    first: dict[str, float] = {}
-    for name, build in OPTIMIZERS.items():
-        if options.only and name not in (*options.only, BASE):
-            continue
-        params = [torch.nn.Parameter(random(shape, 0.02)) for shape in shapes]
+    made: dict[str, Contender] = {}
+    shared = [random(shape, 1e-3, options.contiguous) for shape in chosen]
+    for name in dict.fromkeys((BASE, *options.only)):
+        contiguous = options.contiguous or name in CONTIGUOUS_ONLY
+        params = [torch.nn.Parameter(random(shape, 0.02, contiguous)) for shape in chosen]
+        gradients = [gradient.contiguous() for gradient in shared] if contiguous else shared
         try:
             with redirect_stdout(StringIO()), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                optimizer = optimizers[name] = build(params)
+                optimizer = CONTENDERS[name](params)
         except ImportError as error:
-            print(f"{name} is left out: {error}")
+            print(f"{name}: skipped: {error}")
             continue
         if getattr(optimizer, "_step_supports_amp_scaling", False) and name != BASE:
-            # The trainer hands this over; without it the step would read every gradient once more.
+            # The trainer sets this; without it the step would read every gradient once more.
             optimizer.found_inf = torch.zeros((), device=options.device)  # type: ignore[attr-defined]
-        built[name] = partial(_step, optimizer, params, gradients)
-        first[name], _ = _timed(built[name], options.device)
-        for _ in range(2):  # what only the first steps do
-            built[name]()
+        step = partial(_step, optimizer, params, gradients)
+        made[name] = Contender(optimizer, step, timed(step, options.device)["wall"])
+        for _ in range(2):  # one-time work of first steps
+            step()
+    return made
 
-    stream = [torch.randn(PROBE_NUMEL, device=options.device) for _ in range(3)]
-    wall: dict[str, list[float]] = {name: [] for name in built}
-    host: dict[str, list[float]] = {name: [] for name in built}
-    bandwidth: list[float] = []
-    for _ in range(options.rounds):
-        for name, step in built.items():
-            seconds, busy = _timed(step, options.device)
-            wall[name].append(seconds * 1e3)
-            host[name].append(busy * 1e3)
-        seconds, _ = _timed(lambda: torch.add(stream[0], stream[1], out=stream[2]), options.device)
-        bandwidth.append(12 * PROBE_NUMEL / seconds / 1e9)
 
-    print(
-        f"\n{threads} thread{'s' * (threads > 1)}; streaming {statistics.median(bandwidth):.1f} GB/s "
-        f"(median), {max(bandwidth):.1f} (best)"
-    )
-    counted = "launches" if options.device != "cpu" else "compiled calls"
-    print(
-        f"{'':20} {'ms':>8} {'ratio':>6} {'host ms':>8} {'ratio':>6} {'state B/param':>13} {'peak MB':>8} "
-        f"{counted:>14}"
-    )
-    for name, step in built.items():
-        ratios = [
-            statistics.median(a / b for a, b in zip(times[name], times[BASE], strict=True))
-            for times in (wall, host)
+def _measure(contenders: dict[str, Contender], options: argparse.Namespace) -> Rounds:
+    """Return the times of all rounds, the probe's included."""
+    import torch
+
+    source = [torch.randn(PROBE_NUMEL, device=options.device) for _ in range(3)]
+    steps: dict[str, Callable[[], object]] = {name: each.step for name, each in contenders.items()}
+    steps[PROBE] = lambda: torch.add(source[0], source[1], out=source[2])
+    measures: dict[str, Callable[[], Figures]] = {
+        name: partial(timed, step, options.device) for name, step in steps.items()
+    }
+    rounds = Rounds()
+    rounds.run(measures, options.rounds, warm=0)
+    return rounds
+
+
+def _table(contenders: dict[str, Contender], rounds: Rounds, numel: int, device: str) -> str:
+    speeds = [12 * PROBE_NUMEL / figures["wall"] / 1e9 for figures in rounds.figures[PROBE]]
+    counted = "launches" if device != "cpu" else "compiled calls"
+    lines = []
+    for name, (optimizer, step, _) in contenders.items():
+        times = [
+            cell
+            for key in ("wall", "host")
+            for cell in (
+                f"{rounds.median(name, key) * 1e3:.1f}",
+                f"{rounds.ratio(name, BASE, key).median:.2f}",
+            )
         ]
-        peak, calls = _peak(step, options.device), _calls(step, options.device)
-        print(
-            f"{name:20} {statistics.median(wall[name]):8.1f} {ratios[0]:6.2f} "
-            f"{statistics.median(host[name]):8.1f} {ratios[1]:6.2f}"
-            f" {_state_bytes(optimizers[name]) / numel:13.2f} "
-            f"{'-' if peak is None else round(peak / 1e6):>8} {calls:14}",
-            flush=True,
+        over = _peak(step, device)
+        memory = "-" if over is None else str(round(over / 1e6))
+        lines.append(
+            (name, *times, f"{_state_bytes(optimizer) / numel:.2f}", memory, str(_calls(step, device)))
         )
-    if threads == options.threads[0]:
-        print(
-            "first step, with allocation and compiling: "
-            + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in first.items())
-        )
-        for (bits, every, dtype), choice in chosen.items():
-            print(f"compiled step of {bits} bits, s of one in {every}, {dtype} weights: {choice.way}")
+    heads = ("", "ms", "ratio", "host ms", "ratio", "state B/param", "peak MB", counted)
+    probe = f"streaming {statistics.median(speeds):.1f} GB/s (median), {max(speeds):.1f} (best)"
+    return f"{probe}\n{table(heads, lines)}"
 
 
 def _step(optimizer: Optimizer, params: list[nn.Parameter], gradients: list[torch.Tensor]) -> None:
-    """Step as after a backward pass; with fused backward, hand over the gradients as one does."""
+    """Step as after a backward pass; with fused backward, pass the gradients as backward does."""
     fused = getattr(optimizer, "fused_backward", False)
     for parameter, gradient in zip(reversed(params), reversed(gradients), strict=True):
         parameter.grad = gradient
@@ -239,19 +177,6 @@ def _step(optimizer: Optimizer, params: list[nn.Parameter], gradients: list[torc
             for hook in (parameter._post_accumulate_grad_hooks or {}).values():  # type: ignore[attr-defined]
                 hook(parameter)
     optimizer.step()
-
-
-def _timed(run: Callable[[], Any], device: str) -> tuple[float, float]:
-    """Return the seconds until the result is there, and the host's: of its CPUs, or on a GPU until it may go on."""
-    import torch
-
-    start, busy = time.perf_counter(), time.process_time()
-    run()
-    if device == "cpu":
-        return time.perf_counter() - start, time.process_time() - busy
-    launched = time.perf_counter() - start
-    torch.cuda.synchronize()
-    return time.perf_counter() - start, launched
 
 
 def _state_bytes(optimizer: Optimizer) -> int:
@@ -266,53 +191,27 @@ def _state_bytes(optimizer: Optimizer) -> int:
 
 
 def _peak(run: Callable[[], Any], device: str) -> int | None:
-    """Return how far memory rises over its start, in bytes; None where the system does not tell."""
-    if device != "cpu":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
-        allocated = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - allocated
-    marks = Path("/proc/self/clear_refs")
-    if not marks.exists():
+    """Return the bytes by which memory rises during a call; None if the system does not count them."""
+    if device == "cpu":
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+    if not forget_peak(device):
         return None
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    marks.write_text("5", encoding="ascii")  # forgets the highest value so far
-    before = _status("VmRSS")
+    before = held(device)
     run()
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+    return peak(device) - before
 
 
 def _calls(step: Callable[[], Any], device: str) -> int:
-    """Count the compiled regions that one step enters, or the kernels and copies that it launches on a GPU."""
+    """Count the compiled regions that one step enters, or on a GPU its kernels and copies."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device != "cpu" else [])
     with profile(activities=activities) as profiler:
         step()
-    names = (
-        ("cudaLaunch", "cuLaunch", "cudaMemcpy", "cudaMemset")
-        if device != "cpu"
-        else ("Torch-Compiled Region",)
-    )
+    launches = ("cudaLaunch", "cuLaunch", "cudaMemcpy", "cudaMemset")
+    names = launches if device != "cpu" else ("Torch-Compiled Region",)
     return sum(event.count for event in profiler.key_averages() if event.key.startswith(names))
-
-
-def _machine(device: str) -> str:
-    if device != "cpu":
-        import torch
-
-        return torch.cuda.get_device_name()
-    from trainer.optim.dadapt.choice import compiler, cpu_model
-
-    return f"{cpu_model()}, {compiler()}"
 
 
 if __name__ == "__main__":
