@@ -109,14 +109,14 @@ def optimizer_options(name: str, *, fused: bool) -> OptimizerOptions:
 
 def estimated(setting: Setting) -> int:
     """Return the memory estimate of a step's peak, in bytes of tensors; needs no GPU."""
-    from trainer.planning.memory_trace import Work, footprint
+    from trainer.planning.memory_trace import Work, trace_memory
     from trainer.training.precision import imagined_precision
 
     config = run_config(setting)
     precision = imagined_precision(config.precision) if setting.device == "cuda" else precision_of(setting)
     size = (setting.resolution, setting.resolution)
     work = Work(size=size, images=setting.images, latents_kept=setting.latents_cached)
-    phases = footprint(config, empty_models(bundled=setting.bundled), precision, work)
+    phases = trace_memory(config, empty_models(bundled=setting.bundled), precision, work)
     return max(phase.total for phase in phases if phase.name == "training step")
 
 

@@ -26,7 +26,7 @@ CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
 """The index of torch's builds for CUDA 13.0, which PyPI has for Linux alone."""
 
 OPTIONAL = frozenset({"bitsandbytes", "dadaptation", "peft", "prodigyopt", "triton-windows"})
-"""Pinned packages that only LoRA, some optimizers or compiling need; those ask for them."""
+"""Pinned packages that only some options need, which ask for them."""
 
 COMPANIONS = ("torchvision", "torchaudio")
 """Packages that training does not need, but that diffusers and transformers import if they are installed."""

@@ -357,7 +357,7 @@ def test_a_killed_reader_ends_the_run_in_a_sentence_and_it_goes_on(workplace, mo
         assert train.main([]) == 1
     told = capsys.readouterr()
     assert (
-        "a process that reads images was killed" in told.err
+        "a DataLoader worker was killed" in told.err
         and "set num_workers lower" in told.err
         and "Traceback" not in told.err
     )
@@ -369,21 +369,21 @@ def test_a_killed_reader_ends_the_run_in_a_sentence_and_it_goes_on(workplace, mo
 def test_a_reader_that_is_killed_while_latents_are_encoded_is_told_in_a_sentence(
     workplace, monkeypatch, capsys
 ):
-    import data.loader
+    import data.masked
 
-    own, real = os.getpid(), data.loader.read_pixels
+    own, real = os.getpid(), data.masked.read_pixels
 
-    def read_pixels(*arguments):
+    def read_pixels(*arguments, **keywords):
         if os.getpid() != own:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(*arguments)
+        return real(*arguments, **keywords)
 
     write(workplace, DADAPT, **SETTINGS, num_workers=1, cache_latents="memory")
-    monkeypatch.setattr(data.loader, "read_pixels", read_pixels)
+    monkeypatch.setattr(data.masked, "read_pixels", read_pixels)
     assert train.main([]) == 2
     told = capsys.readouterr().err
     assert (
-        "a process that reads images was killed" in told
+        "a DataLoader worker was killed" in told
         and "set num_workers lower" in told
         and "Traceback" not in told
     )

@@ -25,7 +25,7 @@ from trainer.optim.optimizer_set import OptimizerSet
 from trainer.planning.memory import Estimate, estimate
 from trainer.planning.memory_advice import cheapest_key
 from trainer.planning.memory_ledger import ACTIVATIONS, COPIES, EMA, GRADIENTS, STATE, WEIGHTS
-from trainer.planning.memory_trace import Work, footprint, meta_copies
+from trainer.planning.memory_trace import Work, meta_copies, trace_memory
 from trainer.training.precision import Precision
 from trainer.training.step import train_step
 
@@ -64,7 +64,7 @@ def options(name="dadapt_adam", fused=False, **changes):
 
 def step(config, models, precision=CPU, work=WORK):
     return next(
-        phase for phase in footprint(config, models, precision, work) if phase.name == "training step"
+        phase for phase in trace_memory(config, models, precision, work) if phase.name == "training step"
     )
 
 
@@ -211,7 +211,7 @@ def test_what_is_kept_beside_training_counts(models):
     config = replace(
         config, ema=replace(config.ema, ema_decay_rate=0.9), loop=replace(config.loop, grad_accum=4)
     )
-    encoding, training, fixed, samples = footprint(config, models, CUDA, work)
+    encoding, training, fixed, samples = trace_memory(config, models, CUDA, work)
     assert of(training, EMA) == 0, "kept in main memory"
     assert of(encoding, STATE) == 0 < of(fixed, STATE) == of(samples, STATE)
     assert (
@@ -235,8 +235,8 @@ def test_what_is_kept_beside_training_counts(models):
 
 def test_the_fixed_noise_loss_encodes_one_image_at_a_time_as_the_encoding_of_latents_does(models):
     work = Work(size=(512, 512), images=1, evaluated=4)
-    _, fixed = footprint(options(), models, CUDA, work)
-    encoding, _, _ = footprint(options(), models, CUDA, replace(work, latents_kept=True))
+    _, fixed = trace_memory(options(), models, CUDA, work)
+    encoding, _, _ = trace_memory(options(), models, CUDA, replace(work, latents_kept=True))
     assert of(fixed, ACTIVATIONS) == pytest.approx(of(encoding, ACTIVATIONS), rel=0.05)
 
 
@@ -333,6 +333,6 @@ def test_lines_name_the_peak_and_what_would_fit():
     assert lines[1].split() == ["weights", "10.00"]
     assert "peak: 11.5 GiB, in the training step (tensors alone: 10.0)" in lines
     assert (
-        lines[-2].startswith("does not fit into the 8.0 GiB of the card")
+        lines[-2].startswith("does not fit into the 8.0 GiB of the GPU")
         and lines[-1] == "  Set x to y. Then 7.0 GiB, which fits."
     )

@@ -27,7 +27,7 @@ import json, os, signal, sys
 sys.path.insert(0, {root!r})
 from accelerate import PartialState
 PartialState(cpu=True)  # connected once for all the runs below
-import data.dataset
+import data.masked
 import trainer.checkpoints.saver
 import trainer.training.loop
 import train
@@ -50,7 +50,7 @@ def watch(event, arguments):
 sys.addaudithook(watch)
 loop, saver = trainer.training.loop, trainer.checkpoints.saver
 real_step, real_save, real_steps = loop.train_step, saver.save_checkpoint, StepLoader.steps
-real_pixels = data.dataset.read_pixels
+real_pixels = data.masked.read_pixels
 if rank == 1:
     trainer.checkpoints.saver.Saver.due = lambda saver: True  # a clock that nobody is to look at
 for number, (arguments, fault) in enumerate(json.loads({runs!r})):
@@ -83,7 +83,7 @@ for number, (arguments, fault) in enumerate(json.loads({runs!r})):
             raise FileError("it is damaged here")
         return real_pixels(path, *inputs, **keywords)
 
-    data.dataset.read_pixels = read_pixels
+    data.masked.read_pixels = read_pixels
     loop.train_step, saver.save_checkpoint, StepLoader.steps = train_step, save_checkpoint, steps
     codes.append(train.main(arguments))
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -150,7 +150,7 @@ def test_what_has_changed_is_told_and_the_configuration_counts(workplace, no_est
     assert all(f"Changed: {change}" in out for change in wanted), out
     assert (
         "Changed: the run has 9 steps instead of 6, over which cosine stretches: "
-        "the rate of the unet goes on at" in out
+        "the rate of the unet continues at" in out
     )
     assert "seed" not in out.partition("Going on")[2].partition("step 5")[0], (
         "what has not changed is not told"

@@ -14,7 +14,7 @@ from trainer.checkpoints.base import Base, base_of
 from trainer.checkpoints.export import describe_file, save_diffusers, save_single_file
 from trainer.errors import UserError
 from trainer.models.lora import ADAPTER_CONFIG, LORA_FILE, PREFIX, begin, in_file, named, read_adapter
-from trainer.models.options import LoraOptions
+from trainer.models.options import LoraOptions, TrainableOptions
 from trainer.models.pipeline import Models, TrainedParts
 from trainer.models.tensor_file import write_tensors
 
@@ -79,12 +79,12 @@ class Artifact(Protocol):
 
 
 def artifact_of(
-    options: LoraOptions | None, models: Models, model: str | None = None, adapter: Path | None = None
+    options: TrainableOptions, models: Models, model: str | None = None, adapter: Path | None = None
 ) -> Artifact:
     """Return the artifact of a run. Call it before LoRA adapters are attached.
 
     Args:
-        options: None for a whole model.
+        options: with those of the LoRA, if one is trained.
         models: the networks.
         model: the name that they were loaded by; None on the meta device.
         adapter: the checkpoint folder of the LoRA that the run starts from.
@@ -92,10 +92,10 @@ def artifact_of(
     Raises:
         UserError: the weights are not those that this LoRA was trained on.
     """
-    if options is None:
+    if options.lora is None:
         return WholeModel(models)
     models.beside = {}  # LoRA checkpoints hold none of the base's further parts
-    return Adapters(options, models, base_of(models, model, adapter) if model is not None else None)
+    return Adapters(options.lora, models, base_of(models, model, adapter) if model is not None else None)
 
 
 class WholeModel:

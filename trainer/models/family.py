@@ -50,7 +50,7 @@ class TextReader:
     """The tokenizer's padding."""
 
     lora_prefix: str = "lora_te"
-    """Start of its layers' names in kohya's LoRA files."""
+    """Start of its layers' names in kohya's files."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Lt
@@ -79,8 +79,12 @@ class TrainableOptions:
 
     @property
     def trains_adapters(self) -> bool:
-        """Whether LoRA adapters are trained instead of the networks."""
+        """True if LoRA adapters are trained instead of the networks."""
         return self.lora is not None
+
+    def with_adapters(self) -> TrainableOptions:
+        """Return these options with a LoRA of default size."""
+        return replace(self, lora=LoraOptions())
 
 
 @dataclass(frozen=True, kw_only=True)

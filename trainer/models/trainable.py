@@ -30,8 +30,8 @@ def apply_freezing(models: Models, parts: TrainableOptions, freezing: FreezingOp
     models.vae.requires_grad_(False)
     networks: dict[str, nn.Module] = by_network(models)
     words = {UNET: "everything" if unet_trains else "nothing", TEXT_ENCODER: what}
-    if parts.lora is not None:
-        words = {name: attach(network, parts.lora) for name, network in networks.items()}
+    if (adapters := parts.lora) is not None:
+        words = {name: attach(network, adapters) for name, network in networks.items()}
         text_encoder_trains = words[TEXT_ENCODER] != "nothing"
     if not unet_trains and not text_encoder_trains:
         reason = "disable_textenc_training" if parts.disable_textenc_training else "text_encoder_freezing"

@@ -23,7 +23,7 @@ from trainer.planning.plan import Plan, aligned
 from trainer.planning.prepare import prepare
 from trainer.training.latent_cache import plan_latents
 from trainer.training.launch import expected
-from trainer.training.precision import Precision, imagined_precision, resolve_precision
+from trainer.training.precision import imagined_precision, resolve_precision
 from trainer.training.ranks import Processes
 
 
@@ -39,28 +39,22 @@ def check(
     """Check everything that needs no weights, scan the images, print a report on them and the plan.
 
     Args:
-        config: the checked configuration.
-        notes: what its author should know, from before.
-        weights_only: whether a checkpoint gives its weights to a new run instead of being continued.
-        as_json: whether to print one JSON object, and nothing else on the standard output.
-        contact_sheets: a folder for pictures of the data, which also finds damaged images.
-        vram: GiB of the card that the run is for, which need not be in this machine; None for the device of
-        this machine.
+        as_json: print one JSON object and nothing else on the standard output.
+        contact_sheets: folder for sheets of the images; drawing them also finds damaged ones.
+        vram: GiB of the GPU to plan for, which this machine may lack; None plans for this machine.
 
     Returns:
         The exit code: 1 if on_bad_image is error and some file cannot be used, else 0.
 
     Raises:
-        UserError: the model, the checkpoint or the environment does not allow the run.
-        DataError: the images do not.
+        UserError: the model, the checkpoint, the environment or the images do not allow the run.
     """
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         findings = _examine(config, notes, weights_only, contact_sheets, vram)
     refused = bool(findings.data.bad) and config.data.on_bad_image == "error"
     if as_json:
-        lines = (
-            json.dumps(findings.as_json(usable=not refused), indent=1).replace("\x7f", "\\u007f").split("\n")
-        )
+        text = json.dumps(findings.as_json(usable=not refused), indent=1)
+        lines = text.replace("\x7f", "\\u007f").split("\n")
     else:
         lines = findings.lines(refused=refused)
     say(*lines, stream=sys.stdout)
@@ -79,28 +73,21 @@ class _Findings:
     def lines(self, *, refused: bool) -> list[str]:
         """Return the findings as plain text."""
         sheets = [f"contact sheets: {len(self.sheets)} in {self.sheets[0].parent}"] if self.sheets else []
-        refusal = (
-            ["", f"on_bad_image is error: a run would be refused for {len(self.data.bad)} of the files."]
-            if refused
-            else []
-        )
-        told = [
+        refusal = f"on_bad_image is error: a run would be refused for {len(self.data.bad)} of the files."
+        return [
             *(f"Note: {note}" for note in self.notes),
             *(f"Changed: {change}" for change in self.plan.changed),
-        ]
-        return [
-            *told,
             *self.data.lines(),
             *sheets,
             "",
             *aligned(self.rows),
             "",
             *self.memory.lines(),
-            *refusal,
+            *(["", refusal] if refused else []),
         ]
 
     def as_json(self, *, usable: bool) -> dict[str, Any]:
-        """Return the findings as JSON holds them."""
+        """Return the findings as JSON values."""
         return {
             "usable": usable,
             "notes": list(self.notes),
@@ -144,7 +131,8 @@ def _examine(
         notes.append(
             f"{files} will be skipped but counted in the steps: a step that would show one has fewer images"
         )
-    rows = [*plan.rows(), *_disk_rows(plan, precision)]
+    disk = plan_disk(plan.config, plan.artifact, plan.counts, precision.weights)
+    rows = [*plan.rows(), *disk.rows(Path(plan.config.logging.logdir))]
     memory = plan.memory(precision, None if vram is None else round(vram * 2**30))
     return _Findings(notes, plan, rows, data, sheets, memory)
 
@@ -167,8 +155,3 @@ def _latents(plan: Plan, index: Index, processes: Processes) -> Any:
     config, vae = plan.config, plan.models.vae.config
     epochs, here = config.loop.max_epochs, processes.on_machine
     return plan_latents(config.cache, config.data, index, vae, epochs=epochs, processes=here)
-
-
-def _disk_rows(plan: Plan, precision: Precision) -> list[tuple[str, str]]:
-    disk = plan_disk(plan.config, plan.artifact, plan.counts, precision.weights)
-    return disk.rows(Path(plan.config.logging.logdir))

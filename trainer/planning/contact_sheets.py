@@ -27,7 +27,7 @@ _WIDTH = 1700
 """Pixels of a sheet, about."""
 
 _NARROWEST = 200
-"""Pixels of an image's place on the sheet, so that its words have room."""
+"""Pixels of an image's cell, so that its caption fits."""
 
 _LINES = 16
 """Lines of a caption."""
@@ -37,14 +37,7 @@ _UNTRAINED, _TINT = (255, 0, 160), 0.65
 
 
 class ContactSheets:
-    """Draw the sheets of a data set.
-
-    Args:
-        records: the images.
-        resolutions: of the training.
-        unseen: by the name of an image, the words at the end of its caption that the text encoder does not
-        see.
-    """
+    """Draw the sheets of a data set; `unseen` has, by image name, the end of a caption beyond the tokens."""
 
     def __init__(
         self, records: Iterable[Record], resolutions: tuple[int, ...], unseen: Mapping[str, str]

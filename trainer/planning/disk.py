@@ -16,28 +16,26 @@ from trainer.checkpoints.export import size_beside
 from trainer.checkpoints.options import SaveOptions
 from trainer.config.schema import TrainConfig
 from trainer.models.pipeline import Part
+from trainer.networks import by_network
 from trainer.optim import OptimizerOptions
 from trainer.state_file import size_of_state
 
 
 @dataclass(frozen=True)
 class DiskPlan:
-    """The room that a run's checkpoints take, before it begins.
-
-    Attributes:
-        folder: bytes of a diffusers folder, with averaged weights where they lie inside.
-        single: bytes of a checkpoint's single files, 0 where there are none.
-        resume: bytes of what is needed to go on from a checkpoint.
-        saves: how many checkpoints the run writes by epochs, the last one included.
-        beside: bytes of what the base's pipeline has beside the networks, which the run keeps once.
-    """
+    """The disk space of a run's checkpoints, in bytes."""
 
     options: SaveOptions
     folder: int
+    """A diffusers folder, with EMA weights if they lie inside."""
     single: int
+    """The single files of one checkpoint; 0 without."""
     resume: int
+    """The resume state of one checkpoint."""
     saves: int
+    """Number of checkpoints by epochs, the last one included."""
     beside: int = 0
+    """Further parts of the base's pipeline, which the run keeps once."""
 
     @property
     def checkpoint(self) -> int:
@@ -54,33 +52,20 @@ class DiskPlan:
         dropped = models < self.saves or resumable < models
         if options.keep_best:
             folders, models = folders + 1, models + 1
-        kept = (
-            folders * self.folder
-            + models * self.single
-            + resumable * self.resume
-            + (self.checkpoint if dropped else 0)
-        )
-        return kept + self.beside
+        kept = folders * self.folder + models * self.single + resumable * self.resume
+        return kept + (self.checkpoint if dropped else 0) + self.beside
 
     def rows(self, logdir: Path) -> list[tuple[str, str]]:
-        """Return the plan in words, with the duration of a save where a probe can be written."""
+        """Return the plan in words, with the duration of a save if a probe can be written."""
         minutes = self.options.ckpt_every_n_minutes
         more = f", and one every {minutes:g} minutes" if minutes else ""
-        sizes = [
-            (self.folder, "the folder"),
-            (self.single, "single files"),
-            (self.resume, "to resume from it"),
-        ]
-        parts = " + ".join(f"{in_gib(size)} {what}" for size, what in sizes if size)
+        sizes = {"the folder": self.folder, "single files": self.single, "to resume from it": self.resume}
+        parts = " + ".join(f"{in_gib(size)} {name}" for name, size in sizes.items() if size)
         free = free_bytes(logdir)
         full = "" if free > self.most else ": not enough"
-        return [
-            ("a checkpoint", f"{in_gib(self.checkpoint)}: {parts}; {self._time(logdir)}"),
-            (
-                "disk",
-                f"{in_gib(self.most)} for {self.saves} of them{more}, of {in_gib(free)} that are free{full}",
-            ),
-        ]
+        most = f"{in_gib(self.most)} for {self.saves} of them{more}, of {in_gib(free)} that are free{full}"
+        saving = f"{in_gib(self.checkpoint)}: {parts}; {self._time(logdir)}"
+        return [("a checkpoint", saving), ("disk", most)]
 
     def _time(self, logdir: Path) -> str:
         try:
@@ -95,19 +80,9 @@ class DiskPlan:
 def plan_disk(
     config: TrainConfig, artifact: Artifact, counts: Mapping[str, Part], weights: torch.dtype
 ) -> DiskPlan:
-    """Return the disk space that a run's checkpoints will take.
-
-    Args:
-        config: of the run.
-        artifact: what its checkpoints hold.
-        counts: how much of each network is trained.
-        weights: format of the trained networks.
-
-    Raises:
-        UserError: a library that an optimizer needs is missing.
-    """
+    """Return the disk space of checkpoints of `artifact`, with trained networks in the dtype `weights`."""
     options = config.saving
-    optimizers = {"unet": config.optimizers.unet, "text encoder": config.optimizers.text_encoder}
+    optimizers = by_network(config.optimizers)
     trained = {network: part.trained for network, part in counts.items() if part.trained}
     copies = 2 if config.ema.active else 1
     single = artifact.file_bytes(torch.float32 if options.save_full_precision else torch.float16)

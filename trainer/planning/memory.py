@@ -1,4 +1,4 @@
-"""The memory estimate: peak memory before a run starts, and what would save some where it does not fit."""
+"""The memory estimate: peak memory before a run starts, and changes that lower it if it does not fit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.evaluation.sampling import Sampler
 from trainer.models.pipeline import Models
 from trainer.planning.memory_advice import CHANGES
 from trainer.planning.memory_ledger import COLUMNS, KINDS
-from trainer.planning.memory_trace import Phase, Work, footprint
+from trainer.planning.memory_trace import Phase, Work, trace_memory
 from trainer.training.precision import Precision
 
 CONTEXT = 3 << 28
@@ -35,22 +35,21 @@ Measured on an H100: 2 to 12%, median 5.4%."""
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will hold in memory, thing by thing."""
+    """The peak memory of a run, by phase."""
 
     phases: Sequence[Phase]
-    """What the run does in turn, each at its peak."""
     device: str
     """cuda or cpu."""
     beside: int
     """Bytes beside tensors: assumed on CUDA, on the CPU those of the process before the run."""
     holds: int | None
-    """Bytes of the device, None if that is not to be told."""
+    """Memory of the device in bytes; None if unknown."""
     spared: Sequence[tuple[str, int]] = ()
-    """Where it does not fit: changes of the configuration, cheapest first, each with the peak it leads to."""
+    """If it does not fit: changes of the configuration, cheapest first, and the peak after each."""
 
     @property
     def largest(self) -> Phase:
-        """What takes most."""
+        """The phase with the highest peak."""
         return max(self.phases, key=lambda phase: phase.total)
 
     @property
@@ -60,11 +59,11 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether that is at most what the device holds."""
+        """True if the peak is at most the device's memory, or that is unknown."""
         return self.holds is None or self.peak <= self.holds
 
     def lines(self) -> list[str]:
-        """Return a table and what follows from it."""
+        """Return a table and its verdict."""
         phase = self.largest
         name, unit = ("GiB", 2**30) if self.peak >= 2**30 else ("MiB", 2**20)
         table: list[tuple[str, list[str]]] = [(f"memory, {name}", [*COLUMNS])]
@@ -90,7 +89,7 @@ class Estimate:
         ]
 
     def as_json(self) -> dict[str, Any]:
-        """Return the same as JSON holds it, in bytes."""
+        """Return the same as JSON values, in bytes."""
         phases = {
             phase.name: {
                 f"{kind}, {network}": size for (kind, network), size in phase.bytes_by_kind.items() if size
@@ -103,22 +102,20 @@ class Estimate:
     def _verdict(self) -> list[str]:
         if self.holds is None:
             return []
-        device = "card" if self.device == "cuda" else "main memory that are available"
+        device = "GPU" if self.device == "cuda" else "main memory that are available"
         of = f"the {self.holds / _GIB:.1f} GiB of the {device}"
         if self.fits:
             return [f"fits into {of}"]
         lines = [f"does not fit into {of}; what would spare memory, the cheapest first:"]
         for sentence, peak in self.spared:
-            lines.append(
-                f"  {sentence} Then {peak / _GIB:.1f} GiB{', which fits.' if peak <= self.holds else '.'}"
-            )
+            fits = ", which fits." if peak <= self.holds else "."
+            lines.append(f"  {sentence} Then {peak / _GIB:.1f} GiB{fits}")
         if not self.spared or self.spared[-1][1] > self.holds:
             lines.append("  Beyond that: a device with more memory.")
         return lines
 
 
 _GIB = 2**30
-
 
 _WORTH_IT = 0.99
 """A change is proposed if it leaves at most this share of the peak."""
@@ -127,21 +124,13 @@ _WORTH_IT = 0.99
 def estimate(
     config: TrainConfig, models: Models, precision: Precision, work: Work, *, holds: int | None
 ) -> Estimate:
-    """Return what a run will hold in memory at most, and if that is too much, what would spare some.
+    """Return the peak memory of a run, and changes that lower it if it exceeds the `holds` bytes given.
 
-    Args:
-        config: the run's.
-        models: the networks, of which the configurations alone are used.
-        precision: the device's type, which need not be there, and number format.
-        work: what the run does.
-        holds: the bytes of the device, None if nobody asks.
-
-    Raises:
-        UserError: an optimizer's library is not there.
+    Of `models` only configurations are used; the precision's device need not exist.
     """
     device = "cuda" if precision.device.type == "cuda" else "cpu"
     beside = CONTEXT if device == "cuda" else psutil.Process().memory_info().rss
-    found = Estimate(footprint(config, models, precision, work), device, beside, holds)
+    found = Estimate(trace_memory(config, models, precision, work), device, beside, holds)
     if found.fits or holds is None:
         return found
     spared: list[tuple[str, int]] = []
@@ -149,7 +138,7 @@ def estimate(
     for change in CHANGES:
         while peak > holds and (proposed := change(now)) is not None:
             sentence, changed = proposed
-            less = footprint(changed, models, _with_weights(precision, changed), _with_less(work, changed))
+            less = trace_memory(changed, models, _with_weights(precision, changed), _with_less(work, changed))
             after = _peak(less, device, beside)
             if after > peak * _WORTH_IT:
                 break
@@ -167,15 +156,9 @@ def work_of(
     trains_text: bool,
     held_out: int,
 ) -> Work:
-    """Return what a run does, as far as its memory depends on it.
+    """Return the sizes and batches that a run's memory depends on.
 
-    Args:
-        config: the run's.
-        index: the images that are trained.
-        sampler: draws the run's samples.
-        latents_kept: whether images are encoded before training.
-        trains_text: whether the text encoder learns.
-        held_out: images and timesteps that are measured at a time, 0 if none are held out.
+    `held_out` is the batch of the validation loss: images times timesteps, 0 without.
     """
     shown: dict[tuple[int, int], float] = {}
     for record in index.records:
@@ -213,7 +196,7 @@ def _peak(phases: Sequence[Phase], device: str, beside: int) -> int:
 
 
 def _with_less(work: Work, config: TrainConfig) -> Work:
-    """Return what a run of a changed configuration does."""
+    """Return the work of a run with a changed configuration."""
     resolution = max(config.data.resolutions)
     large = work.size[0] * work.size[1] > resolution**2
     return replace(
@@ -225,7 +208,7 @@ def _with_less(work: Work, config: TrainConfig) -> Work:
 
 
 def _with_weights(precision: Precision, config: TrainConfig) -> Precision:
-    """Return the precision with weights in the configuration's format."""
+    """Return the precision with weights in the configuration's dtype."""
     if config.precision.weights_dtype == "fp32" or precision.weights == torch.bfloat16:
         return precision
     return replace(precision, weights=torch.bfloat16, dtype=torch.bfloat16)

@@ -6,13 +6,12 @@ from dataclasses import fields, replace
 from typing import Any
 
 from trainer.config.schema import TrainConfig, optimizer_classes
-from trainer.models.options import LoraOptions
 from trainer.networks import NETWORKS, TEXT_ENCODER, UNET, by_network
 from trainer.optim import OptimizerOptions
 
 
 def cheapest_key(config: TrainConfig) -> str:
-    """Return the change of the configuration that spares memory for least, in one sentence."""
+    """Return the cheapest change of the configuration that lowers memory, in one sentence."""
     last = "Train on a device with more memory: what this program can spare is spared already."
     return next((sentence for sentence, _ in filter(None, (change(config) for change in CHANGES))), last)
 
@@ -24,10 +23,9 @@ Change = tuple[str, "TrainConfig"]
 def _checkpointing(config: TrainConfig) -> Change | None:
     if config.parts.gradient_checkpointing:
         return None
-    told = "the same result for about a third more time, with the least memory for activations"
-    return f"Set gradient_checkpointing to true: {told}.", replace(
-        config, parts=replace(config.parts, gradient_checkpointing=True)
-    )
+    changed = replace(config, parts=replace(config.parts, gradient_checkpointing=True))
+    cost = "the same result for about a third more time, with the least memory for activations"
+    return f"Set gradient_checkpointing to true: {cost}.", changed
 
 
 def _latents(config: TrainConfig) -> Change | None:
@@ -40,13 +38,12 @@ def _latents(config: TrainConfig) -> Change | None:
 def _average(config: TrainConfig) -> Change | None:
     if not config.ema.active or config.ema.ema_device == "cpu":
         return None
-    return "Set ema_device to cpu: the average is kept in main memory.", replace(
-        config, ema=replace(config.ema, ema_device="cpu")
-    )
+    changed = replace(config, ema=replace(config.ema, ema_device="cpu"))
+    return "Set ema_device to cpu: the average is kept in main memory.", changed
 
 
 def _accumulation(config: TrainConfig) -> Change | None:
-    fused = any(getattr(options, "fused_backward", False) for options in _learning(config).values())
+    fused = any(getattr(options, "fused_backward", False) for options in _trained(config).values())
     if config.data.batch_size == 1 or fused:
         return None
     half = config.data.batch_size // 2
@@ -58,7 +55,7 @@ def _accumulation(config: TrainConfig) -> Change | None:
 
 
 def _eight_bits(config: TrainConfig) -> Change | None:
-    if config.parts.trains_adapters:  # which has next to no state
+    if config.parts.trains_adapters:  # with next to no state
         return None
     smaller = {
         "dadapt_adam": "dadapt_adam8bit",
@@ -66,32 +63,24 @@ def _eight_bits(config: TrainConfig) -> Change | None:
         "adamw": "adamw8bit",
         "lion": "lion8bit",
     }
-    for section, options in _learning(config).items():
+    for section, options in _trained(config).items():
         if options.optimizer in smaller:
-            name = smaller[options.optimizer]
+            name, file = smaller[options.optimizer], config.optimizer_source.name
             kind = optimizer_classes()[name]
             known = {field.name for field in fields(kind)} - {"optimizer"}
-            changed = _with(
-                config, section, kind(**{key: value for key, value in vars(options).items() if key in known})
-            )
-            return (
-                f"Set {section}.optimizer to {name} in {config.optimizer_source.name}: "
-                "it keeps its state in 8 bits.",
-                changed,
-            )
+            eight = kind(**{key: value for key, value in vars(options).items() if key in known})
+            sentence = f"Set {section}.optimizer to {name} in {file}: it keeps its state in 8 bits."
+            return sentence, _with(config, section, eight)
     return None
 
 
 def _fused_backward(config: TrainConfig) -> Change | None:
-    if (
-        config.loop.grad_accum > 1
-        or config.gradients.clip_grad_norm is not None
-        or config.precision.mixed_precision == "fp16"
-    ):
+    clips, fp16 = config.gradients.clip_grad_norm is not None, config.precision.mixed_precision == "fp16"
+    if config.loop.grad_accum > 1 or clips or fp16:
         return None
-    if config.parts.trains_adapters:  # which has next to no gradients
+    if config.parts.trains_adapters:  # with next to no gradients
         return None
-    for section, options in _learning(config).items():
+    for section, options in _trained(config).items():
         if getattr(options, "fused_backward", None) is False:
             changed = replace(options, fused_backward=True)  # type: ignore[call-arg]
             file = config.optimizer_source.name
@@ -102,10 +91,8 @@ def _fused_backward(config: TrainConfig) -> Change | None:
 
 def _bf16_weights(config: TrainConfig) -> Change | None:
     computes = not config.precision.disable_amp and config.precision.mixed_precision in ("auto", "bf16")
-    rounded = config.parts.trains_adapters or all(
-        options.rounds_bf16 for options in _learning(config).values()
-    )
-    if config.precision.weights_dtype == "bf16" or not computes or not rounded:
+    rounds = config.parts.trains_adapters or all(options.rounds_bf16 for options in _trained(config).values())
+    if config.precision.weights_dtype == "bf16" or not computes or not rounds:
         return None
     changed = replace(config, precision=replace(config.precision, weights_dtype="bf16"))
     return "Set weights_dtype to bf16: half the memory for weights and gradients.", changed
@@ -115,46 +102,43 @@ def _fewer_images(config: TrainConfig) -> Change | None:
     if config.data.batch_size == 1:
         return None
     half = config.data.batch_size // 2
-    return f"Set batch_size to {half}: fewer images a step.", replace(
-        config, data=replace(config.data, batch_size=half)
-    )
+    changed = replace(config, data=replace(config.data, batch_size=half))
+    return f"Set batch_size to {half}: fewer images a step.", changed
 
 
 def _smaller_images(config: TrainConfig) -> Change | None:
     if max(config.data.resolutions) <= 512:
         return None
-    return "Set resolution to 512: fewer activations.", replace(
-        config, data=replace(config.data, resolution=512)
-    )
+    changed = replace(config, data=replace(config.data, resolution=512))
+    return "Set resolution to 512: fewer activations.", changed
 
 
 def _frozen_text_encoder(config: TrainConfig) -> Change | None:
     if config.parts.disable_textenc_training or config.parts.disable_unet_training:
         return None
-    told = "Set disable_textenc_training to true: no gradients and no state for the text encoder."
-    return told, replace(config, parts=replace(config.parts, disable_textenc_training=True))
+    changed = replace(config, parts=replace(config.parts, disable_textenc_training=True))
+    gain = "no gradients and no state for the text encoder"
+    return f"Set disable_textenc_training to true: {gain}.", changed
 
 
-def _lora(config: TrainConfig) -> Change | None:
+def _adapters(config: TrainConfig) -> Change | None:
     if config.parts.trains_adapters or config.ema.ema_resume_model is not None:
         return None
-    changed = replace(config, parts=replace(config.parts, lora=LoraOptions()))
-    return (
-        "Set lora to {}: adapter weights alone are trained, without gradients and state for the networks.",
-        changed,
-    )
+    changed = replace(config, parts=config.parts.with_adapters())
+    what = "adapter weights alone are trained, without gradients and state for the networks"
+    return f"Set lora to {{}}: {what}.", changed
 
 
 CHANGES = (
     *(_checkpointing, _latents, _average, _accumulation),
     *(_eight_bits, _fused_backward, _bf16_weights),
-    *(_fewer_images, _smaller_images, _frozen_text_encoder, _lora),
+    *(_fewer_images, _smaller_images, _frozen_text_encoder, _adapters),
 )
-"""Changes without effect on results first, then those that cost precision, then those that train less."""
+"""Changes without effect on results, then those that cost precision, then those that train less."""
 
 
-def _learning(config: TrainConfig) -> dict[str, OptimizerOptions]:
-    """Return the optimizers of what learns by their section in the optimizer file."""
+def _trained(config: TrainConfig) -> dict[str, OptimizerOptions]:
+    """Return the optimizers of trained networks by their section in the optimizer file."""
     frozen = {UNET: config.parts.disable_unet_training, TEXT_ENCODER: config.parts.disable_textenc_training}
     options = by_network(config.optimizers)
     return {NETWORKS[name].section: options[name] for name in options if not frozen[name]}

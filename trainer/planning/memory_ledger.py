@@ -29,7 +29,7 @@ WEIGHTS, GRADIENTS, STATE, EMA, ACTIVATIONS, COPIES = KINDS = (
     "autocast copies",
 )
 Kind = tuple[str, str]
-"""What of which network."""
+"""One of `KINDS`, and a network."""
 
 META = torch.device("meta")
 GRAIN = 512
@@ -63,7 +63,7 @@ class Ledger(TorchDispatchMode):
         return found
 
     def put(self, tensors: Iterable[Tensor], kind: Kind) -> None:
-        """Count tensors as something, which may be counted as something else already."""
+        """Count tensors under a kind, whether or not they are counted under another one."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage._cdata in self._entries:
@@ -73,7 +73,7 @@ class Ledger(TorchDispatchMode):
                 self._enter(storage, kind)
 
     def set_aside(self, tensors: Iterable[Tensor]) -> None:
-        """Count tensors no longer, for they are elsewhere."""
+        """Stop counting tensors that were moved off the device."""
         for tensor in tensors:
             key = tensor.untyped_storage()._cdata
             kind, size = self._entries[key]
@@ -81,14 +81,14 @@ class Ledger(TorchDispatchMode):
             self._entries[key] = kind, 0
 
     def bring_back(self, tensors: Iterable[Tensor]) -> None:
-        """Count tensors again."""
+        """Count moved tensors again."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             kind, _ = self._entries[storage._cdata]
             self._count(storage._cdata, kind, self._size(storage))
 
     def mark_gradient(self, network: str) -> Callable[[Tensor], None]:
-        """Return a hook that counts a parameter's gradient as such."""
+        """Return a hook that counts a parameter's gradient."""
 
         def mark(parameter: Tensor) -> None:
             if parameter.grad is not None:
@@ -97,19 +97,15 @@ class Ledger(TorchDispatchMode):
         return mark
 
     def follow(self, network: nn.Module, name: str) -> None:
-        """Count what is made while a network runs, forwards or backwards, as its own."""
+        """Count tensors made while a network runs, forwards or backwards, as the network's."""
 
         def enter(*_: Any) -> None:
             self.network = name
 
         def leave(module: nn.Module, _: Any, output: Any) -> None:
-            made = [
-                tensor
-                for tensor in tree_leaves(tuple(output.values()))
-                if isinstance(tensor, Tensor) and tensor.requires_grad
-            ]
-            for tensor in made if name == TEXT_ENCODER else ():
-                tensor.register_hook(enter)  # the gradient has come through the UNet
+            for tensor in tree_leaves(tuple(output.values())):
+                if isinstance(tensor, Tensor) and tensor.requires_grad:
+                    tensor.register_hook(enter)  # the gradient has come through the UNet
 
         network.register_forward_pre_hook(enter)
         if name == TEXT_ENCODER:
@@ -131,8 +127,7 @@ class Ledger(TorchDispatchMode):
         self._total -= size
 
     def _look(self) -> None:
-        # What is marked as a gradient was counted as work before: at the same sum, what is known last is
-        # right.
+        # A gradient was counted as an activation before: at an equal sum, the latest kinds are right.
         if self._total >= self._peak:
             self._peak = self._total
             self.at_peak = dict(self._now)
@@ -145,14 +140,14 @@ _LOWERED = {
     *(F.linear, F.conv2d, F.scaled_dot_product_attention),
     *(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.baddbmm),
 }
-"""What autocast computes in 16 bits, of what these networks call."""
+"""Functions of these networks that autocast computes in 16 bits."""
 
 _RAISED_ON_CUDA = {F.group_norm, F.layer_norm, F.softmax, torch.softmax, Tensor.softmax}
-"""What it computes in fp32, on CUDA alone."""
+"""Those that it computes in fp32, on CUDA alone."""
 
 
 class AsOnDevice(TorchFunctionMode):
-    """Has the meta device cast and attend as the device that trains does."""
+    """Makes the meta device cast and attend as the training device does."""
 
     def __init__(self, ledger: Ledger, precision: Precision) -> None:
         super().__init__()
@@ -189,15 +184,7 @@ class AsOnDevice(TorchFunctionMode):
         """Run backward with this mode on, for recomputed passes; torch turns it off inside its functions."""
         engine: Any = torch.autograd.graph._engine_run_backward  # pyright: ignore[reportPrivateUsage]
         with self, self.autocast():
-            engine(
-                (loss,),
-                (torch.ones_like(loss),),
-                False,
-                False,
-                (),
-                allow_unreachable=True,
-                accumulate_grad=True,
-            )
+            engine((loss,), (torch.ones_like(loss),), False, False, (), True, True)
 
     def _cast(self, values: Any, dtype: torch.dtype | None) -> Any:
         def cast(value: Any) -> Any:

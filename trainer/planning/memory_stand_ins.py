@@ -20,22 +20,21 @@ from trainer.planning.memory_ledger import META, WEIGHTS, Ledger
 from trainer.training.precision import Precision
 
 _MEASURED = 1 << 16
-"""Elements of a weight on which optimizers of libraries are measured; larger ones are taken in proportion."""
-
+"""Elements of the largest measured weight; larger weights are extrapolated."""
 
 _BITSANDBYTES = 20
-"""Bytes that bitsandbytes' optimizers take on the CPU for each element of the weight that they step, as
-torch.profiler saw it in version 0.50; on CUDA its kernels work in place."""
+"""Bytes per stepped element that bitsandbytes' optimizers take on the CPU, as torch.profiler saw it in
+version 0.50; on CUDA its kernels work in place."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Alike(ScheduleOptions):
-    """Stands for an optimizer of a library: keeps as much state, and takes as much memory while it steps."""
+    """A stand-in for a library's optimizer, with as much state and work memory."""
 
     keeps: Callable[[int], int]
-    """Bytes of state by elements of a weight."""
+    """Bytes of state by number of elements."""
     takes: Callable[[int], int]
-    """Bytes for a step by elements of a weight."""
+    """Bytes of work memory in a step by number of elements."""
 
     def build(self, params: Iterable[nn.Parameter], lr: float) -> Optimizer:
         return _Standing(params, self)
@@ -66,14 +65,10 @@ def traceable(options: OptimizerOptions) -> bool:
 
 def stand_in(options: OptimizerOptions, precision: Precision) -> _Alike:
     """Return options that take as much memory as a library's optimizer, measured on a small weight."""
-    # What is written in Python does the same everywhere; inside the kernels of torch and bitsandbytes nothing
-    # can be seen.
-    by_kernel = {
-        "adamw": 0,
-        "adamw8bit": _BITSANDBYTES,
-        "lion": _BITSANDBYTES,
-        "lion8bit": _BITSANDBYTES,
-    }.get(options.optimizer)
+    # Python code does the same everywhere; the kernels of torch and bitsandbytes cannot be traced.
+    by_kernel = {"adamw": 0, **dict.fromkeys(("adamw8bit", "lion", "lion8bit"), _BITSANDBYTES)}.get(
+        options.optimizer
+    )
     if by_kernel and precision.device.type == "cuda":
         by_kernel = 0
     plain = replace(options, lr=1.0, lr_scheduler="constant")
@@ -94,7 +89,7 @@ def stand_in(options: OptimizerOptions, precision: Precision) -> _Alike:
 
 @cache
 def _of_one_weight(options: OptimizerOptions, elements: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Return the bytes that a library's optimizer keeps, and takes in its second step, for one weight."""
+    """Return the bytes of a library optimizer's state, and of its second step's work, for one weight."""
     parameter = nn.Parameter(torch.ones(elements, dtype=dtype))
     optimizer = options.build([parameter], 1.0)
     ledger = Ledger(torch.device("cpu"))
@@ -109,13 +104,9 @@ def _of_one_weight(options: OptimizerOptions, elements: int, dtype: torch.dtype)
         return sum(ledger.at_peak.values()) - before
 
     def state() -> list[Tensor]:
-        found = [
-            value
-            for state in optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, Tensor)
-        ]
-        return list({tensor.untyped_storage()._cdata: tensor for tensor in found}.values())
+        values = (value for state in optimizer.state.values() for value in state.values())
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        return list({tensor.untyped_storage()._cdata: tensor for tensor in tensors}.values())
 
     step()
     taken = step()

@@ -1,12 +1,11 @@
-"""What a run holds in memory, found by running its step, losses and samples on tensors without data.
+"""Peak memory of a run, traced by running its step, losses and samples on tensors without data.
 
-The networks, the objective and `train_step` are the run's own, on torch's meta device, where every operation
-makes its results with their sizes and nothing else. What CUDA does otherwise than the meta device is put in
-its place: autocast's casts and attention that keeps no matrix of weights. Optimizers of other libraries read
-numbers back, so of these a small real one is measured.
+The networks, the objective and `train_step` are the run's own, on torch's meta device. Two differences of
+CUDA are added: autocast's casts, and attention without a matrix of weights. Optimizers of other libraries
+read numbers back, so a small real one is measured instead.
 
-torch.distributed._tools.MemTracker counts in the same way, and comes to the same sum where it can: it fails
-on weights that are frozen, and tells neither networks apart nor copies of weights from activations.
+torch.distributed._tools.MemTracker counts in the same way and agrees where it works: it fails on frozen
+weights, and distinguishes neither networks nor copies of weights from activations.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from trainer.checkpoints.artifact import artifact_of
 from trainer.config.schema import TrainConfig
 from trainer.diffusion.moments import encode_pixels
 from trainer.diffusion.objective import Inputs, Networks, make_objective
-from trainer.models.lora import named
 from trainer.models.networks import empty_text_encoder, empty_unet, empty_vae
 from trainer.models.pipeline import Models
 from trainer.models.placement import place
@@ -38,27 +37,26 @@ from trainer.training.step import train_step
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a run does, as far as its memory depends on it and the configuration does not say."""
+    """Sizes and batches of a run, as far as the configuration does not say."""
 
     size: tuple[int, int]
-    """Width and height of the largest bucket that is trained."""
+    """Width and height of the largest trained bucket."""
     images: int
-    """The most images of one pass."""
+    """Images of the largest batch."""
     latents_kept: bool = False
-    """Whether images are encoded once, before training."""
     contexts_kept: bool = False
-    """Whether captions are too."""
+    """Captions are encoded once, before training."""
     evaluated: int = 0
-    """Rows of a pass of the fixed-noise or validation loss, 0 for neither."""
+    """Rows of a batch of the fixed-noise or validation loss; 0 without."""
     sample: tuple[int, int] | None = None
-    """Width and height of the largest picture that is drawn, None for none."""
+    """Width and height of the largest sample; None without."""
     sampled: int = 0
-    """Rows of a pass that draws: pictures, twice with guidance."""
+    """Rows of a sampling batch, doubled by guidance."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One thing that a run does, at the moment when it holds most."""
+    """One phase of a run at its peak."""
 
     name: str
     bytes_by_kind: Mapping[Kind, int]
@@ -73,17 +71,10 @@ class Phase:
         return self.bytes_by_kind.get((kind, network), 0)
 
 
-def footprint(config: TrainConfig, models: Models, precision: Precision, work: Work) -> list[Phase]:
+def trace_memory(config: TrainConfig, models: Models, precision: Precision, work: Work) -> list[Phase]:
     """Return the phases of a run, each at its peak of tensor bytes on the training device.
 
-    Args:
-        config: the run's.
-        models: the networks, of which the configurations alone are used.
-        precision: the device's type, which need not be there, and number format.
-        work: sizes and batches.
-
-    Raises:
-        UserError: an optimizer's library is not there.
+    Of `models` only configurations are used; the precision's device need not exist.
     """
     return _Trace(config, models, precision, work).phases()
 
@@ -97,8 +88,9 @@ class _Trace:
         self._models = meta_copies(models)
         self._parts = apply_freezing(self._models, config.parts, config.optimizers.freezing)
         place(self._models, META, channels_last=config.precision.channels_last, weights=precision.weights)
-        for matrix in named(self._parts).values() if config.parts.trains_adapters else ():
-            matrix.data = matrix.data.float()
+        artifact = artifact_of(config.parts, self._models)
+        artifact.take(self._parts, None)
+        artifact.begin(0)
         self._networks: dict[str, Any] = {**by_network(self._models), VAE: self._models.vae}
         for name, network in by_network(self._models).items():
             self._ledger.follow(network, name)
@@ -175,10 +167,9 @@ class _Trace:
             self._ledger.put(tensors, (EMA, name))
 
     def _step(self, optimizers: Any) -> None:
+        passes = min(2, self._config.loop.grad_accum)  # a third adds nothing
         train_step(
-            [
-                self._inputs(self._work.images) for _ in range(min(2, self._config.loop.grad_accum))
-            ],  # the third is as the second
+            [self._inputs(self._work.images) for _ in range(passes)],
             Networks(self._models.unet, self._models.text_encoder, self._models.vae),
             self._objective(),
             optimizers,

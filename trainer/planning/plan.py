@@ -62,7 +62,7 @@ class Plan:
     notes: tuple[str, ...]
 
     computes: str
-    """Number format and device in words."""
+    """Dtype and device in words."""
 
     @property
     def images_per_step(self) -> int:
@@ -111,12 +111,7 @@ class Plan:
         )
 
     def memory(self, precision: Precision, size: int | None = None) -> Estimate:
-        """Estimate the peak memory.
-
-        Args:
-            precision: number format and device.
-            size: bytes of the device; None for those of the device at hand.
-        """
+        """Estimate the peak memory on a device of `size` bytes, by default the precision's own."""
         work = work_of(
             self.config,
             self.split.train,

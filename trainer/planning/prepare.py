@@ -53,16 +53,12 @@ def prepare(
     """Decide everything about a run that needs no weights.
 
     Args:
-        config: the checked configuration.
-        processes: the ranks that will train, connected or not.
-        precision: number format and device, which need not be in this machine.
         weights_only: start a new run from a checkpoint's weights instead of resuming its run.
-        claim: locks the folder of a resumed run before anything in it is relied on; None for a check, which
-            writes nothing that a small data set does not need.
+        claim: locks the folder of a resumed run before it is read; None for a check, which writes nothing
+            that a small data set does not need.
 
     Raises:
-        UserError: the model, the checkpoint or the environment does not allow the run.
-        DataError: the images do not.
+        UserError: the model, the checkpoint, the environment or the images do not allow the run.
     """
     check_fused_backward(config, processes=processes.count)
     check_fused_backward(config, precision)
@@ -84,7 +80,7 @@ def prepare(
     models = describe(replace(config.model, resume_ckpt=start.model, revision=start.revision))
     config = _pin(config, start, models)
     set_noise_schedule(config, prompts, models)
-    artifact = artifact_of(config.parts.lora, models)
+    artifact = artifact_of(config.parts, models)
     # diffusers puts a local function on networks with gradient checkpointing; the plan must pickle.
     trained = replace(config.parts, gradient_checkpointing=False)
     parts = apply_freezing(models, trained, config.optimizers.freezing)
@@ -124,11 +120,7 @@ def prepare(
 
 
 def set_noise_schedule(config: TrainConfig, prompts: SamplePrompts, models: Models) -> None:
-    """Give the model the noise schedule that it is trained, sampled and saved with.
-
-    Raises:
-        UserError: the schedule does not fit the model's prediction, or a sampler does not support it.
-    """
+    """Set the noise schedule that the model is trained, sampled and saved with, if everything supports it."""
     if config.objective.enable_zero_terminal_snr and not models.assumed:
         models.scheduler_config = with_zero_terminal_snr(models.scheduler_config, models.source)
     check_scheduler(prompts, models.scheduler_config)
@@ -176,14 +168,14 @@ def _count_steps(config: TrainConfig, split: Split, ranks: int) -> int:
 
 
 def _choose_seed(seed: int, start: Start) -> int:
-    """Return the resumed run's seed where the run draws one (-1), else a new one or the one that is set."""
+    """Return the configured seed; for -1 the resumed run's, else a random one."""
     if seed != -1:
         return seed
     return int(start.about["same"]["seed"]) if start.about is not None else secrets.randbelow(2**31)
 
 
 def _read_prompts(config: TrainConfig) -> tuple[TrainConfig, SamplePrompts]:
-    """Return the sample prompts, and the configuration with the sample interval that their file may set."""
+    """Return the sample prompts, and the configuration with their file's sample interval, if it sets one."""
     named = config.samples.sample_prompts
     prompts = load_sample_prompts(Path(named) if named else None)
     steps = prompts.generate_samples_every_n_steps or config.samples.sample_steps
@@ -191,11 +183,7 @@ def _read_prompts(config: TrainConfig) -> tuple[TrainConfig, SamplePrompts]:
 
 
 def _read_validation_file(config: TrainConfig) -> ValidationFile:
-    """Return the validation file's values.
-
-    Raises:
-        UserError: the file has config errors, or measures too little for keep_best or stop_on_overfit.
-    """
+    """Return the validation file's values, if keep_best and stop_on_overfit find what they need in it."""
     named = config.validation.validation_config
     file = load_validation(Path(named) if named else None)
     needs_loss = {
@@ -218,15 +206,13 @@ def _read_validation_file(config: TrainConfig) -> ValidationFile:
 
 
 def _log_folder_problem(logdir: Path) -> str | None:
-    """Return why run folders cannot be made in `logdir`, in one sentence, or None where they can."""
+    """Return why run folders cannot be made in `logdir`, in one sentence; None if they can."""
     place = logdir.resolve()
     while not place.exists():
         place = place.parent
     if not place.is_dir():
         return f"logdir: {place} is a file, not a folder; choose another logdir."
     if not os.access(place, os.W_OK | os.X_OK):
-        return (
-            f"logdir: the folder {place} cannot be written to; "
-            "choose another logdir or change its permissions."
-        )
+        advice = "choose another logdir or change its permissions"
+        return f"logdir: the folder {place} cannot be written to; {advice}."
     return None

@@ -62,14 +62,14 @@ def show_data(plan: Plan, tokenize: Tokenize, console: Console) -> None:
 
 
 def rate_jumps(optimizers: OptimizerSet, step: int, total_steps: int, total_before: int) -> list[str]:
-    """Return where another length of the run moves the rate, since schedules are stretched over the run."""
+    """Return rate changes of a resumed run whose length changed, since schedules stretch over the run."""
     jumps = []
     for member in optimizers.members:
         before, now = rate_factor(member.options, total_before)(step), member.factor(step)
         if abs(now - before) > 0.01 * max(now, before):
             jumps.append(
                 f"the run has {total_steps} steps instead of {total_before}, over which "
-                f"{member.options.lr_scheduler} stretches: the rate of the {member.network} goes on at "
+                f"{member.options.lr_scheduler} stretches: the rate of the {member.network} continues at "
                 f"{now:.3g} of its full size instead of {before:.3g}"
             )
     return jumps

@@ -35,17 +35,10 @@ def build(
 ) -> Run:
     """Load what a plan names and make, or resume in, the run folder.
 
-    Args:
-        plan: the run's, the same on all ranks.
-        precision: number format and this rank's device.
-        console: where events are shown.
-        processes: the connected ranks.
-        ending: takes what must be done when the run has ended, however far it came.
-        signals: ask the run to end.
+    `ending` takes what must be done when the run has ended, however far it came.
 
     Raises:
-        UserError: the model, the environment or the checkpoint does not allow the run.
-        DataError: the images do not.
+        UserError: the model, the environment, the checkpoint or the images do not allow the run.
     """
     models, parts, artifact = load(plan, precision)
     plan = plan.pinned(models)

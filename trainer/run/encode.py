@@ -1,4 +1,4 @@
-"""Everything that is encoded once, before training: latents, captions, validation images."""
+"""Latents, captions and validation images, encoded once before training."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Encoded:
     """Validation images with their batches and unreadable files; without both on ranks other than 0."""
 
     waiting: list[nn.Module]
-    """Networks that only samples still need: on the CPU in between."""
+    """Networks that only sampling still needs, kept on the CPU in between."""
 
 
 def encode(
@@ -49,17 +49,11 @@ def encode(
 ) -> Encoded:
     """Encode what the plan caches, and move networks that are no longer needed to the CPU.
 
-    Args:
-        plan: the run's.
-        models: on the precision's device.
-        tokenize: turns captions into tokens.
-        precision: in which networks compute.
-        processes: the ranks; on a shared disk, rank 0 encodes before the others.
-        console: shows progress.
+    On a shared disk rank 0 encodes before the others.
 
     Raises:
-        UserError: the disk is too small, or no validation image can be read.
-        DataError: an image is damaged and on_bad_image is error.
+        UserError: the disk is too small, no validation image can be read, or an image is damaged and
+            on_bad_image is error.
     """
     config, index = plan.config, plan.split.train
     folder = cache_folder(config.cache, config.logging.logdir)
@@ -102,7 +96,7 @@ def _held_out(
     """Return validation images as encoded batches, and the files that cannot be read."""
 
     def encode_batch(batch: Batch) -> Batch:
-        assert batch.pixels_BCHW is not None, "images of a reader without latents"
+        assert batch.pixels_BCHW is not None, "images are read without cached latents"
         pixels_BCHW = to_device(batch.pixels_BCHW, precision.device)
         moments_BCHW = encode_pixels(models.vae, pixels_BCHW, precision.autocast).cpu()
         return replace(batch, pixels_BCHW=None, moments_BCHW=moments_BCHW)

@@ -1,4 +1,4 @@
-"""The run folder: made, locked, marked, and given what must be in it from the start."""
+"""The run folder: made, locked, marked and filled."""
 
 from __future__ import annotations
 
@@ -24,11 +24,7 @@ from trainer.reporting.loggers import Loggers, open_loggers
 
 
 def make_folder(config: TrainConfig) -> Path:
-    """Make the run folder, `{logdir}/{name}-{timestamp}`.
-
-    Raises:
-        UserError: it cannot be made.
-    """
+    """Make the run folder, `{logdir}/{name}-{timestamp}`."""
     logdir = Path(config.logging.logdir)
     while True:
         folder = logdir / f"{run_name(config)}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -56,15 +52,7 @@ def open_folder(
 ) -> Loggers:
     """Lock and mark a run folder, open its loggers and record the configuration in it.
 
-    Args:
-        folder: new or of the resumed run.
-        plan: the run's.
-        artifact: the run's, with weights.
-        state: where the run starts.
-        console: records its lines in the folder's run.log from here on.
-        ending: takes what must be done at the end.
-        adaptive: networks that D-Adaptation trains.
-        curves: collects the numbers that the model card draws.
+    `ending` takes what must be done at the end; networks in `adaptive` are trained by D-Adaptation.
     """
     ending.callback(_drop_unstarted, folder, state)
     ending.enter_context(locked(folder))
@@ -94,7 +82,7 @@ def keep_beside(models: Models, folder: Path) -> list[str]:
     """Copy the base's further parts, such as a safety checker, into the run folder for every checkpoint.
 
     The base may be a checkpoint that this run deletes, and hard links are only guaranteed to work inside one
-    directory. Returns a note where the parts cannot be copied; checkpoints are without them then.
+    directory. Returns a note if the parts cannot be copied; checkpoints are without them then.
     """
     place = folder / "base"
     if not models.beside:

@@ -1,4 +1,4 @@
-"""Export of the learned rate: an optimizer file for AdamW in 8 bits, or the reason why there is none."""
+"""Export of the learned rate: an optimizer file for AdamW in 8 bits, or the reason for its absence."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LEARNED = "optimizer.found.json"
 def export_learned_rate(run: Run, config: TrainConfig) -> list[str]:
     """Write an optimizer file at the learned rates into the run folder; return the closing lines about it.
 
-    There are no lines if no optimizer of the run adapts.
+    Without an optimizer that adapts there are no lines.
     """
     adapted = {member.network: member for member in run.learner.optimizers.members if member.options.adapts}
     if not adapted:
@@ -121,7 +121,7 @@ def _rounded(rate: float) -> float:
 
 
 def _needs(config: TrainConfig, trained: dict[str, int]) -> str:
-    """Return which key of train.json the file needs, where it does not go with those of its own run."""
+    """Return the key of train.json that the file needs besides those of its own run, in words."""
     try:
         check_rates(config, trained)
     except UserError:

@@ -1,4 +1,4 @@
-"""The life of a run: prepared, built, trained, closed; exceptions become sentences here."""
+"""The life of a run: prepare, build, train, close. Exceptions become sentences here."""
 
 from __future__ import annotations
 
@@ -41,18 +41,12 @@ def run_training(
 ) -> None:
     """Train as configured, from the first event to the closing lines; on several ranks, together.
 
-    Args:
-        config: the checked configuration.
-        notes: sentences to show first.
-        weights_only: start a new run from a checkpoint's weights instead of resuming its run.
-        arguments: the command line, for the one that resumes this run.
-        signals: ask the run to end.
+    The command line in `arguments` becomes the one that resumes the run.
 
     Raises:
         UserError: something must be put right before the run can start, or the run has failed.
-        DataError: likewise, about the images.
         Interrupted: a signal has ended the run.
-        ToldElsewhere: another rank reports why this one ends.
+        ToldElsewhere: rank 0 reports why this rank ends.
     """
     processes = connect(config.loop.gpuid, signals)
     console = Console(enabled=processes.main)
@@ -87,20 +81,7 @@ def start(
     weights_only: bool,
     signals: StopSignals,
 ) -> Run:
-    """Plan and build a run.
-
-    Args:
-        config: the checked configuration.
-        console: where events are shown.
-        processes: the connected ranks.
-        ending: takes what must be done when the run has ended, however far it came.
-        weights_only: start a new run from a checkpoint's weights instead of resuming its run.
-        signals: ask the run to end.
-
-    Raises:
-        UserError: the model, the environment or the checkpoint does not allow the run.
-        DataError: the images do not.
-    """
+    """Plan and build a run; `ending` takes what must be done when it has ended, however far it came."""
     precision = resolve_precision(config.precision, processes.device)
     precision = replace(precision, paced=config.optimizers.apply_grad_scaler_step_tweaks)
     if config.parts.compile:
@@ -119,12 +100,7 @@ def start(
 
 
 def closing(run: Run, command: str) -> list[str]:
-    """Return the closing lines of a run.
-
-    Args:
-        run: at its end or wherever it stopped.
-        command: the command line that resumes it.
-    """
+    """Return the closing lines of a run, with the command line that resumes it."""
     state, total = run.state, run.cadence.total_steps
     if state.step == 0:
         return ["Stopped before the first step: nothing is kept of this run."]
@@ -180,7 +156,7 @@ def _close(run: Run, config: TrainConfig, arguments: Sequence[str], *, failed: b
 
 
 def _explained(error: Exception, config: TrainConfig, run: Run | None = None) -> UserError | None:
-    """Return an error of memory or of a killed DataLoader worker as sentences, None for any other."""
+    """Return an error of memory or of a killed DataLoader worker as sentences; None for any other."""
     exit_code = 2 if run is None else 1
     if _is_of_worker(error):
         return UserError(_worker_killed(error), exit_code=exit_code)
@@ -203,7 +179,7 @@ def _is_of_worker(error: Exception) -> bool:
 def _worker_killed(error: Exception) -> str:
     last = str(error).strip().splitlines()[-1]
     return (
-        "a process that reads images was killed or could not hand an image over, most likely because memory "
-        "ran out, main memory or a container's shared memory: set num_workers lower, 0 reads without such "
-        f"processes ({last})."
+        "a DataLoader worker was killed or could not hand an image over, most likely because memory ran out, "
+        "main memory or a container's shared memory: set num_workers lower, 0 reads without workers "
+        f"({last})."
     )

@@ -22,15 +22,11 @@ from trainer.training.ranks import Processes
 
 
 def load(plan: Plan, precision: Precision) -> tuple[Models, TrainedParts, Artifact]:
-    """Load the networks, mark what is trained, move them to the device and give adapters their values.
-
-    Raises:
-        UserError: the model or the adapter does not allow it.
-    """
+    """Load the networks, mark what is trained, move them to the device and initialise adapters."""
     config, start = plan.config, plan.start
     models = load_models(replace(config.model, resume_ckpt=start.model))
     set_noise_schedule(config, plan.prompts, models)
-    artifact = artifact_of(config.parts.lora, models, start.model, start.adapter)
+    artifact = artifact_of(config.parts, models, start.model, start.adapter)
     parts = apply_freezing(models, config.parts, config.optimizers.freezing)
     artifact.take(parts, start.adapter)
     place(models, precision.device, channels_last=config.precision.channels_last, weights=precision.weights)
@@ -39,7 +35,7 @@ def load(plan: Plan, precision: Precision) -> tuple[Models, TrainedParts, Artifa
 
 
 def wrap(models: Models, parts: TrainedParts, processes: Processes, clip_skip: int) -> Networks:
-    """Return the networks as a step runs them: the trained ones average their gradients over ranks."""
+    """Return the networks as a step runs them: trained ones average their gradients over ranks."""
     unet, text_encoder = models.unet, models.text_encoder
     if UNET in parts.parameters:
         unet = processes.wrap(unet)
@@ -49,13 +45,7 @@ def wrap(models: Models, parts: TrainedParts, processes: Processes, clip_skip: i
 
 
 def make_ema(plan: Plan, parts: TrainedParts, device: torch.device) -> Ema | None:
-    """Return the EMA weights of what is trained, None where none are asked for.
-
-    A resumed run is given its own afterwards.
-
-    Raises:
-        UserError: ema_resume_model does not fit.
-    """
+    """Return new EMA weights of what is trained; None without EMA."""
     options, total_steps = plan.config.ema, plan.total_steps
     if not options.active:
         return None

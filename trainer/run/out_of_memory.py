@@ -1,4 +1,4 @@
-"""Memory that ran out: recognised, and shown with what holds it."""
+"""Out of memory: recognised, and shown with the memory of weights, gradients and state."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from trainer.training.run import Run
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory has run out, on whichever device."""
-    # On the CPU torch raises a plain RuntimeError of its allocator, or of oneDNN, which names no reason.
+    """Return whether an error means that memory has run out, on any device."""
+    # On the CPU torch raises a plain RuntimeError of its allocator, or of oneDNN without a reason.
     return (
         isinstance(error, (torch.OutOfMemoryError, MemoryError))
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
@@ -34,35 +34,20 @@ _NO_MEMORY = re.compile(
 
 def memory_table(run: Run) -> list[str]:
     """Return what holds memory as aligned lines: weights, state, and gradients as during a step."""
-    state = run.learner.optimizers.state_dict()
-    rows = []
-    held = 0
-    networks = run.learner.networks
+    state, device = run.learner.optimizers.state_dict(), run.learner.precision.device
+    rows, held, networks = [], 0, run.learner.networks
     for name, network in {**by_network(networks), "vae": networks.vae}.items():
-        weights = [
-            parameter
-            for parameter in network.parameters()
-            if parameter.device.type == run.learner.precision.device.type
-        ]
+        weights = [parameter for parameter in network.parameters() if parameter.device.type == device.type]
         parts = {
             "weights": _bytes(weights),
             "gradients": _bytes([parameter for parameter in weights if parameter.requires_grad]),
             "optimizer state": size_of_state(state[name]["state"]) if name in state else 0,
         }
         held += sum(parts.values())
-        rows.append(
-            (
-                name,
-                ", ".join(f"{what} {in_gib(size)}" for what, size in parts.items() if size) or "on the CPU",
-            )
-        )
-    rows.append(
-        (
-            "together",
-            f"{in_gib(held)}; the rest of a step is activations, which grow with batch_size and resolution",
-        )
-    )
-    rows.append((str(run.learner.precision.device), _of_device(run.learner.precision.device)))
+        sizes = ", ".join(f"{kind} {in_gib(size)}" for kind, size in parts.items() if size)
+        rows.append((name, sizes or "on the CPU"))
+    rest = "the rest of a step is activations, which grow with batch_size and resolution"
+    rows += [("together", f"{in_gib(held)}; {rest}"), (str(device), _of_device(device))]
     return [f"  {name:<13}{text}" for name, text in rows]
 
 

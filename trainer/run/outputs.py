@@ -1,4 +1,4 @@
-"""What a run shows of its model: samples, fixed images, the model card."""
+"""A run's outputs of its model: samples, fixed images, the model card."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CARD_ROWS = (*NETWORKS, "batch", "ema", "precision", "seed")
 
 
 def make_card(plan: Plan, state: TrainState) -> Card:
-    """Return the writer of each checkpoint's model card, with the curves that it draws."""
+    """Return the writer of model cards, with their curves."""
     config = plan.config
     losses = {FIXED_LOSS: "fixed-noise loss", VALIDATION_LOSS: "validation loss"}
     trained = [network for network, part in plan.counts.items() if part.trained]
@@ -45,7 +45,7 @@ def make_card(plan: Plan, state: TrainState) -> Card:
 
 
 def fixed_images(plan: Plan) -> list[int]:
-    """Return the records of the training images whose fixed-noise loss is measured."""
+    """Return the training images that the fixed-noise loss is measured on, by record."""
     records, validation = plan.split.train.records, plan.validation
     shown = [identity for identity, record in enumerate(records) if record.multiply > 0]
     count = plan.config.fixed_loss.fixed_loss_images
@@ -55,14 +55,7 @@ def fixed_images(plan: Plan) -> list[int]:
 
 
 def make_sample(plan: Plan, models: Models, run: Run, waiting: Sequence[nn.Module]) -> Callable[[int], None]:
-    """Return the function that draws, saves and records the samples of a step.
-
-    Args:
-        plan: the run's: prompts, and whether trained or EMA weights draw.
-        models: the networks.
-        run: where samples are recorded.
-        waiting: networks that are on the CPU in between.
-    """
+    """Return the function that samples at a step, saves and logs; `waiting` networks are on the CPU."""
     sampler, options = plan.sampler(), plan.config.ema
     precision, console, ema = run.learner.precision, run.records.console, run.learner.ema
 
@@ -82,10 +75,10 @@ def make_sample(plan: Plan, models: Models, run: Run, waiting: Sequence[nn.Modul
         except OSError as error:
             reason = error.strerror or error
             console.event(
-                f"Note: the samples of step {step} could not be saved ({reason}); training goes on."
+                f"Note: the samples of step {step} could not be saved ({reason}); training continues."
             )
-        for tag, picture in samples.rows:
-            run.records.loggers.image(f"{tag} ({suffix})" if suffix else tag, picture, step)
+        for tag, image in samples.rows:
+            run.records.loggers.image(f"{tag} ({suffix})" if suffix else tag, image, step)
 
     def sample(step: int) -> None:
         averaged = ema is not None and options.ema_sample_ema_model

@@ -1,4 +1,4 @@
-"""The parts of a run whose state goes into its checkpoints: made, restored, and given to the saver."""
+"""The parts of a run whose state is checkpointed: made, restored, and given to the saver."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Saved:
 
 
 def make_saved(plan: Plan, parts: TrainedParts, precision: Precision, processes: Processes) -> Saved:
-    """Make the parts for what is trained; EMA weights on rank 0 alone."""
+    """Make the parts for the trained networks; EMA weights on rank 0 alone."""
     optimizers = OptimizerSet(
         by_network(plan.config.optimizers),
         {network: [parameter for _, parameter in named] for network, named in parts.parameters.items()},
@@ -89,11 +89,7 @@ def make_saved(plan: Plan, parts: TrainedParts, precision: Precision, processes:
 
 
 def restore(saved: Saved, checkpoint: Path, loader: StepLoader) -> None:
-    """Give the parts their state from a checkpoint.
-
-    Raises:
-        UserError: the state is not of such parts, or not of a run on these images.
-    """
+    """Restore the parts from a checkpoint of such parts, and of a run on these images."""
     restore_state(saved.parts(), checkpoint)
     if 0 < loader.steps_in(saved.state.epoch) <= saved.state.step_in_epoch:
         raise UserError(
