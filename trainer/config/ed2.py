@@ -116,6 +116,8 @@ _OTHER_WORDS: Mapping[str, str] = {
     "sdpa": "attn_type",
     "shuffle_caption": "shuffle_tags",
     "snr_gamma": "min_snr_gamma",
+    "masked_loss": "unmasked_weight",
+    "stop_text_encoder_training": "stop_textenc_after_n_epochs",
     "train_batch_size": "batch_size",
     "train_data_dir": "data_root",
     "xformers": "attn_type",

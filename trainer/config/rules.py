@@ -148,6 +148,22 @@ def _nothing_trained(settings: Settings) -> None:
         )
 
 
+def _stopped_text(settings: Settings) -> None:
+    epochs, key = settings["stop_textenc_after_n_epochs"], "stop_textenc_after_n_epochs"
+    if epochs is None:
+        return
+    if settings["disable_textenc_training"]:
+        settings.error("contradicts disable_textenc_training: true; set it to null", key)
+    if settings["disable_unet_training"]:
+        settings.error("leaves nothing to train with disable_unet_training: true; set it to null", key)
+    if epochs >= settings["max_epochs"]:
+        settings.error(
+            f"{epochs:g} must be less than max_epochs, {settings['max_epochs']}; null never freezes the text "
+            "encoder",
+            key,
+        )
+
+
 def _precision(settings: Settings) -> None:
     wanted = settings["mixed_precision"]
     if settings["disable_amp"] and wanted in ("bf16", "fp16"):
@@ -270,6 +286,7 @@ _RULES: tuple[Callable[[Settings], None], ...] = (
     _ema,
     _validation,
     _nothing_trained,
+    _stopped_text,
     _precision,
     _saving,
     _keeping,

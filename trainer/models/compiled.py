@@ -63,6 +63,11 @@ def compile_networks(networks: Iterable[nn.Module]) -> None:
         network.compile(dynamic=False)
 
 
+def uncompile(network: nn.Module) -> None:
+    """Have a network run eagerly again; nothing changes if it was not compiled."""
+    network._compiled_call_impl = None
+
+
 def uncompiled() -> AbstractContextManager[Any]:
     """Return the context in which compiled networks run eagerly: for shapes that come up rarely."""
     import torch

@@ -105,8 +105,6 @@ class Ema:
 
     def _at_hand(self, parameter: nn.Parameter) -> Tensor:
         """Return a weight where its average is; it has to look trained, for EMAModel copies what is not."""
-        if parameter.device == self._device:
-            return parameter
         return parameter.detach().to(self._device).requires_grad_(True)
 
     @contextmanager

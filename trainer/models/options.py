@@ -58,6 +58,10 @@ class TrainableOptions:
     disable_textenc_training: bool = False
     """Freeze the whole text encoder."""
 
+    stop_textenc_after_n_epochs: Annotated[float, Gt(0)] | None = None
+    """Freeze the text encoder after this many epochs, such as 2 or 0.5: it loses its optimizer, and captions
+    are encoded once if latents are cached. null trains it to the end."""
+
     disable_unet_training: bool = False
     """Freeze the whole UNet."""
 

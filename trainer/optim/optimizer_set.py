@@ -37,6 +37,17 @@ class Member:
         return getattr(self.optimizer, "_step_supports_amp_scaling", False)
 
 
+@dataclass(frozen=True)
+class Learned:
+    """The options of an optimizer with what it has learned."""
+
+    options: OptimizerOptions
+    step: int
+    """Optimizer steps of its network."""
+    d: float
+    """Its estimate; 1 for one that does not find its rate."""
+
+
 class OptimizerSet:
     """Separate optimizers for separate networks, each with its own rate, schedule and `d`.
 
@@ -64,13 +75,19 @@ class OptimizerSet:
             for network, trained in parameters.items()
             if trained
         )
-        self.fused = any(member.fused for member in self.members)
+        self.stopped: dict[str, Learned] = {}
+        """Of networks that were frozen during the run, whose optimizers are gone."""
         self._decayed: dict[str, Any] = {}
         self._finite: Tensor | None = None
         self._half_made: Tensor | float = 0.0
         self.updating = False
         """Whether a step has begun to change weights and state: until whoever counts steps has counted it and
         says so here, neither the number of the step nor the next one is that of the weights."""
+
+    @property
+    def fused(self) -> bool:
+        """True if a network is updated inside the backward pass."""
+        return any(member.fused for member in self.members)
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -81,6 +98,21 @@ class OptimizerSet:
     def parameters(self) -> dict[str, tuple[nn.Parameter, ...]]:
         """Trained parameters by network."""
         return {member.network: member.parameters for member in self.members}
+
+    def stop(self, network: str, step: int) -> None:
+        """Drop the optimizer of a network after `step` optimizer steps, and its state."""
+        for member in self.members:
+            if member.network == network:
+                self._drop(network, _learned(member, step))
+
+    def learned(self, step: int) -> dict[str, Learned]:
+        """Return by network what its optimizer has learned in `step` steps, or fewer if it was stopped."""
+        return {member.network: _learned(member, step) for member in self.members} | self.stopped
+
+    def _drop(self, network: str, learned: Learned) -> None:
+        self.members = tuple(member for member in self.members if member.network != network)
+        self.stopped[network] = learned
+        self._decayed.pop(network, None)
 
     def set_rates(self, step: int) -> None:
         """Give every optimizer its learning rate for optimizer step `step`, counted from 0."""
@@ -158,6 +190,11 @@ class OptimizerSet:
                 "groups": groups,
                 "decayed": self._decayed.get(member.network),
             }
+        for network, last in self.stopped.items():
+            saved[network] = {
+                "optimizer": last.options.optimizer,
+                "stopped": {"step": last.step, "d": last.d},
+            }
         return saved
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -178,6 +215,10 @@ class OptimizerSet:
                 "--resume_weights_only."
             )
         for member in self.members:
+            if "stopped" in (entry := saved[member.network]):
+                last = entry["stopped"]
+                self._drop(member.network, Learned(member.options, int(last["step"]), last["d"]))
+        for member in self.members:
             entry = saved[member.network]
             current = member.optimizer.state_dict()["param_groups"]
             groups = [{**group, **learned} for group, learned in zip(current, entry["groups"], strict=True)]
@@ -195,8 +236,13 @@ class OptimizerSet:
                 raise ValueError(f"{odd[0]} is not of one kind in the state of the {member.network}")
             member.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self._decayed = {
-            network: entry["decayed"] for network, entry in saved.items() if entry["decayed"] is not None
+            network: entry["decayed"] for network, entry in saved.items() if entry.get("decayed") is not None
         }
+
+
+def _learned(member: Member, step: int) -> Learned:
+    d = float(member.options.measure(member.optimizer)["d"]) if member.options.adapts else 1.0
+    return Learned(member.options, step, d)
 
 
 def _rate(options: OptimizerOptions) -> float:

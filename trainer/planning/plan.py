@@ -47,6 +47,9 @@ class Plan:
     steps_of_epoch: int
     """Optimizer steps of the first epoch."""
 
+    text_stop: int | None
+    """Optimizer steps after which the text encoder is frozen."""
+
     ranks: int
     latents: LatentPlan
 
@@ -157,7 +160,9 @@ class Plan:
             if part.trained
             else ""
         )
-        return f"{learning}trains {part.what}: {part.trained:,} of {part.total:,} parameters"
+        stops = self.text_stop if network == TEXT_ENCODER else None
+        until = "" if stops is None else f", up to step {stops:,} of {self.total_steps:,}"
+        return f"{learning}trains {part.what}: {part.trained:,} of {part.total:,} parameters{until}"
 
     def _samples(self) -> str:
         every, named = self.sample_steps, self.config.samples.sample_prompts

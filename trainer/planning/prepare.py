@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 from collections.abc import Callable
@@ -87,8 +88,11 @@ def prepare(
     check_rates(config, {network: part.trained for network, part in parts.counts.items()})
     config, learned = with_first_d(config, start, parts.parameters)
     about = about_run(config, split.train, parts, total_steps, processes.count)
+    text_stop = _count_text_steps(config.parts.stop_textenc_after_n_epochs, config, split, processes.count)
     if start.about is not None:
         check_same_run(about, start.about, str(start.checkpoint))
+        epochs = start.about["config"].get("stop_textenc_after_n_epochs")
+        _check_stopped(text_stop, _count_text_steps(epochs, config, split, processes.count), epochs, start)
     artifact.take(parts, start.adapter)
     latents = plan_latents(
         config.cache,
@@ -109,6 +113,7 @@ def prepare(
         counts=parts.counts,
         total_steps=total_steps,
         steps_of_epoch=steps_per_epoch(split.train, epoch=0, **_planned(config, processes.count)),
+        text_stop=text_stop,
         ranks=processes.count,
         latents=latents,
         about=about,
@@ -165,6 +170,29 @@ def _count_steps(config: TrainConfig, split: Split, ranks: int) -> int:
     if total == 0:
         raise DataError(f"data_root: in {epochs} epochs no image is due: raise its multiply, or max_epochs")
     return total
+
+
+def _count_text_steps(epochs: float | None, config: TrainConfig, split: Split, ranks: int) -> int | None:
+    """Return the optimizer steps of a number of epochs, the last one begun counted in whole steps."""
+    if epochs is None:
+        return None
+    whole, planned = int(epochs), _planned(config, ranks)
+    last = (epochs - whole) * steps_per_epoch(split.train, epoch=whole, **planned)
+    return max(1, steps_before(split.train, epoch=whole, **planned) + math.ceil(last - 1e-9))
+
+
+def _check_stopped(now: int | None, before: int | None, epochs: float | None, start: Start) -> None:
+    """Refuse to train a text encoder again that the resumed run has frozen.
+
+    Raises:
+        UserError: it would be.
+    """
+    step = start.state.step if start.state is not None else 0
+    if before is not None and before <= step and (now is None or now > step):
+        raise UserError(
+            f"stop_textenc_after_n_epochs: the run has frozen the text encoder after step {before} and dropped "
+            f"its optimizer; set it back to {epochs:g}, or start a new run with --resume_weights_only."
+        )
 
 
 def _choose_seed(seed: int, start: Start) -> int:

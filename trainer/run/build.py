@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
-from functools import cache
+from functools import cache, partial
 
 from data.loader import StepLoader
 from trainer.diffusion.objective import make_objective
@@ -13,7 +13,7 @@ from trainer.planning.plan import Plan
 from trainer.reporting.console import Console
 from trainer.reporting.loggers import Loggers
 from trainer.run.announce import announce
-from trainer.run.encode import encode
+from trainer.run.encode import encode, encode_contexts
 from trainer.run.folder import keep_beside, make_folder, open_folder
 from trainer.run.networks import load, wrap
 from trainer.run.outputs import fixed_images, make_sample
@@ -21,8 +21,9 @@ from trainer.run.saved import make_saved, make_saver, restore
 from trainer.training.cadence import Cadence
 from trainer.training.precision import Precision
 from trainer.training.ranks import Processes
-from trainer.training.run import Evaluation, Learner, Records, Run
+from trainer.training.run import Evaluation, Learner, Records, Run, TextStop
 from trainer.training.signals import StopSignals
+from trainer.training.stop_text import stop_text_encoder
 
 
 def build(
@@ -80,6 +81,7 @@ def build(
 
     fixed = fixed_images(plan)
     fixed_loss = FixedLoss(loader.images.plain(fixed) if processes.main else [], objective) if fixed else None
+    encode_now = partial(encode_contexts, plan, models, tokenize, precision, processes, encoded.latents)
     validation = {held.tag: FixedLoss(batches, objective, held.keys) for held, batches, _ in encoded.held_out}
     run = Run(
         folder=folder,
@@ -123,7 +125,9 @@ def build(
         saver=make_saver(plan, saved, artifact, folder, processes, console),
         signals=signals,
         processes=processes,
+        text_stop=None if plan.text_stop is None else TextStop(plan.text_stop, encode_now, encoded.waiting),
     )
+    stop_text_encoder(run)
     if processes.main:
         run.evaluation.sample = make_sample(plan, models, run, encoded.waiting)
     return run

@@ -66,18 +66,8 @@ def encode(
         damaged = [BadFile(index.records[record].name, reason) for record, reason in latents.bad.items()]
         refuse_bad(replace(index, bad=tuple(damaged)))
     contexts = None
-    if latents is not None and not plan.trains_text:
-        captions = shown_captions(index, config.data)
-        if captions is not None:
-            captions += [record.caption.text for held in plan.split.held_out for record in held.index.records]
-        contexts = encode_captions(
-            captions,
-            tokenize,
-            models.text_encoder,
-            precision,
-            clip_skip=config.objective.clip_skip,
-            processes=processes.on_machine,
-        )
+    if not plan.trains_text:
+        contexts = encode_contexts(plan, models, tokenize, precision, processes, latents)
     nothing: tuple[list[Batch], list[BadFile]] = ([], [])  # rank 0 measures for all
     held_out = [
         (held, *(_held_out(plan, held, tokenize, models, precision) if processes.main else nothing))
@@ -88,6 +78,31 @@ def encode(
     for network in waiting:
         network.to("cpu")
     return Encoded(latents, contexts, held_out, waiting)
+
+
+def encode_contexts(
+    plan: Plan,
+    models: Models,
+    tokenize: Tokenize,
+    precision: Precision,
+    processes: Processes,
+    latents: Latents | None,
+) -> Contexts | None:
+    """Encode a run's captions with its frozen text encoder, as `encode_captions`; None without latents."""
+    if latents is None:
+        return None
+    config = plan.config
+    captions = shown_captions(plan.split.train, config.data)
+    if captions is not None:
+        captions += [record.caption.text for held in plan.split.held_out for record in held.index.records]
+    return encode_captions(
+        captions,
+        tokenize,
+        models.text_encoder,
+        precision,
+        clip_skip=config.objective.clip_skip,
+        processes=processes.on_machine,
+    )
 
 
 def _held_out(

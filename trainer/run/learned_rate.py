@@ -19,7 +19,7 @@ from trainer.optim.dadapt import AdaptedMomentOptions
 
 if TYPE_CHECKING:
     from trainer.config.schema import TrainConfig
-    from trainer.optim.optimizer_set import Member
+    from trainer.optim.optimizer_set import Learned
     from trainer.training.run import Run
 
 LEARNED = "optimizer.found.json"
@@ -30,32 +30,32 @@ def export_learned_rate(run: Run, config: TrainConfig) -> list[str]:
 
     Without an optimizer that adapts there are no lines.
     """
-    adapted = {member.network: member for member in run.learner.optimizers.members if member.options.adapts}
-    if not adapted:
+    found = {
+        network: learned
+        for network, learned in run.learner.optimizers.learned(run.state.step).items()
+        if learned.options.adapts
+    }
+    if not found:
         return []
-    measured = run.learner.optimizers.measures()
-    found = {network: float(measured[network]["d"]) for network in adapted}
     path = run.folder / LEARNED
     try:
         path.unlink(missing_ok=True)  # of an earlier stop, at which d may have been another
         if reasons := [
-            reason for network, member in adapted.items() if (reason := _reason(member, found[network], run))
+            reason for network, learned in found.items() if (reason := _reason(network, learned, run))
         ]:
             return [f"No {LEARNED}: {'; '.join(reasons)}."]
         half = config.precision.weights_dtype == "bf16" and not config.parts.trains_adapters
-        learned = {
-            network: _as_adamw(member.options, found[network], half) for network, member in adapted.items()
-        }
-        rates = " and ".join(f"{options.lr:g} for the {network}" for network, options in learned.items())
+        fixed = {network: _as_adamw(learned, half) for network, learned in found.items()}
+        rates = " and ".join(f"{options.lr:g} for the {network}" for network, options in fixed.items())
         settled = "; ".join(
-            f"{network}: {_cap(member.options, learned[network])}"
-            f"{run.records.watch.settled(network, step=run.state.step, d=found[network])}"
-            for network, member in adapted.items()
+            f"{network}: {_cap(learned.options, fixed[network])}"
+            f"{run.records.watch.settled(network, step=learned.step, d=learned.d)}"
+            for network, learned in found.items()
         )
         doc = (
             f"AdamW in 8 bits at the rates of {run.folder.name} at step {run.state.step}: {rates}. {settled}."
         )
-        exported = _with_optimizers(config, learned)
+        exported = _with_optimizers(config, fixed)
         _write(path, {"doc": doc, **documents(exported)["optimizer.json"]})
     except OSError as error:
         return [f"No {LEARNED}: it could not be written ({error.strerror or error})."]
@@ -67,14 +67,14 @@ def export_learned_rate(run: Run, config: TrainConfig) -> list[str]:
     ]
 
 
-def _reason(member: Member, d: float, run: Run) -> str | None:
+def _reason(network: str, learned: Learned, run: Run) -> str | None:
     """Return why the rate of a network cannot be exported, as a clause; None if it can."""
-    options, network = member.options, member.network
+    options = learned.options
     if not isinstance(options, AdaptedMomentOptions):
         other = f"{options.optimizer} of the {network} takes other steps than AdamW"
         return f"{other}, to which its rate means nothing"
-    if run.records.watch.stuck(network, d):
-        return f"d of the {network} has not left d0 ({options.d0:g}) up to step {run.state.step}"
+    if run.records.watch.stuck(network, learned.d):
+        return f"d of the {network} has not left d0 ({options.d0:g}) up to step {learned.step}"
     return None
 
 
@@ -95,12 +95,13 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
         draft.write_text(text + "\n", encoding="utf-8")
 
 
-def _as_adamw(options: Any, d: float, half: bool) -> AdamW8bitOptions | AdamW8bitFusedOptions:
-    """Return AdamW in 8 bits with the steps, schedule and decay of an Adam with estimate `d`.
+def _as_adamw(learned: Learned, half: bool) -> AdamW8bitOptions | AdamW8bitFusedOptions:
+    """Return AdamW in 8 bits with the steps, schedule and decay of an Adam with an estimate.
 
     It is the one that takes no more memory than the run: with fused backward, or with bf16 weights if `half`,
     this program's own.
     """
+    options: Any = learned.options
     fused = getattr(options, "fused_backward", False)
     scale: float = getattr(options, "layer_scale", 1.0)
     same = {
@@ -110,7 +111,7 @@ def _as_adamw(options: Any, d: float, half: bool) -> AdamW8bitOptions | AdamW8bi
     }
     # Decay shrinks weights by weight_decay * d*lr a step, which layer_scale leaves alone; AdamW has none that
     # is added to the gradient.
-    rate = min(d * (options.lr or 1.0) * scale, getattr(options, "rate_max", math.inf))
+    rate = min(learned.d * (options.lr or 1.0) * scale, getattr(options, "rate_max", math.inf))
     decay = options.weight_decay / scale if options.decouple else 0.0
     same |= {"lr": _rounded(rate), "weight_decay": float(f"{decay:.6g}")}
     return AdamW8bitFusedOptions(**same, fused_backward=fused) if fused or half else AdamW8bitOptions(**same)

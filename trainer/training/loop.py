@@ -18,6 +18,7 @@ from trainer.training.reports import report
 from trainer.training.run import Run
 from trainer.training.signals import Interrupted
 from trainer.training.step import train_step
+from trainer.training.stop_text import stop_text_encoder
 
 
 def train(run: Run) -> None:
@@ -84,6 +85,7 @@ def make_steps(run: Run) -> None:
             if epoch_ends:
                 end_epoch(run, steps)
             list_due(run, due, before, by_clock=by_clock)
+            stop_text_encoder(run)
             do_due(run)
 
 

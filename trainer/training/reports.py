@@ -41,7 +41,7 @@ def report(run: Run) -> None:
     records.loggers.scalars(numbers, step)
     rates = {network: numbers[f"{RATE}{network}"] for network in run.learner.optimizers.parameters}
     records.console.report(Report(loss, rates, numbers.get(IMAGES_PER_SECOND), memory))
-    for network in records.watch.networks:
+    for network in [network for network in records.watch.networks if network in rates]:
         d, d_hat = numbers[f"{D}{network}"], numbers[f"{D_HAT}{network}"]
         for sentence in records.watch.look(network, step=step, d=d, d_hat=d_hat):
             records.console.event(sentence)

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.loader import StepLoader
 from trainer.checkpoints.format import TrainState
 from trainer.checkpoints.saver import Saver
+from trainer.diffusion.conditioning import Contexts
 from trainer.diffusion.objective import Networks, Objective
 from trainer.evaluation.fixed_noise import FixedLoss, Validation
 from trainer.evaluation.loss_watch import LossWatch
@@ -81,6 +82,18 @@ class Health:
     """State before the current streak of steps without a readable image; None outside a streak."""
 
 
+@dataclass(frozen=True)
+class TextStop:
+    """The last step of the text encoder."""
+
+    step: int
+    """Optimizer steps that it trains for."""
+    encode: Callable[[], Contexts | None]
+    """Encode the captions once, if the run caches latents and there is memory."""
+    waiting: list[nn.Module]
+    """Networks that are on the CPU between samples."""
+
+
 @dataclass(kw_only=True)
 class Run:
     """A run and where it is."""
@@ -100,6 +113,8 @@ class Run:
     processes: Processes
     max_seconds: float | None = None
     """Training time after which the run ends."""
+    text_stop: TextStop | None = None
+    """None if the text encoder is never frozen during the run."""
     overfits: bool = False
     """Ended by stop_on_overfit."""
     health: Health = field(default_factory=Health)

@@ -12,6 +12,7 @@ import torch
 from trainer.config.schema import OptimizerConfig, TrainConfig, optimizer_classes
 from trainer.models.options import ModelOptions
 from trainer.optim import AdamWOptions, DAdaptAdamOptions
+from trainer.optim.optimizer_set import Learned
 from trainer.optim.watch import PATIENCE, AdaptationWatch
 from trainer.run.learned_rate import LEARNED, export_learned_rate
 from trainer.training.options import PrecisionOptions
@@ -32,9 +33,8 @@ def outcome(
             watch.look(network, step=step, d=d / 1.5, d_hat=0.0)
     parameters = (torch.empty(size, device="meta"),)
     optimizers = SimpleNamespace(
-        members=[SimpleNamespace(network=network, options=chosen) for network, chosen in options.items()],
         parameters=dict.fromkeys(options, parameters),
-        measures=lambda: {network: {"d": torch.tensor(d, dtype=torch.float64)} for network in options},
+        learned=lambda step: {network: Learned(chosen, step, d) for network, chosen in options.items()},
     )
     run: Any = SimpleNamespace(
         folder=folder,
