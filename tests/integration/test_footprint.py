@@ -12,8 +12,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 import train
 import trainer.planning.memory_ledger
-from scripts import bench_memory
+from scripts import bench_memory, full_size
 from tests.tiny import tiny_models
+from trainer.config import load_config
 from trainer.config.schema import OptimizerConfig, TrainConfig, optimizer_classes
 from trainer.diffusion.objective import Inputs, Networks, make_objective
 from trainer.models.family import SD1
@@ -250,6 +251,31 @@ def test_the_changes_proposed_come_in_their_order_and_end_where_it_fits(models):
     assert not tight.fits and tight.spared[0][0] == cheapest_key(config)
     peaks = [whole.peak, *(peak for _, peak in tight.spared)]
     assert peaks == sorted(peaks, reverse=True) and peaks[-1] < whole.peak - (1 << 28) < peaks[-2]
+
+
+@pytest.mark.parametrize("images", [pytest.param(n, marks=pytest.mark.slow) for n in (1, 4, 30)] + [16])
+def test_d_adaptation_takes_no_more_than_adamw_in_8_bits(images):
+    """SD 1.5 at full size: less than bitsandbytes' up to 16 images, and the same as AdamW of the same kernel."""
+    arguments = [
+        "--config",
+        str(ROOT / "configs" / "sd15.json"),
+        "--data_root",
+        str(ROOT / "examples" / "faces"),
+    ]
+    config = load_config(arguments).config
+    models = full_size.empty_models()
+
+    def gib(**optimizers):
+        changed = replace(config, optimizers=replace(config.optimizers, **optimizers))
+        work = Work(size=(512, 512), images=images, latents_kept=True)
+        return step(changed, models, CUDA, work).total / 2**30
+
+    adamw = optimizer_classes()["adamw8bit"](lr=1e-6)
+    fused = optimizer_classes()["adamw8bit_fused"](lr=1e-6, fused_backward=True)
+    ours = gib()
+    theirs, same_kernel = (gib(unet=chosen, text_encoder=chosen) for chosen in (adamw, fused))
+    assert ours < theirs or images > 16
+    assert ours < theirs + 0.1 and same_kernel < ours < same_kernel + 0.1
 
 
 @pytest.mark.slow
