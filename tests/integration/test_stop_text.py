@@ -13,6 +13,7 @@ import train
 from tests.integration.test_resume import curves
 from tests.runs import ADAMW, DADAPT, FUSED, run_of, write
 from trainer.optim.optimizer_set import OptimizerSet
+from trainer.reporting.tags import RATE, D
 
 LAST = "last-tiny-ep03-gs00009"
 SETTINGS = {
@@ -90,8 +91,8 @@ def test_from_the_stop_on_nothing_of_the_text_encoder_moves_and_its_optimizer_is
     state = json.loads((folders[1] / "resume/training.json").read_text())["optimizers"]
     assert state["text encoder"].keys() == {"optimizer", "stopped"}
     tags = {tag: max(steps) for tag, steps in curves(run).items() if tag.endswith("text encoder")}
-    assert set(tags.values()) == {5} and "hyperparameter/lr text encoder" in tags
-    assert max(curves(run)["hyperparameter/lr unet"]) == 9
+    assert set(tags.values()) == {5} and f"{RATE}text encoder" in tags
+    assert max(curves(run)[f"{RATE}unet"]) == 9
     out = capsys.readouterr().out
     assert "parameters, up to step 5 of 9" in out and "The text encoder is frozen after step 5" in out
     assert "up to step 5 of 9" in (folders[2] / "README.md").read_text()
@@ -124,9 +125,24 @@ def test_a_stop_can_be_added_on_resume_and_not_taken_back(workplace, capsys):
     out = capsys.readouterr().out
     assert "Changed: stop_textenc_after_n_epochs: null -> 1.0" in out
     assert "The text encoder is frozen after step 7" in out
-    assert max(curves(run_of(workplace))["hyperparameter/lr text encoder"]) == 7
+    assert max(curves(run_of(workplace))[f"{RATE}text encoder"]) == 7
     assert train.main(["--resume_ckpt", "findlast", "--stop_textenc_after_n_epochs", "null"]) == 2
     assert (
         "stop_textenc_after_n_epochs: the run has frozen the text encoder after step 3 and dropped its "
         "optimizer; set it back to 1, or start a new run with --resume_weights_only."
     ) in capsys.readouterr().err
+
+
+def test_the_d_of_a_stopped_text_encoder_starts_a_new_run_and_the_exported_rates(workplace):
+    write(workplace, FUSED, **SETTINGS)
+    assert train.main([]) == 0
+    run = run_of(workplace)
+    d = curves(run)[f"{D}text encoder"][5]
+    assert d > 1.2 * FUSED["base"]["d0"], "it had risen"
+    exported = json.loads((run / "optimizer.found.json").read_text())
+    assert exported["text_encoder_overrides"]["lr"] == pytest.approx(d, rel=1e-3)
+    write(workplace, {"base": {**FUSED["base"], "d0": "resume"}}, **SETTINGS)
+    new = ["--resume_ckpt", str(run), "--resume_weights_only", "--logdir", "new", "--stop_after_steps", "1"]
+    assert train.main(new) == 0
+    sections = json.loads((next((workplace / "new").iterdir()) / "optimizer.json").read_text())
+    assert sections["text_encoder_overrides"]["d0"] == pytest.approx(d)

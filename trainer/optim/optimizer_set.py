@@ -193,7 +193,7 @@ class OptimizerSet:
         for network, last in self.stopped.items():
             saved[network] = {
                 "optimizer": last.options.optimizer,
-                "stopped": {"step": last.step, "d": last.d},
+                "stopped": {"step": last.step} | ({"d": last.d} if last.options.adapts else {}),
             }
         return saved
 
@@ -217,7 +217,7 @@ class OptimizerSet:
         for member in self.members:
             if "stopped" in (entry := saved[member.network]):
                 last = entry["stopped"]
-                self._drop(member.network, Learned(member.options, int(last["step"]), last["d"]))
+                self._drop(member.network, Learned(member.options, int(last["step"]), last.get("d", 1.0)))
         for member in self.members:
             entry = saved[member.network]
             current = member.optimizer.state_dict()["param_groups"]

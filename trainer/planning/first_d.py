@@ -19,7 +19,7 @@ from trainer.state_file import read_entry
 if TYPE_CHECKING:
     from trainer.planning.resume import Start
 
-_PLACES = (("state", "adaptation", "d"), ("groups", 0, "d"))
+_PLACES = (("state", "adaptation", "d"), ("groups", 0, "d"), ("stopped", "d"))
 """Places of d in the state of an optimizer: of this program's own, and of the libraries'."""
 
 
