@@ -12,6 +12,7 @@ from scripts.bench_loop import build, epochs_of
 from scripts.full_size import BUNDLED, random_models
 from scripts.gpu.job import Job, Result
 from scripts.gpu.runs import ROOT, images_of
+from scripts.gpu.training import memory
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
@@ -38,13 +39,15 @@ def epochs(job: Job, tell: Callable[[Result], None]) -> None:
     tell({"kind": "built", "seconds": time.perf_counter() - began})
     for number in range(1 if job.tiny else 3):
         train = epochs_of(run)()
+        if job.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         images = train()
         if job.device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-        counted = job.tiny or number > 0
-        tell({"kind": "epoch", "number": number, "images": images, "seconds": seconds, "counted": counted})
+        found = {"number": number, "images": images, "seconds": seconds, "counted": job.tiny or number > 0}
+        tell({"kind": "epoch", **found, **memory(torch.device(job.device))})
 
 
 def _config(job: Job) -> TrainConfig:

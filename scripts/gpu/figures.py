@@ -14,7 +14,8 @@ def training_rows(steps: dict[str, dict[str, Any]]) -> list[Result]:
     rows: list[Result] = []
     estimates = {
         (found["optimizer"], found["images"]): found["bytes"]
-        for found in results(steps.get("estimates"), "estimate")
+        for step in steps.values()
+        for found in results(step, "estimate")
     }
     speeds = results(steps.get("environment"), "speed")
     for name, step in steps.items():
@@ -50,9 +51,13 @@ def results(step: dict[str, Any] | None, kind: str) -> list[Result]:
 def ratios(steps: dict[str, dict[str, Any]]) -> list[tuple[str, float, float | None]]:
     """Return D-Adaptation's ratios to AdamW8bit: a label, time, and memory if it was measured."""
     found: list[tuple[str, float, float | None]] = []
-    epochs = epoch_seconds(steps)
+    epochs, peaks = epoch_seconds(steps), epoch_peaks(steps)
     found += [
-        (f"{name}, whole epochs", seconds / epochs[BASE], None)
+        (
+            f"{name}, whole epochs",
+            seconds / epochs[BASE],
+            peaks[name] / peaks[BASE] if name in peaks and BASE in peaks else None,
+        )
         for name, seconds in epochs.items()
         if BASE in epochs and name != BASE
     ]
@@ -77,4 +82,14 @@ def epoch_seconds(steps: dict[str, dict[str, Any]]) -> dict[str, float]:
         seconds = [epoch["seconds"] for epoch in results(step, "epoch") if epoch["counted"]]
         if seconds:
             found[name.partition(" ")[2]] = statistics.median(seconds)
+    return found
+
+
+def epoch_peaks(steps: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """Return the peak bytes of tensors over all epochs by optimizer, if they were measured."""
+    found = {}
+    for name, step in steps.items():
+        peaks = [epoch["allocated"] for epoch in results(step, "epoch") if "allocated" in epoch]
+        if peaks:
+            found[name.partition(" ")[2]] = max(peaks)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from scripts.gpu.figures import Result, epoch_seconds, ratios, results, training_rows
+from scripts.gpu.figures import Result, epoch_peaks, epoch_seconds, ratios, results, training_rows
 
 POST_TIME, POST_MEMORY = 1.37, 24 / 14
 """Time and memory of D-Adaptation to AdamW8bit in the first published comparison on Stable Diffusion."""
@@ -118,20 +118,14 @@ def _epochs(steps: dict[str, dict[str, Any]]) -> list[str]:
         for name, step in steps.items()
         for epoch in results(step, "epoch")
     }
+    peaks = epoch_peaks(steps)
     rows = [
-        (name, images[name], seconds, images[name] / seconds)
+        (name, images[name], seconds, images[name] / seconds, peaks[name] / GIB if name in peaks else None)
         for name, seconds in epoch_seconds(steps).items()
     ]
-    lines = table(("optimizer", "images of an epoch", "seconds", "images/s"), rows)
-    return (
-        [
-            "## Epochs of the whole program: configs/sd15.json, batch 4, without samples and checkpoints",
-            "",
-            *lines,
-        ]
-        if lines
-        else []
-    )
+    lines = table(("optimizer", "images of an epoch", "seconds", "images/s", "allocated GiB"), rows)
+    title = "## Epochs of the whole program: configs/sd15.json, batch 4, without samples and checkpoints"
+    return [title, "", *lines] if lines else []
 
 
 def _training(steps: dict[str, dict[str, Any]]) -> list[str]:

@@ -49,7 +49,8 @@ def largest(job: Job, tell: Callable[[Result], None]) -> None:
         images = int(4 + (holds - few) / ((some - few) / 12))
     while True:
         try:
-            return tell(_measured(steps, images, times=1))
+            tell(_measured(steps, images, times=1))
+            return _estimate(job, job.argument, images, tell)
         except torch.OutOfMemoryError:
             tell({"kind": "too large", "images": images})
         images -= max(1, images // 12)
@@ -66,8 +67,12 @@ def estimates(job: Job, tell: Callable[[Result], None]) -> None:
     device, *names = job.argument.split()
     for name in names[:1] if job.tiny else names:
         for images in (2,) if job.tiny else BATCHES:
-            setting = setting_of(job, name, device=device, images=images)
-            tell({"kind": "estimate", "optimizer": name, "images": images, "bytes": estimated(setting)})
+            _estimate(job, name, images, tell, device=device)
+
+
+def _estimate(job: Job, name: str, images: int, tell: Callable[[Result], None], **changes: Any) -> None:
+    found = estimated(setting_of(job, name, images=images, **changes))
+    tell({"kind": "estimate", "optimizer": name, "images": images, "bytes": found})
 
 
 def _measured(steps: Steps, images: int, *, times: int) -> Result:
@@ -82,7 +87,7 @@ def _measured(steps: Steps, images: int, *, times: int) -> Result:
         "kind": "steps",
         "images": images,
         **found,
-        **_memory(steps.device),
+        **memory(steps.device),
         "state": state_bytes(steps.optimizers),
     }
 
@@ -129,7 +134,7 @@ def _forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def _memory(device: torch.device) -> dict[str, int]:
+def memory(device: torch.device) -> dict[str, int]:
     """Return peak bytes of tensors and of the allocator, and bytes in use beyond the allocator."""
     if device.type != "cuda":
         return {}
