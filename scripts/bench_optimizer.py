@@ -17,11 +17,8 @@ import gc
 import os
 import statistics
 import sys
-import warnings
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from functools import partial
-from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,12 +27,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from scripts.bench.machine import forget_peak, held, machine, peak
-from scripts.bench.optimizers import BASE, CONTENDERS, CONTIGUOUS_ONLY, NETWORKS, shapes
+from scripts.bench.optimizers import (
+    BASE,
+    CONTENDERS,
+    NETWORKS,
+    prepared,
+    random_gradients,
+    shapes,
+    state_bytes,
+)
 from scripts.bench.rounds import Figures, Rounds, parser, table, timed, write_json
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from torch.optim import Optimizer
 
 PROBE = "streaming memory"
@@ -102,28 +106,14 @@ def _contenders(chosen: Sequence[torch.Size], options: argparse.Namespace) -> di
     import torch
 
     dtype = torch.bfloat16 if options.weights == "bf16" else torch.float32
-
-    def random(shape: torch.Size, scale: float, contiguous: bool) -> torch.Tensor:
-        made = (torch.randn(shape, device=options.device) * scale).to(dtype)
-        return made if contiguous or len(shape) != 4 else made.to(memory_format=torch.channels_last)
-
+    gradients = random_gradients(chosen, options.device, dtype, contiguous=options.contiguous)
     made: dict[str, Contender] = {}
-    shared = [random(shape, 1e-3, options.contiguous) for shape in chosen]
     for name in dict.fromkeys((BASE, *options.only)):
-        contiguous = options.contiguous or name in CONTIGUOUS_ONLY
-        params = [torch.nn.Parameter(random(shape, 0.02, contiguous)) for shape in chosen]
-        gradients = [gradient.contiguous() for gradient in shared] if contiguous else shared
         try:
-            with redirect_stdout(StringIO()), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                optimizer = CONTENDERS[name](params)
+            optimizer, step = prepared(name, gradients)
         except ImportError as error:
             print(f"{name}: skipped: {error}")
             continue
-        if getattr(optimizer, "_step_supports_amp_scaling", False) and name != BASE:
-            # The trainer sets this; without it the step would read every gradient once more.
-            optimizer.found_inf = torch.zeros((), device=options.device)  # type: ignore[attr-defined]
-        step = partial(_step, optimizer, params, gradients)
         made[name] = Contender(optimizer, step, timed(step, options.device)["wall"])
         for _ in range(2):  # one-time work of first steps
             step()
@@ -161,33 +151,11 @@ def _table(contenders: dict[str, Contender], rounds: Rounds, numel: int, device:
         over = _peak(step, device)
         memory = "-" if over is None else str(round(over / 1e6))
         lines.append(
-            (name, *times, f"{_state_bytes(optimizer) / numel:.2f}", memory, str(_calls(step, device)))
+            (name, *times, f"{state_bytes(optimizer) / numel:.2f}", memory, str(_calls(step, device)))
         )
     heads = ("", "ms", "ratio", "host ms", "ratio", "state B/param", "peak MB", counted)
     probe = f"streaming {statistics.median(speeds):.1f} GB/s (median), {max(speeds):.1f} (best)"
     return f"{probe}\n{table(heads, lines)}"
-
-
-def _step(optimizer: Optimizer, params: list[nn.Parameter], gradients: list[torch.Tensor]) -> None:
-    """Step as after a backward pass; with fused backward, pass the gradients as backward does."""
-    fused = getattr(optimizer, "fused_backward", False)
-    for parameter, gradient in zip(reversed(params), reversed(gradients), strict=True):
-        parameter.grad = gradient
-        if fused:
-            for hook in (parameter._post_accumulate_grad_hooks or {}).values():  # type: ignore[attr-defined]
-                hook(parameter)
-    optimizer.step()
-
-
-def _state_bytes(optimizer: Optimizer) -> int:
-    import torch
-
-    storages: dict[int, int] = {}
-    for entry in optimizer.state.values():
-        for value in entry.values():
-            if isinstance(value, torch.Tensor) and value.numel() > 1:
-                storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-    return sum(storages.values())
 
 
 def _peak(run: Callable[[], Any], device: str) -> int | None:

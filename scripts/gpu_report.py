@@ -59,6 +59,7 @@ STEPS = (
     *(Planned(f"training {name}", "scripts.gpu.training:training", 60, name) for name in OPTIMIZERS[:2]),
     *(Planned(f"epochs {name}", "scripts.gpu.epochs:epochs", 60, name) for name in OPTIMIZERS[:2]),
     *(Planned(f"training {name}", "scripts.gpu.training:training", 60, name) for name in OPTIMIZERS[2:]),
+    Planned("alone", "scripts.gpu.alone:alone", 60),
     Planned("profile", "scripts.gpu.profiling:profile_step", 90),
     Planned("resumed", "scripts.gpu.runs:resumed", 90),
     Planned("first run", "scripts.gpu.runs:first_run", 120),

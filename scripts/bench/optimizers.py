@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from functools import partial
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from scripts.full_size import BUNDLED
@@ -114,3 +118,58 @@ CONTENDERS: dict[str, Build] = {
 
 CONTIGUOUS_ONLY = ("prodigy_adv int8", "prodigy_adv factored")
 """Contenders whose views of gradients fail for channels_last."""
+
+
+def random_gradients(
+    sizes: Sequence[torch.Size], device: str, dtype: torch.dtype, *, contiguous: bool = False
+) -> list[torch.Tensor]:
+    """Return random gradients, those of convolutions in channels_last unless `contiguous`."""
+    import torch
+
+    made = (1e-3 * torch.randn(size, device=device, dtype=torch.float32).to(dtype) for size in sizes)
+    return [
+        each if contiguous or each.ndim != 4 else each.to(memory_format=torch.channels_last) for each in made
+    ]
+
+
+def prepared(name: str, gradients: list[torch.Tensor]) -> tuple[Optimizer, Callable[[], None]]:
+    """Return a contender over random parameters of the gradients' shapes, and its step.
+
+    Raises:
+        ImportError: its library is not installed.
+    """
+    import torch
+
+    if name in CONTIGUOUS_ONLY:
+        gradients = [gradient.contiguous() for gradient in gradients]
+    params = [torch.nn.Parameter(0.02 * torch.randn_like(gradient)) for gradient in gradients]
+    with redirect_stdout(StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = CONTENDERS[name](params)
+    if getattr(optimizer, "_step_supports_amp_scaling", False) and name != BASE:
+        # The trainer sets this; without it the step would read every gradient once more.
+        optimizer.found_inf = torch.zeros((), device=gradients[0].device)  # type: ignore[attr-defined]
+    return optimizer, partial(_step, optimizer, params, gradients)
+
+
+def _step(optimizer: Optimizer, params: list[nn.Parameter], gradients: list[torch.Tensor]) -> None:
+    """Step as after a backward pass; with fused backward, pass the gradients as backward does."""
+    fused = getattr(optimizer, "fused_backward", False)
+    for parameter, gradient in zip(reversed(params), reversed(gradients), strict=True):
+        parameter.grad = gradient
+        if fused:
+            for hook in (parameter._post_accumulate_grad_hooks or {}).values():  # type: ignore[attr-defined]
+                hook(parameter)
+    optimizer.step()
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Return the bytes of an optimizer's state, each storage counted once."""
+    import torch
+
+    storages: dict[int, int] = {}
+    for entry in optimizer.state.values():
+        for value in entry.values():
+            if isinstance(value, torch.Tensor) and value.numel() > 1:
+                storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    return sum(storages.values())

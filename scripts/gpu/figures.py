@@ -27,7 +27,7 @@ def training_rows(steps: dict[str, dict[str, Any]]) -> list[Result]:
             shared |= {key: value for key, value in found.items() if key not in ("kind", "images", "seconds")}
         for found in results(step, "steps"):
             row = {**shared, **found, "estimated": estimates.get((optimizer, found["images"]))}
-            if speeds:
+            if speeds and "fused" not in optimizer:  # whose updates are inside backward
                 row["floor"] = floor(row, speeds[0]["copy"])
             rows.append(row)
     return rows
@@ -36,11 +36,18 @@ def training_rows(steps: dict[str, dict[str, Any]]) -> list[Result]:
 def floor(row: Result, copy: float) -> float | None:
     """Return the least milliseconds of an optimizer's step: its memory traffic at the measured copy speed.
 
-    Gradients are read once, weights and state read and written once. None for updates inside backward.
+    Gradients are read once, weights and state read and written once, all but state in fp32.
     """
-    if "fused" in row["name"]:
-        return None
     return (12 * row["trained"] + 2 * row["state"]) / copy / 1e6
+
+
+def alone_rows(steps: dict[str, dict[str, Any]]) -> list[Result]:
+    """Return a row for every optimizer's steps alone, with its floor if the copy speed was measured."""
+    speeds = results(steps.get("environment"), "speed")
+    return [
+        {**found, "floor": floor(found, speeds[0]["copy"]) if speeds else None}
+        for found in results(steps.get("alone"), "alone")
+    ]
 
 
 def results(step: dict[str, Any] | None, kind: str) -> list[Result]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from scripts.gpu.figures import Result, epoch_peaks, epoch_seconds, ratios, results, training_rows
+from scripts.gpu.figures import Result, alone_rows, epoch_peaks, epoch_seconds, ratios, results, training_rows
 
 POST_TIME, POST_MEMORY = 1.37, 24 / 14
 """Time and memory of D-Adaptation to AdamW8bit in the first published comparison on Stable Diffusion."""
@@ -22,7 +22,7 @@ def page(report: dict[str, Any]) -> str:
             "",
         ]
     lines += [*_summary(steps), ""]
-    parts = (_environment, _correctness, _epochs, _training, _profile, _runs)
+    parts = (_environment, _correctness, _epochs, _training, _alone, _profile, _runs)
     return "\n".join([*lines, *(line for part in parts for line in part(steps)), *_course(steps), ""])
 
 
@@ -187,6 +187,25 @@ def _launches(rows: Sequence[Result]) -> list[str]:
 
 
 _PARTS = ("whole", "forward", "backward", "optimizer", "host")
+
+
+def _alone(steps: dict[str, dict[str, Any]]) -> list[str]:
+    rows = (
+        (
+            row["optimizer"],
+            row["whole"],
+            row["host"],
+            row["floor"],
+            row["whole"] / row["floor"] if row["floor"] else None,
+            row["state"] / row["trained"],
+            row["first"],
+        )
+        for row in alone_rows(steps)
+    )
+    header = ("optimizer", "ms", "host", "floor", "ms / floor", "state B/weight", "first s")
+    lines = table(header, rows)
+    title = "## Optimizer steps alone: UNet and text encoder, fp32 weights, random gradients"
+    return [title, "", *lines] if lines else []
 
 
 def _profile(steps: dict[str, dict[str, Any]]) -> list[str]:
