@@ -82,7 +82,7 @@ def compare(options: argparse.Namespace, changes: list[str], command: str) -> No
     from scripts.compare.measures import Compared, measure, settings_of, trained_parameters
     from scripts.compare.pictures import draw_pictures
     from scripts.compare.report import device_words, write_report
-    from scripts.compare.runs import finish, plan_runs
+    from scripts.compare.runs import finish, names, plan_runs
     from scripts.grids.draw import read_prompts
 
     train, *optimizers = options.config
@@ -103,9 +103,9 @@ def compare(options: argparse.Namespace, changes: list[str], command: str) -> No
         ends = finish(runs, print)
         trained = {run.optimizer: trained_parameters(run) for run in runs}
         files = []
-        for label in dict.fromkeys(run.label for run in runs):
+        for label, name in names(runs).items():
             own = [end for end in ends if end.planned.label == label]
-            files.append(Compared(label, tuple(measure(end, trained[end.planned.optimizer]) for end in own)))
+            files.append(Compared(name, tuple(measure(end, trained[end.planned.optimizer]) for end in own)))
         words = f"{len(unrelated.samples or ())} prompts of {(options.unrelated or Path(shown)).name}"
         if not options.unrelated:
             words += " (all sample prompts; name those that the training is not about with --unrelated)"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.compare.drift import Tone
+from scripts.compare.drift import Shift, Tone
 from scripts.compare.runs import Finished, Planned
 from trainer.reporting.tags import IMAGES_PER_SECOND, MINUTES_PER_EPOCH, VRAM, current
 
@@ -62,6 +62,9 @@ class Compared:
 
     label: str
     runs: tuple[Measured, ...]
+    shifts: tuple[tuple[tuple[int, Shift], ...], ...] = ()
+    """For each finished run, unrelated prompts by index and the distance of their samples to the base's."""
+
     tones: tuple[Tone, ...] = ()
     """Of the unrelated prompts' samples, for each run that finished."""
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
-from scripts.compare.drift import Tone, tone
+from scripts.compare.drift import Shift, Tone, shift, tone
 from scripts.compare.measures import Compared
 
 if TYPE_CHECKING:
@@ -27,6 +28,12 @@ class Drawn(NamedTuple):
 
     unrelated: str
     """The unrelated prompts, in words."""
+
+    prompts: Sequence[str]
+    """The unrelated prompts."""
+
+    moved: Grid
+    """Samples of those that moved most, with the columns of `grid`."""
 
 
 def draw_pictures(
@@ -78,7 +85,7 @@ def draw_pictures(
 
     everything = drawn(columns, unrelated)
     grid = (
-        everything.only(firsts)
+        everything.only("checkpoints", firsts)
         if unrelated == shown
         else drawn([columns[number] for number in firsts], shown)
     )
@@ -86,8 +93,45 @@ def draw_pictures(
     for number, owner in enumerate(owners):
         if pictures := _of_column(everything.cells, number):
             tones.setdefault(owner, []).append(tone(pictures))
-    with_tones = [replace(file, tones=tuple(tones.get(place, ()))) for place, file in enumerate(files)]
-    return with_tones, Drawn(grid, tones[-1][0], words) if -1 in tones else None
+    if -1 not in tones:
+        return list(files), None
+    measured = [
+        replace(
+            file,
+            tones=tuple(tones.get(place, ())),
+            shifts=tuple(
+                _shifts(everything.cells, number) for number, owner in enumerate(owners) if owner == place
+            ),
+        )
+        for place, file in enumerate(files)
+    ]
+    worst = sorted({prompt for file in measured for prompt, _ in moved_most(file)})
+    shown_worst = everything.only("checkpoints", firsts).only("prompts", worst)
+    return measured, Drawn(grid, tones[-1][0], words, everything.values["prompts"], shown_worst)
+
+
+def moved_most(file: Compared, count: int = 3) -> list[tuple[int, Shift]]:
+    """Return the indices of the prompts that a file's first run moved most, farthest first.
+
+    Colour and structure count alike: each in shares of its mean over the prompts.
+    """
+    shifts = dict(file.shifts[0]) if file.shifts else {}
+    means = [fmean(values) or 1.0 for values in zip(*shifts.values(), strict=True)]
+
+    def far(prompt: int) -> float:
+        return sum(value / mean for value, mean in zip(shifts[prompt], means, strict=True))
+
+    return [(prompt, shifts[prompt]) for prompt in sorted(shifts, key=far, reverse=True)[:count]]
+
+
+def _shifts(cells: Mapping[Cell, Image.Image | str], column: int) -> tuple[tuple[int, Shift], ...]:
+    """Return the distance of each prompt's sample to the base's, in column 0."""
+    found = []
+    for cell, sample in cells.items():
+        base = cells.get((0, *cell[1:]))
+        if cell[0] == column and not isinstance(sample, str) and not isinstance(base, str | None):
+            found.append((cell[1], shift(sample, base)))
+    return tuple(found)
 
 
 def _of_column(cells: Mapping[Cell, Image.Image | str], place: int) -> list[Image.Image]:

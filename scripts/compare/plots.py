@@ -35,15 +35,16 @@ _WINDOW = 5
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture of curves, and the words that explain it."""
+    """Pictures of curves, and the words that explain them."""
 
-    name: str
     title: str
     words: str
+    files: tuple[str, ...]
+    """Names of pictures, one for each panel."""
 
 
 def draw_plots(files: Sequence[Compared], folder: Path) -> list[Plot]:
-    """Write the plots that have data as PNG into `folder`."""
+    """Write the plots that have data as SVG into `folder`."""
     seeds = max(len(file.runs) for file in files)
     mean = " Each line is a mean over seeds." if seeds > 1 else ""
     band = " Line: mean over seeds; band: lowest to highest." if seeds > 1 else ""
@@ -59,9 +60,12 @@ def draw_plots(files: Sequence[Compared], folder: Path) -> list[Plot]:
         smooth: bool = False,
     ) -> None:
         shown = [(heading, tag) for heading, tag in panels if any(file.curve(tag) for file in files)]
-        if shown:
-            _draw(files, folder / f"{name}.png", shown, log=log, smooth=smooth)
-            made.append(Plot(name, title, words + (mean if smooth else band)))
+        written = []
+        for number, (heading, tag) in enumerate(shown, start=1):
+            written.append(f"{name}-{number}.svg" if len(shown) > 1 else f"{name}.svg")
+            _draw(files, folder / written[-1], heading, tag, log=log, smooth=smooth)
+        if written:
+            made.append(Plot(title, words + (mean if smooth else band), tuple(written)))
 
     add(
         "loss",
@@ -102,44 +106,41 @@ def colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
-def _draw(
-    files: Sequence[Compared], path: Path, panels: Sequence[tuple[str, str]], *, log: bool, smooth: bool
-) -> None:
+def _draw(files: Sequence[Compared], path: Path, heading: str, tag: str, *, log: bool, smooth: bool) -> None:
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(
-        figsize=(6.2 * len(panels) if len(panels) > 1 else 9.5, 4.4), dpi=110, layout="constrained"
-    )
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (heading, tag) in zip(axes, panels, strict=True):
-        ends = []
-        for number, file in enumerate(files):
-            points = file.curve(tag)
-            if not points:
-                continue
-            steps = list(points)
-            means = [mean for mean, _, _ in points.values()]
-            style: dict[str, Any] = {"color": colour(number), "linestyle": _DASHES[number % len(_DASHES)]}
-            shown = _smoothed(means) if smooth else means
-            if smooth:
-                axis.plot(steps, means, alpha=0.25, linewidth=0.9, color=style["color"])
-            marker = "o" if not smooth and len(steps) <= 40 else None
-            axis.plot(steps, shown, linewidth=1.7, marker=marker, markersize=3.2, **style)
-            if len(file.runs) > 1 and not smooth:
-                axis.fill_between(
-                    steps, [low for _, low, _ in points.values()], [high for *_, high in points.values()],
-                    alpha=0.15, color=style["color"], linewidth=0,
-                )  # fmt: skip
-            ends.append((shown[-1], file.label, style["color"]))
-        axis.set_xlim(right=max(max(file.curve(tag), default=0) for file in files))
-        if log:
-            axis.set_yscale("log")
-        axis.set_title(heading, fontsize=10, loc="left")
-        axis.set_xlabel("optimizer step")
-        axis.grid(True, alpha=0.25, linewidth=0.6, which="major")
-        axis.spines[["top", "right"]].set_visible(False)
-        _label_ends(axis, ends)
-    figure.savefig(path)
+    figure = Figure(figsize=(8.2, 4.4), layout="constrained")
+    axis = figure.subplots()
+    ends = []
+    for number, file in enumerate(files):
+        points = file.curve(tag)
+        if not points:
+            continue
+        steps = list(points)
+        means = [mean for mean, _, _ in points.values()]
+        style: dict[str, Any] = {"color": colour(number), "linestyle": _DASHES[number % len(_DASHES)]}
+        shown = _smoothed(means) if smooth else means
+        if smooth:
+            axis.plot(steps, means, alpha=0.25, linewidth=0.9, color=style["color"])
+        marker = "o" if not smooth and len(steps) <= 40 else None
+        axis.plot(steps, shown, linewidth=1.7, marker=marker, markersize=3.2, **style)
+        if len(file.runs) > 1 and not smooth:
+            axis.fill_between(
+                steps, [low for _, low, _ in points.values()], [high for *_, high in points.values()],
+                alpha=0.15, color=style["color"], linewidth=0,
+            )  # fmt: skip
+        ends.append((shown[-1], file.label, style["color"]))
+    axis.set_xlim(right=max(max(file.curve(tag), default=0) for file in files))
+    if log:
+        axis.set_yscale("log")
+    axis.set_title(heading, fontsize=10, loc="left")
+    axis.set_xlabel("optimizer step")
+    axis.grid(True, alpha=0.25, linewidth=0.6, which="major")
+    axis.spines[["top", "right"]].set_visible(False)
+    _label_ends(axis, ends)
+    with rc_context({"svg.hashsalt": path.name}):  # the same curves make the same file
+        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def _label_ends(axis: Axes, ends: Sequence[tuple[float, str, str]]) -> None:

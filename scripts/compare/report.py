@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 from data.atomic import appearing
 from scripts.compare.measures import Compared
 from scripts.compare.plots import draw_plots
-from scripts.compare.tables import Table, tables
+from scripts.compare.tables import MOVED, Table, tables, verdict
 
 if TYPE_CHECKING:
     from scripts.compare.pictures import Drawn
     from scripts.grids.draw import Grid
 
-PAGE, TEXT, GRID = "report.html", "report.md", "grid.png"
+PAGE, TEXT, GRID, MOVED_GRID = "report.html", "report.md", "grid.png", "moved.png"
 TITLE = "Optimizers compared"
 
 
@@ -30,10 +30,12 @@ class Section:
     title: str
     words: str = ""
     table: Table | None = None
-    plot: str = ""
-    """Name of a picture in the report's folder."""
+    plots: tuple[str, ...] = ()
+    """Names of pictures in the report's folder."""
     grid: Grid | None = None
-    """Samples; GRID in the report's folder shows the same."""
+    """Samples."""
+    picture: str = ""
+    """Name of the picture of `grid` in the report's folder."""
     command: str = ""
 
 
@@ -54,15 +56,17 @@ def write_report(
 
     folder = out / "report"
     folder.mkdir(parents=True, exist_ok=True)
+    grids = {} if drawn is None else {GRID: drawn.grid, MOVED_GRID: drawn.moved}
+    for name, grid in grids.items():
+        with appearing(folder / name) as draft:
+            picture_of(grid, "base and last checkpoints").save(draft, "PNG")
+    sections = []
+    for table in tables(files, drawn):
+        name = MOVED_GRID if table.title == MOVED else ""
+        sections.append(Section(table.title, table.words, table, grid=grids.get(name), picture=name))
+    sections += [Section(plot.title, plot.words, plots=plot.files) for plot in draw_plots(files, folder)]
     if drawn is not None:
-        with appearing(folder / GRID) as draft:
-            picture_of(drawn.grid, "base and last checkpoints").save(draft, "PNG")
-    sections = [Section(table.title, table.words, table=table) for table in tables(files, drawn)]
-    sections += [
-        Section(plot.title, plot.words, plot=f"{plot.name}.png") for plot in draw_plots(files, folder)
-    ]
-    if drawn is not None:
-        sections.append(Section("Samples", grid=drawn.grid))
+        sections.append(Section("Samples", grid=drawn.grid, picture=GRID))
     board = (
         "shows all runs side by side: tick them on the left. The tab Custom Scalars has the losses, rates "
         "and d of a run in one place."
@@ -72,10 +76,11 @@ def write_report(
     )
     sections.append(Section("Made with", command=command))
     head = _head(files, settings, device)
-    failed = [f"Failed: {file.label}: {sentence}" for file in files for sentence in file.failed]
+    bold = verdict(files)
+    bold += [f"Failed: {file.label}: {sentence}" for file in files for sentence in file.failed]
     for name, text in (
-        (PAGE, _html(head, failed, sections, folder)),
-        (TEXT, _markdown(head, failed, sections)),
+        (PAGE, _html(head, bold, sections, folder)),
+        (TEXT, _markdown(head, bold, sections)),
     ):
         with appearing(folder / name) as draft:
             draft.write_text(text, encoding="utf-8")
@@ -101,25 +106,28 @@ def _head(files: Sequence[Compared], settings: str, device: str) -> list[str]:
         f"Trained on: {device}.",
     ]
     if len(seeds) > 1:
-        head.append("Numbers are means over the seeds, with the lowest and the highest.")
+        spread = (
+            "their 95% confidence intervals (Student's t)" if len(seeds) > 2 else "the lowest and the highest"
+        )
+        head.append(f"Numbers are means over the seeds, with {spread}.")
     if any(run.end.parts > 1 for file in files for run in file.runs):
         head.append("The peak memory of resumed runs is not known.")
     return head
 
 
-def _html(head: Sequence[str], failed: Sequence[str], sections: Sequence[Section], folder: Path) -> str:
+def _html(head: Sequence[str], bold: Sequence[str], sections: Sequence[Section], folder: Path) -> str:
     from scripts.grids.draw import page_body
     from scripts.web_page import document, inlined
 
-    parts = [f"<p>{escape(sentence)}</p>" for sentence in head]
-    parts += [f"<p><b>{escape(sentence)}</b></p>" for sentence in failed]
+    parts = [f"<p><b>{escape(sentence)}</b></p>" for sentence in bold]
+    parts += [f"<p>{escape(sentence)}</p>" for sentence in head]
     for section in sections:
         parts.append(f"<h2>{escape(section.title)}</h2>")
         if section.table is not None:
             parts.append(section.table.html())
-        if section.plot:
-            source = inlined((folder / section.plot).read_bytes(), "png")
-            parts.append(f'<img class="plot" src="{source}" alt="{escape(section.title)}">')
+        sources = [inlined((folder / name).read_bytes(), "svg+xml") for name in section.plots]
+        images = [f'<img src="{source}" alt="{escape(section.title)}">' for source in sources]
+        parts += [f'<div class="plots">{"".join(images)}</div>'] * bool(images)
         if section.grid is not None:
             parts.append(page_body(section.grid))
         if section.command:
@@ -129,16 +137,16 @@ def _html(head: Sequence[str], failed: Sequence[str], sections: Sequence[Section
     return document(TITLE, "\n".join(parts))
 
 
-def _markdown(head: Sequence[str], failed: Sequence[str], sections: Sequence[Section]) -> str:
-    lines = [f"# {TITLE}", "", *head, *(f"**{sentence}**" for sentence in failed), ""]
+def _markdown(head: Sequence[str], bold: Sequence[str], sections: Sequence[Section]) -> str:
+    lines = [f"# {TITLE}", "", *(f"**{sentence}**" for sentence in bold), "", *head, ""]
     for section in sections:
         lines += [f"## {section.title}", ""]
         if section.table is not None:
             lines += [*section.table.markdown(), ""]
-        if section.plot:
-            lines += [f"![{section.title}]({section.plot})", ""]
+        for name in section.plots:
+            lines += [f"![{section.title}]({name})", ""]
         if section.grid is not None:
-            lines += [f"{section.grid.settings}.", "", f"![base and last checkpoints]({GRID})", ""]
+            lines += [f"{section.grid.settings}.", "", f"![base and last checkpoints]({section.picture})", ""]
         words = [f"`{section.command}`"] * bool(section.command) + [section.words] * bool(section.words)
         if words:
             lines += [" ".join(words), ""]

@@ -6,12 +6,13 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from scripts.compare.progress import Progress
 from scripts.processes import started, train_into
 from trainer.errors import UserError
 
@@ -164,6 +165,26 @@ def labels(files: Sequence[Path]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} {number + 1}" for number, name in enumerate(names)]
 
 
+def names(runs: Sequence[Planned]) -> dict[str, str]:
+    """Return the names of files in the report, by label: optimizer and rate, with the label if they repeat."""
+    words = {run.label: optimizer_words(run.config) for run in runs}
+    repeated = [name for name in words.values() if list(words.values()).count(name) > 1]
+    return {label: f"{name} ({label})" if name in repeated else name for label, name in words.items()}
+
+
+def optimizer_words(config: Mapping[str, Any]) -> str:
+    """Return the optimizers of the trained networks and their rates: `dadapt_adam at d x 0.1`."""
+    keys = {"base": "disable_unet_training", "text_encoder_overrides": "disable_textenc_training"}
+    found = []
+    for section in (section for section, key in keys.items() if not config.get(key)):
+        factor = "d x " if f"{section}.d0" in config else ""
+        found.append((config[f"{section}.optimizer"], f"{factor}{config[f'{section}.lr']:g}"))
+    (first, rate), (last, last_rate) = found[0], found[-1]
+    if first != last:
+        return f"{first} at {rate} / {last} at {last_rate}"
+    return f"{first} at {rate}" if rate == last_rate else f"{first} at {rate} / {last_rate}"
+
+
 def finish(runs: Sequence[Planned], say: Callable[[str], None]) -> list[Finished]:
     """Train the runs that are not finished, one after the other, and return all runs.
 
@@ -174,11 +195,15 @@ def finish(runs: Sequence[Planned], say: Callable[[str], None]) -> list[Finished
         KeyboardInterrupt: a run was interrupted.
     """
     before = [finished(run) for run in runs]  # fails on another comparison's runs before hours are spent
+    progress = Progress(before.count(None))
     done = []
     for number, (run, end) in enumerate(zip(runs, before, strict=True), start=1):
         if end is None:
-            say(f"{number}/{len(runs)}: {run.label}, seed {run.seed}")
-            end = train(run)
+            words = f"{number}/{len(runs)}: {run.label}, seed {run.seed}"
+            say(words)
+            progress.start(words, run.output)
+            end = train(run, progress.show)
+            progress.end()
             how = (
                 f"failed: {end.reason} (delete {run.logdir} to try again)"
                 if end.code
@@ -214,8 +239,8 @@ def finished(run: Planned) -> Finished | None:
     return Finished(run, folder, record["code"], record["peak"], record["parts"])
 
 
-def train(run: Planned) -> Finished:
-    """Start or resume one run, and train it to its end.
+def train(run: Planned, show: Callable[[], None] = lambda: None) -> Finished:
+    """Start or resume one run, and train it to its end; `show` is called every second.
 
     Raises:
         UserError: it cannot start, or its process was killed.
@@ -232,7 +257,7 @@ def train(run: Planned) -> Finished:
         resume = []
     written = run.output.stat().st_size if run.output.exists() else 0
     child = started([*run.arguments, *resume], run.output, measured_train)
-    join(child)
+    join(child, show)
     code = child.exitcode
     if code not in (0, 1):
         with run.output.open(encoding="utf-8", errors="replace") as file:
@@ -263,7 +288,7 @@ def train(run: Planned) -> Finished:
     return end
 
 
-def join(child: BaseProcess) -> None:
+def join(child: BaseProcess, show: Callable[[], None] = lambda: None) -> None:
     """Wait for a run; if this process is asked to end, wait until the run has saved a checkpoint.
 
     Raises:
@@ -276,7 +301,9 @@ def join(child: BaseProcess) -> None:
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        child.join()
+        while child.exitcode is None:
+            child.join(1)
+            show()
     except KeyboardInterrupt:
         child.join()
         raise

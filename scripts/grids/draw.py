@@ -51,14 +51,17 @@ class Grid:
                 rows.append((self._label(self.y, label), [self.cells[_cell(key)] for key in keys]))
             yield ", ".join(words), rows
 
-    def only(self, checkpoints: Sequence[int]) -> Grid:
-        """Return the grid of some models, named by their index."""
-        places = {old: new for new, old in enumerate(checkpoints)}
-        cells = {
-            (places[cell[0]], *cell[1:]): picture for cell, picture in self.cells.items() if cell[0] in places
-        }
-        labels = [self.values["checkpoints"][place] for place in checkpoints]
-        return replace(self, values={**self.values, "checkpoints": labels}, cells=cells)
+    def only(self, axis: str, indices: Sequence[int]) -> Grid:
+        """Return the grid of some values of an axis."""
+        number = AXES.index(axis)
+        places = {old: new for new, old in enumerate(indices)}
+        cells: dict[Cell, Image.Image | str] = {}
+        for cell, picture in self.cells.items():
+            if cell[number] in places:
+                key = dict(zip(AXES, cell, strict=True)) | {axis: places[cell[number]]}
+                cells[_cell(key)] = picture
+        labels = [self.values[axis][index] for index in indices]
+        return replace(self, values={**self.values, axis: labels}, cells=cells)
 
     @property
     def columns(self) -> list[str]:
