@@ -233,7 +233,7 @@ def _cell(values: Sequence[float], form: str, unit: str = "") -> Cell:
         return Cell("–")
     under = ""
     if len(values) >= _SURE:
-        under = f"± {half_width(values):{form.lstrip('+')}}"
+        under = f"±\u00a0{half_width(values):{form.lstrip('+')}}"
     elif len(values) > 1:
         under = f"{min(values):{form}} to {max(values):{form}}"
     return Cell(f"{fmean(values):{form}}{unit}", under)

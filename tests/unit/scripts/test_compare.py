@@ -82,7 +82,7 @@ def test_from_three_seeds_the_verdict_says_how_sure_it_is(losses, words):
 def test_intervals_are_students():
     assert half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3**0.5)
     cells = tables([compared("a", [1.0, 2.0, 3.0]), compared("b", [1.0, 2.0])], None)[0].rows
-    assert cells[0].cells[4].under == "± 2.4843" and cells[1].cells[4].under == "1.0000 to 2.0000"
+    assert cells[0].cells[4].under == "±\u00a02.4843" and cells[1].cells[4].under == "1.0000 to 2.0000"
 
 
 def test_the_prompts_that_moved_most_count_colour_and_structure_alike():
