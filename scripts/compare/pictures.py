@@ -89,25 +89,35 @@ def draw_pictures(
         if unrelated == shown
         else drawn([columns[number] for number in firsts], shown)
     )
+    measured, base = _measured(files, everything, owners)
+    if base is None:
+        return measured, None
+    worst = sorted({prompt for file in measured for prompt, _ in moved_most(file)})
+    shown_worst = everything.only("checkpoints", firsts).only("prompts", worst)
+    return measured, Drawn(grid, base, words, everything.values["prompts"], shown_worst)
+
+
+def _measured(
+    files: Sequence[Compared], everything: Grid, owners: Sequence[int]
+) -> tuple[list[Compared], Tone | None]:
+    """Return the files with the drift of their runs, and the base's tone, None if none of it was drawn.
+
+    Args:
+        files: the files.
+        everything: the unrelated prompts with all models.
+        owners: by column the index of its file; -1 for the base.
+    """
     tones: dict[int, list[Tone]] = {}
+    shifts: dict[int, list[tuple[tuple[int, Shift], ...]]] = {}
     for number, owner in enumerate(owners):
         if pictures := _of_column(everything.cells, number):
             tones.setdefault(owner, []).append(tone(pictures))
-    if -1 not in tones:
-        return list(files), None
+            shifts.setdefault(owner, []).append(_shifts(everything.cells, number))
     measured = [
-        replace(
-            file,
-            tones=tuple(tones.get(place, ())),
-            shifts=tuple(
-                _shifts(everything.cells, number) for number, owner in enumerate(owners) if owner == place
-            ),
-        )
+        replace(file, tones=tuple(tones.get(place, ())), shifts=tuple(shifts.get(place, ())))
         for place, file in enumerate(files)
     ]
-    worst = sorted({prompt for file in measured for prompt, _ in moved_most(file)})
-    shown_worst = everything.only("checkpoints", firsts).only("prompts", worst)
-    return measured, Drawn(grid, tones[-1][0], words, everything.values["prompts"], shown_worst)
+    return measured, tones[-1][0] if -1 in tones else None
 
 
 def moved_most(file: Compared, count: int = 3) -> list[tuple[int, Shift]]:
