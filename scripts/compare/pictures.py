@@ -89,12 +89,12 @@ def draw_pictures(
         if unrelated == shown
         else drawn([columns[number] for number in firsts], shown)
     )
-    measured, base = _measured(files, everything, owners)
-    if base is None:
+    measured, before = _measured(files, everything, owners)
+    if before is None:
         return measured, None
     worst = sorted({prompt for file in measured for prompt, _ in moved_most(file)})
     shown_worst = everything.only("checkpoints", firsts).only("prompts", worst)
-    return measured, Drawn(grid, base, words, everything.values["prompts"], shown_worst)
+    return measured, Drawn(grid, before, words, everything.values["prompts"], shown_worst)
 
 
 def _measured(
