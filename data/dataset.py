@@ -23,12 +23,13 @@ from data.rng import stream
 
 
 def shown_captions(index: Index, options: DataOptions) -> list[str] | None:
-    """Return every text that training can show, each once; None with shuffled tags, which make too many."""
+    """Return every text that training can show, each once; None with tags that are shuffled or dropped."""
     shown: dict[str, None] = {}
     for record in index.records:
         shuffle = options.shuffle_tags if record.shuffle_tags is None else record.shuffle_tags
         keep = options.keep_tags if record.keep_tags is None else record.keep_tags
-        if shuffle and any(len(caption.tags) - keep > 1 for caption in record.caption.versions):
+        loose = max(len(caption.tags) for caption in record.caption.versions) - keep
+        if (shuffle and loose > 1) or (options.tag_dropout and loose > 0):
             return None
         shown.update(dict.fromkeys(caption.text for caption in record.caption.versions))
     return [*shown, ""]
@@ -122,10 +123,11 @@ class Images:
         options = self._options
         return render(
             record.caption,
-            stream(self._seed, "caption", epoch, position),
+            lambda name: stream(self._seed, name, epoch, position),
             cond_dropout=options.cond_dropout if record.cond_dropout is None else record.cond_dropout,
             shuffle_tags=options.shuffle_tags if record.shuffle_tags is None else record.shuffle_tags,
             keep_tags=options.keep_tags if record.keep_tags is None else record.keep_tags,
+            tag_dropout=options.tag_dropout,
         )
 
     def _tensors(self, images: list[np.ndarray], bucket: Bucket) -> tuple[Tensor | None, Tensor | None]:

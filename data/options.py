@@ -43,8 +43,11 @@ class DataOptions:
     """Shuffle the comma-separated tags after the main prompt, anew each epoch."""
 
     keep_tags: Annotated[int, Ge(0)] = 0
-    """Keep the first n tags in place when tags are shuffled. In folders named as kohya's, the words before
-    the first comma are a tag."""
+    """Keep the first n tags in place when tags are shuffled or dropped. In folders named as kohya's, the words
+    before the first comma are a tag."""
+
+    tag_dropout: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Probability of dropping each tag after the main prompt and keep_tags, anew for each showing."""
 
     caption_prefix: str = ""
     """Text in front of every caption, with a space between; the empty caption of cond_dropout stays empty."""

@@ -46,6 +46,7 @@ _UNUSED_OPTIONS = (
     "cond_dropout",
     "shuffle_tags",
     "keep_tags",
+    "tag_dropout",
     "max_tokens",
     "on_bad_image",
     "num_workers",

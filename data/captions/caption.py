@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -83,26 +84,44 @@ def _tag(text: str) -> Tag:
 
 
 def render(
-    caption: Caption, draws: np.random.Generator, *, cond_dropout: float, shuffle_tags: bool, keep_tags: int
+    caption: Caption,
+    draw: Callable[[str], np.random.Generator],
+    *,
+    cond_dropout: float,
+    shuffle_tags: bool,
+    keep_tags: int,
+    tag_dropout: float = 0.0,
 ) -> str:
     """Return the caption's text for one showing of its image.
 
     Args:
-        draws: the generator of this showing, used in the same order whatever the options are.
+        draw: returns the generator of a kind of draws of this showing, so that no option changes the others'.
         cond_dropout: probability of the empty string.
-        keep_tags: number of tags that stay in front of the shuffled ones.
+        keep_tags: number of tags that stay in front of the shuffled ones, and are not dropped.
+        tag_dropout: probability of dropping each other tag.
     """
+    draws = draw("caption")
     if draws.random() < cond_dropout:
         return ""
     if caption.others:
         caption = caption.versions[draws.integers(len(caption.versions))]
-    if not shuffle_tags:
+    if not shuffle_tags and not tag_dropout:
         return caption.text
     kept, loose = caption.tags[:keep_tags], caption.tags[keep_tags:]
-    # An exponential race: a tag wins with probability proportional to its weight; weight 0 comes last.
+    order = _shuffled(loose, draws) if shuffle_tags else range(len(loose))
+    if tag_dropout:
+        stays = draw("tag dropout").random(len(loose)) >= tag_dropout
+        order = [number for number in order if stays[number]]
+    return replace(caption, tags=kept + tuple(loose[number] for number in order)).text
+
+
+def _shuffled(tags: Sequence[Tag], draws: np.random.Generator) -> Sequence[int]:
+    """Return the numbers of tags in a new order.
+
+    An exponential race: a tag wins with probability proportional to its weight; weight 0 comes last.
+    """
     finish = [
         time / tag.weight if tag.weight > 0 else np.inf
-        for tag, time in zip(loose, draws.exponential(size=len(loose)), strict=True)
+        for tag, time in zip(tags, draws.exponential(size=len(tags)), strict=True)
     ]
-    shuffled = tuple(loose[number] for number in np.argsort(finish, kind="stable"))
-    return replace(caption, tags=kept + shuffled).text
+    return np.argsort(finish, kind="stable").tolist()

@@ -36,7 +36,13 @@ ROWS = [
     (
         "adamw",
         4,
-        {"num_workers": 0, "gradient_checkpointing": True, "clip_grad_norm": 0.5, "cache_latents": "no"},
+        {
+            "num_workers": 0,
+            "gradient_checkpointing": True,
+            "clip_grad_norm": 0.5,
+            "cache_latents": "no",
+            "tag_dropout": 0.5,
+        },
     ),
 ]
 """Optimizer, last step before the stop, settings. Epochs have three steps, one of a single image."""

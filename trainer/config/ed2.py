@@ -69,6 +69,7 @@ _SAMPLERS = ("ddpm", "pndm", "ddim")
 
 _OTHER_WORDS: Mapping[str, str] = {
     "caption_dropout_rate": "cond_dropout",
+    "caption_tag_dropout_rate": "tag_dropout",
     "checkpoints_total_limit": "keep_last_n",
     "dataset_path": "data_root",
     "enable_wildcard": "caption_lines",

@@ -210,9 +210,10 @@ def _cadence(settings: Settings) -> None:
 
 
 def _tags(settings: Settings) -> None:
-    if settings["keep_tags"] and not settings["shuffle_tags"]:
+    if settings["keep_tags"] and not settings["shuffle_tags"] and not settings["tag_dropout"]:
         settings.note(
-            "has no effect without shuffle_tags, but where a folder or an image sets that", "keep_tags"
+            "has no effect without shuffle_tags or tag_dropout, but where a folder or an image shuffles",
+            "keep_tags",
         )
 
 

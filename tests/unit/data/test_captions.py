@@ -19,9 +19,9 @@ def caption_of(folder: Path, image: str, **chain) -> Caption:
     return choose_caption(read_sidecars(stem, next(walk(folder)), sidecar_chain(**chain)), (), stem)
 
 
-def shown(caption, position=0, *, cond_dropout=0.0, shuffle_tags=False, keep_tags=0):
-    draws = stream(1, "caption", 0, position)
-    return render(caption, draws, cond_dropout=cond_dropout, shuffle_tags=shuffle_tags, keep_tags=keep_tags)
+def shown(caption, position=0, **options):
+    plain = {"cond_dropout": 0.0, "shuffle_tags": False, "keep_tags": 0}
+    return render(caption, lambda name: stream(1, name, 0, position), **plain | options)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +134,26 @@ def test_dropout_does_not_disturb_the_order_of_the_others():
     for position in range(50):
         text = shown(CAPTION, position, shuffle_tags=True, cond_dropout=0.5)
         assert text in ("", shown(CAPTION, position, shuffle_tags=True))
+
+
+def test_tags_are_dropped_at_their_rate_and_the_main_prompt_and_kept_tags_stay():
+    caption = parse_caption("a cat, " + ", ".join(map(str, range(10))), ".txt")
+    texts = [shown(caption, place, keep_tags=2, tag_dropout=0.25).split(", ") for place in range(500)]
+    assert all(text[:3] == ["a cat", "0", "1"] and text[1:] == sorted(text[1:], key=int) for text in texts)
+    for tag in map(str, range(2, 10)):
+        assert sum(tag in text for text in texts) / 500 == pytest.approx(0.75, abs=0.06)
+    assert shown(caption, keep_tags=2, tag_dropout=1) == "a cat, 0, 1"
+    assert shown(caption, 3, tag_dropout=0.5) == shown(caption, 3, tag_dropout=0.5)
+
+
+def test_the_same_tags_are_dropped_whether_they_are_shuffled_or_not():
+    caption = parse_caption("a cat, " + ", ".join(map(str, range(10))), ".txt")
+    for place in range(20):
+        plain = shown(caption, place, tag_dropout=0.5).split(", ")
+        shuffled = shown(caption, place, tag_dropout=0.5, shuffle_tags=True).split(", ")
+        whole = shown(caption, place, shuffle_tags=True).split(", ")
+        assert sorted(plain) == sorted(shuffled), place
+        assert shuffled == [tag for tag in whole if tag in shuffled], "in the order without dropout"
 
 
 def test_a_place_always_draws_the_same():

@@ -923,7 +923,9 @@ def test_in_kohyas_folders_the_words_before_the_first_comma_are_a_tag_and_the_fi
     draws = np.random.default_rng(0)
     for kept, starts in ((0, {()}), (1, {("one",)}), (2, {("one", "two")})):
         shown = [
-            render(record.caption, draws, cond_dropout=0, shuffle_tags=True, keep_tags=kept).split(", ")
+            render(record.caption, lambda _: draws, cond_dropout=0, shuffle_tags=True, keep_tags=kept).split(
+                ", "
+            )
             for _ in range(60)
         ]
         assert {tuple(pieces[:kept]) for pieces in shown} == starts

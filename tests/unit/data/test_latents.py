@@ -396,6 +396,8 @@ def test_the_captions_that_training_can_show(folder):
     index = build_index(options_of(folder))
     assert shown_captions(index, options_of(folder)) == ["a cat", "a dog, big, old", ""]
     assert shown_captions(index, options_of(folder, shuffle_tags=True)) is None
+    assert shown_captions(index, options_of(folder, tag_dropout=0.1)) is None
+    assert shown_captions(index, options_of(folder, tag_dropout=0.1, keep_tags=2)) is not None
     assert shown_captions(index, options_of(folder, shuffle_tags=True, keep_tags=1)) == [
         "a cat",
         "a dog, big, old",
