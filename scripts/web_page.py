@@ -14,7 +14,8 @@ h2 { font-size: 1.2rem; margin: 2.4rem 0 .5rem; border-top: 1px solid #d7dce3; p
 p { max-width: 62rem; margin: .5rem 0; } .note { color: #5a6472; font-size: .9rem; }
 pre { background: #f3f5f8; padding: .7rem 1rem; border-radius: 4px; overflow-x: auto; font-size: .85rem; }
 .wide { overflow-x: auto; } .wide img { display: block; }
-.plots { display: flex; flex-wrap: wrap; gap: 1rem; } .plots img { width: 42rem; max-width: 100%; height: auto; }
+.plots { display: flex; flex-wrap: wrap; gap: 1rem; }
+.plots img { width: 42rem; max-width: 100%; height: auto; }
 table { border-collapse: collapse; font-size: .9rem; margin: .6rem 0; }
 th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid #e3e7ec; vertical-align: top; }
 th { background: #f3f5f8; font-weight: 600; } th:first-child, td:first-child { text-align: left; }
@@ -29,7 +30,8 @@ table.grid img { display: block; } .missing { background: #eee4e4; padding: .5re
   margin-right: .5rem; }
 @media (max-width: 640px) { body { padding: 1rem .8rem 3rem; } h1 { font-size: 1.3rem; }
   th, td { padding: .3rem .45rem; } .under { white-space: normal; }
-  table.grid td.side { min-width: 5rem; max-width: 6.5rem; font-size: .75rem; } table.grid img { width: 120px; } }
+  table.grid td.side { min-width: 5rem; max-width: 6.5rem; font-size: .75rem; }
+  table.grid img { width: 120px; } }
 """
 
 

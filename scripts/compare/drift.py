@@ -26,7 +26,7 @@ _TO_LAB = np.array(
         [0.0259040371, 0.7827717662, -0.8086757660],
     ]
 )
-"""Oklab (Ottosson 2020, https://bottosson.github.io/posts/oklab): linear sRGB to LMS, its roots to L, a, b."""
+"""Oklab (Ottosson 2020, https://bottosson.github.io/posts/oklab): linear sRGB to LMS, roots to L, a, b."""
 
 
 class Tone(NamedTuple):

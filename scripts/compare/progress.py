@@ -65,7 +65,7 @@ class Progress:
             print("\r\x1b[K", end="", file=self._stream, flush=True)
 
     def left(self, share: float) -> float | None:
-        """Return the seconds that all runs still need after a share of this one; None before 5% of the first."""
+        """Return the seconds that all runs still need after a share of this one; None before 5%."""
         if self._whole:
             whole = sum(self._whole) / len(self._whole)
         elif share >= 0.05:

@@ -166,7 +166,7 @@ def labels(files: Sequence[Path]) -> list[str]:
 
 
 def names(runs: Sequence[Planned]) -> dict[str, str]:
-    """Return the names of files in the report, by label: optimizer and rate, with the label if they repeat."""
+    """Return the names in the report, by label: optimizer and rate, with the label if they repeat."""
     words = {run.label: optimizer_words(run.config) for run in runs}
     repeated = [name for name in words.values() if list(words.values()).count(name) > 1]
     return {label: f"{name} ({label})" if name in repeated else name for label, name in words.items()}

@@ -193,9 +193,9 @@ def _drift(files: Sequence[Compared], drawn: Drawn) -> Table:
         f"Samples of {drawn.unrelated}, from the same noise with the base and with each last checkpoint. "
         "Colour: distance to the base's mean colour in Oklab, mean over prompts; 0.02 is just visible, red "
         "to blue 0.54. Structure: 1 - correlation with the base's sample at 32 x 32; 0 is the same "
-        "composition. Saturation: largest less smallest channel, mean over pixels, 0 to 1. Contrast: standard deviation "
-        "of a sample's luma, mean over samples. They tend to change before the loss shows that a model was "
-        "trained too hard."
+        "composition. Saturation: largest less smallest channel, mean over pixels, 0 to 1. Contrast: "
+        "standard deviation of a sample's luma, mean over samples. They tend to change before the loss shows "
+        "that a model was trained too hard."
     )
     heads = ("colour", "structure", "saturation", "to the base", "contrast", "to the base")
     return Table("Drift of unrelated prompts", words, heads, tuple(rows))

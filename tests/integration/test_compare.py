@@ -74,7 +74,7 @@ def test_a_comparison_from_training_to_the_report(place, capsys):
     for name in ("loss", "fixed-1", "fixed-2", "rates-1", "rates-2", "d-1", "d-2"):
         assert f"]({name}.svg)" in text and "<svg" in (report / f"{name}.svg").read_text()
     assert html.count("data:image/svg+xml;base64,") == 7
-    # Base, both files: two prompts each, at the first guidance scale; both are among the three that moved most.
+    # Base, both files: two prompts each, at the first guidance scale; both moved most.
     assert html.count("data:image/jpeg;base64,") == 2 * 6
     assert Image.open(report / "grid.png").width > 3 * 256
     assert "](moved.png)" in text and (report / "moved.png").is_file()
