@@ -16,9 +16,10 @@ from torch import nn
 
 from trainer.optim.dadapt import choice
 from trainer.optim.dadapt.choice import EAGER, Choice, Trial, choose
+from trainer.optim.dadapt.eager import Arrival, TorchEngine
 from trainer.optim.dadapt.kernels import CompiledKernel, advance_bytes, advance_float, estimate_bytes
 from trainer.optim.dadapt.optimizer import DAdaptAdam
-from trainer.optim.dadapt.state import TILE
+from trainer.optim.dadapt.state import TILE, Layout
 
 # Large and a multiple of a row; large and ragged; a pack that is full, and small ones, ragged, of one row and
 # of one element.
@@ -107,6 +108,37 @@ def test_packs_and_large_parameters_give_what_the_eager_path_gives(calls, bits, 
         results.append((params, optimizer))
     assert results[0][1].compiled and not results[1][1].compiled and calls
     assert_close(*results[0], *results[1])
+
+
+@pytest.mark.parametrize(("bits", "every"), [(32, 1), (32, 0), (8, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_advanced_together_or_alone_end_with_the_same_bits(bits, every, dtype):
+    """Whole tiles only, ragged, with one missing in between, and gradients in another order of memory."""
+    shapes = [(TILE,), (2, TILE), (30,), (7, 300), (64, 32, 3, 3), (3, TILE), (40, 100)]
+    draws = torch.Generator().manual_seed(0)
+    table = torch.tensor([0.9, 1e-4, 0.999, 1e-3, 0.9995, 5e-7, 1e-8, 1e-5, 1.0, 0.0, 1.0, 1.0, 1.0])
+    start, *steps = ([torch.randn(shape, generator=draws).to(dtype) for shape in shapes] for _ in range(4))
+    results = []
+    for together in (True, False):
+        params = [value.clone(memory_format=torch.preserve_format) for value in start]
+        params[4] = params[4].to(memory_format=torch.channels_last)
+        layout = Layout([{"params": params}], bits, every)
+        engines = [TorchEngine(bank, None, [1.0]) for bank in layout.banks]
+        sums = []
+        for number, gradients in enumerate(steps):
+            for engine in engines:
+                engine.begin(number, scaled=False, coupled=False)
+                arrivals = [
+                    Arrival(segment, params[segment.index], gradients[segment.index], None, table)
+                    for segment in engine.bank.segments
+                    if number != 1 or segment.index != 2
+                ]
+                for pack in [arrivals] if together else [[arrival] for arrival in reversed(arrivals)]:
+                    engine.advance(pack)
+                sums.append(engine.totals())
+        state = [tensor for bank in layout.banks for pair in bank.held.values() for tensor in pair]
+        results.append([*params, *state, *sums])
+    assert_same(*results)
 
 
 def other_layout(bits, channels_last, scale):

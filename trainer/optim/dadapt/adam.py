@@ -54,8 +54,8 @@ class Coefficients(NamedTuple):
     """0: the step changes nothing."""
     weight: Tensor
     """Of the group's sums: layer_scale."""
-    out: Tensor
-    """The step is out * m / (sqrt(v) + eps)."""
+    out: Tensor | None
+    """The step is out * m / (sqrt(v) + eps); None: 1."""
 
 
 Settle = Callable[[str, Tensor], Tensor]
@@ -66,29 +66,41 @@ def _as_is(_: str, value: Tensor) -> Tensor:
 
 
 def estimate(
-    g: Tensor, s: Tensor, v: Tensor, c: Coefficients, settle: Settle = _as_is
+    g: Tensor, s: Tensor, v: Tensor, c: Coefficients, settle: Settle = _as_is, scratch: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Update s in place by the gradient g, v being the old second moment; return it, and g * s / (sqrt(v) + eps) of before.
+    """Update s in place by the gradient g, v being the old second moment.
 
-    `settle` is shown each result by name before it is used further, and returns what to use.
+    Return s, and g * s / (sqrt(v) + eps) of before. `settle` is shown each result by name before it is used
+    further, and returns what to use. Passing results, the products too, lie in `scratch` if it is given.
     """
-    products = settle("products", (s / _root(v).add_(c.eps)).mul_(g))
+    root = _root(v, scratch).add_(c.eps)
+    products = settle("products", torch.div(s, root, out=scratch).mul_(g))
     return settle("s", s.mul_(c.keep_s).addcmul_(g, c.gain_s)), products
 
 
 def advance(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Coefficients, settle: Settle = _as_is
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    c: Coefficients,
+    settle: Settle = _as_is,
+    scratch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Update weights and moments in place by the gradient g, and return them."""
     m = settle("m", m.mul_(c.keep_m).addcmul_(g, c.gain_m))
-    v = settle("v", v.mul_(c.keep_v).addcmul_(g * c.gain_v, g))
-    p = settle("p", p.sub_((m * c.out / _root(v).add_(c.eps)).addcmul_(p, c.decay)))
+    v = settle("v", v.mul_(c.keep_v).addcmul_(torch.mul(g, c.gain_v, out=scratch), g))
+    root = _root(v, scratch).add_(c.eps)
+    step = torch.div(m if c.out is None else m * c.out, root, out=scratch)
+    p = settle("p", p.sub_(step.addcmul_(p, c.decay)))
     return p, m, v
 
 
-def _root(v: Tensor) -> Tensor:
-    """Return the square root, on the CPU by way of its reciprocal: there torch's own is a library's that starts threads for any size."""
-    return v.sqrt() if torch.compiler.is_compiling() or v.device.type != "cpu" else v.rsqrt().reciprocal_()
+def _root(v: Tensor, out: Tensor | None) -> Tensor:
+    """Return the square root, on the CPU the reciprocal's: torch's own is a library's that starts threads for any size."""
+    if torch.compiler.is_compiling() or v.device.type != "cpu":
+        return torch.sqrt(v, out=out)
+    return torch.rsqrt(v, out=out).reciprocal_()
 
 
 def adapt(

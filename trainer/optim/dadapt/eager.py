@@ -11,7 +11,7 @@ from torch import Tensor
 from trainer.optim.dadapt.adam import Coefficients, advance, estimate
 from trainer.optim.dadapt.kernels import CompiledKernel
 from trainer.optim.dadapt.quantized import BLOCK, noise, to_bf16
-from trainer.optim.dadapt.state import TILE, Bank, Segment, tiles_of
+from trainer.optim.dadapt.state import SMALL, TILE, Bank, Segment, tiles_of
 
 PACK_TILES = 256
 """Tiles of a compiled call that are worth its overhead of some 60 microseconds: half a million elements.
@@ -37,6 +37,20 @@ class Arrival(NamedTuple):
     """The values of `Coefficients`."""
 
 
+class _Places(NamedTuple):
+    """Views of the buffers for weights and gradients of small parameters."""
+
+    tiles: int
+    weights: list[Tensor]
+    gradients: list[Tensor]
+    rows: list[slice]
+    """The tiles of each parameter."""
+    unused: list[Tensor]
+    """The elements in between."""
+    gaps: bool
+    """Whether some of the tiles are nobody's."""
+
+
 class TorchEngine:
     """Advances the parameters of a bank by operations of torch.
 
@@ -51,6 +65,8 @@ class TorchEngine:
             torch.zeros(bank.tiles, dtype=torch.float64, device=bank.device) for _ in range(2)
         )
         self._stage: list[Tensor] = []
+        self._known: dict[tuple[int, ...], _Places] = {}
+        self._scratch: Tensor | None = None
 
     @property
     def compiled(self) -> bool:
@@ -58,8 +74,8 @@ class TorchEngine:
         return self.kernel is not None
 
     def waits(self, numel: int) -> bool:
-        """Return whether a parameter is left to the end of a fused backward, for the sake of few compiled calls."""
-        return self.compiled and not is_large(numel)
+        """Return whether a parameter is left to the end of a fused backward, to be advanced with its neighbours."""
+        return numel < (PACK_TILES * TILE if self.compiled else SMALL)
 
     def begin(self, step: int, scaled: bool, coupled: bool) -> None:
         """Clear the sums and draw the step's noise.
@@ -78,27 +94,18 @@ class TorchEngine:
     def advance(self, arrivals: Sequence[Arrival]) -> None:
         """Advance parameters and their state: large ones in place, small neighbours in one buffer."""
         for pack in _packed(arrivals):
-            segment = pack[0].segment
-            if len(pack) > 1:
-                self._staged(segment.first, pack)
-                continue
-            arrival = pack[0]
-            weights, gradient = segment.flat(arrival.parameter), segment.flat(arrival.gradient)
+            arrival, segment = pack[0], pack[0].segment
             whole = segment.numel // TILE
-            if self.compiled and whole < 2:
-                whole = 0
-            if whole:
-                done = whole * TILE
-                p, g = (flat[:done].view(whole, TILE) for flat in (weights, gradient.to(weights.dtype)))
-                self._rows(
-                    segment.first,
-                    p,
-                    g,
-                    None if arrival.live is None else arrival.live.expand(whole, 1),
-                    arrival.table,
-                )
-            if segment.numel > whole * TILE:
-                self._staged(segment.first + whole, [arrival], whole * TILE)
+            if len(pack) > 1 or whole < (2 if self.compiled else 1):
+                self._staged(segment.first, pack, [(each.parameter, each.gradient) for each in pack])
+                continue
+            flat_p, flat_g = (segment.flat(each) for each in (arrival.parameter, arrival.gradient))
+            done = whole * TILE
+            p, g = (each[:done].view(whole, TILE) for each in (flat_p, flat_g.to(flat_p.dtype)))
+            live = None if arrival.live is None else arrival.live.expand(whole, 1)
+            self._rows(segment.first, p, g, live, arrival.table)
+            if segment.numel > done:
+                self._staged(segment.first + whole, pack, [(flat_p[done:], flat_g[done:])])
 
     def totals(self) -> Tensor:
         """Return the sums of <g, s / (sqrt(v) + eps)> and |s| of the step, times their groups' weights: (2,), fp64."""
@@ -126,41 +133,57 @@ class TorchEngine:
             work = p.to(self.bank.dtype)
             p.copy_(self._narrowed(work - work * decay, segment.first + start // TILE))
 
-    def _staged(self, first: int, pack: Sequence[Arrival], done: int = 0) -> None:
-        """Advance parameters with neighbouring state, from tile `first` and their element `done` on, on copies of them."""
-        pieces = [
-            (a.segment.first + done // TILE - first, a, a.segment.flat(a.parameter)[done:]) for a in pack
-        ]
-        tiles = max(2, pieces[-1][0] + tiles_of(len(pieces[-1][2])))
-        if not self._stage:
-            self._stage = [
-                torch.zeros(PACK_TILES + 1, TILE, dtype=self.bank.weights, device=self.bank.device)
-                for _ in range(2)
-            ]
-        p, g = (buffer[:tiles].zero_() for buffer in self._stage)
-        live = torch.zeros(tiles, 1, dtype=torch.bool, device=self.bank.device)
-        for row, arrival, weights in pieces:
-            place = slice(row * TILE, row * TILE + len(weights))
-            p.view(-1)[place].copy_(weights)
-            g.view(-1)[place].copy_(arrival.segment.flat(arrival.gradient)[done:])
-            live[row : row + tiles_of(len(weights))] = True if arrival.live is None else arrival.live
+    def _staged(self, first: int, pack: Sequence[Arrival], tensors: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Advance the weights in `tensors`, whose state begins at tile `first`, by the gradients there, on copies of both."""
+        weights, gradients = (list(each) for each in zip(*tensors, strict=True))
+        places = self._places(first, pack, weights)
+        if places.unused:
+            torch._foreach_zero_(places.unused)  # type: ignore[attr-defined]
+        torch._foreach_copy_(places.weights, weights)  # type: ignore[attr-defined]
+        torch._foreach_copy_(places.gradients, gradients)  # type: ignore[attr-defined]
+        live = None
+        if places.gaps or any(arrival.live is not None for arrival in pack):
+            live = torch.zeros(places.tiles, 1, dtype=torch.bool, device=self.bank.device)
+            for arrival, rows in zip(pack, places.rows, strict=True):
+                live[rows] = True if arrival.live is None else arrival.live
+        p, g = (buffer[: places.tiles] for buffer in self._stage)
         self._rows(first, p, g, live, pack[0].table)
-        for row, _, weights in pieces:
-            weights.copy_(p.view(-1)[row * TILE : row * TILE + len(weights)])
+        torch._foreach_copy_(weights, places.weights)  # type: ignore[attr-defined]
+
+    def _places(self, first: int, pack: Sequence[Arrival], weights: Sequence[Tensor]) -> _Places:
+        """Return where weights of these shapes, and their gradients, have their places in the buffers."""
+        key = first, *(arrival.segment.index for arrival in pack)
+        if key in self._known:
+            return self._known[key]
+        if len(self._known) > 2 * len(self.bank.segments):  # gradients are missing now here, now there
+            self._known.clear()
+        if not self._stage:
+            shape, bank = (PACK_TILES + 1, TILE), self.bank
+            self._stage = [torch.zeros(shape, dtype=bank.weights, device=bank.device) for _ in range(2)]
+        flat = [buffer.view(-1) for buffer in self._stage]
+        views: list[list[Tensor]] = [[], []]
+        rows: list[slice] = []
+        unused: list[slice] = []
+        end = 0
+        for arrival, own in zip(pack, weights, strict=True):
+            row, segment = max(arrival.segment.first - first, 0), arrival.segment
+            unused.append(slice(end, row * TILE))
+            end = row * TILE + own.numel()
+            rows.append(slice(row, tiles_of(end)))
+            for number in range(2):
+                view = flat[number][row * TILE : end]
+                views[number].append(view if own.dim() == 1 else segment.shaped(view, own.shape))
+        tiles = max(tiles_of(end), 2 if self.compiled else 1)
+        unused.append(slice(end, tiles * TILE))
+        gaps = sum(each.stop - each.start for each in rows) < tiles
+        empty = [each[part] for each in flat for part in unused if part.stop > part.start]
+        self._known[key] = found = _Places(tiles, views[0], views[1], rows, empty, gaps)
+        return found
 
     def _rows(self, first: int, p: Tensor, g: Tensor, live: Tensor | None, table: Tensor) -> None:
         """Advance weights p (tiles, TILE) in place by gradients g of the same shape, and state from tile `first` on."""
         if self.kernel is None:
-            size = _CACHED_TILES if self.bank.device.type == "cpu" else PACK_TILES
-            for start in range(0, len(p), size):
-                here = slice(start, start + size)
-                self._eagerly(
-                    first + start,
-                    p[here],
-                    g[here],
-                    None if live is None else live[here],
-                    Coefficients(*table.unbind()),
-                )
+            self._eagerly(first, p, g, live, Coefficients(*table.unbind()))
             return
         live = torch.ones(len(p), 1, dtype=torch.bool) if live is None else live
         num, l1 = self.kernel.advance(self.bank, first, p, g, live, table, self._noise)
@@ -170,16 +193,47 @@ class TorchEngine:
         self._l1[here] += l1
 
     def _eagerly(self, first: int, p: Tensor, g: Tensor, live: Tensor | None, c: Coefficients) -> None:
-        bank, tiles = self.bank, len(p)
-        if live is not None and bank.device.type == "cpu" and bool(live.all()):
+        bank, cpu = self.bank, self.bank.device.type == "cpu"
+        size, end = _CACHED_TILES if cpu else PACK_TILES, first + len(p)
+        if bank.every:
+            c = c._replace(out=None)
+        if cpu and live is not None and bool(live.all()):
             live = None
-        work, g = p.to(bank.dtype, copy=True), g.to(bank.dtype)
+        if live is None and bank.bits != 8 and p.dtype == bank.dtype and bank.every < 2:
+            held = [bank.held[name][0][first:end] for name in bank.held]
+            sums = [self._num[first:end], self._l1[first:end]]
+            for part in zip(*(each.split(size) for each in (p, g, *sums, *held)), strict=True):
+                self._in_place(*part, c=c)
+            return
+        for start in range(0, len(p), size):
+            here = slice(start, start + size)
+            self._on_copies(first + start, p[here], g[here], None if live is None else live[here], c)
+
+    def _in_place(
+        self, p: Tensor, g: Tensor, num: Tensor, l1: Tensor, m: Tensor, v: Tensor, *s: Tensor, c: Coefficients
+    ) -> None:
+        """Advance tiles that all take part, in the precision they are kept in."""
+        if self._scratch is None:
+            self._scratch = p.new_empty(_CACHED_TILES if p.device.type == "cpu" else PACK_TILES, TILE)
+        scratch = self._scratch[: len(p)]
+        g = self._seen(g, p, c)
+        if s:
+            _, products = estimate(g, s[0], v, c, scratch=scratch)
+            num += products.sum(-1)
+            l1 += torch.abs(s[0], out=scratch).sum(-1)
+        advance(p, g, m, v, c, scratch=scratch)
+
+    def _seen(self, g: Tensor, p: Tensor, c: Coefficients) -> Tensor:
+        """Return the gradient as the step sees it: unscaled, and with the coupled decay."""
         if self._scaled:
             g = g * c.unscale
-        if live is not None:
-            g = torch.where(live, g, 0.0)
-        if self._coupled:
-            g = g + work * c.coupled
+        return g + p * c.coupled if self._coupled else g
+
+    def _on_copies(self, first: int, p: Tensor, g: Tensor, live: Tensor | None, c: Coefficients) -> None:
+        """Advance tiles from `first` on, where `live` (tiles, 1), whose numbers are kept in another precision or in part."""
+        bank, tiles = self.bank, len(p)
+        work, g = p.to(bank.dtype, copy=True), g.to(bank.dtype)
+        g = self._seen(g if live is None else torch.where(live, g, 0.0), work, c)
         m, v = (bank.load(name, first, tiles, live) for name in ("exp_avg", "exp_avg_sq"))
         state: dict[str, Tensor] = {}
         if bank.every:
@@ -188,9 +242,9 @@ class TorchEngine:
                 drawn = bank.drawn(first, tiles)
                 gs, vs = g.gather(1, drawn), v.gather(1, drawn)
             state["s"], products = estimate(gs, bank.load("s", first, tiles, live), vs, c)
-            held = 1.0 if live is None else live.squeeze(-1)
-            self._num[first : first + tiles] += products.sum(-1) * held
-            self._l1[first : first + tiles] += state["s"].abs().sum(-1) * held
+            for slots, terms in ((self._num, products), (self._l1, state["s"].abs())):
+                sums = terms.sum(-1)
+                slots[first : first + tiles] += sums if live is None else sums * live.squeeze(-1)
         work, state["exp_avg"], state["exp_avg_sq"] = advance(work, g, m, v, c)
         draws = self.noise(first, tiles)[0] if bank.bits == 8 else None
         for name, values in state.items():
@@ -225,14 +279,9 @@ def _packed(arrivals: Sequence[Arrival]) -> Iterator[list[Arrival]]:
         ):
             yield pack
             pack = []
-        if is_large(segment.numel):
+        if segment.numel >= PACK_TILES * TILE:
             yield [arrival]
         else:
             pack.append(arrival)
     if pack:
         yield pack
-
-
-def is_large(numel: int) -> bool:
-    """Return whether a parameter is worth a compiled call of its own."""
-    return numel >= PACK_TILES * TILE
