@@ -9,7 +9,7 @@ import pytest
 import torch
 from dadaptation import DAdaptAdam as Published
 
-from trainer.optim.dadapt import tiled
+from trainer.optim.dadapt import learned, tiled
 from trainer.optim.dadapt.optimizer import DAdaptAdam, TiledAdamW
 from trainer.optim.dadapt.quantized import BLOCK, encode
 from trainer.state_file import read_state, write_state
@@ -241,7 +241,8 @@ def test_devices_that_nobody_waits_for_do_the_same(monkeypatch, bits):
     """Where the host cannot look whether a gradient is finite, the step is computed and then not kept."""
     runs = []
     for on_host in (True, False):
-        monkeypatch.setattr(tiled, "_on_host", lambda device, answer=on_host: answer)
+        for module in (tiled, learned):
+            monkeypatch.setattr(module, "on_device", lambda device, answer=not on_host: answer)
         params = [
             torch.nn.Parameter(p.detach().to(kind))
             for p, kind in zip(parameters(), [torch.float32, torch.bfloat16] * 2, strict=True)

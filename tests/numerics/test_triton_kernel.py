@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.optim.dadapt import device, tiled
+from trainer.optim.dadapt import device, learned, tiled
 from trainer.optim.dadapt.adam import Coefficients
 from trainer.optim.dadapt.device import TritonEngine, works
 from trainer.optim.dadapt.eager import Arrival, TorchEngine
@@ -32,7 +32,8 @@ def interpreted(monkeypatch):
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton runs on the GPU here")
     monkeypatch.setattr(tiled, "KERNEL_DEVICES", ("cpu",))
-    monkeypatch.setattr(tiled, "_on_host", lambda device: False)
+    for module in (tiled, learned):
+        monkeypatch.setattr(module, "on_device", lambda device: True)
 
 
 def table(**values):

@@ -91,6 +91,7 @@ class TorchEngine:
         if self.bank.bits == 8 or self.bank.weights == torch.bfloat16:
             self._noise = noise(step, 0, self.bank.tiles * _BLOCKS, self.bank.device)
 
+    @torch.no_grad()
     def advance(self, arrivals: Sequence[Arrival]) -> None:
         """Advance parameters and their state: large ones in place, small neighbours in one buffer."""
         for pack in _packed(arrivals):

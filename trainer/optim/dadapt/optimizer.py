@@ -93,24 +93,24 @@ class DAdaptAdam(TiledAdam):
     def d(self) -> Tensor:
         """The estimate d: 0-d, fp64, on the parameters' device."""
         self._ready()
-        return self._scalars["d"]
+        return self._learned.scalars["d"]
 
     @property
     def d_hat(self) -> Tensor:
         """What the last step estimated, which d follows upwards: 0-d, fp64, on the parameters' device."""
         self._ready()
-        return self._scalars["d_hat"]
+        return self._learned.scalars["d_hat"]
 
     @property
     def l1(self) -> Tensor:
         """|s|_1 of the last step, each group weighted by its layer_scale: 0-d, fp64, on the parameters' device."""
         self._ready()
-        return self._scalars["l1"]
+        return self._learned.scalars["l1"]
 
     def rate(self, capped: bool = True) -> Tensor:
         """Return d * lr * bias correction, `capped` by rate_max, the rate of the coming step: 0-d, fp64, on the parameters' device."""
         self._ready()
-        return self._rates(self._hyper(self.param_groups[0]["lr"]), capped)[2]
+        return self._learned.rates(self.param_groups[0]["lr"], capped)[2]
 
     def rows(self, group: Mapping[str, Any]) -> list[Any]:  # noqa: D102
         beta1, beta2 = group["betas"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -11,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from trainer.optim.dadapt.adam import Coefficients, adapt
+from trainer.optim.dadapt.adam import Coefficients
 from trainer.optim.dadapt.choice import EAGER, choose
-from trainer.optim.dadapt.device import TritonEngine, launch, works
+from trainer.optim.dadapt.device import TritonEngine, works
 from trainer.optim.dadapt.eager import Arrival, TorchEngine
 from trainer.optim.dadapt.fused import FusedBackward, Pass, arrival_hook
 from trainer.optim.dadapt.groups import LEARNED, Group, check_group
 from trainer.optim.dadapt.kernels import compiles
+from trainer.optim.dadapt.learned import Learned, on_device
 from trainer.optim.dadapt.saved import restore
 from trainer.optim.dadapt.state import TILE, Bank, Layout, Segment
-from trainer.transfer import to_device
 
 KERNEL_DEVICES = ("cuda", "meta")
 """Kinds of devices that the Triton kernel runs on; on the last its launches are only counted."""
@@ -28,9 +27,7 @@ KERNEL_DEVICES = ("cuda", "meta")
 _WORTH_COMPILING = {32: 1 << 24, 8: 1 << 20}
 """By bits of state, the parameters from which on compiling is tried without being asked for."""
 
-_GATE = Coefficients._fields.index("gate")
 _DECAY = Coefficients._fields.index("decay")
-_UNSCALE = Coefficients._fields.index("unscale")
 
 
 class TiledAdam(FusedBackward, Optimizer):
@@ -92,9 +89,8 @@ class TiledAdam(FusedBackward, Optimizer):
     def launches(self) -> int:
         """Launches of own kernels so far."""
         self._ready()
-        return self._launches + sum(
-            engine.launches for engine in self._engines.values() if isinstance(engine, TritonEngine)
-        )
+        kernels = [engine for engine in self._engines.values() if isinstance(engine, TritonEngine)]
+        return self._learned.launches + sum(engine.launches for engine in kernels)
 
     # ---- the step ----
 
@@ -152,32 +148,15 @@ class TiledAdam(FusedBackward, Optimizer):
         self._steps += 1
         blocked = self._never if blocked is None else blocked.to(device, torch.float32)
         scale = self._one if scale is None else scale.to(device, torch.float32)
-        hyper, s = self._hyper(lr), self._scalars
+        now = Pass(lr, blocked)
         if self._on_kernel:
-            self._launched(
-                "begin",
-                len(self.param_groups),
-                (hyper, s["d"], s["k"], s["l1"], blocked, scale, self._dlr, self._coefficients),
-            )
-            return Pass(lr, blocked)
-        rate, root, dlr = self._rates(hyper)
-        rows = hyper[8:].view(-1, 4, 16)
-        values = rows[:, 0] + rows[:, 1] * dlr + rows[:, 2] * rate + rows[:, 3] * root
-        values[:, _UNSCALE] = 1 / scale
-        self._dlr.copy_(dlr)
-        if not self._host:
-            values[:, _DECAY] *= s["l1"] > 0
-            values[:, _GATE] = blocked == 0
-        self._coefficients.copy_(values)
+            self._learned.begin_in_kernel(lr, blocked, scale)
+            return now
+        values = self._learned.begin(lr, blocked, scale)[:, : len(Coefficients._fields)]
         resting = values.clone()
         resting[:, _DECAY] = 0
-        width = len(Coefficients._fields)
-        now = Pass(lr, blocked)
         for bank in self._engines:
-            now.tables[bank] = (
-                [row[:width].to(bank.dtype) for row in values],
-                [row[:width].to(bank.dtype) for row in resting],
-            )
+            now.tables[bank] = list(values.to(bank.dtype)), list(resting.to(bank.dtype))
         return now
 
     def _arrival(
@@ -187,7 +166,7 @@ class TiledAdam(FusedBackward, Optimizer):
         now = self._pass
         assert now is not None
         if isinstance(self._engines[segment.bank], TritonEngine):
-            return Arrival(segment, parameter, gradient, None, self._coefficients)
+            return Arrival(segment, parameter, gradient, None, self._learned.coefficients)
         waits = self._host and self.adapts and segment.index not in self._moved
         if waits:
             now.undecided.append((segment, parameter))
@@ -205,7 +184,6 @@ class TiledAdam(FusedBackward, Optimizer):
             return
         for bank, engine in self._engines.items():
             engine.advance([arrival for arrival in now.waiting if arrival.segment.bank is bank])
-        s = self._scalars
         blocked = now.blocked if found_inf is None else found_inf.to(now.blocked)
         totals = [engine.totals() for engine in self._engines.values()]
         if self._on_kernel:
@@ -213,22 +191,10 @@ class TiledAdam(FusedBackward, Optimizer):
             for more in totals[1:]:
                 sums += more
             self._squares = sums[2]
-            learned = (s["d"], s["numerator_weighted"], s["d_hat"], s["l1"], s["k"], self._not_finite)
-            self._launched(
-                "finish",
-                1,
-                (self._hyper(now.lr), sums, self._dlr, blocked, *learned),
-                {"ADAPTS": self.adapts},
-            )
+            self._learned.end_in_kernel(now.lr, sums, blocked, self._not_finite)
             return
-        num = torch.stack([total[0] for total in totals]).sum() * self._dlr
-        l1 = torch.stack([total[1] for total in totals]).sum()
-        new = (
-            adapt(s, num, l1, self.param_groups[0])
-            if self.adapts
-            else {"k": s["k"] + 1, "learns": torch.ones_like(l1, dtype=torch.bool)}
-        )
-        learns = new.pop("learns") & (blocked == 0)
+        num, l1 = (row.sum() for row in torch.stack(totals, 1))
+        self._learned.end(num, l1, blocked)
         if now.undecided and bool(l1 > 0):
             for segment, parameter in now.undecided:
                 engine = self._engines[segment.bank]
@@ -236,8 +202,6 @@ class TiledAdam(FusedBackward, Optimizer):
                 if engine.l1_of(segment) > 0:
                     self._moved.add(segment.index)
                 engine.decay(segment, parameter, now.tables[segment.bank][0][segment.group][_DECAY])
-        for key, value in new.items():
-            s[key].copy_(torch.where(learns, value, s[key]))
 
     # ---- state ----
 
@@ -252,7 +216,7 @@ class TiledAdam(FusedBackward, Optimizer):
             for key in LEARNED:
                 group.pop(key, None)
         saved["state"]["adaptation"] = {
-            **self._scalars,
+            **self._learned.scalars,
             "steps": self._steps,
             "compiled": self.compiled,
             "tiled": True,
@@ -272,9 +236,8 @@ class TiledAdam(FusedBackward, Optimizer):
         layout = self._ready()
         state = dict(state_dict["state"])
         adaptation = state.pop("adaptation")
-        restore(
-            [(segment, p, self.state[p]) for segment, p in self._segments()], state, self._scalars, adaptation
-        )
+        own = [(segment, p, self.state[p]) for segment, p in self._segments()]
+        restore(own, state, self._learned.scalars, adaptation)
         self._steps = adaptation["steps"]
         saved = adaptation["compiled"]
         if self.compile is None and self.compiled != saved and not self._on_kernel:
@@ -298,27 +261,10 @@ class TiledAdam(FusedBackward, Optimizer):
             self._segment_of = {parameter: segment for segment, parameter in self._segments()}
             for segment, parameter in self._segments():
                 self.state[parameter] = segment.views(parameter.shape)
-            first = dict(self.param_groups[0])
-            kinds = {
-                "d": torch.float64,
-                "k": torch.int64,
-                "numerator_weighted": torch.float64,
-                "d_hat": torch.float64,
-                "l1": torch.float64,
-            }
-            self._scalars = {
-                key: torch.full((), first.get(key, 0), dtype=kind, device=device)
-                for key, kind in kinds.items()
-            }
+            self._learned = Learned(self.param_groups, self.rows, self.adapts, device)
             self._not_finite = torch.zeros((), dtype=torch.int64, device=device)
-            self._squares, self._dlr = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
+            self._squares = torch.zeros((), dtype=torch.float64, device=device)
             self._never, self._one = torch.zeros((), device=device), torch.ones((), device=device)
-            self._coefficients = torch.zeros(len(self.param_groups), 16, device=device)
-            self._hypers: tuple[Any, Tensor] | None = None
-            self._launches = 0
-            self._handles: dict[str, Any] = {}
-            for group in self.param_groups:
-                group.update({key: self._scalars[key] for key in LEARNED if key in group})
             worth_it = sum(segment.numel for segment in layout.segments) >= _WORTH_COMPILING[self.state_bits]
             automatic = self.compile is None
             self._choose_engines(
@@ -329,7 +275,7 @@ class TiledAdam(FusedBackward, Optimizer):
 
     def _choose_engines(self, layout: Layout, *, compile: bool, automatic: bool = False) -> None:
         """Give each bank its engine; an `automatic` choice compiles only where the eager step is not faster."""
-        self._host = _on_host(layout.device)
+        self._host = not on_device(layout.device)
         self._engines: dict[Bank, TorchEngine | TritonEngine] = {}
         weights = [group["layer_scale"] for group in self.param_groups]
         largest = max(layout.banks, key=lambda bank: bank.tiles)
@@ -347,7 +293,7 @@ class TiledAdam(FusedBackward, Optimizer):
                 and bank.dtype == torch.float32
             )
             if possible and works(bank.device, bank.weights, bank.bits, bank.every):
-                self._engines[bank] = TritonEngine(bank, self._coefficients)
+                self._engines[bank] = TritonEngine(bank, self._learned.coefficients)
             else:
                 kernel = choices[bank].kernel if bank in choices else None
                 self._engines[bank] = TorchEngine(bank, kernel, weights)
@@ -361,60 +307,11 @@ class TiledAdam(FusedBackward, Optimizer):
             if self._host and self.adapts and self.state[p]["s"].any()
         }
 
-    def _launched(
-        self, name: str, programs: int, arguments: tuple[Any, ...], constants: Mapping[str, Any] | None = None
-    ) -> None:
-        self._launches += 1
-        if self._never.device.type != "meta":
-            launch(self._handles, name, programs, arguments, constants or {})
-
     def _segments(self) -> Sequence[tuple[Segment, Tensor]]:
         assert self._layout is not None
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
         return list(zip(self._layout.segments, parameters, strict=True))
 
-    def _rates(self, hyper: Tensor, capped: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """Return d * lr, the root of the second moment's correction, and the corrected rate, which is held by rate_max: 0-d, fp64."""
-        rate = self._scalars["d"] * hyper[0]
-        steps = (self._scalars["k"] + 1).double()
-        root = (1 - (steps * hyper[3]).exp()).sqrt()
-        corrected = rate * root / (1 - (steps * hyper[2]).exp())
-        return rate, root, corrected.minimum(hyper[1]) if capped else corrected
-
-    def _hyper(self, lr: float) -> Tensor:
-        """Return 8 numbers of all groups, and for each 4 rows of 16: coefficients, and what they gain by dlr, d * lr and the root; fp64.
-
-        The numbers: lr, rate_max, logarithms of beta1 and beta2 (-inf where nothing is corrected),
-        sqrt(beta2), growth_rate, d_max.
-        """
-        first = self.param_groups[0]
-        beta1, beta2 = first["betas"]
-        corrects = first["use_bias_correction"]
-        logarithms = [math.log(beta) if corrects and beta else -math.inf for beta in (beta1, beta2)]
-        values = [
-            lr,
-            first["rate_max"],
-            *logarithms,
-            math.sqrt(beta2),
-            first["growth_rate"],
-            first["d_max"],
-            0.0,
-        ]
-        for group in self.param_groups:
-            rows: list[list[float]] = [
-                [getattr(c, name, 0.0) for name in Coefficients._fields] for c in self.rows(group)
-            ]
-            values += [value for row in rows for value in [*row, *[0.0] * (16 - len(row))]]
-        if self._hypers is None or self._hypers[0] != values:
-            device = self._never.device
-            self._hypers = values, to_device(torch.tensor(values, dtype=torch.float64), device)
-        return self._hypers[1]
-
     def rows(self, group: Mapping[str, Any]) -> list[Any]:
         """Return coefficients, and what they gain by the corrected rate, by d * lr and by the root."""
         raise NotImplementedError
-
-
-def _on_host(device: torch.device) -> bool:
-    """Return whether a number there can be looked at without waiting for a device."""
-    return device.type == "cpu"
