@@ -9,7 +9,7 @@ from trainer.environment import check_environment
 from trainer.errors import UserError
 from trainer.output import open_streams, say
 from trainer.training.launch import rank, rank_on_machine
-from trainer.training.ranks import ToldElsewhere
+from trainer.training.ranks import ReportedElsewhere
 from trainer.training.signals import Interrupted, StopSignals
 
 
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
                 arguments=arguments,
                 signals=signals,
             )
-        except ToldElsewhere as error:
+        except ReportedElsewhere as error:
             return error.exit_code
         except Interrupted as error:
             say(f"Stopped by {error}.", stream=sys.stderr)

@@ -184,7 +184,7 @@ def test_gradients_that_are_infinite_in_a_fused_backward_end_the_run_without_a_h
     assert train.main([]) == 1
     told = capsys.readouterr()
     assert "gradients were not finite although the loss was" in told.err
-    assert "with fused_backward only these weights were left out" in told.err
+    assert "with fused_backward only these weights were skipped" in told.err
     assert "no checkpoint is saved of this step" in told.out
     (good,) = checkpoints(run_of(workplace))
     assert good.name == "tiny-ep01-gs00003" and resume_problem(good) is None

@@ -46,7 +46,7 @@ def run_training(
     Raises:
         UserError: something must be put right before the run can start, or the run has failed.
         Interrupted: a signal has ended the run.
-        ToldElsewhere: rank 0 reports why this rank ends.
+        ReportedElsewhere: rank 0 reports why this rank ends.
     """
     processes = connect(config.loop.gpuid, signals)
     console = Console(enabled=processes.main)

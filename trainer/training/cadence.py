@@ -1,4 +1,4 @@
-"""What is due after an optimizer step, as a pure function of where the run is."""
+"""Work that is due after an optimizer step, as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Due:
-    """What follows a step."""
+    """The work that follows a step."""
 
     report: bool
     sample: bool
@@ -18,20 +18,12 @@ class Due:
 
 @dataclass(frozen=True)
 class Cadence:
-    """How often things happen; steps are optimizer steps counted from 1, epochs likewise.
-
-    Args:
-        log_step: steps between reports.
-        sample_steps: steps between samples.
-        save_every_n_epochs: epochs between checkpoints, or None for the end only.
-        save_ckpts_from_n_epochs: the first epoch after which a checkpoint is written.
-        total_steps: the last step of the run.
-        stop_after_steps: a step after which the run stops early.
-    """
+    """The intervals of a run; steps are optimizer steps counted from 1, epochs likewise."""
 
     log_step: int
     sample_steps: int
     save_every_n_epochs: int | None
+    """None saves at the end only."""
     save_ckpts_from_n_epochs: int
     total_steps: int
     stop_after_steps: int | None = None

@@ -17,14 +17,7 @@ FIXED, VALIDATION, BEST, SAMPLES, SAVE = "fixed loss", "validation", "best", "sa
 
 
 def list_due(run: Run, due: Due, before: float, *, by_clock: bool) -> None:
-    """List the work that is due after a step.
-
-    Args:
-        run: after the step.
-        due: its due work by number of steps.
-        before: epochs trained before the step.
-        by_clock: a checkpoint is due by the clock.
-    """
+    """List the work that is due after a step, which began at `before` epochs."""
     last = run.state.step >= run.cadence.total_steps
     validation = run.evaluation.validation.due(before, run.progress, last=last)
     wanted = {
@@ -37,11 +30,7 @@ def list_due(run: Run, due: Due, before: float, *, by_clock: bool) -> None:
 
 
 def do_due(run: Run) -> None:
-    """Do the pending work.
-
-    Raises:
-        Interrupted: a signal has asked the run to end; the rest stays pending.
-    """
+    """Do the pending work. On `Interrupted` the rest stays pending."""
     state = run.state
     while state.pending:
         run.signals.check()
@@ -49,9 +38,7 @@ def do_due(run: Run) -> None:
             case "fixed loss" | "validation" as work:
                 evaluate(run, validation=work == VALIDATION)
             case "best":
-                state.pending = state.pending[
-                    1:
-                ]  # before it is saved: resuming from it must not save it again
+                state.pending = state.pending[1:]  # before saving: resuming from it must not save it again
                 save(run, "best")
                 continue
             case "samples":

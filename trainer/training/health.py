@@ -15,12 +15,9 @@ MOST_UNREAD = 10
 
 
 def count_images(run: Run, images: int) -> int:
-    """Return the images of a step over all ranks, and report each unreadable file once.
+    """Return the images of a step over all ranks, of which this rank has read `images`.
 
-    This rank has read `images` of them.
-
-    Raises:
-        Interrupted, UserError: another rank has been asked to end, or has failed.
+    Reports each unreadable file once.
     """
     loader, health = run.loader, run.health
     found = run.processes.gather((images, loader.bad[health.named_files :]))
@@ -32,11 +29,7 @@ def count_images(run: Run, images: int) -> int:
 
 
 def check_readable(run: Run, images: int) -> None:
-    """Stop after `MOST_UNREAD` steps in a row without a readable image.
-
-    Raises:
-        UserError: there were that many.
-    """
+    """Stop after `MOST_UNREAD` steps in a row without a readable image."""
     state, health = run.state, run.health
     health.before_unread = None if images else health.before_unread or replace(state)
     if health.before_unread is not None and state.step - health.before_unread.step >= MOST_UNREAD:
@@ -48,15 +41,7 @@ def check_readable(run: Run, images: int) -> None:
 
 
 def check_progress(run: Run, skipped: int) -> None:
-    """Report skipped steps, and stop after `MOST_SKIPPED` in a row.
-
-    Args:
-        run: at a report.
-        skipped: steps without a finite gradient since the run started.
-
-    Raises:
-        UserError: there were that many.
-    """
+    """Report skipped steps, of `skipped` since the start, and stop after `MOST_SKIPPED` in a row."""
     state = run.state
     new, made = skipped - state.skipped, state.step - state.last_report
     state.skipped, state.last_report = skipped, state.step
@@ -83,11 +68,7 @@ def check_progress(run: Run, skipped: int) -> None:
 
 
 def check_ranks(run: Run) -> None:
-    """Stop where ranks have come to train different models: their averaged gradients would be of neither.
-
-    Raises:
-        UserError: a value that must be equal on all ranks is not.
-    """
+    """Stop if ranks train different models: averaged gradients would fit neither."""
     if run.processes.count == 1:
         return
     state = run.state
@@ -99,21 +80,14 @@ def check_ranks(run: Run) -> None:
     if different := run.processes.difference(numbers):
         run.learner.optimizers.updating = True  # nobody can say whose weights are right: nothing to save
         raise UserError(
-            f"step {state.step}: {different}, so the processes no longer train the same model; "
-            "resume from the "
-            "last checkpoint, and look for a device or a version of a library that differs.",
+            f"step {state.step}: {different}, so the processes no longer train the same model; resume from "
+            "the last checkpoint, and look for a device or a version of a library that differs.",
             exit_code=1,
         )
 
 
 def check_gradients(run: Run) -> None:
-    """Stop where only a part of a step was made.
-
-    Fused backward cannot undo updates when a later gradient is not finite.
-
-    Raises:
-        UserError: there was such a gradient since the run started.
-    """
+    """Stop if a step was made in part: fused backward cannot undo updates before an infinite gradient."""
     optimizers = run.learner.optimizers
     if not optimizers.fused:
         return
@@ -123,8 +97,7 @@ def check_gradients(run: Run) -> None:
         where = " and ".join(f"{count} of the {network}" for network, count in met.items() if count)
         raise UserError(
             f"gradients were not finite although the loss was ({where}; now at step {run.state.step}): with "
-            "fused_backward only these weights were left out, the others of the same step have moved; "
-            "resume from "
-            "the last checkpoint with fused_backward false, or with mixed_precision: no.",
+            "fused_backward only these weights were skipped, the others of the same step have moved; resume "
+            "from the last checkpoint with fused_backward false, or with mixed_precision: no.",
             exit_code=1,
         )

@@ -1,4 +1,4 @@
-"""How this process was launched: alone, or by accelerate or torchrun as one of several ranks."""
+"""The launch of this process: alone, or by accelerate or torchrun as one of several ranks."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _SHARDING = {
 
 
 def launched() -> int:
-    """Return how many processes were launched to train as one, by accelerate or torchrun."""
+    """Return the number of ranks that accelerate or torchrun launched."""
     return _number("WORLD_SIZE", 1) if "LOCAL_RANK" in os.environ else 1
 
 
 def rank() -> int:
-    """Return this process's number among those that were launched."""
+    """Return this process's rank."""
     return _number("RANK", 0) if launched() > 1 else 0
 
 
@@ -41,11 +41,7 @@ def rank_on_machine() -> int:
 
 
 def expected(gpuid: int) -> Processes:
-    """Return the ranks that `connect` would connect, to plan with.
-
-    Raises:
-        UserError: as `connect`.
-    """
+    """Return the ranks that `connect` would connect, to plan with."""
     import torch
 
     _check_launcher()
@@ -57,16 +53,11 @@ def expected(gpuid: int) -> Processes:
 
 
 def connect(gpuid: int, signals: StopSignals) -> Processes:
-    """Return this process among those that were launched, connected with the others.
-
-    Args:
-        gpuid: the CUDA device of a process that trains alone; of several, each takes that of its number on
-        its machine.
-        signals: ask this process to end.
+    """Return this rank, connected with the others; one that trains alone takes the CUDA device `gpuid`.
 
     Raises:
-        UserError: there are fewer devices than processes or none of that number, or accelerate was asked to
-        shard the model.
+        UserError: there are fewer devices than ranks or none of that number, or accelerate was asked to shard
+            the model.
     """
     import torch
     from accelerate import PartialState
@@ -80,17 +71,15 @@ def connect(gpuid: int, signals: StopSignals) -> Processes:
     state = PartialState(cpu=_flag("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
     device = state.device
     assert device is not None, "accelerate has chosen one"
-    device = torch.device("cpu") if device.type == "cpu" else device  # which has no number
+    device = torch.device("cpu") if device.type == "cpu" else device  # without its number
     if state.num_processes != count:
         raise UserError(
             f"{count} processes were launched, and devices of type {device.type} cannot train together; "
             "start one, with python train.py."
         )
     if gpuid and device.type == "cuda":
-        notes.append(
-            f"gpuid {gpuid} is not used: "
-            "of several processes each takes the CUDA device of its number on its machine"
-        )
+        of = "of several processes each takes the CUDA device of its number on its machine"
+        notes.append(f"gpuid {gpuid} is not used: {of}")
     signals.quiet = state.process_index > 0
     return Processes(
         rank=state.process_index,
@@ -136,7 +125,7 @@ def _on_machine(count: int) -> int:
 
 
 def _number(variable: str, default: int) -> int:
-    """Return what a launcher has set, the default where it is no number: `_check_launcher` refuses that."""
+    """Return a launcher's number; the default for anything else, which `_check_launcher` refuses."""
     value = os.environ.get(variable, "")
     return int(value) if re.fullmatch("[0-9]{1,6}", value) else default
 
@@ -151,10 +140,10 @@ def _check_launcher() -> None:
     for variable, name in _SHARDING.items():
         if _flag(variable):
             raise UserError(
-                f"accelerate was asked for {name}, which splits a model over processes, "
-                "and this program trains "
-                "with a whole model in each (DDP); choose plain multi-GPU in accelerate config or with "
-                "accelerate launch --multi_gpu, and for less memory see --check, dadapt_adam8bit and lora."
+                f"accelerate was asked for {name}, which splits a model over processes, and this program "
+                "trains with a whole model in each (DDP); choose plain multi-GPU in accelerate config or "
+                "with accelerate launch --multi_gpu, and for less memory see --check, dadapt_adam8bit and "
+                "lora."
             )
 
 

@@ -22,9 +22,7 @@ from trainer.training.stop_text import stop_text_encoder
 
 
 def train(run: Run) -> None:
-    """Train until the run's end or its early stop.
-
-    Any other end saves a checkpoint first, so that the steps since the last one are kept.
+    """Train until the run's end or its early stop. Any other end saves a checkpoint first.
 
     Raises:
         Interrupted: a signal has asked the run to end.
@@ -34,9 +32,7 @@ def train(run: Run) -> None:
     if run.state.step == 0:  # nothing can be lost yet, so a signal ends the run wherever it is
         run.state.pending = [VALIDATION, *([SAMPLES] if run.evaluation.sample_first else [])]
         do_due(run)
-    with (
-        run.signals.deferred()
-    ):  # saving too: where another rank has died, a signal of their launcher follows
+    with run.signals.deferred():  # saving too: if another rank has died, its launcher sends a signal
         try:
             make_steps(run)
         except Interrupted:
@@ -46,9 +42,7 @@ def train(run: Run) -> None:
         except SavingError:
             raise
         except Exception as error:
-            if (
-                run.health.before_unread is not None
-            ):  # nothing was trained since: repeat when the images are back
+            if run.health.before_unread is not None:  # nothing was trained since: repeat with the images
                 vars(run.state).update(vars(run.health.before_unread))
             save_after(error, run)
             if isinstance(error, DataError):
@@ -90,13 +84,7 @@ def make_steps(run: Run) -> None:
 
 
 def learn(run: Run, batches: Sequence[Batch], images: int) -> None:
-    """Make one optimizer step.
-
-    Args:
-        run: at the step.
-        batches: this rank's micro-batches.
-        images: images of the step over all ranks.
-    """
+    """Make one optimizer step from this rank's micro-batches of `images` images over all ranks."""
     learner, precision = run.learner, run.learner.precision
     drawn = [learner.objective.draw(batch) for batch in batches]
     run.health.latest = [(batch.names, inputs.t_B) for batch, inputs in zip(batches, drawn, strict=True)]
@@ -147,7 +135,7 @@ def save_after(error: Exception, run: Run) -> None:
     if optimizers.updating:
         console.event("Note: it happened while weights were updated, so no checkpoint is saved of this step.")
         return
-    optimizers.zero_grad()  # where memory has run out, saving needs some too
+    optimizers.zero_grad()  # if memory has run out, saving needs some too
     if run.learner.precision.device.type == "cuda":
         torch.cuda.empty_cache()
     try:

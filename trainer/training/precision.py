@@ -22,7 +22,7 @@ _SCALE_GROWTH = (
 
 @dataclass(frozen=True)
 class Precision:
-    """What the options come to on a device."""
+    """Dtypes and loss scaler on a device."""
 
     device: torch.device
     dtype: torch.dtype | None
@@ -32,10 +32,10 @@ class Precision:
     """The loss scaler that fp16 needs."""
 
     weights: torch.dtype
-    """In which UNet and text encoder are kept."""
+    """Dtype of UNet and text encoder."""
 
     paced: bool = True
-    """Whether the loss scale changes more gently as the run goes on."""
+    """Make the loss scale change more gently over the run."""
 
     def pace(self, step: int) -> None:
         """Set the growth of the loss scale, if there is one, in optimizer step `step`, counted from 0."""
@@ -48,15 +48,12 @@ class Precision:
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which the networks compute.
 
-        Without the cache of cast weights: every weight is used once in a forward pass, so the cache would
-        spare nothing and, under gradient checkpointing, hold a second copy of all weights until the end of
-        the pass.
+        It has no cache of cast weights: every weight is used once in a forward pass, so the cache would save
+        nothing and, under gradient checkpointing, hold a second copy of all weights until the pass ends.
         """
-        return (
-            nullcontext()
-            if self.dtype is None
-            else torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
-        )
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
 
     @property
     def name(self) -> str:
@@ -67,7 +64,7 @@ class Precision:
 def scale_growth(step: int) -> tuple[float, int]:
     """Return the factor of fp16's loss scale, growing or after an overflow, and the good steps between.
 
-    EveryDream2's course: the scale is found quickly and then disturbed ever less.
+    As in EveryDream2: the scale is found quickly and then disturbed less and less.
     """
     return next(growth for start, growth in _SCALE_GROWTH if step >= start)
 
@@ -75,11 +72,11 @@ def scale_growth(step: int) -> tuple[float, int]:
 def resolve_precision(options: PrecisionOptions, device: torch.device) -> Precision:
     """Decide the precision on `device`; on CUDA also allow TF32 for what stays in fp32.
 
-    Emulated bf16, which torch reports as supported on cards such as the T4, does not count: fp16 is many
-    times faster there.
+    Emulated bf16, which torch reports as supported on GPUs such as the T4, does not count: fp16 is many times
+    faster there.
 
     Raises:
-        UserError: fp16 on the CPU, or bf16 on a card without it.
+        UserError: fp16 on the CPU, or bf16 on a GPU without it.
     """
     kind = "no" if options.disable_amp else options.mixed_precision
     native_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -93,10 +90,8 @@ def resolve_precision(options: PrecisionOptions, device: torch.device) -> Precis
         )
     if kind == "bf16" and device.type == "cuda" and not native_bf16:
         name = torch.cuda.get_device_name(device)
-        raise UserError(
-            f"mixed_precision: {name} does not compute bf16 natively; "
-            "use auto or fp16, and weights_dtype fp32."
-        )
+        advice = "use auto or fp16, and weights_dtype fp32"
+        raise UserError(f"mixed_precision: {name} does not compute bf16 natively; {advice}.")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[kind]
@@ -108,9 +103,5 @@ def imagined_precision(options: PrecisionOptions) -> Precision:
     """Return the precision on an absent CUDA GPU that computes bf16 natively; without a scaler."""
     kind = "no" if options.disable_amp else options.mixed_precision
     dtype = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[kind]
-    return Precision(
-        torch.device("cuda"),
-        dtype,
-        None,
-        torch.bfloat16 if options.weights_dtype == "bf16" else torch.float32,
-    )
+    weights = torch.bfloat16 if options.weights_dtype == "bf16" else torch.float32
+    return Precision(torch.device("cuda"), dtype, None, weights)

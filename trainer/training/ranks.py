@@ -1,12 +1,10 @@
 """The ranks that train as one: where they wait for each other, and how all end when one does.
 
-Launched by accelerate or torchrun, one process for each device. Every process runs the same program on the
-same plan; the networks that learn are wrapped by torch's DistributedDataParallel, which averages gradients,
-and the first process alone writes and speaks. With one process everything here is the same with nobody to
-ask.
+Launched by accelerate or torchrun, one process a device. Every rank runs the same program on the same plan;
+trained networks are wrapped by torch's DistributedDataParallel, which averages gradients. Rank 0 alone writes
+and prints. With one process everything here is the same without waiting.
 
-Nothing waits for a device here: what processes tell each other travels through a group of their own on the
-CPU (gloo).
+Nothing waits for a device here: ranks exchange values through a group of their own on the CPU (gloo).
 """
 
 from __future__ import annotations
@@ -29,28 +27,24 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class ToldElsewhere(Exception):
-    """An end of this process for a reason that another process tells.
-
-    Args:
-        exit_code: the status that all of them end with.
-    """
+class ReportedElsewhere(Exception):
+    """An end of this rank for a reason that rank 0 reports; `exit_code` is the status of all."""
 
     def __init__(self, exit_code: int) -> None:
         self.exit_code = exit_code
-        super().__init__("another process tells why")
+        super().__init__("another process reports the reason")
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """Why a process ends, as the others are told it."""
+    """The reason why a rank ends, as it is sent to the others."""
 
     problems: tuple[str, ...]
     exit_code: int
     signal: int | None = None
 
     def error(self) -> BaseException:
-        """Return what the process that is told raises."""
+        """Return the error to raise on the other ranks."""
         return (
             Interrupted(self.signal)
             if self.signal is not None
@@ -59,17 +53,14 @@ class _Failure:
 
 
 class Processes:
-    """One process, this one, among those that train as one.
+    """One rank among those that train as one.
 
     Args:
-        rank: its number, from 0; number 0 writes and speaks.
-        count: how many there are, on all machines.
-        on_machine: how many of them share this machine.
-        device: on which it trains.
-        notes: sentences about how they were launched.
-        group: in which they talk.
-        owned: whether their connection is to be closed at the end.
-        signals: ask a process to end.
+        count: the world size.
+        on_machine: ranks on this machine.
+        notes: sentences about the launch.
+        group: for exchanging values.
+        owned: close the connection at the end.
     """
 
     def __init__(
@@ -92,23 +83,23 @@ class Processes:
         self._group = group
         self._owned = owned
         self._signals = signals or StopSignals()
-        self._told = False
-        self._parted = False
+        self._reported = False
+        self._disconnected = False
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """True on rank 0, which writes and prints."""
         return self.rank == 0
 
     @property
     def device(self) -> torch.device:
-        """The device on which this process trains."""
-        assert self._device is not None, "asked of processes that were connected"
+        """The device of this rank."""
+        assert self._device is not None, "connected"
         return self._device
 
     @property
     def launcher(self) -> list[str]:
-        """The words before train.py that launch as many; several machines need an address too."""
+        """The words before train.py that launch as many ranks; several machines need an address too."""
         machines = self.count // self.on_machine
         nodes = ["--nnodes", str(machines)] if machines > 1 else []
         return (
@@ -129,7 +120,7 @@ class Processes:
         found = self._exchange(value)
         failures = [(rank, each) for rank, each in enumerate(found) if isinstance(each, _Failure)]
         if failures:
-            self._told = True
+            self._reported = True
             raise failures[0][1].error()
         return found
 
@@ -215,7 +206,7 @@ class Processes:
         try:
             yield
         except BaseException as error:
-            self._parted = True
+            self._disconnected = True
             if self.count > 1 and _is_of_connection(error):
                 raise UserError(_gone(error), exit_code=1) from error
             raise
@@ -228,7 +219,7 @@ class Processes:
         saving.
 
         Raises:
-            ToldElsewhere: on ranks other than 0: raised instead of the error that rank 0 reports.
+            ReportedElsewhere: on ranks other than 0: raised instead of the error that rank 0 reports.
         """
         try:
             yield
@@ -238,22 +229,22 @@ class Processes:
                 self._leave(error)
             raise
         finally:
-            if self._owned and not self._parted:
+            if self._owned and not self._disconnected:
                 import torch.distributed as dist
 
                 dist.destroy_process_group()
 
     def _leave(self, error: BaseException) -> None:
-        if not self._parted:
+        if not self._disconnected:
             self._signals.ignore()  # all is saved, and the launcher may be impatient
             with suppress(UserError):
-                if not self._told:
+                if not self._reported:
                     self._exchange(self._failure(error))
                 self._exchange(None)
         elif not self.main and isinstance(error, UserError):
             say(*(f"Process {self.rank}: {problem}" for problem in error.problems), stream=sys.stderr)
         if not self.main and isinstance(error, (UserError, Interrupted)):
-            raise ToldElsewhere(error.exit_code) from error
+            raise ReportedElsewhere(error.exit_code) from error
 
     def _failure(self, error: BaseException) -> _Failure:
         if isinstance(error, Interrupted):
@@ -277,7 +268,7 @@ class Processes:
             try:
                 dist.all_gather_object(found, value, group=self._group)
             except RuntimeError as error:
-                self._parted = True
+                self._disconnected = True
                 raise UserError(_gone(error), exit_code=1) from error
         return found
 

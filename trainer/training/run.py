@@ -1,4 +1,4 @@
-"""A run in the middle of its work: the objects that `trainer.run.build` puts together and the loop moves."""
+"""A run: the objects that `trainer.run.build` puts together and the loop moves."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Evaluation:
     sample: Callable[[int], None] = lambda step: None
     """Draw, save and record the samples of a step."""
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
-    """Leaves compiled networks for the time of an evaluation."""
+    """Makes compiled networks run eagerly during an evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +121,12 @@ class Run:
 
     @property
     def ends(self) -> bool:
-        """Whether no step follows."""
+        """True if no step follows."""
         return self.overfits or self.out_of_time or self.cadence.ends(self.state.step)
 
     @property
     def out_of_time(self) -> bool:
-        """Whether max_train_time is over."""
+        """True if max_train_time is over."""
         return self.max_seconds is not None and self.state.seconds >= self.max_seconds
 
     @property

@@ -16,11 +16,7 @@ TOGETHER = 1.0
 
 
 class Interrupted(BaseException):
-    """The run was asked to end by a signal. No `except Exception` holds it up.
-
-    Args:
-        number: the signal's.
-    """
+    """The run was asked to end by a signal. No `except Exception` holds it up."""
 
     def __init__(self, number: int) -> None:
         self.exit_code = 128 + number
@@ -31,10 +27,10 @@ class Interrupted(BaseException):
 class StopSignals:
     """Turn SIGINT, SIGTERM and other requests to end into `Interrupted` while the `with` block runs.
 
-    Outside `deferred`, where nothing can be lost (imports, loading, caching), it is raised where the program
-    happens to be. Inside, the first signal is only noted, and `check` raises it at places that are safe. A
-    signal more than `TOGETHER` seconds later ends the process at once wherever it is: what is being written
-    then stays behind under a hidden name, and everything else is whole.
+    Outside `deferred`, where nothing can be lost (imports, loading, caching), it is raised at once. Inside,
+    the first signal is only noted, and `check` raises it at safe places. A signal more than `TOGETHER`
+    seconds later ends the process at once: a file being written stays behind under a hidden name, and
+    everything else is whole.
 
     Only the main thread receives signals; anywhere else the block changes nothing.
     """
@@ -43,7 +39,7 @@ class StopSignals:
         self.requested: int | None = None
         """The first signal's number."""
         self.quiet = False
-        """Whether another process says that the run stops."""
+        """True if another rank announces the stop."""
         self._deferred = False
         self._since = 0.0
         self._before: dict[int, Any] = {}
@@ -57,18 +53,14 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave the signals to whoever had them before."""
+        """Restore the handlers from before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only note the first signal while the block runs.
-
-        Raises:
-            Interrupted: there was one before.
-        """
+        """Only note the first signal while the block runs; raise an earlier one."""
         self.check()
         self._deferred = True
         try:
@@ -78,11 +70,7 @@ class StopSignals:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Only note a first signal while the block runs; raise it afterwards unless inside `deferred`.
-
-        Raises:
-            Interrupted: there was one in the block.
-        """
+        """Only note a first signal while the block runs; raise it afterwards unless inside `deferred`."""
         before, deferred = self.requested, self._deferred
         self._deferred = True
         try:
@@ -93,17 +81,13 @@ class StopSignals:
             self.check()
 
     def ignore(self) -> None:
-        """Let no signal end this process any more: it is about to end."""
+        """Ignore further signals: the process is about to end."""
         for number in self._before:
             signal.signal(number, signal.SIG_IGN)
         self._before.clear()
 
     def check(self) -> None:
-        """Raise what was noted.
-
-        Raises:
-            Interrupted: a signal has asked the run to end.
-        """
+        """Raise `Interrupted` if a signal was noted."""
         if self.requested is not None:
             raise Interrupted(self.requested)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step measured, as 0-d device tensors."""
+    """The numbers of a step, as 0-d device tensors."""
 
     loss: Tensor
     """Mean loss of the step's images on this process, each weighted by its loss_scale."""
@@ -28,7 +28,7 @@ class StepResult:
     """Gradient norm by network, before clipping."""
 
     skipped: Tensor
-    """1.0 where the loss or a gradient was not finite and no weight was changed, else 0.0."""
+    """1.0 if the loss or a gradient was not finite and no weight was changed, else 0.0."""
 
 
 def train_step(
@@ -48,15 +48,13 @@ def train_step(
     """Train one global batch.
 
     Args:
-        micro_batches: this process's share of the step, on the device.
-        step: the optimizer step, counted from 0, for the learning rates.
-        images: images of the step over all processes.
+        micro_batches: this rank's share of the step, on the device.
+        step: counted from 0, for the learning rates.
+        images: images of the step over all ranks.
         nominal: images of a full step, None for `images`. Every image counts 1/nominal: no more in a bucket's
             last short step than elsewhere.
-        autocast: the context in which the networks compute.
-        scaler: fp16's loss scaler.
         clip: norm to clip each network's gradient to.
-        processes: how many processes train; their gradients are averaged by the wrapped networks.
+        processes: number of ranks, over which the wrapped networks average gradients.
     """
     optimizers.set_rates(step)
     nominal = nominal or images
