@@ -121,6 +121,11 @@ def uncut(folder):
     return _UNCUT[key]
 
 
+def unbroken(text):
+    """Return what a run has printed as one line, its broken lines and commands joined."""
+    return " ".join(text.replace(" \\\n", " ").split())
+
+
 def run_of(folder, number=-1):
     """Return a run's folder, the newest or another."""
     return sorted((folder / "logs").iterdir())[number]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,10 @@ from typing import TextIO
 # Control characters, line ends, changes of text direction and halves of surrogate pairs. Joiners stay: emoji
 # need them.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+WIDTH = 110
+"""Columns of a line for people, at most."""
 
 
 def clean(text: str, encoding: str = "utf-8") -> str:
@@ -27,6 +32,19 @@ def shown_path(path: Path) -> str:
         return path.relative_to(Path.cwd()).as_posix()
     except ValueError:
         return str(path)
+
+
+def wrapped(line: str, *, hang: int, width: int = WIDTH, start: str = "") -> list[str]:
+    """Break a line between words: `start` precedes the first part, `hang` spaces the others."""
+    return textwrap.wrap(
+        line,
+        width,
+        initial_indent=start,
+        subsequent_indent=" " * hang,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+    ) or [start + line]
 
 
 def say(*lines: str, stream: TextIO) -> None:

@@ -8,14 +8,14 @@ import pytest
 
 import train
 from data.atomic import WINDOWS
-from tests.runs import ADAMW, COMMAND, DADAPT, run_of, same_run, scalars, uncut, write
+from tests.runs import ADAMW, COMMAND, DADAPT, run_of, same_run, scalars, unbroken, uncut, write
 from tests.unit.trainer.checkpoints.test_lock import held
 from trainer.checkpoints.listing import checkpoints
 from trainer.checkpoints.lock import LOCK
 from trainer.checkpoints.run_folder import MARKER
 from trainer.config import load_config
 from trainer.config.schema import optimizer_classes
-from trainer.planning.resume import resume_command
+from trainer.planning.resume import joined, resume_words
 
 LAST = "last-tiny-ep02-gs00006"
 SHORT = {
@@ -238,10 +238,8 @@ def test_continuing_with_other_data_or_another_optimizer_is_refused_and_weights_
 def test_a_finished_run_does_nothing_more_unless_epochs_are_added(workplace, capsys):
     write(workplace, DADAPT, **SHORT)
     assert train.main([]) == 0
-    assert f"To train on, raise max_epochs (it is 2):  {COMMAND} --resume_ckpt" in (
-        out := capsys.readouterr().out
-    )
-    assert f"--resume_ckpt logs/{run_of(workplace).name} --max_epochs 4\n" in out
+    command = f"{COMMAND} --resume_ckpt logs/{run_of(workplace).name} --max_epochs 4 Rate:"
+    assert f"To train on, raise max_epochs (it is 2): {command}" in unbroken(capsys.readouterr().out)
     saved = (run_of(workplace) / "ckpts" / LAST / "manifest.json").read_bytes()
     assert train.main(["--resume_ckpt", "findlast"]) == 0
     assert "Done: 6 steps" in capsys.readouterr().out
@@ -295,7 +293,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(workplace, no_estimate, c
         assert train.main(["--resume_ckpt", "findlast", *more]) == 0
         out = capsys.readouterr().out
         assert re.search(f"Note: .*{re.escape(problem)}; {older.name} is used instead", out)
-    assert f"Resuming after step 3 in {older.parent.parent}" in out
+    assert f"Resuming after step 3 in logs/{older.parent.parent.name}." in out
 
 
 def test_a_run_s_single_file_starts_a_new_run_and_a_note_says_how_to_resume(workplace, no_estimate, capsys):
@@ -356,7 +354,9 @@ def test_a_copied_checkpoint_is_resumed_in_a_new_run_and_overwrites_nothing(
     assert sentence in capsys.readouterr().out and files(workplace) == before
     assert train.main(["--resume_ckpt", place]) == 0
     run = run_of(workplace)
-    assert sentence in (out := capsys.readouterr().out) and f"Resuming after step 4 in {run}." in out
+    assert (
+        sentence in (out := capsys.readouterr().out) and f"Resuming after step 4 in logs/{run.name}." in out
+    )
     assert {path: content for path, content in files(workplace).items() if run not in path.parents} == before
     same_run(run / "ckpts" / LAST, uncut(workplace) / "ckpts" / LAST)
 
@@ -367,10 +367,12 @@ def test_a_run_from_before_the_marker_and_one_that_was_moved_are_resumed_in_thei
     run = run_of(workplace)
     (run / MARKER).unlink()
     assert train.main(["--resume_ckpt", "findlast", "--stop_after_steps", "3"]) == 0
-    assert f"Resuming after step 2 in {run}." in capsys.readouterr().out and (run / MARKER).is_file()
+    assert (
+        f"Resuming after step 2 in logs/{run.name}." in capsys.readouterr().out and (run / MARKER).is_file()
+    )
     moved = run.rename(workplace / "my best run")
     assert train.main(["--resume_ckpt", "my best run", "--stop_after_steps", "4"]) == 0
-    assert f"Resuming after step 3 in {moved}." in capsys.readouterr().out
+    assert f"Resuming after step 3 in {moved.relative_to(workplace)}." in capsys.readouterr().out
     assert not list((workplace / "logs").iterdir())
 
 
@@ -456,4 +458,4 @@ def test_a_run_folder_with_a_link_that_leads_outside_is_not_written_to(workplace
 def test_the_command_that_goes_on_is_the_one_that_began(tmp_path, arguments, changed, command):
     from pathlib import Path
 
-    assert resume_command(arguments, Path("logs/x"), changed=changed) == command
+    assert joined(resume_words(arguments, Path("logs/x"), changed=changed)) == command

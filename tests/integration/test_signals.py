@@ -9,7 +9,7 @@ import pytest
 
 import train
 from scripts.torture import started, torture
-from tests.runs import COMMAND, DADAPT, run_of, same_run, scalars, uncut, write
+from tests.runs import COMMAND, DADAPT, run_of, same_run, scalars, unbroken, uncut, write
 from trainer.checkpoints.format import resume_problem
 from trainer.checkpoints.listing import checkpoints
 from trainer.reporting.console import Console
@@ -91,7 +91,7 @@ def test_the_first_signal_saves_and_the_run_goes_on_to_the_bit(
     run = run_of(workplace)
     assert checkpoints(run)[0].name == checkpoint and resume_problem(checkpoints(run)[0]) is None
     assert (run / "ckpts" / f"{checkpoint}.safetensors").is_file()
-    assert f"Resume with:  {COMMAND} --resume_ckpt logs/{run.name}" in told.out
+    assert f"Resume with: {COMMAND} --resume_ckpt logs/{run.name}" in unbroken(told.out)
     assert f"Stopped by {number.name}." in told.err
 
     assert train.main(["--resume_ckpt", str(run)]) == 0
@@ -120,7 +120,7 @@ def test_a_signal_before_the_first_step_leaves_nothing(workplace, monkeypatch, c
     told = capfd.readouterr()
     assert "Stopped by SIGTERM." in told.err and "saving a checkpoint" not in told.err
     assert not list((workplace / "logs").glob("tiny*"))
-    assert "logs/tiny" not in told.out.replace("logs/tiny-<time>", "") and "Checkpoints:" not in told.out, (
+    assert "logs/tiny" not in told.out.replace("logs/tiny-<time>", "") and "Run folder:" not in told.out, (
         "no path that is not there"
     )
 
@@ -134,7 +134,7 @@ def test_an_error_before_the_first_step_leaves_nothing(workplace, monkeypatch, c
     monkeypatch.setattr("trainer.training.loop.train_step", train_step)
     with pytest.raises(RuntimeError, match="a bug"):
         train.main([])
-    assert not list((workplace / "logs").glob("tiny*")) and "Checkpoints:" not in capsys.readouterr().out
+    assert not list((workplace / "logs").glob("tiny*")) and "Run folder:" not in capsys.readouterr().out
 
 
 def test_a_signal_before_the_first_step_of_a_continued_run_changes_nothing(workplace, monkeypatch, capsys):

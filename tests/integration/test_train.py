@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train
-from tests.runs import ADAMW, ADAMW8BIT, DADAPT, FUSED, run_of, same_run, scalars, write
+from tests.runs import ADAMW, ADAMW8BIT, DADAPT, FUSED, run_of, same_run, scalars, unbroken, write
 from tests.tiny import tiny_models, write_parts_beside, write_tiny_folder
 from trainer.checkpoints.export import save_single_file
 from trainer.checkpoints.format import resume_problem
@@ -43,8 +43,16 @@ def test_a_whole_run_from_the_command_line(workplace):
     assert resume_problem(run / "ckpts" / "tiny-ep02-gs00006") is None, "two are kept to resume from"
     assert (run / "ckpts" / "last-tiny-ep03-gs00009.safetensors").is_file()
     assert list((run / "samples").glob("*.png"))
-    for text in ("Checkpoints:", "Samples:", "tensorboard --logdir", "9 steps, 15 images"):
-        assert text in done.stdout
+    told = unbroken(done.stdout)
+    for text in (
+        "9 steps, 15 images",
+        f"Run folder: logs/{run.name}, which holds: samples: samples/gs00009.png; before training: samples/gs0",
+        "copy ckpts/last-tiny-ep03-gs00009.safetensors to models/Stable-diffusion of your web UI; the folder",
+        "Curves: tensorboard --logdir logs",
+    ):
+        assert text in told
+    ending = done.stdout.partition("Done: ")[2].splitlines()
+    assert max(map(len, [*ending, *(run / "run.log").read_text().splitlines()])) <= 110
     assert "decoupled" not in done.stdout + done.stderr, (
         "the optimizer library's own lines stay off the console"
     )

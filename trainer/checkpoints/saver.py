@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,6 +18,7 @@ from trainer.checkpoints.options import SaveOptions
 from trainer.errors import UserError
 from trainer.models.ema import SUFFIX, Ema
 from trainer.networks import by_network
+from trainer.output import shown_path
 from trainer.state_file import size_of_state, write_state
 
 Kind = Literal["", "last", "interrupted", "errored", "best"]
@@ -142,10 +143,7 @@ class Saver:
             self._failures, self._last_step = 0, self._state.step
             self._publish(written[0])
             seconds = time.perf_counter() - began
-            self._say(
-                f"step {self._state.step}: saved {' and '.join(map(str, written))}; "
-                f"training waited {seconds:.1f} s"
-            )
+            self._say(f"step {self._state.step}: saved {_named(written)}; training waited {seconds:.1f} s")
             try:
                 rotate(self._run, self._options, self._single_folder)
             except OSError as error:
@@ -267,6 +265,18 @@ def require_room(folder: Path, size: int) -> None:
         raise OSError(
             errno.ENOSPC, f"{in_gib(size)} are needed and {in_gib(free)} are free on the disk of {folder}"
         )
+
+
+def _named(written: Sequence[Path]) -> str:
+    """Return the paths of a save: its folder's, and the endings of files of the same name beside it."""
+    folder, *files = written
+    endings = [
+        f"its {file.name.removeprefix(folder.name)}"
+        if file.parent == folder.parent and file.name.startswith(folder.name)
+        else shown_path(file)
+        for file in files
+    ]
+    return " and ".join([shown_path(folder), *endings])
 
 
 def _reason(error: Exception) -> str:

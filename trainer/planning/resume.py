@@ -255,15 +255,15 @@ def changes(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def resume_command(
+def resume_words(
     arguments: Sequence[str],
     folder: Path,
     *,
     changed: Mapping[str, str],
     launcher: Sequence[str] = ("python",),
     program: str = "train.py",
-) -> str:
-    """Return the command line that resumes a run.
+) -> list[str]:
+    """Return the words of the command that resumes a run.
 
     Args:
         arguments: those of this start.
@@ -289,6 +289,11 @@ def resume_command(
     words = [*launcher, program, *kept, "--resume_ckpt", shown_path(folder)]
     for name, value in changed.items():
         words += [] if name in given and value == "null" else [f"--{name}", value]
+    return words
+
+
+def joined(words: Sequence[str]) -> str:
+    """Return words as a command line, quoted for the shell."""
     return subprocess.list2cmdline(words) if WINDOWS else shlex.join(words)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import time
+from collections import deque
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -16,10 +16,19 @@ from typing import TextIO
 from tqdm import tqdm
 
 from trainer.networks import NETWORKS
-from trainer.output import clean, say, surviving
+from trainer.output import WIDTH, clean, say, surviving, wrapped
 
-_WIDE = 116
-"""Columns of the whole progress bar; a narrower terminal shows its numbers without the bar."""
+_BAR = (4, 20)
+"""Columns of the progress bar: the fewest, for which numbers are omitted, and the most."""
+
+_HANG = 2
+"""Columns that the further parts of a sentence are indented by."""
+
+_TIMED = 5
+"""Steps of this start before the time left is shown."""
+
+_RECENT = 100
+"""Latest steps whose mean time counts."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +46,8 @@ class Report:
     memory: int = 0
     """Bytes."""
 
-    def __str__(self) -> str:
-        """Return the end of a line."""
+    def parts(self) -> list[str]:
+        """Return the numbers with their labels, the most important first."""
         parts = [f"loss {self.loss:.4g}"]
         if self.rates:
             rates = [f"{NETWORKS[network].short} {rate:.2g}" for network, rate in self.rates.items()]
@@ -47,14 +56,7 @@ class Report:
             parts.append(f"{self.images_per_second:.3g} images/s")
         if self.memory:
             parts.append(f"{self.memory / 2**30:.2f} GiB")
-        return ", ".join(parts)
-
-    def compact(self) -> str:
-        """Return the same for a terminal of 80 columns, rates in the order of the networks."""
-        rates = "/".join(f"{rate:.2g}" for rate in self.rates.values())
-        speed = "" if self.images_per_second is None else f" {self.images_per_second:.3g}/s"
-        memory = f" {self.memory / 2**30:.1f}G" if self.memory else ""
-        return f"loss {self.loss:.4g}" + (f" lr {rates}" if rates else "") + speed + memory
+        return parts
 
 
 class Console:
@@ -75,19 +77,30 @@ class Console:
         self._path: Path | None = None
         self._warned = False
         self._total = self._first = self._step = 0
-        self._started = 0.0
-        self._wide = True
+        self._seconds: deque[float] = deque(maxlen=_RECENT)
         self._epoch = ""
+        self._numbers: list[str] = []
 
     def record_to(self, path: Path) -> None:
         """Append all later lines to `path` too."""
         self._path = path
 
-    def event(self, sentence: str) -> None:
-        """Print an event on a line of its own."""
-        if self._enabled:
+    def event(self, sentence: str, *, hang: int | None = None, whole: bool = False) -> None:
+        """Print an event on a line of its own, broken between words in a terminal.
+
+        Args:
+            sentence: the event.
+            hang: break the line in pipes and files too; columns by which its further parts are indented.
+            whole: leave the line as it is, since people copy it.
+        """
+        if not self._enabled:
+            return
+        width = min(WIDTH, shutil.get_terminal_size().columns - 1) if self._terminal else WIDTH
+        if whole or (hang is None and not self._terminal):
             self._print(sentence)
-            self._record(sentence)
+        else:
+            self._print(*wrapped(clean(sentence), hang=hang or _HANG, width=width))
+        self._record(sentence, hang or _HANG)
 
     def start(self, *, total_steps: int, first_step: int = 0) -> None:
         """Start to show progress.
@@ -96,24 +109,27 @@ class Console:
             total_steps: the last optimizer step of the run.
             first_step: earlier optimizer steps of a resumed run.
         """
-        self._wide = shutil.get_terminal_size().columns >= _WIDE
-        wide = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
-        self._total, self._first, self._started = total_steps, first_step, time.monotonic()
+        self._total, self._first, self._step = total_steps, first_step, first_step
         if self._enabled and self._terminal:
             self._bar = tqdm(
                 total=total_steps,
                 initial=first_step,
                 file=self._stream,
                 dynamic_ncols=True,
-                smoothing=0.05,
-                bar_format=wide if self._wide else "{desc} {n_fmt}/{total_fmt} <{remaining}{postfix}",
+                bar_format=self._bar_format(),
             )
 
-    def step(self, *, epoch: int, epochs: int, step: int) -> None:
-        """Advance to optimizer step `step` of `epoch`, both counted from 1; cheap enough for every step."""
+    def step(self, *, epoch: int, epochs: int, step: int, seconds: float) -> None:
+        """Advance to optimizer step `step` of `epoch`, both counted from 1; cheap enough for every step.
+
+        Args:
+            seconds: training time of the step.
+        """
         self._epoch, self._step = f"epoch {epoch}/{epochs}", step
+        if step > self._first + 1:  # the first compiles and allocates
+            self._seconds.append(seconds)
         if self._bar is not None:
-            self._bar.set_description_str(self._epoch, refresh=False)
+            self._bar.bar_format = self._bar_format()
             with surviving(self._stream):
                 self._bar.update(step - self._bar.n)
 
@@ -121,12 +137,14 @@ class Console:
         """Show a report in the bar, or else on a line."""
         if not self._enabled:
             return
-        line = f"{self._epoch}, step {self._step}/{self._total}: {report}"
+        self._numbers = report.parts()
+        line = f"{self._epoch}, step {self._step}/{self._total}: {', '.join(self._numbers)}"
         if self._bar is not None:
+            self._bar.bar_format = self._bar_format()
             with surviving(self._stream):
-                self._bar.set_postfix_str(str(report) if self._wide else report.compact())
+                self._bar.refresh()
         else:
-            self._print(f"{line}, {self._remaining()} left")
+            self._print(", ".join([line, *self._left()]))
         self._record(line)
 
     def close(self) -> None:
@@ -136,23 +154,39 @@ class Console:
                 self._bar.close()
             self._bar = None
 
-    def _remaining(self) -> str:
-        if not (done := self._step - self._first):
-            return "?"
-        elapsed = time.monotonic() - self._started
-        return tqdm.format_interval(elapsed / done * (self._total - self._step))
+    def _bar_format(self) -> str:
+        """Return the line of the bar with as many numbers as the terminal has columns for."""
+        fewest, most = _BAR
+        start, end = f"{self._epoch} |".lstrip(), f"| {self._step}/{self._total}"
+        free = shutil.get_terminal_size().columns - 1 - len(start) - len(end)
+        for number in [*self._left(), *self._numbers]:
+            if len(number) + 2 > free - fewest:
+                break
+            end += f", {number}"
+            free -= len(number) + 2
+        return f"{start}{{bar:{max(1, min(most, free))}}}{end}"
 
-    def _print(self, line: str) -> None:
+    def _left(self) -> list[str]:
+        """Return the training time left, in words; nothing before it can be told."""
+        steps = self._total - self._step
+        if self._step - self._first < _TIMED or not steps:
+            return []
+        mean = sum(self._seconds) / len(self._seconds)
+        return [f"{tqdm.format_interval(mean * steps)} left"]
+
+    def _print(self, *lines: str) -> None:
         above_bar = nullcontext() if self._bar is None else self._bar.external_write_mode(file=self._stream)
         with surviving(self._stream), above_bar:
-            say(line, stream=self._stream)
+            say(*lines, stream=self._stream)
 
-    def _record(self, line: str) -> None:
+    def _record(self, line: str, hang: int = _HANG) -> None:
         if self._path is None:
             return
         try:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {clean(line)}\n")
+                stamp = f"{datetime.now():%Y-%m-%d %H:%M:%S} "
+                lines = wrapped(clean(line), hang=len(stamp) + hang, start=stamp)
+                file.write("\n".join([*lines, ""]))
         except OSError as error:
             if not self._warned:
                 self._warned = True

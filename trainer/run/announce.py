@@ -9,6 +9,7 @@ from data.report import report
 from trainer.diffusion.conditioning import Tokenize
 from trainer.optim.optimizer_set import OptimizerSet
 from trainer.optim.schedules import rate_factor
+from trainer.output import shown_path
 from trainer.planning.plan import Plan, aligned
 from trainer.reporting.console import Console
 from trainer.run.encode import Encoded
@@ -37,13 +38,13 @@ def announce(
             console.event(f"{file}; the image is skipped for {held.tag}")
     show_data(plan, tokenize, console)
     for line in aligned(plan.rows()):
-        console.event(line)
+        console.event(line, hang=13)
     if precision.device.type == "cuda":
         for line in plan.memory(precision).lines():
             console.event(line)
     about = plan.start.about
     if about is not None:
-        console.event(f"Resuming after step {saved.state.step} in {folder}.")
+        console.event(f"Resuming after step {saved.state.step} in {shown_path(folder)}.")
         jumps = rate_jumps(saved.optimizers, saved.state.step, plan.total_steps, about["total_steps"])
         for sentence in [*plan.changed, *jumps]:
             console.event(f"Changed: {sentence}")

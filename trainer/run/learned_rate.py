@@ -47,11 +47,12 @@ def export_learned_rate(run: Run, config: TrainConfig) -> list[str]:
         half = config.precision.weights_dtype == "bf16" and not config.parts.trains_adapters
         fixed = {network: _as_adamw(learned, half) for network, learned in found.items()}
         rates = " and ".join(f"{options.lr:g} for the {network}" for network, options in fixed.items())
-        settled = "; ".join(
-            f"{network}: {_cap(learned.options, fixed[network])}"
-            f"{run.records.watch.settled(network, step=learned.step, d=learned.d)}"
+        clauses = {
+            network: _cap(learned.options, fixed[network])
+            + run.records.watch.settled(network, step=learned.step, d=learned.d)
             for network, learned in found.items()
-        )
+        }
+        settled = _together(clauses)
         doc = (
             f"AdamW in 8 bits at the rates of {run.folder.name} at step {run.state.step}: {rates}. {settled}."
         )
@@ -62,9 +63,16 @@ def export_learned_rate(run: Run, config: TrainConfig) -> list[str]:
     parameters = run.learner.optimizers.parameters
     trained = {network: sum(p.numel() for p in own) for network, own in parameters.items()}
     return [
-        f"Rate:        {path}: AdamW in 8 bits at {rates}{_needs(exported, trained)}",
+        f"Rate:        {LEARNED}: AdamW in 8 bits at {rates}{_needs(exported, trained)}",
         f"             {settled}",
     ]
+
+
+def _together(clauses: Mapping[str, str]) -> str:
+    """Return clauses by network as one sentence; a clause that all share stands once."""
+    if len(set(clauses.values())) == 1:
+        return f"{' and '.join(clauses)}: {next(iter(clauses.values()))}"
+    return "; ".join(f"{network}: {clause}" for network, clause in clauses.items())
 
 
 def _reason(network: str, learned: Learned, run: Run) -> str | None:

@@ -6,21 +6,17 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-from trainer.checkpoints.format import RESUME
-from trainer.checkpoints.listing import checkpoints
 from trainer.checkpoints.lock import locked
 from trainer.config.schema import TrainConfig
-from trainer.environment import PROGRAM, check_cuda
+from trainer.environment import check_cuda
 from trainer.errors import UserError, said
 from trainer.models.compiled import require_compiler
-from trainer.output import shown_path
 from trainer.planning.memory_advice import cheapest_key
 from trainer.planning.plan import Plan
 from trainer.planning.prepare import prepare
-from trainer.planning.resume import resume_command
 from trainer.reporting.console import Console
-from trainer.run.announce import NAMED_FILES
 from trainer.run.build import build
+from trainer.run.closing import HANG, how_to_resume, results
 from trainer.run.learned_rate import export_learned_rate
 from trainer.run.out_of_memory import is_out_of_memory, memory_table
 from trainer.training.launch import connect
@@ -99,34 +95,6 @@ def start(
     return build(processes.first(plan), precision, console, processes, ending, signals)
 
 
-def closing(run: Run, command: str) -> list[str]:
-    """Return the closing lines of a run, with the command line that resumes it."""
-    state, total = run.state, run.cadence.total_steps
-    if state.step == 0:
-        return ["Stopped before the first step: nothing is kept of this run."]
-    minutes = state.seconds / 60
-    ended = "Done" if state.step >= total else f"Stopped after step {state.step} of {total}"
-    lines = [f"{ended}: {state.step} steps, {state.images} images in {minutes:.1f} minutes of training."]
-    if bad := run.loader.left_out:
-        files = "1 unreadable file" if len(bad) == 1 else f"{len(bad)} unreadable files"
-        names = ", ".join(file.name for file in bad[:NAMED_FILES])
-        more = f" and {len(bad) - NAMED_FILES} more" if len(bad) > NAMED_FILES else ""
-        lines.append(f"Skipped {files}: {names}{more}.")
-    if not any((folder / RESUME).is_dir() for folder in checkpoints(run.folder)):
-        lines.append("No checkpoint was saved.")
-    elif state.step < total or state.pending:
-        lines.append(f"Resume with:  {command}")
-    else:
-        lines.append(f"To train on, raise max_epochs (it is {run.epochs}):  {command}")
-    return [
-        *lines,
-        f"Checkpoints: {run.folder / 'ckpts'}",
-        f"Samples:     {run.folder / 'samples'}",
-        f"Log:         {run.folder / 'run.log'}",
-        f"Curves:      tensorboard --logdir {run.folder.parent}",
-    ]
-
-
 def _close(run: Run, config: TrainConfig, arguments: Sequence[str], *, failed: bool) -> None:
     """Close what a run holds open, and show the closing lines."""
     console, state = run.records.console, run.state
@@ -135,24 +103,14 @@ def _close(run: Run, config: TrainConfig, arguments: Sequence[str], *, failed: b
     run.records.loggers.close()
     if not run.processes.main:
         return
-    changed = {"stop_after_steps": "null"} if config.loop.stop_after_steps is not None else {}
-    if run.out_of_time:
-        changed["max_train_time"] = "null"
-    if state.step >= run.cadence.total_steps and not state.pending:
-        changed["max_epochs"] = str(2 * run.epochs)
-    command = resume_command(
-        arguments,
-        run.folder,
-        changed=changed,
-        launcher=run.processes.launcher,
-        program=shown_path(PROGRAM),
-    )
-    for sentence in closing(run, command):
-        console.event(sentence)
+    for line in results(run, config):
+        console.event(line, hang=HANG)
+    for line in how_to_resume(run, config, arguments):
+        console.event(line, whole=True)
     if failed or state.step == 0:  # a failed run will be resumed, or its rate is what made it fail
         return
-    for sentence in export_learned_rate(run, config):
-        console.event(sentence)
+    for line in export_learned_rate(run, config):
+        console.event(line, hang=HANG)
 
 
 def _explained(error: Exception, config: TrainConfig, run: Run | None = None) -> UserError | None:

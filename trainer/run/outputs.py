@@ -12,6 +12,7 @@ from trainer.evaluation.fixed_noise import choose_images
 from trainer.models.ema import SUFFIX
 from trainer.models.pipeline import Models
 from trainer.networks import NETWORKS
+from trainer.output import shown_path
 from trainer.planning.plan import Plan
 from trainer.reporting.curves import Curves
 from trainer.reporting.model_card import Card, origin_of
@@ -71,7 +72,8 @@ def make_sample(plan: Plan, models: Models, run: Run, waiting: Sequence[nn.Modul
         for problem in samples.problems:
             console.event(f"Note: {problem}.")
         try:
-            console.event(f"step {step}: samples in {samples.save(run.folder / 'samples', step, suffix)}")
+            path = samples.save(run.folder / "samples", step, suffix)
+            console.event(f"step {step}: samples in {shown_path(path)}")
         except OSError as error:
             reason = error.strerror or error
             console.event(

@@ -119,7 +119,7 @@ def account(run: Run, images: int, seconds: float) -> bool:
     if run.learner.ema is not None:
         run.learner.ema.after(state.step)
     run.learner.optimizers.updating = False
-    run.records.console.step(epoch=epoch + 1, epochs=run.epochs, step=state.step)
+    run.records.console.step(epoch=epoch + 1, epochs=run.epochs, step=state.step, seconds=seconds)
     return by_clock
 
 

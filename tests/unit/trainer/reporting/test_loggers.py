@@ -417,10 +417,10 @@ class Terminal(io.StringIO):
         return True
 
 
-def drive(console: Console, steps: int = 3, first: int = 0) -> None:
-    console.start(total_steps=6, first_step=first)
+def drive(console: Console, steps: int = 3, first: int = 0, total: int = 6, seconds: float = 9.0) -> None:
+    console.start(total_steps=total, first_step=first)
     for step in range(first + 1, first + steps + 1):
-        console.step(epoch=1 + step // 4, epochs=2, step=step)
+        console.step(epoch=1 + step // 4, epochs=2, step=step, seconds=seconds)
         if step == first + 1:
             console.event("Samples drawn: samples/gs00001.png")
         console.report(
@@ -444,7 +444,7 @@ def test_without_a_terminal_every_report_is_one_plain_line():
     assert lines[0] == "Samples drawn: samples/gs00001.png"
     assert re.fullmatch(
         r"epoch 1/2, step 1/6: loss 0\.04123, lr unet 2\.8e-05 text 1\.1e-05, 33\.6 "
-        r"images/s, 1\.50 GiB, 00:00 left",
+        r"images/s, 1\.50 GiB",
         lines[1],
     )
 
@@ -454,7 +454,7 @@ def test_steps_without_a_report_print_nothing():
     console = Console(stream=stream)
     console.start(total_steps=100)
     for step in range(1, 100):
-        console.step(epoch=1, epochs=1, step=step)
+        console.step(epoch=1, epochs=1, step=step, seconds=1.0)
     console.close()
     assert stream.getvalue() == ""
 
@@ -467,39 +467,83 @@ def test_a_terminal_shows_a_bar_and_events_above_it(monkeypatch: pytest.MonkeyPa
     text = stream.getvalue()
     assert "\rSamples drawn: samples/gs00001.png\n" in text
     bar = text.rstrip("\n").split("\r")[-1].strip()
-    assert bar.startswith("epoch 1/2  50%|") and " 3/6 " in bar
+    assert bar.startswith("epoch 1/2 |█") and "| 3/6, " in bar
     for shown in ("loss 0.04123", "unet 2.8e-05", "text 1.1e-05", "33.6 images/s", "1.50 GiB"):
         assert shown in bar
     assert text.count("\n") == 2  # the event's, and the bar's own at the end
 
 
-def test_a_narrow_terminal_shows_all_the_numbers(monkeypatch: pytest.MonkeyPatch):
+NUMBERS = ["36:00 left", "loss 0.04123", "lr unet 2.8e-05 text 1.1e-05", "33.6 images/s", "1.50 GiB"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"), [(20, 0), (40, 1), (60, 2), (80, 3), (95, 4), (110, 5), (200, 5)]
+)
+def test_a_terminal_of_any_width_has_a_bar_and_the_numbers_that_fit_with_their_labels(
+    monkeypatch: pytest.MonkeyPatch, columns: int, shown: int
+):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream = Terminal()
+    drive(Console(stream=stream), steps=10, total=250)
+    bar = stream.getvalue().rstrip("\n").split("\r")[-1].strip()
+    drawn = re.fullmatch(r"epoch 3/2 \|(.{1,20})\| 10/250(.*)", bar)
+    assert drawn is not None and len(bar) < max(columns, 30)
+    assert drawn[2] == "".join(f", {number}" for number in NUMBERS[:shown])
+    if shown < 5 and columns > 30:
+        assert len(drawn[1]) >= 4
+    assert columns < 40 or "\rSamples drawn: samples/gs00001.png\n" in stream.getvalue()
+
+
+def test_the_time_left_is_that_of_training_and_shown_from_the_fifth_step_on():
+    for first in (0, 40):
+        stream = io.StringIO()
+        drive(Console(stream=stream), steps=9, first=first, total=first + 12, seconds=60.0)
+        lefts = [line.rpartition(", ")[2] for line in stream.getvalue().splitlines() if "left" in line]
+        assert lefts == [f"0{12 - step}:00 left" for step in range(5, 10)]
+
+
+def test_the_first_step_does_not_count_for_the_time_left():
+    stream = io.StringIO()
+    console = Console(stream=stream)
+    console.start(total_steps=10)
+    for step in range(1, 6):
+        console.step(epoch=1, epochs=1, step=step, seconds=1000.0 if step == 1 else 2.0)
+    console.report(Report(loss=1.0))
+    assert stream.getvalue() == "epoch 1/1, step 5/10: loss 1, 00:10 left\n"
+
+
+def test_long_events_are_broken_between_words_except_commands_and_lines_for_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("LINES", "24")
-    stream = Terminal()
-    console = Console(stream=stream)
-    console.start(total_steps=7500, first_step=5554)
-    console.step(epoch=223, epochs=300, step=5555)
-    console.report(
-        Report(
-            loss=0.0412345,
-            rates={"unet": 2.8e-05, "text encoder": 1.1e-05},
-            images_per_second=33.64,
-            memory=3 * 2**29,
-        )
-    )
-    console.close()
-    bar = stream.getvalue().rstrip("\n").split("\r")[-1].strip()
-    assert bar.startswith("epoch 223/300 5555/7500 <")
-    assert bar.endswith("loss 0.04123 lr 2.8e-05/1.1e-05 33.6/s 1.5G") and len(bar) < 80
+    sentence = "label        " + "word " * 39 + "end"
+    terminal, pipe = Terminal(), io.StringIO()
+    for number, stream in enumerate((terminal, pipe)):
+        console = Console(stream=stream)
+        console.record_to(tmp_path / f"{number}.log")
+        console.event(sentence)
+        console.event(sentence, hang=13)
+        console.event(sentence, whole=True)
+    for stream, width, first in ((terminal, 79, 3), (pipe, 110, 1)):
+        lines = stream.getvalue().splitlines()
+        assert lines[first].startswith("label        word") and lines[-1] == sentence
+        laid_out = lines[first:-1]
+        assert max(map(len, laid_out)) <= width
+        assert {(line[:13].strip(), line[13:14].isalpha()) for line in laid_out[1:]} == {("", True)}
+        assert " ".join(" ".join(laid_out).split()) == " ".join(sentence.split())
+    assert pipe.getvalue().splitlines()[0] == sentence
+    for number in (0, 1):
+        log = (tmp_path / f"{number}.log").read_text().splitlines()
+        assert max(map(len, log)) <= 110 and sum(line[:20].strip() != "" for line in log) == 3
 
 
 def test_a_continued_run_starts_where_it_was(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
     drive(Console(stream=stream), steps=1, first=4)
-    assert " 5/6 " in stream.getvalue().split("\r")[-1]
+    assert "| 5/6, " in stream.getvalue().split("\r")[-1]
 
 
 def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch):
