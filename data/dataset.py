@@ -10,7 +10,8 @@ from torch import Tensor
 
 from data.batch import Batch, to_pixels
 from data.buckets import Bucket, buckets, nearest
-from data.captions.caption import render
+from data.captions.caption import chosen, render
+from data.captions.wildcards import first, has_wildcards
 from data.errors import FileError
 from data.image import CENTRE, CropPosition
 from data.index import Index
@@ -23,7 +24,10 @@ from data.rng import stream
 
 
 def shown_captions(index: Index, options: DataOptions) -> list[str] | None:
-    """Return every text that training can show, each once; None with tags that are shuffled or dropped."""
+    """Return every text that training can show, each once; None if draws make too many.
+
+    Draws are those of shuffled and dropped tags, and of wildcards.
+    """
     shown: dict[str, None] = {}
     for record in index.records:
         shuffle = options.shuffle_tags if record.shuffle_tags is None else record.shuffle_tags
@@ -31,8 +35,16 @@ def shown_captions(index: Index, options: DataOptions) -> list[str] | None:
         loose = max(len(caption.tags) for caption in record.caption.versions) - keep
         if (shuffle and loose > 1) or (options.tag_dropout and loose > 0):
             return None
-        shown.update(dict.fromkeys(caption.text for caption in record.caption.versions))
+        texts = [caption.text for caption in record.caption.versions]
+        if options.wildcards and any(map(has_wildcards, texts)):
+            return None
+        shown.update(dict.fromkeys(texts))
     return [*shown, ""]
+
+
+def plain_caption(record: Record, options: DataOptions) -> str:
+    """Return the caption for measurements that must not vary: of wildcards the first alternative."""
+    return (chosen(record.caption, first) if options.wildcards else record.caption).text
 
 
 class Images:
@@ -98,7 +110,7 @@ class Images:
                 self.bad.setdefault(record.name, BadFile(record.name, error.reason))
                 continue
             tensors = self._tensors([image], bucket)
-            batches.append(self._batch([(identity, 0)], [record.caption.text], tensors, 0))
+            batches.append(self._batch([(identity, 0)], [plain_caption(record, self._options)], tensors, 0))
         return batches
 
     def _read(self, view: View, crop: CropPosition) -> np.ndarray:
@@ -128,6 +140,7 @@ class Images:
             shuffle_tags=options.shuffle_tags if record.shuffle_tags is None else record.shuffle_tags,
             keep_tags=options.keep_tags if record.keep_tags is None else record.keep_tags,
             tag_dropout=options.tag_dropout,
+            wildcards=options.wildcards,
         )
 
     def _tensors(self, images: list[np.ndarray], bucket: Bucket) -> tuple[Tensor | None, Tensor | None]:

@@ -10,7 +10,9 @@ from itertools import accumulate
 from typing import Any, Protocol
 
 from data.buckets import Bucket, buckets, nearest
+from data.captions.caption import chosen
 from data.captions.file_name import SOURCE as FILE_NAME
+from data.captions.wildcards import longest
 from data.duplicates import find_duplicates
 from data.index import Index
 from data.options import DataOptions
@@ -242,7 +244,7 @@ def report(
             record.name for record in used if any(caption.empty for caption in record.caption.versions)
         ),
         token_limit=tokens.limit if tokens else None,
-        long=tuple(_long(used, tokens)) if tokens else (),
+        long=tuple(_long(used, tokens, wildcards=options.wildcards)) if tokens else (),
         enlarged=tuple(_enlarged(used, max(options.resolutions))),
         duplicates=find_duplicates(used) if duplicates else None,
         buckets=tuple(
@@ -288,12 +290,12 @@ def _scale(record: Record, bucket: Bucket) -> float:
     return max(bucket[0] / record.width, bucket[1] / record.height)
 
 
-def _long(records: Sequence[Record], tokens: Tokens) -> Iterator[LongCaption]:
+def _long(records: Sequence[Record], tokens: Tokens, *, wildcards: bool) -> Iterator[LongCaption]:
     captions = [
         (record.name if number == 1 else f"{record.name}, caption {number}", text.split())
         for record in records
         for number, caption in enumerate(record.caption.versions, 1)
-        if not _surely_fits(text := caption.text, tokens)
+        if not _surely_fits(text := (chosen(caption, longest) if wildcards else caption).text, tokens)
     ]
     # Each word is counted once: of 100 000 captions the tokenizer would take half a minute.
     words = list(dict.fromkeys(word for _, words in captions for word in words))

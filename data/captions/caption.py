@@ -9,6 +9,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from data.captions.wildcards import Pick, choose, drawn, has_wildcards, outside
+
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -91,6 +93,7 @@ def render(
     shuffle_tags: bool,
     keep_tags: int,
     tag_dropout: float = 0.0,
+    wildcards: bool = False,
 ) -> str:
     """Return the caption's text for one showing of its image.
 
@@ -99,12 +102,15 @@ def render(
         cond_dropout: probability of the empty string.
         keep_tags: number of tags that stay in front of the shuffled ones, and are not dropped.
         tag_dropout: probability of dropping each other tag.
+        wildcards: draw the wildcards first: an alternative may hold commas, and so tags.
     """
     draws = draw("caption")
     if draws.random() < cond_dropout:
         return ""
     if caption.others:
         caption = caption.versions[draws.integers(len(caption.versions))]
+    if wildcards:
+        caption = chosen(caption, drawn(draw("wildcard")))
     if not shuffle_tags and not tag_dropout:
         return caption.text
     kept, loose = caption.tags[:keep_tags], caption.tags[keep_tags:]
@@ -113,6 +119,36 @@ def render(
         stays = draw("tag dropout").random(len(loose)) >= tag_dropout
         order = [number for number in order if stays[number]]
     return replace(caption, tags=kept + tuple(loose[number] for number in order)).text
+
+
+def chosen(caption: Caption, pick: Pick) -> Caption:
+    """Return a caption with an alternative of each wildcard, without its other versions."""
+    pieces = [Tag(caption.main), *caption.tags]
+    if not any(has_wildcards(text) for text in (caption.prefix, ", ".join(tag.text for tag in pieces))):
+        return caption
+    tags: list[Tag] = []
+    for piece in _whole(pieces):
+        text = choose(piece.text, pick)
+        words = Caption(text) if "," in outside(piece.text) else parse_caption(text, "")
+        tags += [replace(piece, text=words.main), *(replace(piece, text=tag.text) for tag in words.tags)]
+    main, *others = tags
+    return replace(
+        caption,
+        main=main.text,
+        tags=tuple(tag for tag in others if tag.text),
+        prefix=choose(caption.prefix, pick),
+    )
+
+
+def _whole(tags: Sequence[Tag]) -> list[Tag]:
+    """Join tags again that were split at a comma inside a wildcard."""
+    whole: list[Tag] = []
+    for tag in tags:
+        if whole and "{" in outside(whole[-1].text):
+            whole[-1] = replace(whole[-1], text=f"{whole[-1].text}, {tag.text}")
+        else:
+            whole.append(tag)
+    return whole
 
 
 def _shuffled(tags: Sequence[Tag], draws: np.random.Generator) -> Sequence[int]:

@@ -99,6 +99,28 @@ def test_every_optimizer_continues_to_the_bit_from_everywhere(workplace, optimiz
     stopped_and_whole(workplace, [3, 4, 5], workers)
 
 
+def test_wildcards_continue_to_the_bit_and_measurements_take_the_first_alternative(workplace):
+    for number in range(5):
+        (workplace / f"pictures/{number}.txt").write_text("a {red|blue, big} circle, {x|y}")
+    (workplace / "validation.json").write_text(json.dumps({"auto_split_proportion": 0.3}))
+    frozen = {
+        "disable_textenc_training": True,
+        "cache_latents": "memory",
+        "validation_config": "validation.json",
+        "cache_dir": "kept",
+    }
+    write(workplace, ADAMW, **SHORT | {"fixed_loss_images": 2, "max_epochs": 4}, **frozen, wildcards=True)
+    whole, _ = stopped_and_whole(workplace, [1, 3])
+    drawn = scalars(whole)
+    for number in range(5):
+        (workplace / f"pictures/{number}.txt").write_text("a red circle, x")
+    assert train.main(["--logdir", "first", "--wildcards", "false"]) == 0
+    (plain,) = map(scalars, (workplace / "first").iterdir())
+    for tag in ("loss/stabilize-train", "loss/val"):
+        assert drawn[tag][0] == pytest.approx(plain[tag][0], rel=1e-5)
+    assert drawn["loss/log_step"] != plain["loss/log_step"]
+
+
 def test_one_step_is_the_same_however_it_is_cut(workplace, capsys):
     """8 images at once, 4 and 4, or 8 times one: the same losses but for the order of sums."""
     losses = []

@@ -72,7 +72,7 @@ _OTHER_WORDS: Mapping[str, str] = {
     "caption_tag_dropout_rate": "tag_dropout",
     "checkpoints_total_limit": "keep_last_n",
     "dataset_path": "data_root",
-    "enable_wildcard": "caption_lines",
+    "enable_wildcard": "wildcards",
     "epochs": "max_epochs",
     "flip_aug": "flip_p",
     "full_bf16": "weights_dtype",

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from data.captions.wildcards import choose, drawn
 from data.rng import stream
 from trainer.diffusion.conditioning import Tokenize, encode_text
 from trainer.evaluation.image_grid import labelled_row, tiled
@@ -63,6 +64,7 @@ class Sampler:
         prompts: the prompts; the other arguments are the training's, used where it sets no value.
         captions: captions of the data, for random captions and where there are no prompts.
         chunks: 75-token chunks of a prompt.
+        wildcards: of `{a|b}` in a prompt draw one alternative, the same at every step.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Sampler:
         captions: Sequence[str] = (),
         clip_skip: int = 0,
         chunks: int = 1,
+        wildcards: bool = False,
     ) -> None:
         self._options = prompts
         self._resolution = prompts.resolution or resolution
@@ -83,6 +86,7 @@ class Sampler:
         self._captions = tuple(captions)
         self._clip_skip = clip_skip
         self._chunks = chunks
+        self._wildcards = wildcards
         self.prompts: tuple[SamplePrompt, ...] = prompts.samples or tuple(
             SamplePrompt(prompt=text) for text in (*_two(self._captions), *UNRELATED)
         )
@@ -173,6 +177,8 @@ class Sampler:
         if prompt.random_caption and self._captions:
             draws = stream(self._run_seed, "sample caption", step, number)
             text = self._captions[draws.integers(len(self._captions))]
+        if self._wildcards:
+            text = choose(text, drawn(stream(self._run_seed, "sample wildcard", number)))
         seeds = (prompt.seed, self._options.seed, self._run_seed)
         seed = next(seed for seed in seeds if seed is not None)
         if seed == -1:

@@ -111,6 +111,7 @@ class Plan:
             captions=[record.caption.text for record in self.split.train.records],
             clip_skip=config.objective.clip_skip,
             chunks=_chunks(config),
+            wildcards=config.data.wildcards,
         )
 
     def memory(self, precision: Precision, size: int | None = None) -> Estimate:

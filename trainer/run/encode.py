@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from data.batch import Batch
-from data.dataset import Images, shown_captions
+from data.dataset import Images, plain_caption, shown_captions
 from data.index import refuse_bad
 from data.latents import Latents
 from data.record import BadFile
@@ -94,7 +94,8 @@ def encode_contexts(
     config = plan.config
     captions = shown_captions(plan.split.train, config.data)
     if captions is not None:
-        captions += [record.caption.text for held in plan.split.held_out for record in held.index.records]
+        held_out = [record for held in plan.split.held_out for record in held.index.records]
+        captions += [plain_caption(record, config.data) for record in held_out]
     return encode_captions(
         captions,
         tokenize,

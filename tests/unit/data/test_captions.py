@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.captions import choose_caption, read_sidecars, sidecar_chain
-from data.captions.caption import Caption, Tag, parse_caption, render
+from data.captions.caption import Caption, Tag, chosen, parse_caption, render
 from data.captions.text import LARGEST_TEXT
+from data.captions.wildcards import first
 from data.errors import FileError
 from data.folder import walk
 from data.rng import stream
@@ -154,6 +155,51 @@ def test_the_same_tags_are_dropped_whether_they_are_shuffled_or_not():
         whole = shown(caption, place, shuffle_tags=True).split(", ")
         assert sorted(plain) == sorted(shuffled), place
         assert shuffled == [tag for tag in whole if tag in shuffled], "in the order without dropout"
+
+
+@pytest.mark.parametrize(
+    ("written", "texts"),
+    [
+        ("a {red|blue} cat", {"a red cat", "a blue cat"}),
+        ("a {red |}cat, sitting", {"a red cat, sitting", "a cat, sitting"}),
+        ("a {red, big|blue} cat", {"a red, big cat", "a blue cat"}),
+        ("{a|b} {c|d}", {"a c", "a d", "b c", "b d"}),
+        ("a {{red|blue}} cat", {"a {red|blue} cat"}),
+        ("a {red, open", {"a {red, open"}),
+        ("a } and {one}", {"a } and one"}),
+        ("{|a cat}, x", {"x", "a cat, x"}),
+    ],
+)
+def test_wildcards(written, texts):
+    caption = parse_caption(written, ".txt")
+    assert {shown(caption, place, wildcards=True) for place in range(60)} == texts
+    assert shown(caption) == written, "as it is, unless asked for"
+    assert shown(caption, 5, wildcards=True) == shown(caption, 5, wildcards=True)
+    assert chosen(caption, first).text in texts
+
+
+def test_alternatives_are_tags_and_equally_likely():
+    caption = parse_caption("a cat, {red, big|blue}, x", ".txt")
+    texts = [shown(caption, place, wildcards=True, shuffle_tags=True) for place in range(600)]
+    assert {frozenset(text.split(", ")[1:]) for text in texts} == {
+        frozenset({"red", "big", "x"}),
+        frozenset({"blue", "x"}),
+    }
+    assert len(set(texts)) == 6 + 2, "every order"
+    assert sum("blue" in text for text in texts) / 600 == pytest.approx(0.5, abs=0.06)
+
+
+def test_wildcards_of_weighted_tags_whole_prompts_and_prefixes():
+    caption = Caption("a cat, {red|red}", (Tag("b, c"), Tag("{x|x}", 2.0)), prefix="{my|my}")
+    assert chosen(caption, first) == Caption("a cat, red", (Tag("b, c"), Tag("x", 2.0)), prefix="my")
+
+
+def test_wildcards_do_not_disturb_the_other_draws():
+    plain = parse_caption("a cat, " + ", ".join(map(str, range(10))), ".txt")
+    caption = parse_caption("a {cat|cat}, " + ", ".join(map(str, range(10))), ".txt")
+    options = {"shuffle_tags": True, "tag_dropout": 0.5, "cond_dropout": 0.5}
+    for place in range(20):
+        assert shown(plain, place, **options) == shown(caption, place, **options, wildcards=True)
 
 
 def test_a_place_always_draws_the_same():

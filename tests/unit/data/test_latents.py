@@ -397,6 +397,10 @@ def test_the_captions_that_training_can_show(folder):
     assert shown_captions(index, options_of(folder)) == ["a cat", "a dog, big, old", ""]
     assert shown_captions(index, options_of(folder, shuffle_tags=True)) is None
     assert shown_captions(index, options_of(folder, tag_dropout=0.1)) is None
+    (folder / "0.txt").write_text("a {red|blue} cat")
+    drawn = build_index(options_of(folder))
+    assert shown_captions(drawn, options_of(folder, wildcards=True)) is None
+    assert shown_captions(drawn, options_of(folder)) is not None
     assert shown_captions(index, options_of(folder, tag_dropout=0.1, keep_tags=2)) is not None
     assert shown_captions(index, options_of(folder, shuffle_tags=True, keep_tags=1)) == [
         "a cat",

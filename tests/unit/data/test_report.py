@@ -163,6 +163,16 @@ def test_clean_data_has_no_notes():
     ]
 
 
+def test_a_caption_with_wildcards_is_as_long_as_its_longest_alternatives():
+    short = " ".join(["w"] * 70) + " {x|y z} {one two|three}"
+    index = Index(
+        (record("a.png", caption=short), record("b.png", caption=f"{short} more w{{x|y z}}")), (), ()
+    )
+    options = DataOptions(resolution=512, batch_size=1, wildcards=True)
+    (long,) = report(index, options, images_per_step=1, tokens=Words()).long
+    assert (long.name, long.tokens, long.cut) == ("b.png", 77, "wy z")
+
+
 def test_long_lists_are_cut_and_counted():
     index = Index(tuple(record(f"{number}.png", caption="") for number in range(14)), (), (Path(),))
     found = report_of(index, batch_size=1)

@@ -63,6 +63,23 @@ def write(path: Path, content: Any) -> Path:
     return path
 
 
+def test_a_wildcard_of_a_prompt_is_drawn_once_for_the_run(models: Any):
+    prompts = SamplePrompts(
+        num_inference_steps=1,
+        cfgs=(1.0,),
+        samples=tuple(SamplePrompt(prompt="a {red|blue} circle {{x}}") for _ in range(8)),
+    )
+
+    def texts(step: int, **kwargs: Any) -> list[str]:
+        return [tag.split(" ", 1)[1] for tag, _ in draw(models, prompts, step, **kwargs).rows]
+
+    chosen = texts(100, wildcards=True)
+    assert chosen == texts(200, wildcards=True) and len(chosen) == 8
+    assert set(chosen) == {"a red circle {x}", "a blue circle {x}"}
+    assert chosen != texts(100, wildcards=True, seed=8)
+    assert set(texts(100)) == {"a {red|blue} circle {{x}}"}
+
+
 def test_a_text_file_is_one_prompt_a_line(tmp_path: Path):
     path = write(tmp_path / "p.txt", "\ufeffa red circle\r\n\n  # a comment\n  ein Bär, groß  \n")
     prompts = load_sample_prompts(path)
