@@ -319,7 +319,7 @@ def test_where_compiling_does_not_work_one_line_says_so(monkeypatch):
 
 @pytest.fixture
 def trials(monkeypatch, tmp_path):
-    """Give a new machine with 512-bit vectors; return the seconds of each way, which a test may change, and the ways compiled."""
+    """Simulate a new machine with 512-bit vectors; return its seconds by way, and the ways compiled."""
     seconds, compiled = {"default": 2.0, "512-bit vectors": 1.0, EAGER: 3.0}, []
 
     def uncompiled(bits, every, options):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from annotated_types import Ge, Gt, Lt
 
@@ -20,7 +20,7 @@ Beta = Annotated[float, Ge(0), Lt(1)]
 
 @dataclass(frozen=True, kw_only=True)
 class MomentOptions(ScheduleOptions):
-    """What every Adam has: decays of the two moments, epsilon, weight decay."""
+    """Options of every Adam: decays of the two moments, epsilon, weight decay."""
 
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay of the running means of the gradient and of its square."""
@@ -29,7 +29,7 @@ class MomentOptions(ScheduleOptions):
     """Added to the root of the second moment."""
 
     weight_decay: Annotated[float, Ge(0)] = 0.01
-    """Decoupled weight decay: each step shrinks the weights by weight_decay * rate (for D-Adaptation d*lr)."""
+    """Decoupled weight decay: each step shrinks weights by weight_decay * rate (d*lr for D-Adaptation)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class AdamW8bitOptions(MomentOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW8bitFusedOptions(MomentOptions):
-    """AdamW by this program's kernel: 8-bit state, few launches on a GPU, bf16 weights with stochastic rounding, fused backward."""
+    """AdamW by this program's kernel: 8-bit state, stochastically rounded bf16 weights, fused backward."""
 
     optimizer: Literal["adamw8bit_fused"] = "adamw8bit_fused"
     """The optimizer's name."""
@@ -96,6 +96,6 @@ class AdamW8bitFusedOptions(MomentOptions):
         )
 
     def measure(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return `rate`; with fused backward also `not finite`, how many gradients were left out since the run began or went on."""
-        found = super().measure(optimizer)
-        return {**found, "not finite": optimizer.not_finite} if self.fused_backward else found  # type: ignore[attr-defined]
+        """Return `rate`; with fused backward also `not finite`, skipped gradients since start or resume."""
+        found, own = super().measure(optimizer), cast(Any, optimizer)
+        return {**found, "not finite": own.not_finite} if self.fused_backward else found

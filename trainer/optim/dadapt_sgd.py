@@ -10,11 +10,12 @@ import dadaptation
 
 
 class DAdaptSGD(dadaptation.DAdaptSGD):
-    """The dadaptation library's, except that it rests where that one would divide by zero.
+    """The dadaptation library's DAdaptSGD, without its divisions by zero.
 
-    It divides by the norm of the first gradient and by |s|, the length of the sum of all. So the optimizer stays where it is, weights,
-    d and k included, as long as all gradients have been 0 or missing, and in a step whose gradients are all missing or of parameters
-    that have had none but 0. It rests at rate 0 too, with which every warm-up starts, instead of averaging on.
+    The library divides by the norm of the first gradient and by |s|, the length of the sum of all. This one
+    changes nothing, neither weights nor d nor k, while all gradients have been 0 or missing, and in a step
+    whose gradients are all missing or of parameters that have had none but 0. It also changes nothing at
+    rate 0, with which every warm-up starts, instead of averaging on.
     """
 
     def __init__(self, params: Any, **options: Any) -> None:
@@ -26,8 +27,7 @@ class DAdaptSGD(dadaptation.DAdaptSGD):
         """Update the parameters that have a gradient, their state, and d; return what `closure` returned."""
         loss = None if closure is None else closure()
         if any(group["lr"] > 0 for group in self.param_groups):
-            with suppress(
-                ZeroDivisionError
-            ):  # raised before anything is written but the starting point and s = 0
+            # The error comes before anything is written but the starting point and s = 0.
+            with suppress(ZeroDivisionError):
                 super().step()
         return loss

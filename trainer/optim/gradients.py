@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GradientOptions:
-    """What happens to gradients before the optimizers see them."""
+    """Options of gradients before the optimizers use them."""
 
     clip_grad_norm: Annotated[float, Gt(0)] | None = None
     """Scale the gradient of each network down to at most this norm; null does not clip."""

@@ -1,4 +1,4 @@
-"""Optimizers of kept libraries that are asked for and not there."""
+"""The error for an optimizer whose library is not installed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from trainer.errors import UserError
 
 
 def does_not_load(optimizer: str, library: str, error: Exception, instead: str) -> UserError:
-    """Return what to tell the user whose optimizer's library raised `error` while it was imported."""
+    """Return the error for an optimizer whose library raised `error` at import."""
     return UserError(
         f"optimizer {optimizer}: {library} does not load ({error}); install it with `pip install "
         f"{library}`, or choose optimizer {instead}."

@@ -1,4 +1,4 @@
-"""Lion: steps of one size along the sign of the momentum (Chen et al. 2023, arXiv 2302.06675), with 32 and 8 bits of state."""
+"""Lion, which steps along the sign of the momentum (Chen et al. 2023, arXiv 2302.06675)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SignOptions(ScheduleOptions):
-    """What every Lion has: two decays of one running mean, and weight decay."""
+    """Options of every Lion: two decays of one running mean, and weight decay."""
 
     betas: tuple[Beta, Beta] = (0.9, 0.99)
     """Share of the running mean of the gradient in the step, and decay of that mean."""
 
     weight_decay: Annotated[float, Ge(0)] = 0.01
-    """Decoupled weight decay: each step shrinks the weights by weight_decay * rate (for D-Adaptation d*lr)."""
+    """Decoupled weight decay: each step shrinks weights by weight_decay * rate (d*lr for D-Adaptation)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class LionOptions(SignOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Lion8bitOptions(LionOptions):
-    """bitsandbytes' Lion with block-wise 8-bit state, in tensors of 4096 elements or more: 1 byte for a parameter."""
+    """bitsandbytes' Lion with block-wise 8-bit state in tensors of 4096 elements or more: 1 byte a weight."""
 
     optimizer: Literal["lion8bit"] = "lion8bit"  # type: ignore[assignment]
     """The optimizer's name."""

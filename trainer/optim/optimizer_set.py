@@ -24,16 +24,16 @@ class Member:
     parameters: tuple[nn.Parameter, ...]
     optimizer: Optimizer
     factor: Callable[[int], float]
-    """The schedule: a factor on the rate for each optimizer step."""
+    """The learning-rate schedule: a factor on the rate by optimizer step."""
 
     @property
     def fused(self) -> bool:
-        """Whether it updates its network inside the backward pass."""
+        """True if it updates its network inside the backward pass."""
         return getattr(self.optimizer, "fused_backward", False)
 
     @property
     def gated(self) -> bool:
-        """Whether `found_inf` on the device is enough to make it skip a step."""
+        """True if it skips a step by `found_inf` on the device."""
         return getattr(self.optimizer, "_step_supports_amp_scaling", False)
 
 
@@ -81,8 +81,8 @@ class OptimizerSet:
         self._finite: Tensor | None = None
         self._half_made: Tensor | float = 0.0
         self.updating = False
-        """Whether a step has begun to change weights and state: until whoever counts steps has counted it and
-        says so here, neither the number of the step nor the next one is that of the weights."""
+        """True from the start of an update until the step is counted: the weights are ahead of the counter,
+        so no checkpoint may be written."""
 
     @property
     def fused(self) -> bool:
@@ -115,13 +115,13 @@ class OptimizerSet:
         self._decayed.pop(network, None)
 
     def set_rates(self, step: int) -> None:
-        """Give every optimizer its learning rate for optimizer step `step`, counted from 0."""
+        """Set the learning rate of every optimizer for optimizer step `step`, counted from 0."""
         for member in self.members:
             for group in member.optimizer.param_groups:
                 group["lr"] = _rate(member.options) * member.factor(step)
 
     def gate(self, loss: Tensor) -> None:
-        """Tell the optimizers that update inside backward, before it, to change nothing where the loss is not finite."""
+        """Before backward: make optimizers that update inside it change nothing if the loss is not finite."""
         self.updating = self.fused
         self._finite = loss.detach().isfinite()
         for member in self.members:
@@ -129,16 +129,17 @@ class OptimizerSet:
                 member.optimizer.gate(self._finite)  # type: ignore[attr-defined]
 
     def norms_in_backward(self) -> dict[str, Tensor]:
-        """Return the 2-norm of the last gradient of each network that was updated inside backward, 0-d tensors."""
-        return {member.network: member.optimizer.grad_norm for member in self.members if member.fused}  # type: ignore[attr-defined]
+        """Return the 2-norm of the last gradient of each network with fused backward: 0-d tensors."""
+        fused = [member for member in self.members if member.fused]
+        return {member.network: member.optimizer.grad_norm for member in fused}  # type: ignore[attr-defined]
 
     def step(self, found_inf: Tensor) -> None:
-        """Update the weights, or leave weights and state of all networks as they are where `found_inf` is 1.
+        """Update the weights; if `found_inf` is 1, change neither weights nor state of any network.
 
-        Optimizers that take the flag on the device are gated there. The kept 8-bit and D-Adaptation libraries
-        cannot: with one of them in the set the flag is read, one synchronisation a step. Those that step
-        inside backward are called in any case, since that ends their step. They have moved if the loss was
-        finite: then the others' gradients count as "not finite" in `measures`.
+        Optimizers that accept the flag on the device are gated there. bitsandbytes and the dadaptation
+        library do not: with one of them in the set the flag is read, one synchronisation a step. Optimizers
+        with fused backward are always called, to close their step. They have already updated if the loss was
+        finite: the other networks' skipped gradients then count as "not finite" in `measures`.
         """
         skips = not all(member.gated for member in self.members) and bool(found_inf)
         self.updating = True
@@ -161,11 +162,11 @@ class OptimizerSet:
             member.optimizer.zero_grad(set_to_none=True)
 
     def measures(self) -> dict[str, dict[str, Any]]:
-        """Return by network what can be reported: `rate`, the rate that really acts; and of one that finds its own, what it found.
+        """Return the reported numbers by network: `rate`, the effective learning rate, and those of d.
 
-        That is `d`, `d_hat` and `decayed`, the share of every weight that decay has taken since the run
-        began. With fused backward also `not finite`: how many gradients, or steps of a network that steps
-        after backward, were left out of steps that others made.
+        Optimizers that find their rate also report `d`, `d_hat` and `decayed`, the share of every weight that
+        decay has taken since the start of the run. With fused backward every network reports `not finite`:
+        its gradients or steps that were skipped while others were applied.
         """
         found = {member.network: member.options.measure(member.optimizer) for member in self.members}
         for member in self.members if self.fused else ():
@@ -177,7 +178,7 @@ class OptimizerSet:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all state by network; of the groups' entries only what the optimizer itself changes (d, k, ...)."""
+        """Return all state by network; of the groups only entries that the optimizer changes (d, k, ...)."""
         saved: dict[str, Any] = {}
         for member in self.members:
             state = member.optimizer.state_dict()
@@ -198,7 +199,7 @@ class OptimizerSet:
         return saved
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned; hyper-parameters stay those of the configuration.
+        """Restore the state of `state_dict`; hyper-parameters stay those of the configuration.
 
         Raises:
             UserError: the state is of other networks or other optimizers.
@@ -276,7 +277,7 @@ def _laid_out_like(parameter: nn.Parameter, value: Any) -> Any:
 
 
 def _check_lengths(parameters: Sequence[nn.Parameter], state: Mapping[Any, Any]) -> None:
-    """Raise ValueError where flat state has another size than its weights, though it has their shape elsewhere."""
+    """Raise ValueError if flat state differs in size from its weights, though other such state fits."""
     entries = [
         (key, name, value)
         for key, each in state.items()

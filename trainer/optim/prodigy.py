@@ -1,4 +1,4 @@
-"""Prodigy, Adam that estimates the distance to the solution from how far it has come (Mishchenko & Defazio 2023, arXiv 2306.06101)."""
+"""Prodigy, an Adam that estimates the distance to the solution (Mishchenko & Defazio, arXiv 2306.06101)."""
 
 from __future__ import annotations
 
@@ -20,23 +20,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ProdigyOptions(AdaptedMomentOptions):
-    """prodigyopt's Prodigy: D-Adaptation's Adam with an estimate that grows faster; 16 bytes of state for a parameter."""
+    """prodigyopt's Prodigy: D-Adaptation's Adam with a faster growing d; 16 bytes of state a weight."""
 
     optimizer: Literal["prodigy"] = "prodigy"
     """The optimizer's name."""
 
-    use_bias_correction: bool = (
-        True  # as Prodigy's authors advise for diffusion models, and the next key's true
-    )
+    # As Prodigy's authors advise for diffusion models, like the next key.
+    use_bias_correction: bool = True
 
     safeguard_warmup: bool = True
     """Leave lr out of the denominator of d's estimate, so that a warm-up from 0 does not make d too large."""
 
     d_coef: Annotated[float, Gt(0)] = 1.0
-    """A factor on d's estimate: 0.5 or 2 for a smaller or larger rate; the authors advise turning this rather than lr."""
+    """Factor on the estimate d, 0.5 or 2 for a lower or higher rate; its authors advise this, not lr."""
 
     slice_p: Annotated[int, Ge(1)] = 1
-    """Estimate d from every n-th element of each tensor alone: 11 keeps 8.7 bytes of state for a parameter instead of 16."""
+    """Estimate d from every n-th element of each tensor: 11 takes 8.7 bytes of state a weight, not 16."""
 
     learned_keys: ClassVar[tuple[str, ...]] = ("d", "d_max", "d_numerator", "d_hat", "k")
 
@@ -56,7 +55,7 @@ class ProdigyOptions(AdaptedMomentOptions):
                 lr=lr,
                 betas=self.betas,
                 eps=self.epsilon,
-                weight_decay=self.weight_decay,  # type: ignore[arg-type]  # the library's default, 0, reads as int
+                weight_decay=self.weight_decay,  # type: ignore[arg-type]  # the default, 0, reads as int
                 decouple=self.decouple,
                 use_bias_correction=self.use_bias_correction,
                 safeguard_warmup=self.safeguard_warmup,
@@ -70,6 +69,6 @@ class ProdigyOptions(AdaptedMomentOptions):
         return optimizer
 
     def measure(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return `d`, the estimate `d_hat` that d follows upwards, and `rate`, which really acts."""
+        """Return `d`, its new estimate `d_hat`, and `rate`, the effective learning rate."""
         group = optimizer.param_groups[0]
         return {"rate": self.rate(optimizer), "d": group["d"], "d_hat": group["d_hat"]}

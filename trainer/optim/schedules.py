@@ -1,4 +1,4 @@
-"""Learning rate over optimizer steps, as a pure function of the step."""
+"""Learning-rate schedules, as pure functions of the optimizer step."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ SchedulerName = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleOptions:
-    """The learning rate and its course, shared by every optimizer."""
+    """The learning rate and its schedule, shared by every optimizer."""
 
     lr: Annotated[float, Gt(0)] | None = None
     """Learning rate; for D-Adaptation a multiplier of the rate it finds, 1.0 being the method's own (null:
     1.0). Elsewhere null takes train.json's lr, and 1e-6 without one."""
 
     lr_scheduler: SchedulerName | None = None
-    """The course of the rate, by diffusers' names; null takes train.json's, and constant without one.
+    """Learning-rate schedule, by diffusers' names; null takes train.json's, and constant without one.
     polynomial falls in a straight line to 1e-7, or to a tenth of a rate below 1e-6."""
 
     lr_warmup_steps: Annotated[int, Ge(0)] | None = None
-    """Optimizer steps over which the rate rises from 0; null is a fiftieth of lr_decay_steps, 0 none; constant ignores it."""
+    """Optimizer steps of warm-up from 0; null: a fiftieth of lr_decay_steps, 0: none; not for constant."""
 
     lr_decay_steps: Annotated[int, Ge(0)] | None = None
-    """Optimizer steps over which the rate falls; null or 0 is 1.5 times the steps of the run; constant ignores it."""
+    """Optimizer steps of decay; null or 0: 1.5 times the steps of the run; not for constant."""
 
     adapts: ClassVar[bool] = False
     """Whether the optimizer finds its own rate, lr being a multiplier of it."""
@@ -45,15 +45,15 @@ class ScheduleOptions:
     """Whether bf16 weights learn from steps smaller than their spacing, by stochastic rounding."""
 
     def rate(self, optimizer: Optimizer) -> Any:
-        """Return the rate of the coming step, a number or a 0-d tensor on the device, without reading anything back."""
+        """Return the rate of the coming step, a number or a 0-d device tensor, without a device sync."""
         return optimizer.param_groups[0]["lr"]
 
     def decay(self, optimizer: Optimizer) -> Any:
-        """Return the share of every weight that decoupled weight decay takes in the coming step, a number or a 0-d tensor."""
+        """Return the share of every weight that decoupled weight decay takes in the coming step."""
         return 0.0
 
     def measure(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return what can be reported of the optimizer, as numbers or 0-d tensors: `rate`, the rate that really acts."""
+        """Return the reported numbers, or 0-d tensors, by name: `rate`, the effective learning rate."""
         return {"rate": self.rate(optimizer)}
 
 
@@ -65,7 +65,7 @@ class RateOptions:
     """Learning rate where the optimizer file has none; D-Adaptation never takes it."""
 
     lr_scheduler: SchedulerName = "constant"
-    """The course of the rate where the optimizer file has none."""
+    """Learning-rate schedule where the optimizer file has none."""
 
     lr_warmup_steps: Annotated[int, Ge(0)] | None = None
     """Warm-up steps where the optimizer file has none."""
@@ -74,17 +74,11 @@ class RateOptions:
     """Decay steps where the optimizer file has none; null or 0 is 1.5 times the steps of the run."""
 
     allow_high_lr: bool = False
-    """Allow AdamW rates above 1e-5 on networks of more than 500 million parameters, which usually ruin Stable Diffusion."""
+    """Allow AdamW rates above 1e-5, which usually ruin networks of more than 500 million parameters."""
 
 
 def rate_factor(options: ScheduleOptions, total_steps: int) -> Callable[[int], float]:
-    """Return the factor on the learning rate as a pure function of the optimizer step, counted from 0 (diffusers' `get_scheduler`).
-
-    Args:
-        options: name, warm-up and decay; null or 0 decay steps are 1.5 times `total_steps`, null warm-up is a
-        fiftieth of them.
-        total_steps: the optimizer steps of the run.
-    """
+    """Return the factor on the learning rate by optimizer step, counted from 0, as diffusers has it."""
     import torch
     from diffusers.optimization import get_polynomial_decay_schedule_with_warmup, get_scheduler
 
@@ -101,7 +95,7 @@ def rate_factor(options: ScheduleOptions, total_steps: int) -> Callable[[int], f
 
 
 def warmup_steps(options: ScheduleOptions, total_steps: int) -> int:
-    """Return the steps of warm-up that really happen in a run of `total_steps`."""
+    """Return the warm-up steps of a run of `total_steps`."""
     if options.lr_scheduler in (None, "constant"):
         return 0
     return (

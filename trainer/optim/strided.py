@@ -1,4 +1,4 @@
-"""bitsandbytes' optimizers, for weights whose elements lie in memory in another order than that of their indices."""
+"""bitsandbytes' optimizers for weights in any memory format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LIKE_THE_WEIGHTS = ("state1", "state2")
 
 
 class _InMemoryOrder(Optimizer8bit):
-    """Shows the library weights, gradients and state with their dimensions in the order of memory.
+    """Passes the library weights, gradients and state with their dimensions in the order of memory.
 
     By itself it makes every weight contiguous in its first step, which undoes channels last, and leaves the
     state's strides as they were, so that they no longer say how the state lies in memory.

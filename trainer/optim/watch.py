@@ -1,4 +1,4 @@
-"""Watching d: says once, in words, what a curve of D-Adaptation means that is not as it should be, and whether d has settled."""
+"""Messages about the course of d: once each, if it is stuck, falling back or running away."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from trainer.optim.dadapt import EstimateOptions
 
 PATIENCE = 100
-"""Optimizer steps for which d must stay where it began, d_hat below 0, or d flat, before that means anything."""
+"""Optimizer steps of d at d0, of d_hat below 0, or of a flat d, before a message or a conclusion."""
 
 FLAT = 1.01
 """The growth over `PATIENCE` steps up to which d counts as flat."""
 
 RUNAWAY = 10.0
-"""The growth after having been flat that is told."""
+"""The growth after a flat stretch that is reported."""
 
 
 @dataclass
 class _Course:
-    """What is remembered of one network's d between reports."""
+    """Memory of one network's d between reports."""
 
     told: list[str] = field(default_factory=list)
     looks: list[list[float]] = field(default_factory=list)
@@ -59,14 +59,7 @@ class AdaptationWatch:
         self.networks = tuple(options)
 
     def look(self, network: str, *, step: int, d: float, d_hat: float) -> list[str]:
-        """Return what is to be said at optimizer step `step`; each thing is said once for a network.
-
-        Args:
-            network: one of those with a d.
-            step: optimizer steps made so far.
-            d: the estimate that acts.
-            d_hat: what the last step estimated.
-        """
+        """Return the messages at optimizer step `step`, each once for a network."""
         course, d0, where = self._courses[network], self._options[network].first_d, self._sections[network]
         sentences: list[str] = []
 
@@ -95,9 +88,7 @@ class AdaptationWatch:
                 f"the weights have come, so d no longer grows; that is the usual end of the search, "
                 f"and if the loss rises too, lower {where}.lr.",
             )
-        while (
-            course.looks and course.looks[-1][0] >= step
-        ):  # of steps that were taken back, since nothing was trained in them
+        while course.looks and course.looks[-1][0] >= step:  # steps taken back, which trained nothing
             course.looks.pop()
         course.looks.append([step, d])
         while len(course.looks) > 1 and course.looks[1][0] <= step - PATIENCE:
@@ -124,7 +115,7 @@ class AdaptationWatch:
         return d <= self._options[network].first_d and not self._courses[network].learned
 
     def settled(self, network: str, *, step: int, d: float) -> str:
-        """Return how settled d is after `step`, as a clause: its growth over the last 100 steps, or what holds it."""
+        """Return how settled d is after `step`, as a clause: its growth over 100 steps, or its cap."""
         d_max = getattr(self._options[network], "d_max", math.inf)
         if d >= d_max * (1 - 1e-6):  # d_max is fp64, d may be fp32
             return f"held by {self._sections[network]}.d_max ({d_max:g}), so chosen rather than learned"
@@ -144,14 +135,14 @@ class AdaptationWatch:
             course.plateau = course.level
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is remembered, so that a continued run says what an unbroken one would have."""
+        """Return the memory, so that a resumed run logs the messages of an unbroken one."""
         return {
             network: {key: value for key, value in vars(course).items() if key != "learned" or value}
             for network, course in self._courses.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Restore the memory of `state_dict`."""
         self._courses |= {
             network: as_kind(_Course, state[network]) for network in self._courses if network in state
         }

@@ -1,4 +1,4 @@
-"""D-Adaptation: optimizers that find their own learning rate (Defazio & Mishchenko 2023, arXiv 2301.07733)."""
+"""D-Adaptation: optimizers that find their own learning rate (Defazio & Mishchenko, arXiv 2301.07733)."""
 
 from trainer.optim.dadapt.options import (
     AdaptationOptions,

@@ -1,4 +1,4 @@
-"""Adam with D-Adaptation (Defazio & Mishchenko 2023, arXiv 2301.07733) in one pass over the parameters, without host syncs.
+"""Adam with D-Adaptation (Defazio & Mishchenko 2023, arXiv 2301.07733) in one pass, without host syncs.
 
 With g the gradient, r the group's layer_scale, bc the bias correction or 1, q = sqrt(beta2) and dlr = min(d *
 lr * bc, rate_max), a step is
@@ -8,14 +8,14 @@ lr * bc, rate_max), a step is
     v    = beta2 * v + (1 - beta2) * g * g
     s    = q * s + dlr * (1 - q) * g
     l1  += r * |s|_1
-    p    = p - decay * dlr * p - m / (sqrt(v) + eps)    decay: decoupled; coupled, decay * p is added to g first
+    p    = p - decay * dlr * p - m / (sqrt(v) + eps)    decoupled decay; coupled: g = g + decay * p first
 
 and, after all parameters, W = q * W + (1 - q) * num, d_hat = W / ((1 - q) * l1), d = max(d, min(d_hat, d *
 growth_rate, d_max)).
 
-Nothing in the update uses the new d. So every parameter is visited once, whenever its gradient is there, even
-inside backward; only the two sums wait for the end of the step. They are kept for each tile of a parameter
-and added in a fixed order, so they do not depend on the order in which the parameters came.
+Nothing in the update uses the new d. So every parameter is visited once, as soon as it has its gradient, even
+inside backward; only the two sums wait for the end of the step. They are kept by tile and added in a fixed
+order, so the order of the parameters does not show in them.
 
 Only num and l1 need s, and their ratio survives sampling: s may be kept for one element drawn in each
 `every`; both sums are then multiplied by `every`.
@@ -47,13 +47,13 @@ class Coefficients(NamedTuple):
     eps: Tensor
     decay: Tensor
     unscale: Tensor
-    """What takes a loss scale out of the gradient."""
+    """Factor that removes a loss scale from the gradient."""
     coupled: Tensor
-    """Decay that is added to the gradient."""
+    """Decay added to the gradient."""
     gate: Tensor
     """0: the step changes nothing."""
     weight: Tensor
-    """Of the group's sums: layer_scale."""
+    """Factor on the group's sums: layer_scale."""
     out: Tensor | None
     """The step is out * m / (sqrt(v) + eps); None: 1."""
 
@@ -70,8 +70,8 @@ def estimate(
 ) -> tuple[Tensor, Tensor]:
     """Update s in place by the gradient g, v being the old second moment.
 
-    Return s, and g * s / (sqrt(v) + eps) of before. `settle` is shown each result by name before it is used
-    further, and returns what to use. Passing results, the products too, lie in `scratch` if it is given.
+    Return s, and g * s / (sqrt(v) + eps) of the old s. Each result passes through `settle`, with its name,
+    before further use. Intermediate results, including the products, are written to `scratch` if given.
     """
     root = _root(v, scratch).add_(c.eps)
     products = settle("products", torch.div(s, root, out=scratch).mul_(g))
@@ -97,7 +97,7 @@ def advance(
 
 
 def _root(v: Tensor, out: Tensor | None) -> Tensor:
-    """Return the square root, on the CPU the reciprocal's: torch's own is a library's that starts threads for any size."""
+    """Return the square root, on the CPU by its reciprocal: torch.sqrt starts threads there for any size."""
     if torch.compiler.is_compiling() or v.device.type != "cpu":
         return torch.sqrt(v, out=out)
     return torch.rsqrt(v, out=out).reciprocal_()
@@ -106,10 +106,9 @@ def _root(v: Tensor, out: Tensor | None) -> Tensor:
 def adapt(
     scalars: Mapping[str, Tensor], num: Tensor, l1: Tensor, shared: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Return W, d_hat, d, l1 and k after a step with these sums, and under "learns" whether they count: 0-d tensors.
+    """Return W, d_hat, d, l1 and k after a step with these sums, and "learns", False if they do not count.
 
-    An overflow of the sums must not reach d, from which nothing comes back: such a step counts as one that
-    learned nothing.
+    d never falls, so an overflow of the sums must not reach it: such a step counts as one without a gradient.
     """
     root = math.sqrt(shared["betas"][1])
     w = root * scalars["numerator_weighted"] + (1 - root) * num

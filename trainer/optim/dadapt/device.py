@@ -1,4 +1,4 @@
-"""What launches the GPU's kernel."""
+"""Launching the GPU's kernel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 WARPS = 8
 _ALIGNED = 16
-"""Bytes that addresses of weights and gradients are multiples of, for loads of 128 bits."""
+"""Alignment of weights and gradients in bytes, for loads of 128 bits."""
 
 
 class TritonEngine:
@@ -51,7 +51,7 @@ class TritonEngine:
         self._handles: dict[str, Any] = {}
 
     def waits(self, numel: int) -> bool:
-        """Return whether a parameter is left to the end of a fused backward."""
+        """Return True if a fused backward leaves a parameter to `step()`."""
         return numel < SMALL
 
     def begin(self, step: int, scaled: bool, coupled: bool) -> None:
@@ -115,8 +115,8 @@ def launch(
     """Launch a kernel of triton_kernel.py.
 
     Args:
-        handles: kernels that were launched with arguments of the same kinds before, whose handle is used
-            again: a fraction of the time on the host.
+        handles: handles of kernels that were launched before with arguments of the same kinds; reusing one
+            takes a fraction of the time on the host.
     """
     if name in handles:
         handles[name][(programs, 1, 1)](*arguments, *constants.values())
@@ -140,7 +140,7 @@ _tried: dict[tuple[Any, ...], bool] = {}
 
 @torch.no_grad()
 def works(device: torch.device, weights: torch.dtype, bits: int, every: int) -> bool:
-    """Return whether the kernel runs there and gives what the step of torch gives; if not, a warning of one line says so.
+    """Return True if the kernel runs there and agrees with the torch step; if not, warn in one line.
 
     Always true on the meta device, where launches are only counted.
     """

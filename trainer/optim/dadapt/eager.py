@@ -1,4 +1,4 @@
-"""The step by operations of torch: eagerly, or through torch.compile. What the GPU's kernel does is compared with this."""
+"""The step by torch operations, eagerly or through torch.compile: the reference of the GPU's kernel."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from trainer.optim.dadapt.quantized import BLOCK, noise, to_bf16
 from trainer.optim.dadapt.state import SMALL, TILE, Bank, Segment, tiles_of
 
 PACK_TILES = 256
-"""Tiles of a compiled call that are worth its overhead of some 60 microseconds: half a million elements.
-Smaller parameters are copied into one buffer for a call, larger ones are worked on in place."""
+"""Tiles of a call, half a million elements, that are worth its overhead of some 60 microseconds. Smaller
+parameters are copied into one buffer for a call, larger ones are advanced in place."""
 
 _CACHED_TILES = 15
 """Tiles that the eager path works on at a time on the CPU: few enough for the cache, enough to hide each
@@ -32,7 +32,7 @@ class Arrival(NamedTuple):
     parameter: Tensor
     gradient: Tensor
     live: Tensor | None
-    """Whether it takes part: 0-d bool; None where it is known to."""
+    """False if the step skips it: 0-d bool; None: it takes part."""
     table: Tensor
     """The values of `Coefficients`."""
 
@@ -48,7 +48,7 @@ class _Places(NamedTuple):
     unused: list[Tensor]
     """The elements in between."""
     gaps: bool
-    """Whether some of the tiles are nobody's."""
+    """True if some tiles belong to no parameter."""
 
 
 class TorchEngine:
@@ -74,7 +74,7 @@ class TorchEngine:
         return self.kernel is not None
 
     def waits(self, numel: int) -> bool:
-        """Return whether a parameter is left to the end of a fused backward, to be advanced with its neighbours."""
+        """Return True if a fused backward leaves a parameter to `step()`, with its neighbours in memory."""
         return numel < (PACK_TILES * TILE if self.compiled else SMALL)
 
     def begin(self, step: int, scaled: bool, coupled: bool) -> None:
@@ -109,7 +109,7 @@ class TorchEngine:
                 self._staged(segment.first + whole, pack, [(flat_p[done:], flat_g[done:])])
 
     def totals(self) -> Tensor:
-        """Return the sums of <g, s / (sqrt(v) + eps)> and |s| of the step, times their groups' weights: (2,), fp64."""
+        """Return the sums of <g, s / (sqrt(v) + eps)> and |s|, times their groups' weights: (2,), fp64."""
         total = torch.zeros(2, dtype=torch.float64, device=self.bank.device)
         for number, weight in enumerate(self._weights_of):
             own = [segment for segment in self.bank.segments if segment.group == number]
@@ -135,7 +135,7 @@ class TorchEngine:
             p.copy_(self._narrowed(work - work * decay, segment.first + start // TILE))
 
     def _staged(self, first: int, pack: Sequence[Arrival], tensors: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Advance the weights in `tensors`, whose state begins at tile `first`, by the gradients there, on copies of both."""
+        """Advance weights by gradients on copies of both; their state begins at tile `first`."""
         weights, gradients = (list(each) for each in zip(*tensors, strict=True))
         places = self._places(first, pack, weights)
         if places.unused:
@@ -152,7 +152,7 @@ class TorchEngine:
         torch._foreach_copy_(weights, places.weights)  # type: ignore[attr-defined]
 
     def _places(self, first: int, pack: Sequence[Arrival], weights: Sequence[Tensor]) -> _Places:
-        """Return where weights of these shapes, and their gradients, have their places in the buffers."""
+        """Return the places of weights of these shapes, and of their gradients, in the buffers."""
         key = first, *(arrival.segment.index for arrival in pack)
         if key in self._known:
             return self._known[key]
@@ -182,7 +182,7 @@ class TorchEngine:
         return found
 
     def _rows(self, first: int, p: Tensor, g: Tensor, live: Tensor | None, table: Tensor) -> None:
-        """Advance weights p (tiles, TILE) in place by gradients g of the same shape, and state from tile `first` on."""
+        """Advance weights p (tiles, TILE) in place by gradients g, and state from tile `first` on."""
         if self.kernel is None:
             self._eagerly(first, p, g, live, Coefficients(*table.unbind()))
             return
@@ -231,7 +231,7 @@ class TorchEngine:
         return g + p * c.coupled if self._coupled else g
 
     def _on_copies(self, first: int, p: Tensor, g: Tensor, live: Tensor | None, c: Coefficients) -> None:
-        """Advance tiles from `first` on, where `live` (tiles, 1), whose numbers are kept in another precision or in part."""
+        """Advance `live` tiles (tiles, 1) from `first` on, on copies in the precision of the arithmetic."""
         bank, tiles = self.bank, len(p)
         work, g = p.to(bank.dtype, copy=True), g.to(bank.dtype)
         g = self._seen(g if live is None else torch.where(live, g, 0.0), work, c)
@@ -254,14 +254,14 @@ class TorchEngine:
         p.copy_(work if live is None else torch.where(live, work, p))
 
     def noise(self, first: int, tiles: int) -> tuple[Tensor, Tensor]:
-        """Return the step's noise in these tiles, for codes and for weights: each (tiles, TILE), uniform in [0, 1)."""
+        """Return the step's noise for codes and for weights, each (tiles, TILE), uniform in [0, 1)."""
         assert self._noise is not None
         blocks = self._noise[0][first * _BLOCKS : (first + tiles) * _BLOCKS]
         codes, weights = ((blocks + column).frac_().view(tiles, TILE) for column in self._noise[1])
         return codes, weights
 
     def _narrowed(self, weights: Tensor, first: int) -> Tensor:
-        """Return flat weights from tile `first` on in the parameters' precision, rounded stochastically to bf16."""
+        """Return flat weights from tile `first` on in the parameters' dtype, to bf16 by noise."""
         if self.bank.weights == self.bank.dtype:
             return weights
         return to_bf16(weights, self.noise(first, tiles_of(len(weights)))[1].view(-1)[: len(weights)])

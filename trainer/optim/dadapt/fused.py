@@ -16,7 +16,7 @@ from trainer.optim.dadapt.state import Bank, Layout, Segment
 
 @dataclass
 class Pass:
-    """What one step knows between its first gradient and its end."""
+    """The state of one step between its first gradient and its end."""
 
     lr: float
     blocked: Tensor
@@ -25,13 +25,13 @@ class Pass:
     """By group, coefficients, and those without decay."""
     seen: set[int] = field(default_factory=set)
     waiting: list[Arrival] = field(default_factory=list)
-    """What is advanced in `step()`."""
+    """Parameters that are advanced in `step()`."""
     undecided: list[tuple[Segment, Tensor]] = field(default_factory=list)
-    """Parameters that decay at the end, if any moves."""
+    """Parameters that decay at the end if any has moved."""
 
 
 class FusedBackward:
-    """What an optimizer needs beside its plain step to update parameters whose gradient is complete."""
+    """The part of an optimizer that updates parameters inside backward."""
 
     _pass: Pass | None
     _gate: Tensor | None
@@ -46,25 +46,25 @@ class FusedBackward:
 
     @property
     def not_finite(self) -> Tensor:
-        """How many gradients were not finite, and left out, since this optimizer was made (fused backward): 0-d, int64.
+        """Skipped non-finite gradients since this optimizer was built (fused backward): 0-d, int64.
 
-        On a GPU, how many tiles of 2,048 elements.
+        On a GPU, tiles of 2,048 elements.
         """
         self._ready()
         return self._not_finite
 
     @property
     def grad_norm(self) -> Tensor:
-        """The 2-norm of the last gradient, over all parameters (fused backward, which keeps no gradient to measure): 0-d, fp32."""
+        """The 2-norm of the last gradient over all parameters (fused backward): 0-d, fp32."""
         self._ready()
         return self._squares.sqrt().float()
 
     def gate(self, finite: Tensor) -> None:
-        """Tell a fused backward, before it runs, whether the loss is finite: 0-d, bool or number. If not, the step changes nothing."""
+        """Before a fused backward: skip the whole step unless the loss is `finite`, 0-d, bool or number."""
         self._gate = (finite == 0).float()
 
     def arrive(self, parameter: Tensor) -> None:
-        """Take the gradient of one parameter in whatever order they come, and drop it."""
+        """Take the gradient of one parameter, in any order, and drop it."""
         self._ready()
         segment = self._segment_of[parameter]
         gradient, parameter.grad = parameter.grad, None

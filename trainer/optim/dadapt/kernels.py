@@ -22,9 +22,9 @@ class CompiledKernel(NamedTuple):
     """The step through torch.compile."""
 
     whole: Kernel
-    """advance_float or advance_bytes."""
+    """`advance_float` or `advance_bytes`."""
     few: Kernel | None
-    """estimate_bytes, where s is kept for drawn elements."""
+    """`estimate_bytes` if s is kept for drawn elements only."""
 
     def advance(
         self,
@@ -36,7 +36,10 @@ class CompiledKernel(NamedTuple):
         table: Tensor,
         noises: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        """Run on two or more tiles, from `first` on; return the two sums of each, fp64. Noise: by block of the bank, and by column."""
+        """Advance two or more tiles, from `first` on, and return the two sums of each, fp64.
+
+        Noise: by block of the bank, and by column.
+        """
         tiles = len(p)
         width = row_width(bank.bits, bank.weights)
         parts = TILE // width
@@ -80,17 +83,18 @@ def _call(
 
 
 def row_width(bits: int, weights: torch.dtype) -> int:
-    """Return how many elements a compiled kernel sums up at a time: a tile, or a block where anything is rounded block by block."""
+    """Return the elements of a compiled kernel's row: a tile, or a block if values are rounded by block."""
     return BLOCK if bits == 8 or weights == torch.bfloat16 else TILE
 
 
 def advance_float(
     p: Tensor, g: Tensor, live: Tensor, table: Tensor, noises: list[Tensor], state: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Advance fp32 state m, v, s (rows, width) where `live` (rows, 1), whatever g is elsewhere; without s for AdamW.
+    """Advance fp32 state m, v, s (rows, width) of `live` rows (rows, 1); AdamW has no s.
 
-    Return the sums of products and of |s| of each row, 0 elsewhere. Weights and gradients p, g are fp32, or bf16, for which a row is a
-    block. Noise is the fractional part of noises[0] (rows, 1) plus noises[1] (2, 1, BLOCK), the first for codes, the second for bf16.
+    Return the sums of products and of |s| of each row, 0 for rows that are not live. Weights and gradients
+    are fp32, or bf16 in rows of a block. Noise is the fractional part of noises[0] (rows, 1) plus noises[1]
+    (2, 1, BLOCK), of which the first is for codes and the second for bf16.
     """
     held: dict[str, Tensor] = dict(zip(("m", "v", "s"), state, strict=False))
 
@@ -119,15 +123,14 @@ def advance_float(
 def advance_bytes(
     p: Tensor, g: Tensor, live: Tensor, table: Tensor, noises: list[Tensor], state: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Do the same with state of 8 bits, a row being a block: codes (blocks, BLOCK) and exponents (blocks, 1) of m, v and perhaps s."""
+    """Do the same with 8-bit state: codes (blocks, BLOCK) and exponents (blocks, 1) of m, v and perhaps s."""
     held = list(zip(state[::2], state[1::2], strict=True))
     m, v, *rest = (decode(*pair) for pair in held)
     c = Coefficients(*table.unbind())
     weights, g = _wide(p, g, c)
     if p.dtype == torch.bfloat16:
-        g = stored(
-            g
-        )  # a loop that reads bf16 alone works on twice as many elements at once, in which shifting bits takes twice as long
+        # A loop that reads only bf16 takes twice as many elements at once, and shifts bits at half the speed.
+        g = stored(g)
     num = l1 = products = weights.new_zeros(len(weights), 1)
     if rest:
         rest[0], products = estimate(g, rest[0], v, c)
@@ -146,7 +149,7 @@ def advance_bytes(
 def estimate_bytes(
     p: Tensor, g: Tensor, live: Tensor, table: Tensor, noises: list[Tensor], state: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Advance s (tiles, few) of drawn elements, whose weights and gradients are p, g; 8 bits, one exponent for a tile.
+    """Advance 8-bit s (tiles, few) of drawn elements, with one exponent a tile; p and g are theirs.
 
     State: codes and exponents of s, and of v, the exponents of which are by element.
     """
@@ -164,7 +167,7 @@ def estimate_bytes(
 def _encoded(
     values: Sequence[Tensor], held: Sequence[tuple[Tensor, Tensor]], draws: Tensor, live: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return what is to be written where."""
+    """Return targets and the values to write to them."""
     writes: list[tuple[Tensor, Tensor]] = []
     for value, (codes, exponents) in zip(values, held, strict=True):
         new_codes, new_exponents = encode(value, draws, signed=codes.dtype == torch.int8)
@@ -178,7 +181,7 @@ def _encoded(
 
 
 def _wide(p: Tensor, g: Tensor, c: Coefficients) -> tuple[Tensor, Tensor]:
-    """Return weights and gradient in fp32, the gradient as the step sees it: unscaled, and with the coupled decay."""
+    """Return weights and gradient in fp32, the gradient unscaled and with the coupled decay."""
     weights = p.to(torch.float32, copy=True)
     return weights, g.to(torch.float32) * c.unscale + weights * c.coupled
 

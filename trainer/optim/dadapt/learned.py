@@ -1,4 +1,4 @@
-"""The numbers that D-Adaptation learns, and the coefficients that they give a step, on the parameters' device."""
+"""The numbers that D-Adaptation learns, and the coefficients of a step, on the parameters' device."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Learned:
     """d, k, W, d_hat and |s|_1, and the coefficients of the coming step.
 
     Args:
-        rows: by group, coefficients, and what they gain by the corrected rate, by d * lr and by the root of
-            the second moment's correction.
-        adapts: whether d is estimated.
+        rows: the coefficients of a group, and their factors on the corrected rate, on d * lr and on the root
+            of the second moment's correction.
+        adapts: d is estimated.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Learned:
         self._handles: dict[str, Any] = {}
 
     def rates(self, lr: float, capped: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """Return d * lr, the root of the second moment's correction, and the corrected rate, which rate_max caps: 0-d, fp64."""
+        """Return d * lr, the root of the second moment's correction, and the rate capped by rate_max."""
         hyper = self._hyper(lr)
         rate = self.scalars["d"] * hyper[0]
         steps = (self.scalars["k"] + 1).double()
@@ -127,5 +127,5 @@ class Learned:
 
 
 def on_device(device: torch.device) -> bool:
-    """Return whether a number there can only be looked at by waiting for the device."""
+    """Return True if reading a number there waits for the device."""
     return device.type != "cpu"

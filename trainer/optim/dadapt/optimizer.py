@@ -15,46 +15,37 @@ from trainer.optim.dadapt.tiled import TiledAdam
 class DAdaptAdam(TiledAdam):
     """Adam whose rate is d * lr, d being a lower bound of the distance to the solution that only grows.
 
-    A drop-in for `dadaptation.DAdaptAdam`, with the same defaults. Scalars live in fp64 on the parameters'
-    device and are read by nobody but the caller: `group["d"]`, `group["k"]` and `group["numerator_weighted"]`
-    are tensors inside and become numbers when they are looked up. State is kept in fp32 (fp64 for fp64
-    parameters, or 8 bits) whatever the parameters' precision. bf16 parameters are rounded stochastically,
-    since most steps are smaller than what separates two of their values; weights decay before, in fp32.
-    Rounding draws from the number of the step and the place of the element alone. (Against keeping the lower
-    16 bits in the state, which trains as fp32 does: two bytes less for a parameter, steps 5 to 20% shorter,
-    and 0.3% more loss on a regression of steps far below that spacing, where rounding to nearest gives 370%
-    more. On the embedded model both end at the loss of fp32.)
+    A drop-in for `dadaptation.DAdaptAdam`, with the same defaults. Scalars are fp64 tensors on the device of
+    the parameters; `group["d"]`, `group["k"]` and `group["numerator_weighted"]` become numbers when they are
+    read. State is fp32 (fp64 for fp64 parameters, or 8 bits) whatever the parameters' dtype. bf16 parameters
+    are rounded stochastically, since most steps are smaller than the spacing of their values; weights decay
+    before that, in fp32. The noise depends on the step number and the element's place only. (Against keeping
+    the lower 16 bits in the state, which trains as fp32 does: two bytes less a parameter, steps 5 to 20%
+    shorter, and 0.3% more loss on a regression of steps far below that spacing, where rounding to nearest
+    gives 370% more. On the bundled model both end at the loss of fp32.)
 
     Args:
         params: parameters, or groups of them. A group may have its own `eps`, `weight_decay` and
             `layer_scale`, a fixed factor on its rate; everything else holds for all groups.
-        lr: a factor on d. 1.0 is the method's own.
-        betas: decays of the running means of the gradient and of its square.
-        eps: added to the root of the second moment.
-        weight_decay: decay of the weights: each step by weight_decay * d * lr if decoupled, else added to the
-        gradient.
-        decouple: decay the weights beside the gradient, as AdamW does.
-        use_bias_correction: correct the moments' start at zero, as Adam does.
-        d0: where d starts.
-        growth_rate: the most that d may grow by in one step, as a factor.
-        d_max: d does not grow beyond this.
-        rate_max: d * lr * bias correction acts as at most this, while d goes on.
-        compile: on a CPU, run through torch.compile, True or False; on a GPU, False goes without the Triton
-            kernel. None compiles from sixteen million parameters on, with 8 bits from a million, below which
-            the 12 s it takes before the first step (measured; torch keeps the result on disk) are not won
-            back soon. Where it does not work, or for fp64, the step runs eagerly, which gives the same
-            results but for the last bits. Which way it was is saved with the state, and with None a loaded
-            state decides.
-        state_bits: 32, or 8 for one byte for each kept number (trainer.optim.dadapt.quantized).
+        lr: a factor on d; 1.0 is the method's own.
+        weight_decay: decay by weight_decay * d * lr a step if decoupled, else added to the gradient.
+        growth_rate: the largest growth of d in one step, as a factor.
+        d_max: the largest d.
+        rate_max: the largest rate d * lr * bias correction that acts; d is not capped by it.
+        compile: on a CPU, run through torch.compile, True or False; on a GPU, False replaces the Triton
+            kernel by torch operations. None compiles from sixteen million parameters on, with 8 bits from a
+            million: below that the 12 s before the first step (measured; torch keeps the result on disk)
+            take long to win back. If compiling fails, and for fp64, the step runs eagerly, with the same
+            results but for the last bits. The way is saved with the state, and None takes that of a loaded
+            state.
+        state_bits: 32, or 8 for one byte a number (trainer.optim.dadapt.quantized).
         every: keep s of every element (1), or of one drawn in each `every`, in parameters of `SMALL` elements
-            or more. None is 1 with 32 bits, 12 bytes for a parameter, and 16 with 8, 2.07 instead of 3.01.
-        fused_backward: update each parameter inside `loss.backward()`, as soon as its gradient is complete,
-            and drop the gradient, so that the gradients never exist together. `step()` closes the step: it
-            moves d. Bit-equal to the plain step. One backward a step: gradient accumulation, clipping by a
-            norm over all parameters, a loss scaler and gradients averaged over processes all need the
-            gradients after backward. Rates are set before backward. A gradient that is not finite then gates
-            its own parameter only, and is counted in `not_finite`; the whole step can be gated before
-            backward by `gate`.
+            or more. None is 1 with 32 bits, 12 bytes a parameter, and 16 with 8, 2.07 instead of 3.01.
+        fused_backward: update each parameter inside `loss.backward()` and drop its gradient, bit-equal to the
+            plain step; `step()` then moves d. It needs one backward pass a step and rates set before it.
+            Gradient accumulation, clipping by norm, a loss scaler and several processes need the gradients
+            after backward. A non-finite gradient skips its own parameter only, and counts in `not_finite`;
+            `gate` skips the whole step.
 
     Raises:
         ValueError: an argument is out of range, groups differ in what they must share, or a parameter is
@@ -80,8 +71,9 @@ class DAdaptAdam(TiledAdam):
         compile: bool | None = None,
     ) -> None:
         defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "layer_scale": 1.0, "decouple": decouple,
-            "use_bias_correction": use_bias_correction, "d0": d0, "growth_rate": growth_rate, "d_max": d_max, "rate_max": rate_max,
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "layer_scale": 1.0,
+            "decouple": decouple, "use_bias_correction": use_bias_correction, "d0": d0,
+            "growth_rate": growth_rate, "d_max": d_max, "rate_max": rate_max,
             "d": d0, "k": 0, "numerator_weighted": 0.0,
         }  # fmt: skip
         every = (16 if state_bits == 8 else 1) if every is None else every
@@ -97,18 +89,18 @@ class DAdaptAdam(TiledAdam):
 
     @property
     def d_hat(self) -> Tensor:
-        """What the last step estimated, which d follows upwards: 0-d, fp64, on the parameters' device."""
+        """The last estimate, which d follows upwards: 0-d, fp64, on the parameters' device."""
         self._ready()
         return self._learned.scalars["d_hat"]
 
     @property
     def l1(self) -> Tensor:
-        """|s|_1 of the last step, each group weighted by its layer_scale: 0-d, fp64, on the parameters' device."""
+        """|s|_1 of the last step, weighted by the groups' layer_scale: 0-d, fp64, on the device."""
         self._ready()
         return self._learned.scalars["l1"]
 
     def rate(self, capped: bool = True) -> Tensor:
-        """Return d * lr * bias correction, `capped` by rate_max, the rate of the coming step: 0-d, fp64, on the parameters' device."""
+        """Return d * lr * bias correction of the coming step, `capped` by rate_max: 0-d, on the device."""
         self._ready()
         return self._learned.rates(self.param_groups[0]["lr"], capped)[2]
 
@@ -126,17 +118,11 @@ class DAdaptAdam(TiledAdam):
 
 
 class TiledAdamW(TiledAdam):
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with the state, the kernel and the roundings of `DAdaptAdam`, at a rate that is given.
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with the state, kernel and rounding of `DAdaptAdam`.
 
     Args:
         params: parameters, or groups of them, which may have their own `eps` and `weight_decay`.
-        lr: the rate.
-        betas: decays of the running means of the gradient and of its square.
-        eps: added to the root of the second moment.
         weight_decay: the weights shrink by weight_decay * lr a step.
-        state_bits: 8 or 32 for each moment.
-        fused_backward: as for `DAdaptAdam`.
-        compile: as for `DAdaptAdam`.
 
     Raises:
         ValueError: an argument is out of range, or a parameter is neither fp32, fp64 nor bf16.
@@ -156,8 +142,9 @@ class TiledAdamW(TiledAdam):
         compile: bool | None = None,
     ) -> None:
         defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "layer_scale": 1.0, "decouple": True,
-            "use_bias_correction": True, "growth_rate": 1.0, "d0": 1.0, "d_max": 1.0, "rate_max": math.inf, "d": 1.0, "k": 0, "l1": 1.0,
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "layer_scale": 1.0,
+            "decouple": True, "use_bias_correction": True, "growth_rate": 1.0, "d0": 1.0, "d_max": 1.0,
+            "rate_max": math.inf, "d": 1.0, "k": 0, "l1": 1.0,
         }  # fmt: skip
         super().__init__(
             params, defaults, bits=state_bits, every=0, fused_backward=fused_backward, compile=compile
@@ -172,4 +159,5 @@ class TiledAdamW(TiledAdam):
 
 
 def _row(**values: float) -> Any:
-    return Coefficients(**{name: values.get(name, 0.0) for name in Coefficients._fields})  # type: ignore[arg-type]
+    numbers: Any = {name: values.get(name, 0.0) for name in Coefficients._fields}
+    return Coefficients(**numbers)

@@ -1,4 +1,4 @@
-"""D-Adaptation: optimizers that find their own learning rate (Defazio & Mishchenko 2023, arXiv 2301.07733)."""
+"""D-Adaptation: optimizers that find their own learning rate (Defazio & Mishchenko, arXiv 2301.07733)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EstimateOptions(ScheduleOptions):
-    """What every optimizer with an estimate d of the distance to the solution has: where d starts."""
+    """Options of every optimizer with an estimate d of the distance to the solution: its start."""
 
     d0: Annotated[float, Gt(0)] | Literal["resume"] = 1e-6
-    """Where the estimate d starts; resume: at the d of the checkpoint that --resume_weights_only starts from."""
+    """Start of the estimate d; resume: the d of the checkpoint that --resume_weights_only starts from."""
 
     adapts: ClassVar[bool] = True
 
@@ -45,7 +45,7 @@ class EstimateOptions(ScheduleOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class GrowthOptions(EstimateOptions):
-    """Where d starts, and how fast it grows."""
+    """Options of the start and the growth of d."""
 
     growth_rate: Annotated[float, Ge(1)] = math.inf
     """The most that d may grow by in one step, as a factor; 1.02 is gentle."""
@@ -53,7 +53,7 @@ class GrowthOptions(EstimateOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptedMomentOptions(MomentOptions, GrowthOptions):
-    """What every Adam with an estimate d has: how weights decay, and whether the moments are corrected."""
+    """Options of every Adam with an estimate d: the kind of weight decay, and bias correction."""
 
     decouple: bool = True
     """Decay the weights beside the gradient, as AdamW does, instead of adding to the gradient."""
@@ -62,15 +62,15 @@ class AdaptedMomentOptions(MomentOptions, GrowthOptions):
     """Correct the moments' start at zero, as Adam does."""
 
     def rate(self, optimizer: Optimizer) -> Any:
-        """Return d * lr * bias correction, the rate of the coming step, a number or a 0-d tensor on the device."""
+        """Return the effective rate of the coming step, d * lr * bias correction."""
         return super().rate(optimizer) * self.correction(optimizer.param_groups[0]["k"])
 
     def decay(self, optimizer: Optimizer) -> Any:
-        """Return the share of every weight that decoupled weight decay takes in the coming step, a number or a 0-d tensor."""
+        """Return the share of every weight that decoupled weight decay takes in the coming step."""
         return self.weight_decay * self.rate(optimizer) if self.decouple else 0.0
 
     def correction(self, steps: int) -> float:
-        """Return the factor of the bias correction on the rate of the step after `steps` others; 1 without it."""
+        """Return the bias correction, a factor on the rate, after `steps` steps; 1 without it."""
         beta1, beta2 = self.betas
         return (
             math.sqrt(1 - beta2 ** (steps + 1)) / (1 - beta1 ** (steps + 1))
@@ -81,23 +81,23 @@ class AdaptedMomentOptions(MomentOptions, GrowthOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptationOptions(AdaptedMomentOptions):
-    """What every Adam with D-Adaptation has."""
+    """Options of every Adam with D-Adaptation."""
 
     layer_scale: Annotated[float, Gt(0)] = 1.0
-    """A factor on the steps of this network that the estimate of d does not see, nor weight decay; lr changes all three."""
+    """A factor on this network's steps only; lr also scales the estimate of d and weight decay."""
 
     def rate(self, optimizer: Optimizer) -> Any:
-        """Return d * lr * layer_scale * bias correction, the rate of the coming step, a number or a 0-d tensor on the device."""
+        """Return the effective rate of the coming step, d * lr * layer_scale * bias correction."""
         return super().rate(optimizer) * self.layer_scale
 
     def decay(self, optimizer: Optimizer) -> Any:
-        """Return the share of every weight that decoupled weight decay, which layer_scale leaves alone, takes in the coming step."""
+        """Return the share of every weight that decoupled decay takes; layer_scale does not count."""
         return super().decay(optimizer) / self.layer_scale
 
 
 @dataclass(frozen=True, kw_only=True)
 class DAdaptAdamOptions(AdaptationOptions):
-    """Adam whose rate is d*lr, d being D-Adaptation's growing estimate of the distance to the solution; state in fp32."""
+    """Adam at the rate d*lr, d being D-Adaptation's estimate of the distance to the solution; fp32 state."""
 
     optimizer: Literal["dadapt_adam"] = "dadapt_adam"
     """The optimizer's name."""
@@ -106,7 +106,7 @@ class DAdaptAdamOptions(AdaptationOptions):
     """d does not grow beyond this; d_max * lr * layer_scale is the largest rate that can act."""
 
     rate_max: Annotated[float, Gt(0)] = math.inf
-    """The rate d*lr*layer_scale acts as at most this, while d itself goes on estimating: a safety net that d_max, which stops d, is not."""
+    """The largest effective rate d*lr*layer_scale: a safety net that, unlike d_max, does not stop d."""
 
     fused_backward: bool = False
     """Update each weight inside the backward pass and drop its gradient: the same steps without memory for
@@ -137,20 +137,20 @@ class DAdaptAdamOptions(AdaptationOptions):
         )
 
     def rate(self, optimizer: Optimizer) -> Tensor:
-        """Return d * lr * layer_scale * bias correction, the rate of the coming step: 0-d, fp64, on the device."""
+        """Return the effective rate of the coming step, at most rate_max: 0-d, fp64, on the device."""
         return optimizer.rate() * self.layer_scale  # type: ignore[attr-defined]
 
     def measure(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return 0-d device tensors: `d`, the estimate `d_hat` that d follows upwards, and `rate`.
 
-        With rate_max also `d*lr`, the rate without that cap.
-        With fused backward also `not finite`, how many gradients were left out since the run began or went
-        on.
+        With rate_max also `d*lr`, the rate without that cap. With fused backward also `not finite`, the
+        gradients that were skipped since the start or the last resume.
         """
-        found = {"rate": self.rate(optimizer), "d": optimizer.d, "d_hat": optimizer.d_hat}  # type: ignore[attr-defined]
+        own: Any = optimizer
+        found = {"rate": self.rate(optimizer), "d": own.d, "d_hat": own.d_hat}
         if self.rate_max < math.inf:
-            found["d*lr"] = optimizer.rate(capped=False) * self.layer_scale  # type: ignore[attr-defined]
-        return {**found, "not finite": optimizer.not_finite} if self.fused_backward else found  # type: ignore[attr-defined]
+            found["d*lr"] = own.rate(capped=False) * self.layer_scale
+        return {**found, "not finite": own.not_finite} if self.fused_backward else found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +165,7 @@ class DAdaptAdam8bitOptions(DAdaptAdamOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DAdaptAdamReferenceOptions(AdaptationOptions):
-    """The dadaptation library's DAdaptAdam, to compare with: the same steps, with numbers read back for every tensor."""
+    """The dadaptation library's DAdaptAdam, for comparison: the same steps, with two syncs a tensor."""
 
     optimizer: Literal["dadapt_adam_reference"] = "dadapt_adam_reference"
     """The optimizer's name."""
@@ -184,7 +184,7 @@ class DAdaptAdamReferenceOptions(AdaptationOptions):
                 lr=lr,
                 betas=self.betas,
                 eps=self.epsilon,
-                weight_decay=self.weight_decay,  # type: ignore[arg-type]  # the library annotates its default, 0, as int
+                weight_decay=self.weight_decay,  # type: ignore[arg-type]  # the default, 0, reads as int
                 decouple=self.decouple,
                 use_bias_correction=self.use_bias_correction,
                 d0=self.first_d,
@@ -192,7 +192,7 @@ class DAdaptAdamReferenceOptions(AdaptationOptions):
             )
 
     def measure(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return `d`, the estimate `d_hat` that d follows upwards, and `rate`, which really acts.
+        """Return `d`, its new estimate `d_hat`, and `rate`, the effective learning rate.
 
         layer_scale weighs both sums of d_hat and cancels.
         """
@@ -226,7 +226,7 @@ class DAdaptLionOptions(SignOptions, EstimateOptions):
         return self.weight_decay * self.rate(optimizer)
 
     def measure(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return `d`, the estimate `d_hat` that d follows upwards, and `rate`, which really acts."""
+        """Return `d`, its new estimate `d_hat`, and `rate`, the effective learning rate."""
         return {
             "rate": self.rate(optimizer),
             "d": optimizer.param_groups[0]["d"],
@@ -236,7 +236,7 @@ class DAdaptLionOptions(SignOptions, EstimateOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DAdaptSGDOptions(GrowthOptions):
-    """The dadaptation library's DAdaptSGD: steps of d*lr along the gradient over the norm of the first one."""
+    """The dadaptation library's DAdaptSGD: steps of d*lr * gradient / norm of the first gradient."""
 
     optimizer: Literal["dadapt_sgd"] = "dadapt_sgd"
     """The optimizer's name."""
@@ -250,7 +250,7 @@ class DAdaptSGDOptions(GrowthOptions):
     learned_keys: ClassVar[tuple[str, ...]] = ("d", "k", "numerator_weighted", "g0_norm")
 
     def build(self, params: Iterable[nn.Parameter], lr: float) -> Optimizer:
-        """Return the optimizer over `params`, its rate being d times `lr` over the norm of the first gradient.
+        """Return the optimizer over `params`; its rate is d * lr / norm of the first gradient.
 
         Raises:
             UserError: dadaptation is not installed.
@@ -269,12 +269,12 @@ class DAdaptSGDOptions(GrowthOptions):
         )
 
     def rate(self, optimizer: Optimizer) -> float:
-        """Return d * lr over the norm of the first gradient, the rate of the coming step; 0 before the first."""
+        """Return the rate of the coming step, d * lr / norm of the first gradient; at first 0."""
         norm = optimizer.param_groups[0]["g0_norm"]
         return super().rate(optimizer) / norm if norm > 0 else 0.0
 
     def measure(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return `d`, the estimate d_hat = 2 W / |s| that d follows upwards (arXiv 2301.07733, algorithm 4), and `rate`."""
+        """Return `d`, `rate` and the estimate d_hat = 2 W / |s| (arXiv 2301.07733, algorithm 4)."""
         group = optimizer.param_groups[0]
         length = math.sqrt(_sum_over_s(optimizer, lambda s: s * s))
         d_hat = 2 * group["numerator_weighted"] / length if length > 0 else 0.0
@@ -282,7 +282,7 @@ class DAdaptSGDOptions(GrowthOptions):
 
 
 def _estimate(optimizer: Optimizer) -> float:
-    """Return d_hat = W / ((1 - sqrt(beta2)) * |s|_1), W being the weighted numerator (arXiv 2301.07733, algorithm 5)."""
+    """Return d_hat = W / ((1 - sqrt(beta2)) * |s|_1), W the weighted numerator (arXiv 2301.07733, alg. 5)."""
     group = optimizer.param_groups[0]
     s_l1 = _sum_over_s(optimizer, lambda s: s.abs())
     return group["numerator_weighted"] / ((1 - math.sqrt(group["betas"][1])) * s_l1) if s_l1 > 0 else 0.0

@@ -30,7 +30,7 @@ _FRACTION = 23
 _ONE = _BIAS << _FRACTION
 _SIGN = -(1 << 31)
 _SIGNED_LEVELS, _UNSIGNED_LEVELS = 7, 8
-"""The logarithms of how many levels there are."""
+"""The logarithms of the number of levels."""
 
 _SMALLEST_EXPONENT = 40
 """Biased: a block's unit is at least 2^-87, below which its smallest codes would leave fp32."""
@@ -52,13 +52,13 @@ def decode(codes: Tensor, exponents: Tensor) -> Tensor:
 
 
 def encode(values: Tensor, noise: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Return codes, in fp32 with a fraction that is to be cut off, and biased exponents, in int32, of fp32 values (..., BLOCK).
+    """Return codes (fp32, to be truncated) and biased exponents (int32) of fp32 values (..., BLOCK).
 
     Args:
         values: what to store, finite; not negative if unsigned.
         noise: uniform in [0, 1 - 2^-17] for stochastic rounding; 0.5 rounds to nearest.
-        signed: whether the codes are for int8, -127 to 127, or for uint8, 1 to 255: an unsigned 0 becomes the
-            smallest value, since first moments are divided by the roots of second ones.
+        signed: int8 codes, -127 to 127; else uint8, 1 to 255: an unsigned 0 becomes the smallest value, since
+            first moments are divided by the roots of second ones.
     """
     size = values.abs() if signed else values
     # The largest code stands for 31/32 (unsigned 63/64) of the unit: with the largest value a little below
@@ -72,7 +72,7 @@ def encode(values: Tensor, noise: Tensor, signed: bool) -> tuple[Tensor, Tensor]
 
 
 def _offset(signed: bool) -> int:
-    """Return by how much the bits of a code, which is y^-1 times 2^levels, exceed a quarter of the bits of its value."""
+    """Return the bits of a code, y^-1 times 2^levels, minus a quarter of the bits of its value."""
     return _ONE - (_ONE >> 2) + ((_SIGNED_LEVELS if signed else _UNSIGNED_LEVELS) << _FRACTION)
 
 
@@ -81,7 +81,7 @@ def _signed(size: Tensor, like: Tensor) -> Tensor:
 
 
 def to_bf16(values: Tensor, noise: Tensor) -> Tensor:
-    """Return fp32 values rounded to bf16, to one of its two neighbours as noise, uniform in [0, 1), decides: on average unchanged."""
+    """Return fp32 values rounded to bf16 by noise, uniform in [0, 1): on average unchanged."""
     steps = (noise * (1 << 16)).to(torch.int32)
     return (
         ((values.view(torch.int32) + steps) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
@@ -89,7 +89,7 @@ def to_bf16(values: Tensor, noise: Tensor) -> Tensor:
 
 
 def stored(value: Tensor) -> Tensor:
-    """Have torch's compiler for the CPU write this value once, where it would compute it again wherever it is used."""
+    """Make torch's CPU compiler store this value instead of computing it again at each use."""
     if _store is None or value.device.type != "cpu" or not torch.compiler.is_compiling():
         return value
     return _store(value, value.stride())
@@ -99,11 +99,11 @@ _COLUMNS = 0x6A09E667
 
 
 def noise(step: int, first: int, blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the step's noise as two parts, fp32: (blocks, 1) from block `first` on, and (2, 1, BLOCK), for codes and for bf16 weights.
+    """Return the step's noise as two fp32 parts: by block from `first` on, (blocks, 1), and by column.
 
-    The fractional part of their sum is uniform in [0, 1), and that of any two elements independent. All are
-    multiples of 2^-16, but for half of it in the second: their sums are exact, so that every device and every
-    order agrees.
+    The second part, (2, 1, BLOCK), is for codes and for bf16 weights. The fractional part of their sum is
+    uniform in [0, 1), and independent for any two elements. All are multiples of 2^-16, the second with
+    another 2^-17: their sums are exact, so that every device and every order agrees.
     """
     if device.type == "meta":
         return torch.empty(blocks, 1, device=device), torch.empty(2, 1, BLOCK, device=device)
@@ -115,7 +115,7 @@ def noise(step: int, first: int, blocks: int, device: torch.device) -> tuple[Ten
 
 
 def mixed(x: Tensor) -> Tensor:
-    """Permute the 32-bit numbers so that each bit changes half of the others (lowbias32, by C. Wellons); int32.
+    """Permute 32-bit numbers so that each bit changes half of the others (lowbias32, C. Wellons); int32.
 
     The masks make the shifts of signed numbers logical ones.
     """
@@ -125,7 +125,7 @@ def mixed(x: Tensor) -> Tensor:
 
 
 def give_hints() -> None:
-    """Let `stored` reach the compiler, if this torch has the operator for it: without it, kernels are slower and give the same."""
+    """Enable `stored` if this torch has its operator; without it kernels are slower, with equal results."""
     import torch._inductor.inductor_prims
 
     global _store

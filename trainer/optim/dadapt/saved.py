@@ -1,4 +1,4 @@
-"""Restoring saved state, also that of earlier versions."""
+"""Restoring saved state, including that of earlier versions."""
 
 from __future__ import annotations
 
@@ -22,14 +22,12 @@ def restore(
 ) -> None:
     """Copy saved state into an optimizer's own tensors.
 
-    State in 8 bits of versions without `tiled` has an s for every element, and blocks in the order of
-    indices: it is converted, as a warning says.
+    8-bit state of versions without `tiled` has an s for every element, and blocks in the order of indices:
+    it is converted, with a warning.
 
     Args:
-        own: where each parameter's state is, the parameter, and its state by name.
-        state: the saved state by parameter.
-        scalars: the optimizer's own 0-d tensors.
-        adaptation: what was saved of those.
+        own: the place of each parameter's state, the parameter, and its state by name.
+        adaptation: the saved scalars.
 
     Raises:
         ValueError: the state is of other parameters or of another precision; nothing is changed then.
@@ -67,14 +65,13 @@ def restore(
             _convert(segment, parameter, state[number])
         warnings.warn(
             "the optimizer state of an earlier version was converted: s is kept for one element in 16 of "
-            "each large tensor from now on, "
-            "so d goes on within some percent of what it would have been",
+            "each large tensor from now on, so d stays within some percent of its course before",
             stacklevel=3,
         )
 
 
 def _convert(segment: Segment, parameter: Tensor, saved: Mapping[str, Tensor]) -> None:
-    """Keep state whose blocks follow the order of indices, rounding it to nearest where its blocks are others now."""
+    """Store state whose blocks follow the order of indices, rounded to nearest."""
     bank = segment.bank
     values: dict[str, Tensor] = {}
     for name in _MOMENTS:

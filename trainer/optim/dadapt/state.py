@@ -1,4 +1,4 @@
-"""Optimizer state of all parameters in a few blocks of memory, in tiles of `TILE` elements, as the kernels want it.
+"""Optimizer state of all parameters in a few blocks of memory, in tiles of `TILE` elements.
 
 Tiles follow the order of the elements in memory, not that of their indices, so weights that are channels last
 need no copy. Only the state is flat: views of one storage as parameters would be parted silently by the next
@@ -20,7 +20,7 @@ TILE = 2048
 """Elements of one tile; the state of each parameter begins a new one."""
 
 SMALL = 1 << 14
-"""Parameters with fewer elements keep s of every element, and are updated together in `step()` even with fused backward."""
+"""Size below which parameters keep s of every element and, with fused backward, are updated in `step()`."""
 
 
 class Bank:
@@ -39,7 +39,7 @@ class Bank:
         self.segments: list[Segment] = []
         self.few = TILE // every if every else 0
         self.held: dict[str, tuple[Tensor, Tensor]] = {}
-        """By name, numbers (tiles, numbers of a tile), and exponents (tiles, blocks of a tile), which are empty above 8 bits."""
+        """By name, numbers (tiles, width) and exponents (tiles, blocks of a tile), empty above 8 bits."""
         names = {"exp_avg": (True, TILE), "exp_avg_sq": (False, TILE)}
         names |= {"s": (True, self.few)} if every else {}
         for name, (signed, width) in names.items():
@@ -50,14 +50,14 @@ class Bank:
             self.held[name] = torch.zeros(tiles, width, dtype=kind, device=device), exponents
 
     def load(self, name: str, first: int, tiles: int, live: Tensor | None = None) -> Tensor:
-        """Return kept numbers (tiles, width), to be changed in place and stored."""
+        """Return numbers (tiles, width), to be changed in place and stored."""
         data, exponents = (each[first : first + tiles] for each in self.held[name])
         if self.bits != 8:
             return data if live is None else data.clone()
         return decode(data.view(-1, min(data.shape[1], BLOCK)), exponents.reshape(-1, 1)).view(data.shape)
 
     def store(self, name: str, first: int, values: Tensor, noise: Tensor | None, live: Tensor | None) -> None:
-        """Keep values (tiles, width), rounded by noise (tiles, TILE), in tiles that are `live` (tiles, 1); None: in all."""
+        """Store values (tiles, width), rounded by noise (tiles, TILE), in `live` tiles (tiles, 1) or all."""
         data, exponents = (each[first : first + len(values)] for each in self.held[name])
         new: list[tuple[Tensor, Tensor]] = [(data, values)]
         if noise is not None:
@@ -70,7 +70,7 @@ class Bank:
                 target.copy_(value if live is None else torch.where(live, value.to(target.dtype), target))
 
     def drawn(self, first: int, tiles: int) -> Tensor:
-        """Return which elements of these tiles keep s: (tiles, few), int64."""
+        """Return the elements of these tiles that keep s: (tiles, few), int64."""
         few, tile = (
             torch.arange(*span, dtype=torch.int32, device=self.device)
             for span in ((0, self.few), (first, first + tiles))
@@ -83,7 +83,7 @@ class Bank:
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """Where the state of one parameter is."""
+    """The place of one parameter's state."""
 
     index: int
     group: int
@@ -100,7 +100,7 @@ class Segment:
         return tiles_of(self.numel)
 
     def flat(self, tensor: Tensor) -> Tensor:
-        """Return the elements of a tensor in the order of the parameter's memory: a view if it lies so in memory, else a copy."""
+        """Return the elements of a tensor in the order of the parameter's memory, as a view if possible."""
         return tensor.detach().permute(self.order).reshape(-1)
 
     def shaped(self, flat: Tensor, shape: torch.Size) -> Tensor:
@@ -109,7 +109,7 @@ class Segment:
         return flat.view([shape[dim] for dim in self.order]).permute(inverse)
 
     def views(self, shape: torch.Size) -> dict[str, Tensor]:
-        """Return the state by name: in the parameter's shape if there is a number for every element, else flat, tile after tile."""
+        """Return the state by name, in the parameter's shape; drawn elements flat, tile after tile."""
         views: dict[str, Tensor] = {}
         for name, (data, exponents) in self.bank.held.items():
             here = slice(self.first, self.first + self.tiles)
@@ -125,7 +125,7 @@ class Segment:
 
 
 class Layout:
-    """Which tiles of which bank belong to which parameter."""
+    """The tiles and banks of all parameters."""
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], bits: int, every: int) -> None:
         members: dict[tuple[Any, ...], list[tuple[int, int, Tensor]]] = {}
@@ -153,5 +153,5 @@ class Layout:
 
 
 def tiles_of(numel: int) -> int:
-    """Return how many tiles the state of a parameter takes."""
+    """Return the tiles that the state of a parameter takes."""
     return -(-numel // TILE)

@@ -1,4 +1,4 @@
-"""What Adam with D-Adaptation and AdamW share: state in tiles, and the course of a step."""
+"""The optimizer that Adam with D-Adaptation and AdamW share: state in tiles, and the order of a step."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from trainer.optim.dadapt.saved import restore
 from trainer.optim.dadapt.state import TILE, Bank, Layout, Segment
 
 KERNEL_DEVICES = ("cuda", "meta")
-"""Kinds of devices that the Triton kernel runs on; on the last its launches are only counted."""
+"""Devices of the Triton kernel; on the last its launches are only counted."""
 
 _WORTH_COMPILING = {32: 1 << 24, 8: 1 << 20}
-"""By bits of state, the parameters from which on compiling is tried without being asked for."""
+"""By bits of state, the number of parameters from which on compiling is the default."""
 
 _DECAY = Coefficients._fields.index("decay")
 
@@ -33,15 +33,15 @@ _DECAY = Coefficients._fields.index("decay")
 class TiledAdam(FusedBackward, Optimizer):
     """An Adam whose state lies in tiles, advanced by one kernel on a GPU, and by torch elsewhere.
 
-    Gradients that are not finite: if `found_inf` (and `grad_scale`) are set on the optimizer before `step()`,
-    as torch's GradScaler does for optimizers with `_step_supports_amp_scaling`, they decide; otherwise the
-    step looks for itself. Either way the whole step then changes neither parameters nor state. The answer
-    stays on the device. A gradient whose 2-norm overflows counts as not finite.
+    A non-finite gradient skips the whole step: neither parameters nor state change. If `found_inf` (and
+    `grad_scale`) are set on the optimizer before `step()`, as torch's GradScaler does for optimizers with
+    `_step_supports_amp_scaling`, they decide; otherwise the norm does, so that one that overflows counts as
+    not finite. The answer stays on the device.
     """
 
     _step_supports_amp_scaling = True
     adapts = True
-    """Whether it finds its rate."""
+    """True if it finds its rate."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class TiledAdam(FusedBackward, Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; only before the first step, since the state is one block of memory."""
+        """Add a group of parameters before the first step; later the state has its place in memory."""
         if self._layout is not None:
             raise RuntimeError("a parameter group can only be added before the first step")
         super().add_param_group(param_group)
@@ -81,7 +81,7 @@ class TiledAdam(FusedBackward, Optimizer):
 
     @property
     def compiled(self) -> bool:
-        """Whether steps run through a compiler."""
+        """True if steps run through a compiler."""
         self._ready()
         return any(engine.compiled for engine in self._engines.values())
 
@@ -162,7 +162,7 @@ class TiledAdam(FusedBackward, Optimizer):
     def _arrival(
         self, segment: Segment, parameter: Tensor, gradient: Tensor, live: Tensor | None = None
     ) -> Arrival:
-        """Return what an engine advances. On the host a parameter that has never moved decays at the end, if any moves."""
+        """Return an engine's input. On a CPU a parameter that never moved decays at the end, if any moves."""
         now = self._pass
         assert now is not None
         if isinstance(self._engines[segment.bank], TritonEngine):
@@ -206,9 +206,9 @@ class TiledAdam(FusedBackward, Optimizer):
     # ---- state ----
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of each parameter, and under state["adaptation"] d, k, W, d_hat, l1 and the number of steps.
+        """Return the state of each parameter, and in state["adaptation"] d, k, W, d_hat, l1 and the steps.
 
-        All of them are the live tensors, not copies. The groups hold hyper-parameters only.
+        They are the live tensors, not copies. The groups hold hyper-parameters only.
         """
         self._ready()
         saved = super().state_dict()
@@ -225,10 +225,10 @@ class TiledAdam(FusedBackward, Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
-        """Restore the state bit for bit, in the precision it was saved in. Hyper-parameters stay those of this optimizer.
+        """Restore the state bit for bit, in the precision it was saved in; hyper-parameters stay.
 
-        State in 8 bits from before s was kept for drawn elements alone is converted. A warning says so, and
-        if steps cannot go on the way they were computed, compiled or not.
+        8-bit state with s of every element, of earlier versions, is converted. A warning reports that, and
+        steps that can no longer be computed in the saved way, compiled or eagerly.
 
         Raises:
             ValueError: the state is of other parameters or of another precision.
@@ -246,7 +246,7 @@ class TiledAdam(FusedBackward, Optimizer):
             ways = ("through a compiler", "without a compiler")
             warnings.warn(
                 f"the saved run stepped {ways[not saved]}, this one does {ways[saved]}: "
-                "it goes on the same but for the last bits",
+                "it resumes the same but for the last bits",
                 stacklevel=2,
             )
         self._look_who_moved()
@@ -254,7 +254,7 @@ class TiledAdam(FusedBackward, Optimizer):
     # ---- inside ----
 
     def _ready(self) -> Layout:
-        """Return the layout; the first call allocates the state, on the device where the parameters are by then."""
+        """Return the layout; the first call allocates the state, on the parameters' present device."""
         if self._layout is None:
             layout = self._layout = Layout(self.param_groups, self.state_bits, self.every)
             device = layout.device
@@ -274,7 +274,7 @@ class TiledAdam(FusedBackward, Optimizer):
         return self._layout
 
     def _choose_engines(self, layout: Layout, *, compile: bool, automatic: bool = False) -> None:
-        """Give each bank its engine; an `automatic` choice compiles only where the eager step is not faster."""
+        """Give each bank its engine; an `automatic` choice compiles only if the eager step is slower."""
         self._host = not on_device(layout.device)
         self._engines: dict[Bank, TorchEngine | TritonEngine] = {}
         weights = [group["layer_scale"] for group in self.param_groups]
@@ -300,7 +300,7 @@ class TiledAdam(FusedBackward, Optimizer):
         self._on_kernel = all(isinstance(engine, TritonEngine) for engine in self._engines.values())
 
     def _look_who_moved(self) -> None:
-        """Find the parameters with s != 0, which is looked up on the host alone: elsewhere nothing decays in the first step."""
+        """Find the parameters with s != 0, on a CPU only: elsewhere nothing decays in the first step."""
         self._moved = {
             segment.index
             for segment, p in self._segments()

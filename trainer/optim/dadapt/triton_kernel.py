@@ -1,4 +1,4 @@
-"""The step of D-Adaptation Adam, and of AdamW, on a GPU: one Triton kernel for tensors of any shape and memory format.
+"""The step of D-Adaptation Adam and of AdamW on a GPU, as one Triton kernel for all shapes and formats.
 
 A program advances one tile of TILE elements of one tensor, neighbours in memory. State lies flat, tile after
 tile, and every tensor begins a new one. So the number of a tile says where its state is, how it is rounded
@@ -71,7 +71,7 @@ def _advance(
     P, G, numel, tile, at, c, seed, m_, v_, s_, em_, ev_, es_, slots,
     EVERY: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Advance tile `tile` of a tensor, which is tile `at` of all, with the coefficients at c (state.COEFFICIENTS)."""
+    """Advance tile `tile` of a tensor, which is tile `at` of all, with the coefficients at c."""
     block_row, column = tl.arange(0, TILE // BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
     inside = block_row * BLOCK + column
     here, block = at.to(tl.int64) * TILE + inside, at.to(tl.int64) * (TILE // BLOCK) + block_row
@@ -158,12 +158,16 @@ def step_all(
     table, addresses, owner, coef, seed, m_, v_, s_, em_, ev_, es_, slots, DTYPE: tl.constexpr,
     EVERY: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Advance every tensor that has a gradient. Addresses: of weights and gradient. Table: elements, first tile, group."""
+    """Advance every tensor that has a gradient.
+
+    Addresses: of weights and gradient. Table: elements, first tile, group.
+    """
     at = tl.program_id(0)
     i = tl.load(owner + at)
     gradient = tl.load(addresses + i * 2 + 1)
     if gradient != 0:
-        P = tl.multiple_of(tl.load(addresses + i * 2).to(tl.pointer_type(DTYPE)), 16)  # type: ignore[arg-type]
+        weights = tl.load(addresses + i * 2)
+        P = tl.multiple_of(weights.to(tl.pointer_type(DTYPE)), 16)  # type: ignore[arg-type]
         G = tl.multiple_of(gradient.to(tl.pointer_type(DTYPE)), 16)  # type: ignore[arg-type]
         entry = table + i * 4
         tile = at - tl.load(entry + 1).to(tl.int32)
@@ -204,7 +208,7 @@ def step_one(
 
 @triton.jit
 def begin(hyper, d, k, l1, blocked, scale, dlr, coef):
-    """Write the coefficients of one group, and d * lr * bias correction, the rate of the step, to dlr (adam.hyper_parameters)."""
+    """Write the coefficients of one group, and the rate of the step, d * lr * bias correction, to dlr."""
     group, lane = tl.program_id(0), tl.arange(0, 16)
     rate = tl.load(d) * tl.load(hyper)
     steps = (tl.load(k) + 1).to(tl.float64)
