@@ -113,6 +113,19 @@ def test_where_no_compiler_works_a_sentence_says_so(workplace, monkeypatch, caps
 
 
 @pytest.mark.slow
+def test_a_compiled_run_stops_its_text_encoder_to_the_bit(workplace, graphs):
+    settings = {"stop_textenc_after_n_epochs": 0.5, "cond_dropout": 0, "shuffle_tags": True}
+    write(workplace, DADAPT, **SHORT, **settings)
+    for number in range(5):
+        (workplace / f"pictures/{number}.txt").write_text("a red circle, one, two, three")
+    assert train.main(["--logdir", "whole", "--compile"]) == 0
+    assert train.main(["--compile", "--stop_after_steps", "2"]) == 0
+    assert train.main(["--compile", "--resume_ckpt", "findlast"]) == 0
+    whole, stopped = next((workplace / "whole").iterdir()), run_of(workplace)
+    same_run(*(run / "ckpts/last-tiny-ep01-gs00003" for run in (whole, stopped)))
+
+
+@pytest.mark.slow
 def test_a_text_encoder_compiled_for_the_cpu_trains_the_same():
     compiled.require_compiler(torch.device("cpu"))
     losses = []

@@ -28,6 +28,7 @@ from trainer.models.load import describe
 from trainer.models.options import ModelOptions
 from trainer.models.pipeline import Models
 from trainer.models.trainable import apply_freezing
+from trainer.networks import TEXT_ENCODER
 from trainer.planning.first_d import with_first_d
 from trainer.planning.plan import Plan, images_per_step
 from trainer.planning.resume import (
@@ -113,7 +114,7 @@ def prepare(
         counts=parts.counts,
         total_steps=total_steps,
         steps_of_epoch=steps_per_epoch(split.train, epoch=0, **_planned(config, processes.count)),
-        text_stop=text_stop,
+        text_stop=text_stop if parts.counts[TEXT_ENCODER].trained else None,
         ranks=processes.count,
         latents=latents,
         about=about,
