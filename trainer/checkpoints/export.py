@@ -17,7 +17,7 @@ import torch
 
 from trainer.models.checkpoint_file import ARCHITECTURE, CONFIGS, PREDICTION_TYPE, TOKENIZER
 from trainer.models.folder import INDEX, WEIGHTS, files_of_part
-from trainer.models.single_file import join, original_pieces
+from trainer.models.single_file import join, original_parts
 from trainer.models.tensor_file import write_tensors
 from trainer.models.tokenizer import is_clip_tokenizer, tokenizer_to_text, write_tokenizer
 
@@ -151,7 +151,7 @@ def save_single_file(
     }
     if not is_clip_tokenizer(models.tokenizer, models.family.text.pad):
         header[TOKENIZER] = tokenizer_to_text(models.tokenizer)
-    pieces = original_pieces(models)
+    pieces = original_parts(models)
     shapes = {name: join([piece.to("meta") for piece in parts]) for name, parts in pieces.items()}
     write_tensors(path, shapes, dtype, {**header, **(metadata or {})}, read=lambda name: join(pieces[name]))
 

@@ -1,9 +1,9 @@
 """Reading a single file in the original layout, without the hub and without any configuration beside it.
 
-What the file leaves out comes from its header where this program wrote it (`sd_dadapt.configs`,
-`sd_dadapt.tokenizer`), and otherwise from the models of its family as published; the width of the text that
-the UNet reads tells the family. The tensors of SD 2.x do not tell epsilon from v-prediction: where the header
-does not either, v-prediction is assumed and noted.
+Configurations and tokenizer come from the file's header if this program wrote it (`sd_dadapt.configs`,
+`sd_dadapt.tokenizer`), else from the published models of its family, which follows from the width of the text
+that the UNet reads. The tensors of SD 2.x do not distinguish epsilon from v-prediction: without a header,
+v-prediction is assumed and noted.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ CONFIGS = "sd_dadapt.configs"
 """Header field: the four configurations as JSON."""
 
 TOKENIZER = "sd_dadapt.tokenizer"
-"""Header field: the tokenizer as JSON, where it is not the one of this kind of model."""
+"""Header field: the tokenizer as JSON, if it is not its family's."""
 
 PREDICTION_TYPE = "modelspec.prediction_type"
 ARCHITECTURE = "modelspec.architecture"
 
 _BARE_TEXT = replace(SD1.text, prefix=SD1.text.prefix.removesuffix("text_model."))
-"""The text encoder in files that were written with newer transformers."""
+"""The text encoder in files of newer transformers."""
 
 _VAE_SIGN = "encoder.conv_in.weight"
 
@@ -45,12 +45,7 @@ _SDXL_WIDTHS = (1280, 2048)
 
 
 def read_file(path: Path, key: str, *, weights: bool) -> Models:
-    """Load a whole model from one file.
-
-    Args:
-        path: a .safetensors or .ckpt file.
-        key: the option that named it, for messages.
-        weights: False gives networks on the meta device without reading any weight.
+    """Load a whole model from one file; without `weights`, on the meta device.
 
     Raises:
         UserError: the file is damaged or holds something else.
@@ -83,8 +78,8 @@ def read_file(path: Path, key: str, *, weights: bool) -> Models:
     if CONFIGS not in file.metadata and not prediction(file)[1]:
         notes = (
             f"{key}: {path} does not say what it predicts; v-prediction is assumed, as of SD 2.x at 768 px, "
-            "but models of 512 px predict "
-            "noise: where you are not certain, name the model's diffusers folder, whose scheduler says it.",
+            "but models of 512 px predict noise: where you are not certain, name the model's diffusers "
+            "folder, whose scheduler says it.",
         )
     return Models(
         **networks,
@@ -98,12 +93,8 @@ def read_file(path: Path, key: str, *, weights: bool) -> Models:
 def read_vae_file(path: Path, key: str, base: Mapping[str, Any], *, weights: bool) -> AutoencoderKL:
     """Load a VAE from a file: a VAE alone in the original layout or in diffusers' own, or a whole model's.
 
-    Args:
-        path: a .safetensors or .ckpt file.
-        key: the option that named it, for messages.
-        base: the configuration of the VAE that it replaces, tried where the file says nothing and is not of
-        SD 1.5's size.
-        weights: False gives a network on the meta device without reading any weight.
+    `base`, the configuration of the VAE that it replaces, is tried if the file has no configuration and is
+    not of SD 1.5's size. Without `weights` the network is on the meta device.
 
     Raises:
         UserError: the file is damaged or holds no VAE that fits.
@@ -121,12 +112,11 @@ def read_vae_file(path: Path, key: str, base: Mapping[str, Any], *, weights: boo
     for config in configs:
         empty = build("vae", config, _named(file))
         shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
-        if {
+        own = {
             name.removeprefix(prefix): shape for name, shape in file.shapes.items() if name.startswith(prefix)
-        } == shapes:
-            state = (
-                {name: file[prefix + name].float() for name in shapes} if weights else None
-            )  # diffusers' own names
+        }
+        if own == shapes:  # diffusers' own names
+            state = {name: file[prefix + name].float() for name in shapes} if weights else None
         else:
             problem = _misfit(file, "vae", empty, prefix=prefix)
             if problem:
@@ -146,7 +136,7 @@ def family_of_file(file: TensorFile) -> Family:
 
 
 def prediction(file: TensorFile) -> tuple[str, bool]:
-    """Return the prediction type of a whole model's file, and False where it is assumed."""
+    """Return the prediction type of a whole model's file, and False if it is assumed."""
     header, family = file.metadata.get(PREDICTION_TYPE), family_of_file(file)
     if header in ("v", "v_prediction"):
         return "v_prediction", True
@@ -158,7 +148,7 @@ def prediction(file: TensorFile) -> tuple[str, bool]:
 
 
 def what_else(file: TensorFile) -> str | None:
-    """Return what a file is and what to do, None where it looks like a whole SD 1.x or 2.x model."""
+    """Return what a file is and what to do; None if it looks like a whole SD 1.x or 2.x model."""
     names = file.shapes
 
     def has(*prefixes: str) -> bool:
@@ -179,12 +169,8 @@ def what_else(file: TensorFile) -> str | None:
         return f"is the UNet of an SDXL model, which this program does not train; {whole}."
     if has("control_model.", "controlnet_"):
         return f"is a ControlNet; {whole}."
-    if has(
-        "model.diffusion_model.joint_blocks.",
-        "model.diffusion_model.double_blocks.",
-        "double_blocks.",
-        "joint_blocks.",
-    ):
+    transformer = ("joint_blocks.", "double_blocks.")
+    if has(*transformer, *(f"model.diffusion_model.{start}" for start in transformer)):
         return f"is a transformer model (SD 3, Flux or the like), which this program does not train; {whole}."
     if set(names) <= {"emb_params", "*"} or has("string_to_param"):
         return f"is a textual-inversion embedding; {whole}."
@@ -200,20 +186,17 @@ def what_else(file: TensorFile) -> str | None:
         return f"lacks {' and '.join(absent)}; {whole}."
     channels = names.get(UNET_PREFIX + "input_blocks.0.0.weight", (0, 4))[1]
     if channels != 4:
-        return (
-            f"is an inpainting or editing model (its UNet takes {channels} channels instead of 4); {whole}."
-        )
+        takes = f"its UNet takes {channels} channels instead of 4"
+        return f"is an inpainting or editing model ({takes}); {whole}."
     if has(UNET_PREFIX + "label_emb."):
-        return (
-            "is an unCLIP model or another whose UNet needs more than text, "
-            f"which this program does not give it; {whole}."
-        )
+        needs = "whose UNet needs more than text, which this program does not give it"
+        return f"is an unCLIP model or another {needs}; {whole}."
     return None
 
 
 def _reads(file: TensorFile) -> int | None:
     """Return the width of the text that a file's UNet reads, by the shape of its first cross-attention."""
-    if CONFIGS in file.metadata:  # it says itself what it is
+    if CONFIGS in file.metadata:  # the header is certain
         return None
     return next(
         (
@@ -240,7 +223,7 @@ def _configs(file: TensorFile) -> Configs:
 
 
 def _reader(file: TensorFile) -> TextReader | None:
-    """Return the names of a file's text encoder, or None where it holds none."""
+    """Return the names of a file's text encoder; None without one."""
     readers = (*(family.text for family in reversed(families.FAMILIES)), _BARE_TEXT)
     return next((each for each in readers if any(name.startswith(each.prefix) for name in file)), None)
 
@@ -252,7 +235,7 @@ def _named(file: TensorFile) -> str:
 def _misfit(
     file: TensorFile, network: str, empty: Any, prefix: str | None = None, reader: TextReader | None = None
 ) -> str | None:
-    """Return why a network cannot be read from a file, None where every tensor is there in its shape."""
+    """Return why a network cannot be read from a file; None if every tensor is there in its shape."""
     try:
         places = layout(network, empty.config, empty.state_dict(), prefix=prefix, reader=reader)
     except (ValueError, LookupError) as error:
@@ -261,14 +244,10 @@ def _misfit(
         place.name: (place.shape, place.shape if place.third is not None else tuple(tensor.shape))
         for place, tensor in zip(places.values(), empty.state_dict().values(), strict=True)
     }
-    missing = [name for name in shapes if name not in file.shapes]
-    if missing:
+    if missing := [name for name in shapes if name not in file.shapes]:
         return f"{len(missing)} of {len(shapes)} tensors are missing, {missing[0]} among them"
-    wrong = [name for name, accepted in shapes.items() if file.shapes[name] not in accepted]
-    if wrong:
-        first, (expected, _) = file.shapes[wrong[0]], shapes[wrong[0]]
-        return (
-            f"{len(wrong)} of {len(shapes)} tensors have other shapes: "
-            f"{wrong[0]} is {first} instead of {expected}"
-        )
+    if wrong := [name for name, accepted in shapes.items() if file.shapes[name] not in accepted]:
+        found, (expected, _) = file.shapes[wrong[0]], shapes[wrong[0]]
+        shape = f"{wrong[0]} is {found} instead of {expected}"
+        return f"{len(wrong)} of {len(shapes)} tensors have other shapes: {shape}"
     return None

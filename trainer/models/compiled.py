@@ -18,11 +18,7 @@ _MOST_SHAPES = 1024
 
 
 def require_compiler(device: torch.device) -> None:
-    """Compile and run something small on the device, forward and backward.
-
-    Raises:
-        UserError: torch.compile does not work here.
-    """
+    """Compile and run a small function on the device, forward and backward; UserError if that fails."""
     import torch
     import torch._dynamo
 
@@ -34,13 +30,10 @@ def require_compiler(device: torch.device) -> None:
         x = numbers.detach()
         if numbers.grad is None or not torch.allclose(numbers.grad, 2 * x * (x * x).cos(), atol=1e-5):
             raise RuntimeError("it gives wrong results")
-    except (
-        Exception
-    ) as error:  # a missing or broken compiler raises anything, from OSError to torch's InductorError
+    except Exception as error:  # a missing or broken compiler raises anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        needed = (
-            "Triton (see requirements.txt)" if device.type == "cuda" else "a C++ compiler (g++, clang or cl)"
-        )
+        gpu = device.type == "cuda"
+        needed = "Triton (see requirements.txt)" if gpu else "a C++ compiler (g++, clang or cl)"
         raise UserError(
             f"compile: torch.compile does not work here ({reason}); install {needed} or set compile to false."
         ) from error
@@ -49,12 +42,12 @@ def require_compiler(device: torch.device) -> None:
 def compile_networks(networks: Iterable[nn.Module]) -> None:
     """Have networks run through torch.compile, in place: their parameters keep their names.
 
-    Each shape is compiled by itself. One kernel for all shapes would depend on the order in which they came
-    up, and so would the last bits of a run that goes on.
+    Each shape is compiled by itself. One kernel for all shapes would depend on their order, and so would the
+    last bits of a resumed run.
     """
     import torch._dynamo
 
-    # diffusers asks for torch's version through a cache, which is right with and without it.
+    # diffusers asks for torch's version through a cache, which Dynamo reports needlessly.
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
     settings: Any = torch._dynamo.config
     settings.recompile_limit = max(settings.recompile_limit, _MOST_SHAPES)

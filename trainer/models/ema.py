@@ -1,4 +1,4 @@
-"""Averaged weights: diffusers' EMAModel over what is trained, beside the training and never in it."""
+"""EMA weights: diffusers' EMAModel over the trained parameters, without effect on training."""
 
 from __future__ import annotations
 
@@ -16,60 +16,38 @@ from trainer.models.pipeline import Models
 from trainer.networks import by_network
 
 SUFFIX = "ema"
-"""What files of averaged weights are marked with."""
+"""Mark of files with EMA weights."""
 
 
 def decay_of(options: EmaOptions, total_steps: int) -> float:
-    """Return the share of the average that stays at an update.
-
-    Args:
-        options: with a decay or a strength.
-        total_steps: optimizer steps of the run.
-
-    Raises:
-        UserError: a strength is given, and the run has no update to reach it with.
-    """
+    """Return the share of the EMA weights that stays at an update, for a run of `total_steps`."""
     if options.ema_decay_rate is not None:
         return options.ema_decay_rate
-    assert options.ema_strength_target is not None, "asked where there is an average"
+    assert options.ema_strength_target is not None, "EMA is active"
     updates = total_steps // options.ema_update_interval
     if updates == 0:
         raise UserError(
             f"ema_strength_target: ema_update_interval is {options.ema_update_interval} and the run has "
-            f"{total_steps} optimizer steps, so "
-            "the average is never updated; lower ema_update_interval."
+            f"{total_steps} optimizer steps, so the average is never updated; lower ema_update_interval."
         )
     return options.ema_strength_target ** (1 / updates)
 
 
 def plan_ema(options: EmaOptions, total_steps: int) -> str | None:
-    """Return what is averaged, in words, or None where nothing is.
-
-    Raises:
-        UserError: as `decay_of`.
-    """
+    """Return decay and updates in words; None without EMA."""
     if not options.active:
         return None
     updates = total_steps // options.ema_update_interval
-    told = f"{updates:,} updates" if updates else "no update: the run is shorter"
-    decay = decay_of(options, total_steps)
-    return (
-        f"decay {decay:.6g} every {options.ema_update_interval} steps ({told}), kept on {options.ema_device}"
-    )
+    count = f"{updates:,} updates" if updates else "no update: the run is shorter"
+    decay, interval = decay_of(options, total_steps), options.ema_update_interval
+    return f"decay {decay:.6g} every {interval} steps ({count}), kept on {options.ema_device}"
 
 
 class Ema:
-    """The averages of all trained weights, in fp32.
+    """The EMA weights of all trained parameters, in fp32 on `device`.
 
-    An update is average = decay * average + (1 - decay) * weights, the same from the first to the last:
-    EMAModel's own warm-up would begin by forgetting the weights at the start, and a strength could not be
-    aimed at.
-
-    Args:
-        parameters: by network, what is trained.
-        decay: the share of the average that stays at an update.
-        interval: optimizer steps between two updates.
-        device: where the averages are kept.
+    Every `interval` optimizer steps, average = decay * average + (1 - decay) * weights. EMAModel's own
+    warm-up would start by forgetting the initial weights, and no strength could be aimed at.
     """
 
     def __init__(
@@ -91,20 +69,20 @@ class Ema:
             self._averages[network] = average
 
     def begin_from(self, weights: Mapping[str, Sequence[Tensor]]) -> None:
-        """Take the averages from other weights, by network in the order of the parameters."""
+        """Set the averages to other weights, by network in the order of the parameters."""
         for network, average in self._averages.items():
             for shadow, weight in zip(average.shadow_params, weights[network], strict=True):
                 shadow.copy_(weight)
 
     def after(self, step: int) -> None:
-        """Update the averages where one is due after an optimizer step, counted from 1."""
+        """Update the averages if one is due after an optimizer step, counted from 1."""
         if step % self._interval:
             return
         for network, average in self._averages.items():
             average.step([self._at_hand(parameter) for parameter in self._parameters[network]])
 
     def _at_hand(self, parameter: nn.Parameter) -> Tensor:
-        """Return a weight where its average is; it has to look trained, for EMAModel copies what is not."""
+        """Return a weight on the averages' device; EMAModel copies weights that need no gradient."""
         return parameter.detach().to(self._device).requires_grad_(True)
 
     @contextmanager
@@ -129,16 +107,11 @@ class Ema:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned.
-
-        Raises:
-            UserError: it is of other networks.
-        """
+        """Restore what `state_dict` returned, of the same networks."""
         if state.keys() != self._averages.keys():
             raise UserError(
-                f"resume_ckpt: the checkpoint holds averaged weights of {' and '.join(state)}, "
-                "and what is trained now is "
-                f"{' and '.join(self._averages)}; train the same networks, or start a new run."
+                f"resume_ckpt: the checkpoint holds EMA weights of {' and '.join(state)}, and what is "
+                f"trained now is {' and '.join(self._averages)}; train the same networks, or start a new run."
             )
         self.begin_from({network: saved["averages"] for network, saved in state.items()})
         for network, saved in state.items():
@@ -148,12 +121,7 @@ class Ema:
 def weights_of(
     models: Models, names: Mapping[str, Sequence[tuple[str, Tensor]]], source: str
 ) -> dict[str, list[Tensor]]:
-    """Return the weights of a model that stand where another's trained parameters do.
-
-    Args:
-        models: where to take them from.
-        names: by network, the trained parameters with their names.
-        source: the model, as messages call it.
+    """Return a model's weights by the names of trained parameters; messages call the model `source`.
 
     Raises:
         UserError: it lacks some, or has them in other shapes.
@@ -162,14 +130,12 @@ def weights_of(
     found: dict[str, list[Tensor]] = {}
     for network, learning in names.items():
         there = dict(networks[network].named_parameters())
-        wrong = [
-            name for name, parameter in learning if name not in there or there[name].shape != parameter.shape
-        ]
+        wrong = [name for name, own in learning if name not in there or there[name].shape != own.shape]
         if wrong:
             raise UserError(
                 f"ema_resume_model: {source} is another kind of model: {len(wrong)} tensors of its "
-                f"{network} are missing or of other "
-                f"shapes, {wrong[0]} among them; name averaged weights of the model that is trained."
+                f"{network} are missing or of other shapes, {wrong[0]} among them; name EMA weights of the "
+                "model that is trained."
             )
         found[network] = [there[name].detach() for name, _ in learning]
     return found

@@ -1,4 +1,4 @@
-"""What differs between the families of models, Stable Diffusion 1.x and 2.x, as one record each.
+"""The families of models, Stable Diffusion 1.x and 2.x, as one record each.
 
 Nothing outside `trainer/models` compares families: other modules read a field of `Models.family`.
 """
@@ -44,7 +44,7 @@ class TextReader:
     """Start of its tensors' names in a single file."""
 
     names: Literal["clip", "open_clip"]
-    """Whose names its tensors have in a single file."""
+    """The program that named its tensors in a single file."""
 
     pad: str
     """The tokenizer's padding."""
@@ -63,16 +63,16 @@ class Family:
     """The prediction type of a single file that names none."""
 
     ambiguous: bool = False
-    """True where nothing in a file's tensors supports that assumption."""
+    """True if nothing in a file's tensors supports that assumption."""
 
     configs: Mapping[str, Configs]
-    """What a single file leaves out, by prediction type."""
+    """Configurations, which a single file lacks, by prediction type."""
 
     architectures: Mapping[str, str]
     """The ModelSpec standard's names, by prediction type."""
 
     epsilon_steps: tuple[int, ...] = ()
-    """Values of `global_step` in a .ckpt of which is known that the model predicts noise."""
+    """Values of `global_step` in a .ckpt that is known to predict noise."""
 
     pipeline: str = "StableDiffusionPipeline"
     """The class of diffusers' pipeline."""

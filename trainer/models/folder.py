@@ -1,6 +1,6 @@
 """Reading a diffusers folder: `model_index.json` and a folder each for networks, tokenizer and scheduler.
 
-The checkpoints of this program are such folders too, with more files beside, which are left alone here.
+The checkpoints of this program are such folders too, with more files beside, which are not read here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WEIGHTS = {
     "vae": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
     "text_encoder": ("model", "pytorch_model"),
 }
-"""How each network's file begins, as .safetensors and as the older .bin."""
+"""Stem of each network's file, as .safetensors and as the older .bin."""
 
 _OWN = (*WEIGHTS, "tokenizer", "scheduler")
 _BESIDE = {
@@ -39,7 +39,7 @@ _BESIDE = {
 }
 """Further parts of StableDiffusionPipeline, and the library of each; others are not copied."""
 _RENAMED = {"CLIPFeatureExtractor": "CLIPImageProcessor"}
-"""Classes of pipelines of 2022 that have another name since, with the same settings."""
+"""Classes of pipelines of 2022, and their present names with the same settings."""
 _RENAMED_TENSORS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_ATTENTION = re.compile(rf"(.*\.attentions\.\d+)\.({'|'.join(_RENAMED_TENSORS)})\.(weight|bias)")
 """The VAE's attention as diffusers named its tensors until 2023."""
@@ -64,11 +64,10 @@ def read_folder(
     """Load a diffusers folder.
 
     Args:
-        folder: with a `model_index.json`.
         key: the option that named it, for messages.
         weights: False gives networks on the meta device without reading any weight.
-        source: what people call it, where that is not the folder.
-        weights_follow: whether the folder lacks weights because they are downloaded later.
+        source: the model's name in messages, if not the folder's.
+        weights_follow: the folder lacks weights because they are downloaded later.
 
     Raises:
         UserError: something is missing, damaged or another kind of model.
@@ -86,15 +85,13 @@ def read_folder(
         for name in index
         if name not in (*_OWN, *beside) and re.fullmatch(r"\w+", name) and (folder / name).is_dir()
     )
+    without = " and ".join(dropped)
     return Models(
         **networks,
         tokenizer=read_tokenizer(inside(folder, "tokenizer")),
         scheduler_config=read_json(inside(folder, "scheduler/scheduler_config.json"), key),
         source=source or str(folder),
-        notes=(
-            f"{key}: checkpoints are without the base's {' and '.join(dropped)}, "
-            "which diffusers does not know.",
-        )
+        notes=(f"{key}: checkpoints are without the base's {without}, which diffusers does not know.",)
         if dropped
         else (),
         beside=beside,
@@ -115,16 +112,15 @@ def read_vae_folder(folder: Path, key: str, *, weights: bool) -> AutoencoderKL:
 
 
 def parts_beside(index: Mapping[str, Any], folder: Path, key: str) -> dict[str, tuple[str, str]]:
-    """Return library and class of a pipeline's further parts that are there; a hub download lacks them.
+    """Return library and class of a pipeline's further parts that exist; a hub download lacks them.
 
     Raises:
         UserError: the index or a link in a part names a path outside the folder.
     """
     if strange := [name for name in index if not re.fullmatch(r"[A-Za-z0-9_]+", name)]:
         raise UserError(
-            f"{key}: {folder / INDEX} has the key {strange[0]!r}; keys have letters, "
-            "digits and underscores only. Remove it, or choose "
-            "another model."
+            f"{key}: {folder / INDEX} has the key {strange[0]!r}; keys have letters, digits and underscores "
+            "only. Remove it, or choose another model."
         )
     found = {}
     for name, library in _BESIDE.items():
@@ -159,8 +155,7 @@ def check_index(folder: Path, key: str, source: str | None = None) -> dict[str, 
     if "text_encoder_2" in index or "transformer" in index or "XL" in str(index.get("_class_name")):
         raise UserError(
             f"{key}: {source or folder} is a {index.get('_class_name')}, which this program does not train; "
-            "name a Stable Diffusion 1.x or "
-            "2.x model."
+            "name a Stable Diffusion 1.x or 2.x model."
         )
     for network, accepted in ((network, PARTS[network][1]) for network in WEIGHTS):
         entry = index.get(network)
@@ -228,7 +223,7 @@ def read_network(folder: Path, network: str, key: str, *, weights: bool, weights
 
 
 def _current(name: str) -> str:
-    """Return the name that both old and new versions of a tensor's name become."""
+    """Return the current name of a tensor with an old or a current name."""
     match = _OLD_ATTENTION.fullmatch(name)
     return (
         f"{match[1]}.{_RENAMED_TENSORS[match[2]]}.{match[3]}" if match else name.removeprefix("text_model.")
@@ -267,7 +262,7 @@ def read_json(path: Path, key: str) -> dict[str, Any]:
 
 
 def _what_else(folder: Path) -> str:
-    """Say what a folder without an index is, and what to name instead."""
+    """Return what a folder without an index is, and what to name instead."""
     if (folder.parent / INDEX).is_file():
         return f"{folder} is one part of a model; name the folder above it, which holds {INDEX}."
     if folder.is_dir():

@@ -1,4 +1,4 @@
-"""Building the three networks from their configurations, empty, and filling them with weights."""
+"""The three networks, built empty from their configurations and filled with weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MOST_LAYERS = 1000
 """Levels times layers; 8 in SD 1.5's UNet, 12 in its text encoder."""
 
 _LARGEST = 1 << 24
-"""Of the numbers in a configuration; the largest in SD 1.5's is the vocabulary, 49,408."""
+"""The largest number in a configuration; SD 1.5's is the vocabulary, 49,408."""
 
 
 def empty_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
@@ -63,12 +63,7 @@ def empty_models(configs: Configs, tokenizer: Any, source: str) -> Models:
 
 
 def build(network: str, config: object, where: str) -> Any:
-    """Return a network on the meta device as a configuration of unknown origin describes it.
-
-    Args:
-        network: "unet", "vae" or "text_encoder".
-        config: of that network.
-        where: the place of the configuration, for messages.
+    """Return a network on the meta device from an untrusted configuration, which messages call `where`.
 
     Raises:
         UserError: it describes no network of this kind, or an unreasonably large one.
@@ -77,7 +72,7 @@ def build(network: str, config: object, where: str) -> Any:
     if problem is None and isinstance(config, Mapping):
         try:
             return EMPTY[network](config)
-        except Exception as error:  # the libraries raise what a wrong value happens to lead to
+        except Exception as error:  # the libraries raise anything for a wrong value
             problem = first_line(error)
     raise UserError(
         f"{where} describes no {network} that can be built ({problem}); download the model again."
@@ -85,7 +80,7 @@ def build(network: str, config: object, where: str) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its kind where it has none."""
+    """Return the first line of an error's message, or its type without one."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
@@ -108,17 +103,12 @@ def _problem(config: object) -> str | None:
 
 
 def _known(kind: type, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries that a class of diffusers takes; it would keep the others for every checkpoint."""
+    """Return the entries that a class of diffusers takes; others would stay in every checkpoint."""
     return {key: config[key] for key in inspect.signature(kind.__init__).parameters if key in config}
 
 
 def fill(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give an empty network its weights, without copying them.
-
-    Args:
-        network: on the meta device.
-        weights: one tensor for every parameter, by its name in the network.
-    """
+    """Give an empty network its weights, one tensor a parameter, without copying them."""
     network.load_state_dict(dict(weights), strict=True, assign=True)
     for module in network.modules():
         # Not a weight: CLIP's position numbers are a buffer that is never saved, hence still empty.

@@ -1,4 +1,4 @@
-"""Networks on the device that trains: format, memory layout, and the parameters that get no gradient."""
+"""Placement of networks on the training device: dtype, memory layout, and layers without gradients."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from trainer.models.pipeline import Models
 
 
 def place(models: Models, device: torch.device, *, channels_last: bool, weights: torch.dtype) -> None:
-    """Move the networks to the device, each tensor in memory of its own.
+    """Move the networks to the device: UNet and text encoder in the dtype `weights`, the VAE in fp32.
 
-    UNet and text encoder are kept in the format `weights`, the VAE in fp32.
-
-    Loaded tensors may be windows on a mapped file, at any address. Kernels add up in another order where an
-    address is not aligned, so a continued run would differ from an unbroken one in the last bits; and a
-    mapped file cannot be replaced on Windows.
+    On the CPU each tensor gets memory of its own. Loaded tensors may be memory-mapped, at any address:
+    kernels add up in another order at unaligned addresses, so a resumed run would differ from an unbroken one
+    in the last bits; and Windows cannot replace a mapped file.
     """
     for network in (models.unet, models.text_encoder):
         torch.nn.Module.to(network, weights)  # diffusers' own method warns of modules to keep in fp32
@@ -29,7 +27,7 @@ def place(models: Models, device: torch.device, *, channels_last: bool, weights:
 
 
 def skipped_layers(models: Models, clip_skip: int) -> list[str]:
-    """Return the names of the text encoder's parameters that clip_skip leaves unused."""
+    """Return the names of the text encoder's parameters that clip_skip does not use."""
     last = int(models.text_encoder.config.num_hidden_layers)
     layers = tuple(f"encoder.layers.{number}." for number in range(last + 1 - max(clip_skip, 1), last))
     return [

@@ -1,4 +1,4 @@
-"""Keeping the libraries' own notices off the console."""
+"""Silence for the libraries' own notices."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import logging
 
 
 def quiet_libraries() -> None:
-    """Silence notices and progress bars of diffusers, transformers and huggingface_hub; errors still show.
-
-    Calling it again costs nothing.
-    """
+    """Silence notices and progress bars of diffusers, transformers and huggingface_hub; errors still show."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
     from transformers.utils import logging as transformers_logging

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5's configurations, as published; a single file leaves them out."""
+"""Stable Diffusion 1.5's configurations, as published; a single file lacks them."""
 
 from __future__ import annotations
 

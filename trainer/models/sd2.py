@@ -1,4 +1,4 @@
-"""Stable Diffusion 2.x's configurations, as published with SD 2.1; a single file leaves them out.
+"""Stable Diffusion 2.x's configurations, as published with SD 2.1; a single file lacks them.
 
 They are those of the model of 768 px, which predicts velocity. The VAE is that of SD 1.5.
 """

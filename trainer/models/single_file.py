@@ -69,46 +69,40 @@ _THIRDS = {"self_attn.q_proj": 0, "self_attn.k_proj": 1, "self_attn.v_proj": 2}
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor stands in the original layout.
-
-    Attributes:
-        name: of the tensor there.
-        shape: of the tensor there.
-        third: which third of that tensor's rows it is, from 0; None where it is all of it.
-    """
+    """A tensor of the original layout, or a third of one."""
 
     name: str
     shape: tuple[int, ...]
     third: int | None = None
+    """Third of the tensor's rows, from 0; None for all."""
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Return the tensor's part in fp32; a third is copied, so as not to keep all three in memory."""
-        return (
-            tensor.float() if self.third is None else tensor.chunk(3)[self.third].to(torch.float32, copy=True)
-        )
+        """Return the tensor's part in fp32; a third is copied, so that the whole can be freed."""
+        if self.third is None:
+            return tensor.float()
+        return tensor.chunk(3)[self.third].to(torch.float32, copy=True)
 
 
 class Shaped(Protocol):
-    """A tensor, or what is known of it before it is read."""
+    """A tensor, or its shape before it is read."""
 
     @property
     def shape(self) -> Any:
         """The sizes."""
-        ...
 
 
 def to_original(models: Models) -> dict[str, Tensor]:
-    """Return all weights under their original names; only what is joined from thirds is copied."""
-    return {name: join(pieces) for name, pieces in original_pieces(models).items()}
+    """Return all weights under their original names; only tensors joined from thirds are copied."""
+    return {name: join(parts) for name, parts in original_parts(models).items()}
 
 
-def join(pieces: list[Tensor]) -> Tensor:
-    """Return a tensor of the original layout, copied only where it has more pieces than one."""
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+def join(parts: list[Tensor]) -> Tensor:
+    """Return a tensor of the original layout, copied only if it has several parts."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def original_pieces(models: Models) -> dict[str, list[Tensor]]:
-    """Return the pieces, mostly one, that each original tensor is joined from. No weight is copied."""
+def original_parts(models: Models) -> dict[str, list[Tensor]]:
+    """Return the parts, mostly one, that each original tensor is joined from. No weight is copied."""
     found: dict[str, dict[int, Tensor]] = {}
     for network in NETWORKS:
         weights = _weights(getattr(models, network))
@@ -117,10 +111,10 @@ def original_pieces(models: Models) -> dict[str, list[Tensor]]:
             place = places[key]
             whole = tensor.detach() if place.third is not None else tensor.detach().reshape(place.shape)
             found.setdefault(place.name, {})[place.third or 0] = whole
-    pieces = {name: [parts[third] for third in sorted(parts)] for name, parts in found.items()}
-    if any(name.startswith(SD1.text.prefix) for name in pieces):
-        pieces[POSITION_IDS] = [torch.arange(models.text_encoder.config.max_position_embeddings).unsqueeze(0)]
-    return pieces
+    parts = {name: [thirds[third] for third in sorted(thirds)] for name, thirds in found.items()}
+    if any(name.startswith(SD1.text.prefix) for name in parts):
+        parts[POSITION_IDS] = [torch.arange(models.text_encoder.config.max_position_embeddings).unsqueeze(0)]
+    return parts
 
 
 def from_original(
@@ -132,13 +126,8 @@ def from_original(
 ) -> dict[str, Tensor]:
     """Return one network's weights in fp32 under their diffusers names; no other tensor is read.
 
-    Args:
-        tensors: by original name; each is read when it is needed, so a lazy mapping over a file holds one
-            tensor at a time.
-        network: "unet", "vae" or "text_encoder".
-        empty: the network, for its names and shapes; the meta device will do.
-        prefix: as in `layout`.
-        reader: as in `layout`.
+    `tensors` may be a lazy mapping over a file, which then holds one tensor at a time; `empty` may be on the
+    meta device; `prefix` and `reader` are as in `layout`.
     """
     shapes = _weights(empty)
     return {
@@ -161,8 +150,8 @@ def layout(
         network: "unet", "vae" or "text_encoder".
         config: the network's configuration.
         weights: the network's tensors by their diffusers names.
-        prefix: start of the names of UNet or VAE, where it is not the original layout's.
-        reader: names of the text encoder's tensors, where they are not its family's.
+        prefix: prefix of UNet or VAE, if not the original layout's.
+        reader: names of the text encoder's tensors, if not its family's.
 
     Raises:
         ValueError: the network has a part that the original layout has no name for.
@@ -216,12 +205,9 @@ def unet_modules(config: Any) -> Modules:
             names |= _resnet(f"up_blocks.{level}.resnets.{layer}", f"output_blocks.{block}.0")
             names[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{block}.1"
             block += 1
-        if (
-            level < levels - 1
-        ):  # the upsampler comes last in the level's last block: after the attention where there is one
-            names[f"up_blocks.{level}.upsamplers.0.conv"] = (
-                f"output_blocks.{block - 1}.{2 if attention else 1}.conv"
-            )
+        if level < levels - 1:  # the upsampler comes last in the level's last block, after any attention
+            original = f"output_blocks.{block - 1}.{2 if attention else 1}.conv"
+            names[f"up_blocks.{level}.upsamplers.0.conv"] = original
     return names
 
 
@@ -241,18 +227,15 @@ def vae_modules(config: Any) -> Modules:
         for ours, theirs in _VAE_ATTENTION.items():
             names[f"{half}.mid_block.attentions.0.{ours}"] = f"{half}.mid.attn_1.{theirs}"
     for level in range(levels):
+        ours, fine = f"blocks.{level}", levels - 1 - level
         for layer in range(layers):
             names |= _vae_resnet(
-                f"encoder.down_blocks.{level}.resnets.{layer}", f"encoder.down.{level}.block.{layer}"
+                f"encoder.down_{ours}.resnets.{layer}", f"encoder.down.{level}.block.{layer}"
             )
         for layer in range(layers + 1):
-            names |= _vae_resnet(
-                f"decoder.up_blocks.{level}.resnets.{layer}", f"decoder.up.{levels - 1 - level}.block.{layer}"
-            )
-        names[f"encoder.down_blocks.{level}.downsamplers.0.conv"] = f"encoder.down.{level}.downsample.conv"
-        names[f"decoder.up_blocks.{level}.upsamplers.0.conv"] = (
-            f"decoder.up.{levels - 1 - level}.upsample.conv"
-        )
+            names |= _vae_resnet(f"decoder.up_{ours}.resnets.{layer}", f"decoder.up.{fine}.block.{layer}")
+        names[f"encoder.down_{ours}.downsamplers.0.conv"] = f"encoder.down.{level}.downsample.conv"
+        names[f"decoder.up_{ours}.upsamplers.0.conv"] = f"decoder.up.{fine}.upsample.conv"
     return names
 
 
@@ -293,5 +276,5 @@ def _renamed(key: str, modules: Modules) -> str:
 
 
 def _weights(network: nn.Module) -> dict[str, Tensor]:
-    """Return the saved tensors of a network; older transformers count CLIP's position numbers among them."""
+    """Return the saved tensors of a network, without the position ids that older transformers save."""
     return {key: tensor for key, tensor in network.state_dict().items() if not key.endswith("position_ids")}

@@ -20,7 +20,7 @@ from trainer.errors import UserError
 from trainer.state_file import DTYPES, write_safetensors
 
 _LONGEST_HEADER = 32 << 20
-"""Bytes. Stable Diffusion's take 0.2 MB; JSON takes some twenty times its size in memory."""
+"""Bytes. Stable Diffusion's headers have 0.2 MB; parsed JSON takes some twenty times its size."""
 
 _LINE = 64
 """Bytes of a cache line."""
@@ -29,23 +29,19 @@ _POINTER = "this is a Git LFS pointer, not the file itself; run `git lfs pull`, 
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """The tensors of a .safetensors, .ckpt or .bin file by name, each read when it is asked for.
+    """The tensors of a .safetensors, .ckpt or .bin file by name, each read on access.
 
     Attributes:
-        path: the file.
-        shapes: of each tensor.
-        dtypes: of each tensor; None where it is one that this program does not write, such as those of 8
-        bits.
+        dtypes: None for one that this program does not write, such as those of 8 bits.
         metadata: the text fields of a .safetensors header.
-        global_step: the training steps that a .ckpt says it has had; None where it says nothing.
+        global_step: the training steps of a .ckpt; None if unknown.
     """
 
     def __init__(self, path: Path) -> None:
         """Open a file and read its list of tensors.
 
         Raises:
-            UserError: it cannot be read, is cut short, not such a file, or a .ckpt that cannot be read
-            safely.
+            UserError: it cannot be read, is cut short, not such a file, or not safe to read.
         """
         self.path = path
         self.metadata: dict[str, str] = {}
@@ -93,11 +89,7 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Return the text fields of a .safetensors header, without opening its tensors.
-
-    Raises:
-        UserError: it is cut short or not such a file.
-    """
+    """Return the text fields of a .safetensors header, without opening its tensors."""
     return _read_header(path)["__metadata__"]
 
 
@@ -110,17 +102,17 @@ def write_tensors(
 ) -> None:
     """Write a .safetensors file, converting and holding one tensor at a time.
 
+    The file appears at once, so the caller writes to a draft and renames it.
+
     Args:
-        path: the file; it appears under this name at once, so the caller writes beside and renames.
-        tensors: on any device, of any memory layout; on the meta device where `read` gives the numbers.
+        tensors: on the meta device if `read` returns the values.
         dtype: of the floating-point tensors in the file; others keep theirs.
-        metadata: text fields for the header.
-        read: returns a tensor by its name when it is written, and only then.
+        read: returns a tensor by name, called once for each.
     """
     stored = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
-    # Readers compute on the mapped file, and matrix products are slower, and round differently, where a
-    # tensor does not start at a whole cache line: so the numbers begin at one, tensors of whole lines come
-    # first, and the rest by the width of their numbers.
+    # Readers compute on the mapped file, and matrix products are slower, and round differently, if a tensor
+    # does not start at a cache line: so the data starts at one, tensors of whole lines come first, and the
+    # rest by element size.
     lines = {name: tensors[name].numel() * stored[name].itemsize % _LINE == 0 for name in tensors}
     order = sorted(tensors, key=lambda name: (not lines[name], -stored[name].itemsize, name))
     dtypes = {name: stored[name] for name in order}
@@ -171,7 +163,7 @@ def _read_header(path: Path) -> dict[str, Any]:
 
 
 def _is_entry(entry: Any) -> bool:
-    """Return whether a header's entry has the parts of one. Whether they fit together, the library checks."""
+    """Return whether a header's entry has the right parts; the library checks that they fit together."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
@@ -184,16 +176,13 @@ def _read_ckpt(path: Path) -> tuple[dict[str, Tensor], int | None]:
     """Return the tensors of a .ckpt and its `global_step`, if any; refuse a pickle that asks for code.
 
     Lightning, which wrote Stable Diffusion's first files, put its own classes and numpy's numbers beside the
-    weights. Nothing is made of them here: empty stand-ins take their names, so neither library is called nor
-    needed.
+    weights. Empty stand-ins take their names, so neither library is called nor needed.
     """
     stand_ins: list[Any] = [(_Nothing, name) for name in check_pickle(path)]
     try:
         with torch.serialization.safe_globals(stand_ins):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (
-        Exception
-    ) as error:  # torch raises UnpicklingError, EOFError, RuntimeError and others, by what is broken
+    except Exception as error:  # torch raises UnpicklingError, EOFError, RuntimeError and others
         advice = "download or copy it again, or get the .safetensors version"
         damaged = (
             f"{path}: the {path.suffix} file cannot be read as plain tensors ({_first_line(error)}); "
@@ -227,11 +216,11 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 _BESIDE_WEIGHTS = ("pytorch_lightning.", "lightning.", "numpy.", "_codecs.encode")
-"""How the names begin that files of Lightning hold beside the weights."""
+"""Prefixes of names that Lightning's files hold beside the weights."""
 
 
 class _Nothing:
-    """What stands for an object that is not wanted; it takes whatever it is given and keeps none of it."""
+    """A stand-in for an unwanted object; it keeps nothing of its arguments and state."""
 
     def __new__(cls, *_: Any) -> _Nothing:
         """Return an empty object."""
@@ -264,7 +253,7 @@ def check_pickle(path: Path) -> list[str]:
 
 
 def _unpacked_size(file: BinaryIO) -> int:
-    """Return the bytes that a zip file's contents take unpacked; 0 for a damaged one."""
+    """Return the unpacked bytes of a zip file; 0 for a damaged one."""
     try:
         return sum(entry.file_size for entry in zipfile.ZipFile(file).infolist())
     except Exception:  # zipfile raises several kinds; reading the tensors says what is wrong
@@ -279,9 +268,9 @@ def hostile(path: Path, error: Exception) -> str | None:
 
 def _refusal(path: Path, strange: list[str]) -> str:
     return (
-        f"{path}: the {path.suffix} file asks for {', '.join(strange[:3])}, "
-        "which weights have no use for and an attack would; nothing of "
-        "it was run. Get the .safetensors version of the model, or this file from a source that you trust."
+        f"{path}: the {path.suffix} file asks for {', '.join(strange[:3])}, which weights have no use for "
+        "and an attack would; nothing of it was run. Get the .safetensors version of the model, or this file "
+        "from a source that you trust."
     )
 
 
@@ -294,7 +283,7 @@ def _foreign_names(path: Path) -> list[str]:
 
 
 def _no_pickle(path: Path, start: bytes, *, packed: bool) -> str | None:
-    """Return what a file is that cannot be a .ckpt, and what to do, or None where it can be one."""
+    """Return what a file is that cannot be a .ckpt, and what to do; None if it can be one."""
     size = path.stat().st_size
     if start.startswith(b"version "):
         return _POINTER

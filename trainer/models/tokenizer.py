@@ -34,7 +34,7 @@ _FILES = (
     "added_tokens.json",
 )
 _LARGEST = 64 << 20
-"""Bytes of one of them; CLIP's are of 4 MB at most."""
+"""Bytes of one file; CLIP's have 4 MB at most."""
 _NUMBERS = ("bos_token_id", "eos_token_id", "pad_token_id", "model_max_length")
 
 _MERGES = Path(__file__).parent / "clip_vocabulary" / "merges.txt.gz"
@@ -59,8 +59,7 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
     if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there.keys():
         raise UserError(
             f"{folder}: the tokenizer is missing: neither tokenizer.json nor vocab.json with merges.txt is "
-            "there; "
-            "copy the tokenizer folder of the model's base, or download the model again."
+            "there; copy the tokenizer folder of the model's base, or download the model again."
         )
     try:
         files = {name: read_regular(path, _LARGEST) for name, path in there.items()}
@@ -112,11 +111,7 @@ def tokenizer_to_text(tokenizer: CLIPTokenizer) -> str:
 
 
 def tokenizer_from_text(text: str, where: str = "the tokenizer") -> CLIPTokenizer:
-    """Return the tokenizer that `tokenizer_to_text` described.
-
-    Raises:
-        UserError: the text is damaged; the message calls it `where`.
-    """
+    """Return the tokenizer that `tokenizer_to_text` described; messages call it `where`."""
     try:
         files = {
             name: json.dumps(content).encode() for name, content in json.loads(text).items() if name in _FILES
@@ -129,10 +124,7 @@ def tokenizer_from_text(text: str, where: str = "the tokenizer") -> CLIPTokenize
 
 
 def _from_files(files: Mapping[str, bytes], where: str) -> CLIPTokenizer:
-    """Return the tokenizer of files by name.
-
-    They are given to the library in a folder of their own, for their settings could name other files.
-    """
+    """Return the tokenizer of files by name, copied to a folder of their own: settings could name others."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             for name, content in files.items():
@@ -175,18 +167,18 @@ def _clip_vocabulary() -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
         *range(ord("®"), ord("ÿ") + 1),
     ]
     characters = [chr(byte) for byte in printing] + [chr(256 + n) for n in range(256 - len(printing))]
-    pieces = [
+    entries = [
         *characters,
         *(c + "</w>" for c in characters),
         *(left + right for left, right in merges),
         START,
         END,
     ]
-    return {piece: number for number, piece in enumerate(pieces)}, merges
+    return {entry: number for number, entry in enumerate(entries)}, merges
 
 
 def _save(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Save as transformers does, without what it remembers of where the tokenizer was loaded from."""
+    """Save as transformers does, without the folder that the tokenizer was loaded from."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What is trained: which networks, and which layers of the text encoder are frozen."""
+"""Trained parameters: which networks, and which layers of the text encoder are frozen."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from trainer.networks import TEXT_ENCODER, UNET, by_network
 def apply_freezing(models: Models, parts: TrainableOptions, freezing: FreezingOptions) -> TrainedParts:
     """Decide what is trained: set requires_grad on parameters, and train or eval mode on networks.
 
-    Also turns on gradient checkpointing and attention slicing where they are asked for. The VAE never learns.
-    Works on networks of the meta device too.
+    Also turns on gradient checkpointing and attention slicing if configured. The VAE is never trained. Works
+    on the meta device too.
 
     Raises:
-        UserError: a layer count that the text encoder does not have, or nothing left to learn.
+        UserError: a layer count that the text encoder does not have, or nothing left to train.
     """
     text_encoder_trains, what = _freeze_text_encoder(
         models.text_encoder, freezing, disabled=parts.disable_textenc_training
@@ -44,23 +44,22 @@ def apply_freezing(models: Models, parts: TrainableOptions, freezing: FreezingOp
     models.unet.train(unet_trains)
     models.text_encoder.train(text_encoder_trains)
     if parts.gradient_checkpointing:
-        # The text encoder's gradient passes through the UNet, so the UNet's activations count even where it
-        # is frozen.
+        # The text encoder's gradient passes through the UNet, so even a frozen UNet's activations count.
         models.unet.enable_gradient_checkpointing()
         if text_encoder_trains:
             models.text_encoder.activation_checkpointing_enable({"use_reentrant": False})
     if parts.attn_type == "slice":
         models.unet.set_attention_slice("auto")
 
-    learning = {
+    trained = {
         name: [(key, p) for key, p in network.named_parameters() if p.requires_grad]
         for name, network in networks.items()
     }
     return TrainedParts(
-        parameters={name: parameters for name, parameters in learning.items() if parameters},
+        parameters={name: parameters for name, parameters in trained.items() if parameters},
         counts={
             name: Part(
-                sum(p.numel() for _, p in learning[name]),
+                sum(p.numel() for _, p in trained[name]),
                 sum(p.numel() for p in network.parameters()),
                 words[name],
             )
@@ -70,7 +69,7 @@ def apply_freezing(models: Models, parts: TrainableOptions, freezing: FreezingOp
 
 
 def _freeze_text_encoder(text_encoder: Any, freezing: FreezingOptions, *, disabled: bool) -> tuple[bool, str]:
-    """Set requires_grad and return whether anything learns, and what in words."""
+    """Set requires_grad; return whether anything is trained, and its name in words."""
     # transformers before 5.6 keep the layers one level deeper.
     tower = getattr(text_encoder, "text_model", text_encoder)
     layers = tower.encoder.layers
@@ -85,24 +84,23 @@ def _freeze_text_encoder(text_encoder: Any, freezing: FreezingOptions, *, disabl
     tower.embeddings.requires_grad_(not freeze_embeddings)
     tower.final_layer_norm.requires_grad_(not freezing.freeze_final_layer_norm)
 
-    learning = [] if freeze_embeddings else ["embeddings"]
+    trained = [] if freeze_embeddings else ["embeddings"]
     if frozen < len(layers):
-        learning.append(f"layers {frozen + 1}-{len(layers)} of {len(layers)}")
+        trained.append(f"layers {frozen + 1}-{len(layers)} of {len(layers)}")
     if not freezing.freeze_final_layer_norm:
-        learning.append("final layer norm")
-    everything = frozen == 0 and len(learning) == 3
-    return bool(learning), "everything" if everything else ", ".join(learning) or "nothing"
+        trained.append("final layer norm")
+    everything = frozen == 0 and len(trained) == 3
+    return bool(trained), "everything" if everything else ", ".join(trained) or "nothing"
 
 
 def _frozen_layers(freezing: FreezingOptions, layers: int) -> int:
-    """Return how many of the front layers keep their weights."""
+    """Return the number of frozen front layers."""
     last, front = freezing.unfreeze_last_n_layers, freezing.freeze_front_n_layers
     if last is not None:
         if last > layers:
             raise UserError(
                 f"text_encoder_freezing.unfreeze_last_n_layers: {last} is more than the {layers} layers of "
-                "this model's text encoder; "
-                f"give 0 to {layers}."
+                f"this model's text encoder; give 0 to {layers}."
             )
         return layers - last
     if front is None:
@@ -110,7 +108,6 @@ def _frozen_layers(freezing: FreezingOptions, layers: int) -> int:
     if abs(front) > layers:
         raise UserError(
             f"text_encoder_freezing.freeze_front_n_layers: {front} does not fit the {layers} layers of this "
-            "model's text encoder; "
-            f"give -{layers} to {layers} (a negative -k trains only the last k)."
+            f"model's text encoder; give -{layers} to {layers} (a negative -k trains only the last k)."
         )
     return front if front >= 0 else layers + front

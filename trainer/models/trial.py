@@ -40,7 +40,7 @@ def complete(models: Models, where: str) -> None:
 
 
 def try_model(models: Models, where: str) -> None:
-    """Run the networks without numbers, tokenize a caption and build the noise schedule.
+    """Run the networks on the meta device, tokenize a caption and build the noise schedule.
 
     Raises:
         UserError: something of it fails, or gives other shapes than Stable Diffusion's.
@@ -51,8 +51,7 @@ def try_model(models: Models, where: str) -> None:
     if models.tokenizer.model_max_length != length:
         raise UserError(
             f"{where}: the tokenizer gives {models.tokenizer.model_max_length} tokens and the text encoder "
-            f"takes {length}; "
-            "the parts are of different models."
+            f"takes {length}; the parts are of different models."
         )
     largest = max(models.tokenizer.get_vocab().values(), default=0)
     if largest >= entries:
@@ -85,7 +84,7 @@ def try_model(models: Models, where: str) -> None:
 
 
 def try_vae(vae: Any, where: str) -> None:
-    """Run a VAE without numbers; as `try_model`."""
+    """Run a VAE on the meta device, as `try_model`."""
     scale, factor = vae.config["scaling_factor"], 2 ** (len(vae.config["block_out_channels"]) - 1)
     if type(scale) not in (int, float) or not 0 < scale < 1e4:
         raise UserError(f"{where}: the VAE's scaling_factor is {scale!r}, not a positive number; {_ADVICE}.")
@@ -101,7 +100,7 @@ def try_vae(vae: Any, where: str) -> None:
 
 
 _PASSED: set[tuple[str, str, tuple[int, ...]]] = set()
-"""Networks that were run: a model is described before it is loaded, and a run takes half a second."""
+"""Networks that passed: a model is described before it is loaded, and a trial takes half a second."""
 
 
 class _Call(nn.Module):
@@ -122,7 +121,7 @@ def _run(
     act: Callable[[Callable[..., Any]], Tensor],
     expected: tuple[int, ...],
 ) -> None:
-    """Run a network in training mode on the meta device, whatever device its weights are on."""
+    """Run a network in training mode on the meta device, wherever its weights are."""
     tried = (name, repr(getattr(network, "module", network).config), expected)
     if tried in _PASSED:
         return
@@ -174,5 +173,5 @@ def _attempt(problem: str, act: Callable[[], Any]) -> Any:
         return act()
     except UserError:
         raise
-    except Exception as error:  # the libraries raise what a wrong value happens to lead to
+    except Exception as error:  # the libraries raise anything for a wrong value
         raise UserError(f"{problem} ({first_line(error)}); {_ADVICE}.") from error

@@ -120,7 +120,7 @@ def test_the_state_on_disk_goes_on_to_the_bit(tmp_path):
         torch.equal(left, right) for left, right in zip(averages(ema), averages(continued), strict=True)
     )
     with pytest.raises(
-        UserError, match="holds averaged weights of unet and text encoder, and what is trained now is unet"
+        UserError, match="holds EMA weights of unet and text encoder, and what is trained now is unet"
     ):
         Ema({"unet": networks["unet"]}, decay=0.9, interval=1, device=CPU).load_state_dict(ema.state_dict())
 
