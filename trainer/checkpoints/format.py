@@ -38,10 +38,10 @@ STEP = "sd_dadapt.step"
 """Header field of a single file: the optimizer step."""
 
 KIND = "sd_dadapt.kind"
-"""Header field of a single file: why it was written."""
+"""Header field of a single file: the kind of checkpoint."""
 
 EMA = "sd_dadapt.ema"
-"""Header field of a single file: "true" where its weights are averages."""
+"""Header field of a single file: "true" for EMA weights."""
 
 BEST = "best"
 """The kind of checkpoint that the next of its kind replaces."""
@@ -52,7 +52,7 @@ _STEP = re.compile(r"-gs(\d+)$")
 
 @dataclass
 class TrainState:
-    """Where a run is."""
+    """The position of a run, in counters."""
 
     step: int = 0
     """Optimizer steps made."""
@@ -70,10 +70,10 @@ class TrainState:
     """The step of the last report."""
 
     skipped: int = 0
-    """Steps until then that changed nothing, since their gradients were not finite."""
+    """Steps until then without finite gradients, which changed nothing."""
 
     last_finite: int = 0
-    """The last reported step before which, since the report before it, some step changed something."""
+    """The last report with at least one finite step."""
 
     seconds: float = 0.0
     """Time spent training."""
@@ -82,7 +82,7 @@ class TrainState:
     """The step of the last fixed-noise loss."""
 
     pending: list[str] = field(default_factory=list)
-    """Work due after this step that a signal kept from being done; `owed` in the file."""
+    """Work due after this step that a signal interrupted; `owed` in the file."""
 
     def advance(self, images: int, steps_in_epoch: int, seconds: float) -> None:
         """Count one optimizer step of an epoch that has `steps_in_epoch`."""
@@ -106,12 +106,10 @@ def save_checkpoint(
     """Write a checkpoint whole or not at all.
 
     Args:
-        folder: where it appears; its parent is made if absent.
-        write_model: writes the model's files into the folder that it is given.
-        write_resume: writes what resuming needs, or None for a model alone.
-        state: the counters.
-        about: what a resumed run has to agree with: seed, data, optimizers, ...
-        kind: why it is written.
+        folder: its parent is made if missing.
+        write_resume: writes the resume state; None for a model alone.
+        about: values that a resumed run must share: seed, data, optimizers, ...
+        kind: the reason for the checkpoint.
     """
     with appearing(folder) as draft:
         draft.mkdir(parents=True)
@@ -136,11 +134,7 @@ def _as_saved(state: TrainState) -> dict[str, Any]:
 
 
 def read_resume(folder: Path) -> tuple[TrainState, dict[str, Any]]:
-    """Return the counters and the `about` of a checkpoint that has been found whole.
-
-    Raises:
-        UserError: they cannot be read.
-    """
+    """Return the counters and the `about` of a whole checkpoint."""
     path = folder / RESUME / "state.json"
     try:
         saved = load_json(path, LARGEST_STATE)

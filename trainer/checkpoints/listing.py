@@ -1,4 +1,4 @@
-"""The checkpoints of runs: the newest whole one, all of them in order, and which of them are dropped."""
+"""The checkpoints of runs: the newest whole one, all in order, and those to delete."""
 
 from __future__ import annotations
 
@@ -29,18 +29,11 @@ from trainer.models.tensor_file import read_metadata
 
 
 def find_last(logdir: Path, project: str, *, weights_only: bool = False) -> tuple[Path, list[str]]:
-    """Return the newest whole checkpoint of a project, and what is wrong with newer ones.
+    """Return the newest whole checkpoint of a project, and problems of newer ones.
 
     It is the one of the highest step in the newest run that has one. Runs are ordered by the timestamp in
-    their folders' names, never by the file system's times.
-
-    Args:
-        logdir: the folder of the run folders.
-        project: the project's name.
-        weights_only: a whole model will do, without the state that resuming needs.
-
-    Raises:
-        UserError: there is none.
+    their folders' names, never by the file system's times. With `weights_only`, a model without resume state
+    will do.
     """
     runs = sorted(
         (path for path in logdir.glob(f"{glob.escape(project)}-*") if path.is_dir()),
@@ -57,20 +50,12 @@ def find_last(logdir: Path, project: str, *, weights_only: bool = False) -> tupl
 
 
 def newest_of(run: Path, *, weights_only: bool = False) -> tuple[Path, list[str]]:
-    """Return a run's whole checkpoint of the highest step, and what is wrong with those of higher steps.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Return a run's whole checkpoint of the highest step, and problems of those of higher steps."""
     return _newest([run], f"the run {run} holds no checkpoint to resume.", weights_only=weights_only)
 
 
 def require_resumable(folder: Path) -> None:
-    """Refuse a checkpoint that no run can be resumed from.
-
-    Raises:
-        UserError: it has no resume state, or is damaged; the message says what to name instead.
-    """
+    """Refuse a checkpoint without whole resume state; the message names what to resume instead."""
     if (problem := resume_problem(folder)) is None:
         return
     run = folder.parent.parent
@@ -88,7 +73,7 @@ def checkpoints(run: Path) -> list[Path]:
     """Return a run's checkpoint folders, the highest step first, and last those whose step is unknown.
 
     Of the same step, one that was due comes before one that was written because the run ended untimely or the
-    loss was low: it owes nothing.
+    loss was low, and that has pending work.
     """
     return [folder for folder in _folders(run) if (folder / MANIFEST).is_file()]
 
@@ -96,11 +81,7 @@ def checkpoints(run: Path) -> list[Path]:
 def single_files(folder: Path, run: str, *, best: bool = False, ema: bool = False) -> list[Path]:
     """Return the single files in `folder` that a run wrote, as their headers say, the highest step first.
 
-    Args:
-        folder: which other runs may write to, too.
-        run: the name of the run's folder.
-        best: those that `keep_best` made instead of all others.
-        ema: those of averaged weights instead of all others.
+    `best` selects those of `keep_best`, and `ema` those of EMA weights, instead of all others.
     """
     found = []
     for path in folder.glob("*.safetensors"):
@@ -148,16 +129,9 @@ def _newest(
 ) -> tuple[Path, list[str]]:
     """Return the newest whole checkpoint of runs given newest first, and problems of newer ones.
 
-    Args:
-        runs: the runs' folders.
-        none: the sentence for no checkpoint at all.
-        weights_only: a whole model will do.
-        project: of the checkpoints; None takes those of any.
-
-    Raises:
-        UserError: there is none.
+    `none` is the sentence for no checkpoint at all; without a `project`, those of any count.
     """
-    # "demo-two" begins like "demo".
+    # "demo-two" starts like "demo".
     found = [
         folder
         for run in runs
