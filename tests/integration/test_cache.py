@@ -321,7 +321,7 @@ def test_values_that_are_not_finite_are_not_kept(workplace, monkeypatch):
     data = DataOptions(data_root=str(workplace / "pictures"), resolution=64, num_workers=0)
     plan = plan_of(workplace / "pictures", monkeypatch)
     with pytest.raises(UserError, match=r"not finite for 0.png in fp32"):
-        encode_images(plan, build_index(data), data, models.vae, CPU, folder=workplace / "x", tell=print)
+        encode_images(plan, build_index(data), data, models.vae, CPU, folder=workplace / "x", report=print)
 
 
 def test_the_identity_of_a_vae():
@@ -345,7 +345,7 @@ def test_progress_is_told_in_long_runs(workplace, monkeypatch):
         models.vae,
         CPU,
         folder=workplace,
-        tell=told.append,
+        report=told.append,
     )
     assert (
         told[0].startswith("Encoding 5 images once")
@@ -359,7 +359,7 @@ def test_progress_is_told_in_long_runs(workplace, monkeypatch):
             None,
             CPU,
             folder=workplace,
-            tell=print,
+            report=print,
         )
         is None
     )

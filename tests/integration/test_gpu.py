@@ -108,7 +108,7 @@ def test_a_vae_whose_latents_are_kept_leaves_the_device_but_for_samples(kind, tm
     data = DataOptions(data_root=str(tmp_path), resolution=64, num_workers=0)
     index = build_index(data)
     plan = plan_latents(CacheOptions(cache_latents="memory"), data, index, models.vae.config, epochs=1)
-    latents = encode_images(plan, index, data, models.vae, precision, folder=tmp_path, tell=print)
+    latents = encode_images(plan, index, data, models.vae, precision, folder=tmp_path, report=print)
     assert latents is not None and latents.read(plan.entries[0]).device.type == "cpu"
     models.vae.to("cpu")
     with visiting([models.vae], device):

@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt
 
 @dataclass(frozen=True, kw_only=True)
 class SaveOptions:
-    """When checkpoints are written, where, and in which form."""
+    """Time, place and form of checkpoints."""
 
     save_every_n_epochs: Annotated[int, Ge(1)] | None = None
     """Save a checkpoint after every n-th epoch; null saves at the end only."""
@@ -25,7 +25,7 @@ class SaveOptions:
     """A folder for the single-file .safetensors instead of the run's own ckpts folder."""
 
     save_format: Literal["both", "diffusers", "single"] = "both"
-    """What a checkpoint consists of: a diffusers folder in training precision, a single .safetensors in the
+    """Form of a checkpoint: a diffusers folder in training precision, a single .safetensors in the
     original layout, or both; with single, folders are kept for resuming only, beside the newest files (see
     keep_resume_n)."""
 
@@ -54,5 +54,5 @@ class SaveOptions:
 
     @property
     def writes_single(self) -> bool:
-        """Whether a single file is part of a checkpoint."""
+        """True if a checkpoint has a single file."""
         return self.save_format != "diffusers" and not self.no_save_ckpt

@@ -11,7 +11,7 @@ from trainer.contained import inside
 from trainer.errors import UserError
 
 MARKER = "run.json"
-"""The file that tells a run's folder from every other one."""
+"""The file that marks a run's folder."""
 
 _MARK = {"program": "sd-dadapt", "format": 1}
 _TIMED = re.compile(r"-\d{8}-\d{6}$")

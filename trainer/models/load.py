@@ -124,7 +124,7 @@ def _assumed(name: str, key: str) -> Models:
 
 
 def _check(models: Models, key: str) -> None:
-    """Complete what is left out; raise UserError unless the parts fit together, work, and can be trained."""
+    """Complete omitted settings; raise UserError unless the parts fit together, work, and can be trained."""
     unet: Any = models.unet.config
     where = f"{key}: {models.source}"
     taken, made = unet["in_channels"], models.vae.config["latent_channels"]

@@ -13,7 +13,7 @@ BASE_FILE = "base.json"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Which model is trained."""
+    """The model to train."""
 
     resume_ckpt: str
     """The model to start from: a diffusers folder, a hub id such as
@@ -33,13 +33,13 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraOptions:
-    """How large the matrices are that learn in the place of layers, and of which."""
+    """Size and targets of LoRA adapters."""
 
     rank: Annotated[int, Ge(1)] = 16
-    """Rows of the one matrix and columns of the other."""
+    """Rank of the adapter weights."""
 
     alpha: Annotated[float, Gt(0)] | None = None
-    """The product of the matrices counts alpha / rank; null is the rank, so that it counts as it is."""
+    """Adapters are scaled by alpha / rank; null is the rank, which leaves them unscaled."""
 
     targets: Literal["attention", "all"] = "attention"
     """Adapted layers: the four of each attention, or all linear layers and convolutions in the blocks of
@@ -53,7 +53,7 @@ class LoraOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainableOptions:
-    """Which networks learn, and how their forward pass is stored."""
+    """Trained networks, and the memory of their passes."""
 
     disable_textenc_training: bool = False
     """Freeze the whole text encoder."""
@@ -77,7 +77,7 @@ class TrainableOptions:
     is replaced by sdp."""
 
     compile: bool = False
-    """Run the training passes of what learns through torch.compile: faster steps for some minutes of
+    """Run the training passes of trained networks through torch.compile: faster steps for some minutes of
     compiling whenever a size of images or of a batch comes up for the first time. Samples and fixed-noise
     losses run without."""
 
@@ -93,7 +93,7 @@ class TrainableOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class FreezingOptions:
-    """Which layers of the text encoder keep their weights (`text_encoder_freezing` of the optimizer file)."""
+    """Frozen layers of the text encoder (`text_encoder_freezing` of the optimizer file)."""
 
     freeze_front_n_layers: int | None = None
     """Freeze the first n layers; a negative -k trains only the last k."""
@@ -110,36 +110,36 @@ class FreezingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EmaOptions:
-    """Whether an exponential moving average of the weights is kept, and what is done with it."""
+    """EMA weights: the exponential moving average of trained weights."""
 
     ema_decay_rate: Annotated[float, Gt(0), Lt(1)] | None = None
-    """Keep averaged weights, exported beside the trained ones with -ema in their name: the share of them that
+    """Keep EMA weights, exported beside the trained ones with -ema in their name: the share of them that
     stays at every update; null keeps none."""
 
     ema_strength_target: Annotated[float, Gt(0), Lt(1)] | None = None
-    """The same, with the decay chosen so that this share of the initial weights is left in the average at
+    """The same, with the decay chosen so that this share of the initial weights remains in the EMA weights at
     the run's end."""
 
     ema_update_interval: Annotated[int, Ge(1)] = 500
-    """Optimizer steps between two updates of the average."""
+    """Optimizer steps between two updates of the EMA weights."""
 
     ema_device: Literal["cpu", "cuda"] = "cpu"
-    """Where the average is kept, in fp32: in main memory, or with cuda on the device that trains."""
+    """Device of the EMA weights, kept in fp32: main memory, or with cuda the training device."""
 
     ema_sample_ema_model: bool = False
-    """Draw samples from the averaged weights instead of the trained ones."""
+    """Draw samples from the EMA weights instead of the trained ones."""
 
     ema_sample_nonema_model: bool = False
     """With ema_sample_ema_model, draw them from the trained weights too."""
 
     ema_resume_model: str | None = None
-    """A model to begin the average from instead of the one that is trained: a diffusers folder, a hub id or a
-    single file. A resumed run brings its own."""
+    """A model to start the EMA weights from instead of the one that is trained: a diffusers folder, a hub id
+    or a single file. A resumed run brings its own."""
 
     ema_resume_revision: str | None = None
     """The commit, tag or branch of an ema_resume_model on the hub, recorded like revision."""
 
     @property
     def active(self) -> bool:
-        """Whether there is an average."""
+        """True if EMA weights are kept."""
         return self.ema_decay_rate is not None or self.ema_strength_target is not None

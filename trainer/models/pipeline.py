@@ -26,9 +26,9 @@ class Models:
         vae: pixels (B, 3, H, W) in -1..1 to latents and back.
         tokenizer: text to token ids, `model_max_length` of them.
         scheduler_config: the base's scheduler settings as plain data: betas, prediction type, `_class_name`.
-        source: where the weights came from, as it is shown to people.
-        notes: sentences for people about what was assumed.
-        assumed: whether nothing was at hand to describe, so that everything is Stable Diffusion 1.5's.
+        source: origin of the weights, in messages.
+        notes: sentences about assumptions.
+        assumed: no configuration was at hand, so everything is Stable Diffusion 1.5's.
         beside: library and class of the further parts of the base's pipeline, such as a safety checker, as
         its `model_index.json` has them.
         revision: the commit of a model from the hub.
@@ -52,19 +52,18 @@ class Models:
 
     @property
     def family(self) -> Family:
-        """The family of models, by the width of the text."""
+        """The family, by the width of the text."""
         return family_of(self.text_encoder.config.hidden_size)
 
 
 @dataclass(frozen=True)
 class Part:
-    """How much of one network learns.
+    """The trained share of one network.
 
     Attributes:
         trained: parameters with requires_grad.
         total: all parameters.
-        what: which of them, in words for people: "everything", "nothing", "layers 4-12 of 12, final layer
-        norm".
+        what: in words: "everything", "nothing", "layers 4-12 of 12, final layer norm".
     """
 
     trained: int
@@ -74,11 +73,11 @@ class Part:
 
 @dataclass(frozen=True)
 class TrainedParts:
-    """What learns, by network: "unet" and "text encoder".
+    """Trained parameters, by network: "unet" and "text encoder".
 
     Attributes:
-        parameters: names and parameters that learn, in the network's order; a network without any is absent.
-        counts: both networks, learning or not.
+        parameters: names and trained parameters in the network's order; a network without any is absent.
+        counts: both networks, trained or not.
     """
 
     parameters: dict[str, list[tuple[str, nn.Parameter]]]

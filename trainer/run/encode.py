@@ -60,7 +60,7 @@ def encode(
     shared = plan.latents.mode == "disk"
     with processes.first_before_others() if shared else nullcontext():
         latents = encode_images(
-            plan.latents, index, config.data, models.vae, precision, folder=folder, tell=console.event
+            plan.latents, index, config.data, models.vae, precision, folder=folder, report=console.event
         )
     if latents is not None and config.data.on_bad_image == "error":
         damaged = [BadFile(index.records[record].name, reason) for record, reason in latents.bad.items()]

@@ -28,33 +28,33 @@ from trainer.training.precision import Precision
 from trainer.transfer import to_device
 
 SHARE = 4
-"""At most one part in so many of the free memory is taken without being asked for."""
+"""auto takes at most the n-th part of free memory."""
 
 SPARE_DISK = 256 << 20
 """Bytes that stay free on a disk."""
 
 MANY = 1000
-"""Images whose files take a while to hash."""
+"""Images whose hashing takes a while, which is announced."""
 
 EVERY = 30.0
-"""Seconds between two lines that tell how far encoding is."""
+"""Seconds between two lines of progress."""
 
 
 def cache_folder(options: CacheOptions, logdir: str) -> Path:
-    """Return where things are kept for later runs."""
+    """Return the folder of files that later runs use again."""
     return Path(options.cache_dir) if options.cache_dir is not None else Path(logdir) / "cache"
 
 
 @dataclass(frozen=True)
 class LatentPlan:
-    """How a run comes by its latents."""
+    """The latents of a run: cached or not, and where."""
 
     mode: Literal["disk", "memory", "no"]
     entries: Sequence[View]
-    """Everything that is encoded once; nothing for the mode no."""
+    """Views that are encoded once; none for the mode no."""
     shape: MomentShape
     why: str = ""
-    """Why auto came out as no."""
+    """The reason why auto became no."""
 
     @property
     def size(self) -> int:
@@ -79,18 +79,10 @@ def plan_latents(
     epochs: int,
     processes: int = 1,
 ) -> LatentPlan:
-    """Decide how the latents of a run are kept.
-
-    Args:
-        options: what is asked for.
-        data: how images are cropped and mirrored.
-        index: the scanned images.
-        vae_config: the VAE's configuration.
-        epochs: of the whole run.
-        processes: how many share this machine's memory; each keeps all latents.
+    """Decide how the latents of a run are cached; `processes` ranks on this machine each keep all.
 
     Raises:
-        UserError: the latents do not fit into memory, where they were asked to be.
+        UserError: the latents do not fit into memory, as cache_latents demands.
     """
     factor = 2 ** (len(vae_config.block_out_channels) - 1)
     shape = MomentShape(vae_config.latent_channels, factor, index.masked)
@@ -126,46 +118,37 @@ def encode_images(
     precision: Precision,
     *,
     folder: Path,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> Latents | None:
     """Encode the planned latents that no earlier run has cached, one image at a time.
 
     An image's moments therefore depend on nothing but the image and the network. Unreadable files are listed
     in the result's `bad`.
 
-    Args:
-        plan: the latents to encode.
-        index: the scanned images.
-        data: for the number of DataLoader workers.
-        vae: on the precision's device.
-        precision: the VAE's.
-        folder: of what later runs use again.
-        tell: takes sentences about progress.
-
     Raises:
         UserError: the disk is too small or cannot be written to, or latents are not finite.
     """
     if plan.mode == "no":
         return None
-    latents, contents, place = _open(plan, index, vae, precision, folder, tell)
+    latents, contents, place = _open(plan, index, vae, precision, folder, report)
     missing = latents.missing(plan.entries)
     size = plan.shape.nbytes(missing)
     if plan.mode == "disk":
         _check_disk(folder, size)
     if len(missing) < len(plan.entries):
-        tell(
+        report(
             f"Latents of {len(plan.entries) - len(missing):,} of {len(plan.entries):,} images "
             f"are in {place} already."
         )
     if isinstance(latents, DiskLatents) and latents.damaged:
-        tell(
+        report(
             f"Deleted {latents.damaged:,} damaged or outdated files of cached latents in {place}; "
             "their images are encoded again."
         )
     if missing:
-        tell(f"Encoding {len(missing):,} images once: {size / 2**20:,.1f} MiB of latents, kept in {place}.")
+        report(f"Encoding {len(missing):,} images once: {size / 2**20:,.1f} MiB of latents, kept in {place}.")
     try:
-        _encode(latents, missing, contents, index, data, vae, precision, tell)
+        _encode(latents, missing, contents, index, data, vae, precision, report)
     except OSError as error:
         raise UserError(
             f"cache_latents: {place} cannot be written to ({error.strerror or error}); "
@@ -180,13 +163,13 @@ def _open(
     vae: Any,
     precision: Precision,
     folder: Path,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> tuple[DiskLatents | MemoryLatents, dict[int, str] | None, str]:
     """Return the store of latents, the images' content hashes if it is on disk, and its place in words."""
     if plan.mode == "memory":
         return MemoryLatents(plan.shape), None, "memory"
     if len(index.records) >= MANY:
-        tell(f"Comparing the content of {len(index.records):,} images with what is kept in {folder}.")
+        report(f"Comparing the content of {len(index.records):,} images with what is kept in {folder}.")
     memory = folder / f"contents-{_roots(index)}.json"
     contents = content_hashes(index.records, memory, masked=index.masked)
     own = folder / "latents" / identity(vae, precision)
@@ -202,15 +185,10 @@ def encode_captions(
     clip_skip: int,
     processes: int = 1,
 ) -> Contexts | None:
-    """Encode all captions with a frozen text encoder; None where they need over a quarter of free memory.
+    """Encode all captions with a frozen text encoder; None if they need over a quarter of free memory.
 
-    Args:
-        captions: every text that the run shows; None where these cannot be told, for their tags are shuffled.
-        tokenize: turns B captions into tokens (B, T).
-        text_encoder: on the precision's device.
-        precision: in which it computes.
-        clip_skip: the objective's.
-        processes: how many share this machine's memory; each keeps all.
+    `captions` is None if they cannot be listed, since their tags are shuffled. `processes` ranks on this
+    machine each keep all.
     """
     if captions is None:
         return None
@@ -257,9 +235,9 @@ def _encode(
     data: DataOptions,
     vae: Any,
     precision: Precision,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> None:
-    began = told = time.monotonic()
+    began = reported = time.monotonic()
     try:
         for number, crop in enumerate(read_crops(index, data, missing, contents), 1):
             if crop.pixels_1CHW is None:
@@ -275,10 +253,10 @@ def _encode(
                     "set mixed_precision to bf16 or no, or use another vae."
                 )
             latents.add(crop.view, moments_1CHW[0])
-            if (now := time.monotonic()) - told > EVERY:
-                told = now
+            if (now := time.monotonic()) - reported > EVERY:
+                reported = now
                 left = (now - began) / number * (len(missing) - number)
-                tell(f"Encoded {number:,} of {len(missing):,} images; about {left / 60:.0f} minutes left.")
+                report(f"Encoded {number:,} of {len(missing):,} images; about {left / 60:.0f} minutes left.")
     finally:
         latents.flush()  # what was computed before Ctrl-C is there for the next run
 
@@ -291,8 +269,7 @@ def _check_disk(folder: Path, size: int) -> None:
     if size + SPARE_DISK > free:
         raise UserError(
             f"cache_latents: disk needs {in_gib(size)} in {folder} and {in_gib(free)} are free; "
-            "make room, choose another cache_dir, or use "
-            "memory or no."
+            "free some space, choose another cache_dir, or use memory or no."
         )
 
 

@@ -1,4 +1,4 @@
-"""Options of training: the length of a run, number formats, cached latents."""
+"""Options of training: length of a run, dtypes, cached latents."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from annotated_types import Ge, Gt, Le
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    """How long a run lasts and what makes it repeatable."""
+    """Length, seed and device of a run."""
 
     max_epochs: Annotated[int, Ge(1), Le(100_000)] = 300
-    """How many times every image is trained."""
+    """Number of times that every image is trained."""
 
     grad_accum: Annotated[int, Ge(1)] = 1
-    """Batches of each process that are averaged into one optimizer step."""
+    """Batches of each rank that are averaged into one optimizer step."""
 
     seed: Annotated[int, Ge(-1)] = 555
     """The seed of everything random; -1 draws one, logs it and saves it."""
@@ -31,18 +31,18 @@ class LoopOptions:
     not count."""
 
     gpuid: Annotated[int, Ge(0)] = 0
-    """Which CUDA device to train on; of several processes each takes the one of its number on its machine."""
+    """The CUDA device to train on; of several ranks each takes the one of its number on its machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionOptions:
-    """In which number format the networks compute and are kept."""
+    """Dtypes of computation and weights."""
 
     mixed_precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
     """Autocast dtype: auto is bf16 where the device computes it natively, else fp16 on CUDA and no on CPU."""
 
     weights_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Format in which UNet and text encoder are kept. bf16 halves weights and gradients; D-Adaptation Adam
+    """Dtype of UNet and text encoder. bf16 halves weights and gradients; D-Adaptation Adam
     rounds them stochastically, so that small steps are not lost. Computes in bf16."""
 
     disable_amp: bool = False
@@ -54,7 +54,7 @@ class PrecisionOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions:
-    """What is kept of what frozen networks compute."""
+    """Caching of frozen networks' outputs."""
 
     cache_latents: Literal["auto", "disk", "memory", "no"] = "auto"
     """Encode each image once, before training, and the captions too where the text encoder is frozen: memory
