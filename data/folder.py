@@ -11,7 +11,7 @@ from pathlib import Path
 from data.image import is_image
 
 MASKS = "masks"
-"""Name, in any case, of the folder of masks beside images; also the ending of a mask's stem, without the s."""
+"""Name, in any case, of the folder of masks; without the s, also the ending of a mask's stem."""
 
 FOLDER_FILES = (
     "batch_id.txt",

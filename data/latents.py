@@ -114,10 +114,10 @@ class MemoryLatents:
 class DiskLatents:
     """Moments in a folder of safetensors files, shared by later runs and other data sets.
 
-    The key of moments is the content of the image and its mask, the bucket, the flip and whatever else decides
-    the pixels; the folder belongs to one VAE. A changed file has another key, so no stale moments are found. Files are
-    written atomically and never changed; any of them may be deleted between runs. A file is named by the hash
-    of its content, which is verified before use.
+    The key of moments is the content of the image and its mask, the bucket, the flip and whatever else
+    decides the pixels; the folder belongs to one VAE. A changed file has another key, so no stale moments are
+    found. Files are written atomically and never changed; any of them may be deleted between runs. A file is
+    named by the hash of its content, which is verified before use.
 
     Args:
         contents: content hash by record id; unreadable records are missing.

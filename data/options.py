@@ -34,7 +34,7 @@ class DataOptions:
     time; small distances are likelier."""
 
     alpha_mask: bool = False
-    """Train the opaque parts of an image alone: its transparency is its mask. A file of a mask comes first."""
+    """Train the opaque parts of an image alone: its transparency is its mask. A mask file comes first."""
 
     cond_dropout: Annotated[float, Ge(0), Le(1)] = 0.04
     """Probability of training an image with the empty caption, which guidance uses when sampling."""
@@ -43,8 +43,8 @@ class DataOptions:
     """Shuffle the comma-separated tags after the main prompt, anew each epoch."""
 
     keep_tags: Annotated[int, Ge(0)] = 0
-    """Keep the first n tags in place when tags are shuffled or dropped. In folders named as kohya's, the words
-    before the first comma are a tag."""
+    """Keep the first n tags in place when tags are shuffled or dropped. In folders named as kohya's, the
+    words before the first comma are a tag."""
 
     tag_dropout: Annotated[float, Ge(0), Le(1)] = 0.0
     """Probability of dropping each tag after the main prompt and keep_tags, anew for each showing."""

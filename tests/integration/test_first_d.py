@@ -19,7 +19,7 @@ def resuming(optimizer):
 
 
 def trained(workplace, optimizer, **changes):
-    """Train a run, and write the configuration of a new one that keeps its d; return the first run's folder."""
+    """Train a run, and write a new run's configuration that keeps its d; return the first run's folder."""
     write(workplace, optimizer, **{**SHORT, **changes})
     assert train.main([]) == 0
     run = run_of(workplace)

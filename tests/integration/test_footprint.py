@@ -255,7 +255,7 @@ def test_the_changes_proposed_come_in_their_order_and_end_where_it_fits(models):
 
 @pytest.mark.parametrize("images", [pytest.param(n, marks=pytest.mark.slow) for n in (1, 4, 30)] + [16])
 def test_d_adaptation_takes_no_more_than_adamw_in_8_bits(images):
-    """SD 1.5 at full size: less than bitsandbytes' up to 16 images, and the same as AdamW of the same kernel."""
+    """SD 1.5 at full size: less than bitsandbytes' up to 16 images, and as AdamW of the same kernel."""
     arguments = [
         "--config",
         str(ROOT / "configs" / "sd15.json"),

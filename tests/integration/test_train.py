@@ -46,7 +46,8 @@ def test_a_whole_run_from_the_command_line(workplace):
     told = unbroken(done.stdout)
     for text in (
         "9 steps, 15 images",
-        f"Run folder: logs/{run.name}, which holds: samples: samples/gs00009.png; before training: samples/gs0",
+        f"Run folder: logs/{run.name}, which holds: samples: samples/gs00009.png; "
+        "before training: samples/gs0",
         "copy ckpts/last-tiny-ep03-gs00009.safetensors to models/Stable-diffusion of your web UI; the folder",
         "Curves: tensorboard --logdir logs",
     ):

@@ -21,8 +21,8 @@ class ObjectiveOptions:
     unweighted, 5 is usual."""
 
     unmasked_weight: Annotated[float, Ge(0), Le(1)] = 0.0
-    """The weight of the black parts of a mask in the loss, the white ones having 1; 1 ignores masks. A mask is
-    `cat.mask.png` or `masks/cat.png` of the image `cat.jpg`, or its transparency by alpha_mask."""
+    """The weight of the black parts of a mask in the loss, the white ones having 1; 1 ignores masks. A mask
+    is `cat.mask.png` or `masks/cat.png` of the image `cat.jpg`, or its transparency by alpha_mask."""
 
     zero_frequency_noise_ratio: Annotated[float, Ge(0), Le(1)] = 0.02
     """Offset noise: the share of noise that is constant over a channel, which lets the model learn dark and

@@ -1,4 +1,4 @@
-"""The d that an optimizer starts at: d0 of the optimizer file, or the d of the checkpoint a new run starts from."""
+"""The start of d: d0 of the optimizer file, or the d of the checkpoint that a new run starts from."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def _check_limits(config: TrainConfig, trained: Collection[str]) -> None:
 def _recorded(about: Mapping[str, Any], network: str) -> float:
     """Return the number of d0 in a checkpoint's record of its run."""
     recorded = about["config"].get(f"{NETWORKS[network].section}.d0")
-    return recorded if isinstance(recorded, float) and recorded > 0 else EstimateOptions.d0  # type: ignore[return-value]
+    found = isinstance(recorded, float) and recorded > 0
+    return recorded if found else EstimateOptions.d0  # type: ignore[return-value]
 
 
 def _of_checkpoint(config: TrainConfig, folder: Path | None, networks: Collection[str]) -> dict[str, float]:

@@ -191,8 +191,9 @@ def _check_stopped(now: int | None, before: int | None, epochs: float | None, st
     step = start.state.step if start.state is not None else 0
     if before is not None and before <= step and (now is None or now > step):
         raise UserError(
-            f"stop_textenc_after_n_epochs: the run has frozen the text encoder after step {before} and dropped "
-            f"its optimizer; set it back to {epochs:g}, or start a new run with --resume_weights_only."
+            f"stop_textenc_after_n_epochs: the run has frozen the text encoder after step {before} and "
+            f"dropped its optimizer; set it back to {epochs:g}, or start a new run with "
+            "--resume_weights_only."
         )
 
 

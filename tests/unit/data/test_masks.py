@@ -73,8 +73,8 @@ def test_a_mask_of_another_shape_or_that_is_no_image_costs_its_image(images):
     assert [str(file) for file in index_of(images).bad] == [
         "a.png: its mask a.mask.png cannot be used: it is 128 x 100 and the image 128 x 128, another shape; "
         "save it in the image's size",
-        "b.png: its mask masks/b.jpg cannot be used: it is not an image in one of the formats JPEG, PNG, BMP, "
-        "WEBP, GIF, AVIF, TIFF",
+        "b.png: its mask masks/b.jpg cannot be used: it is not an image in one of the formats JPEG, PNG, "
+        "BMP, WEBP, GIF, AVIF, TIFF",
     ]
 
 
@@ -88,7 +88,7 @@ def test_a_mask_of_another_size_is_scaled(images, size):
 
 def test_a_black_mask_costs_its_image_when_it_is_read(images):
     paint(images / "a.mask.png")
-    reader = Images(index_of(images), DataOptions(resolution=64), tokenize=lambda _: None, seed=0)  # type: ignore[arg-type,return-value]
+    reader = Images(index_of(images), DataOptions(resolution=64), tokenize=lambda _: None, seed=0)
     assert [len(batch.names) for batch in reader.plain([0, 1])] == [1]
     assert [str(file) for file in reader.bad.values()] == [
         "a.png: its mask a.mask.png cannot be used: it is black everywhere, which leaves nothing to train"
@@ -147,8 +147,8 @@ def test_a_mask_painted_on_transparency_is_white_where_it_is_painted(images):
 
 def test_only_data_with_masks_is_read_with_a_fourth_channel(images):
     def channels(index):
-        reader = Images(index, DataOptions(resolution=64), tokenize=lambda _: None, seed=0)  # type: ignore[arg-type,return-value]
-        return [batch.pixels_BCHW.shape[1] for batch in reader.plain(range(len(index.records)))]  # type: ignore[union-attr]
+        reader = Images(index, DataOptions(resolution=64), tokenize=lambda _: None, seed=0)
+        return [batch.pixels_BCHW.shape[1] for batch in reader.plain(range(len(index.records)))]
 
     assert channels(index_of(images)) == [4, 4, 4]
     (images / "a.mask.png").unlink()
