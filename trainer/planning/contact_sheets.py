@@ -6,16 +6,16 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
+from PIL import Image
+
+from data.buckets import Bucket, buckets, nearest
+from data.errors import FileError
+from data.masked import read_view
+from data.record import BadFile, Record
 from trainer.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL import Image
-
-    from data.buckets import Bucket
-    from data.record import BadFile, Record
+from trainer.evaluation.image_grid import labelled_row, tiled
 
 PER_SHEET = 60
 """Images of one sheet."""
@@ -59,19 +59,14 @@ class ContactSheets:
             for resolution in self._resolutions:
                 for bucket, records in self._buckets(resolution).items():
                     several = f"{resolution}-" if len(self._resolutions) > 1 else ""
-                    pages = [
-                        records[start : start + PER_SHEET] for start in range(0, len(records), PER_SHEET)
-                    ]
-                    for page, shown in enumerate(pages, 1):
-                        number = f"-{page}" if len(pages) > 1 else ""
-                        path = folder / f"{several}{bucket[0]}x{bucket[1]}{number}.png"
-                        of = (
-                            f", {(page - 1) * PER_SHEET + 1} to {(page - 1) * PER_SHEET + len(shown)}"
-                            if len(pages) > 1
-                            else ""
-                        )
-                        images = f"{len(records)} image{'s' if len(records) > 1 else ''}"
-                        self._sheet(shown, bucket, f"{bucket[0]} x {bucket[1]}: {images}{of}").save(path)
+                    count = f"{len(records)} image{'s' if len(records) > 1 else ''}"
+                    for start in range(0, len(records), PER_SHEET):
+                        shown = records[start : start + PER_SHEET]
+                        paged = len(records) > PER_SHEET
+                        page = f"-{start // PER_SHEET + 1}" if paged else ""
+                        of = f", {start + 1} to {start + len(shown)}" if paged else ""
+                        path = folder / f"{several}{bucket[0]}x{bucket[1]}{page}.png"
+                        self._sheet(shown, bucket, f"{bucket[0]} x {bucket[1]}: {count}{of}").save(path)
                         yield path
         except OSError as error:
             raise UserError(
@@ -80,8 +75,6 @@ class ContactSheets:
             ) from error
 
     def _buckets(self, resolution: int) -> dict[Bucket, list[Record]]:
-        from data.buckets import buckets, nearest
-
         choices = buckets(resolution)
         found: dict[Bucket, list[Record]] = defaultdict(list)
         for record in self._records:
@@ -89,8 +82,6 @@ class ContactSheets:
         return {bucket: found[bucket] for bucket in choices if bucket in found}
 
     def _sheet(self, records: list[Record], bucket: Bucket, title: str) -> Image.Image:
-        from trainer.evaluation.image_grid import labelled_row, tiled
-
         scale = math.sqrt(_AREA / (bucket[0] * bucket[1]))
         scale = scale if scale < 1 else round(scale)  # small ones by a whole factor
         size = round(bucket[0] * scale), round(bucket[1] * scale)
@@ -111,12 +102,6 @@ class ContactSheets:
     def _picture(
         self, record: Record, bucket: Bucket, size: tuple[int, int], place: tuple[int, int]
     ) -> Image.Image | str:
-        from PIL import Image
-
-        from data.errors import FileError
-        from data.masked import read_view
-        from data.record import BadFile
-
         try:
             pixels = read_view(record, bucket, masked=bool(record.mask))
         except FileError as error:
@@ -136,8 +121,6 @@ class ContactSheets:
 
 def _tinted(pixels: np.ndarray) -> Image.Image:
     """Return the pixels of `read_view` as an image, tinted where the mask is black."""
-    from PIL import Image
-
     image = Image.fromarray(pixels[:, :, :3])
     if pixels.shape[2] == 3:
         return image

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from data.atomic import WINDOWS
 from trainer.checkpoints.base import read_base
 from trainer.checkpoints.format import RESUME, RUN, TrainState, is_checkpoint, read_resume
@@ -16,8 +18,10 @@ from trainer.checkpoints.listing import find_last, newest_of, require_resumable
 from trainer.checkpoints.run_folder import run_of
 from trainer.config import FORMAT, clip_skip_of_format_1, flattened
 from trainer.errors import UserError, said
+from trainer.models.tensor_file import read_metadata
 from trainer.networks import by_network
 from trainer.output import shown_path
+from trainer.state_file import read_state
 
 if TYPE_CHECKING:
     from data.index import Index
@@ -129,10 +133,6 @@ def restore_state(parts: Mapping[str, Stateful], checkpoint: Path) -> None:
     Raises:
         UserError: the state is missing, or belongs to other parts.
     """
-    from safetensors import SafetensorError
-
-    from trainer.state_file import read_state
-
     path = checkpoint / RESUME / "training.json"
     problem = ""
     try:
@@ -174,8 +174,6 @@ def _migrate(about: dict[str, Any]) -> list[str]:
 
 def _of_run(file: Path, logdir: Path) -> list[str]:
     """Return a note if `file` is a run's single file, which cannot be resumed."""
-    from trainer.models.tensor_file import read_metadata
-
     run = read_metadata(file).get(RUN) if file.is_file() and file.suffix.lower() == ".safetensors" else None
     if run is None:
         return []
