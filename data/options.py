@@ -50,8 +50,8 @@ class DataOptions:
     """Probability of dropping each tag after the main prompt and keep_tags, anew for each showing."""
 
     wildcards: bool = False
-    """Of `{a|b}` in a caption show one alternative, drawn anew for each showing, and of a sample prompt one for
-    the whole run. `{{` and `}}` are braces then. Measurements of the loss take the first alternative."""
+    """Of `{a|b}` in a caption show one alternative, drawn anew for each showing, and of a sample prompt one
+    for the whole run. `{{` and `}}` are braces then. Measurements of the loss take the first alternative."""
 
     caption_prefix: str = ""
     """Text in front of every caption, with a space between; the empty caption of cond_dropout stays empty."""
