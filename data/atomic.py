@@ -32,12 +32,8 @@ def appearing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     A folder cannot be renamed onto another: if `path` is one, it is renamed first and deleted last. A
     process killed in between leaves it under its hidden name, from which `restore` brings it back.
 
-    Args:
-        path: a file or folder; missing parents are made.
-        shared: several processes may write this file at once; one of them wins.
-
-    Raises:
-        OSError: the disk is full, the folder cannot be written to, ...; `path` is as it was.
+    `path` is as it was if the block or the replacement fails. If `shared`, several processes may write the
+    file at once; one of them wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.parent / f"{DRAFT}{f'{os.getpid()}-' if shared else ''}{path.name}"
@@ -94,9 +90,7 @@ def clear_drafts(folder: Path) -> None:
 def drop(path: Path, folder: Path | None = None) -> None:
     """Delete a file or folder, renamed to a hidden name in `folder` or in place first.
 
-    Raises:
-        OSError: it cannot be renamed, and is still whole; or not all of it can be deleted, and the rest is
-        hidden.
+    If it cannot be renamed, it stays whole; if not all of it can be deleted, the rest stays hidden.
     """
     aside = (folder or path.parent) / f"{DROPPED}{path.name}"
     remove(aside)
@@ -123,11 +117,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def writing_speed(folder: Path, size: int = 1 << 26) -> float:
-    """Return bytes per second of writing and flushing a file where `folder` is or would be.
-
-    Raises:
-        OSError: nothing can be written there.
-    """
+    """Return bytes per second of writing and flushing a file where `folder` is or would be."""
     path = nearest_folder(folder) / f"{DRAFT}speed-{os.getpid()}"
     block = os.urandom(1 << 20)  # nothing that a file system could compress
     try:

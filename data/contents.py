@@ -23,21 +23,13 @@ _CLOCK_GRAIN = 2_000_000_000
 
 
 def content_hash(path: Path) -> str:
-    """Hash a file's content.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Hash a file's content."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def record_hash(record: Record, *, masked: bool) -> str:
-    """Hash an image's file, and with `masked` its mask too.
-
-    Raises:
-        OSError: one cannot be read.
-    """
+    """Hash an image's file, and with `masked` its mask too."""
     return "-".join(map(content_hash, _files(record, masked)))
 
 

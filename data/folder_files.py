@@ -17,11 +17,7 @@ _LONGEST = 1 << 10
 
 
 def read_local(folder: Folder) -> tuple[Entry, ...]:
-    """Read the files about the images of this very folder, in the order of precedence.
-
-    Raises:
-        FileError: a file cannot be used; the reason begins with its name.
-    """
+    """Read the files about the images of this very folder, in the order of precedence."""
     written = _read_yaml(folder, "local")
     settings: dict[str, Any] = {}
     remarks: list[Remark] = []
@@ -38,11 +34,7 @@ def read_local(folder: Folder) -> tuple[Entry, ...]:
 
 
 def read_global(folder: Folder) -> tuple[Entry, ...]:
-    """Read the files about the images in and below a folder, in the order of precedence.
-
-    Raises:
-        FileError: a file cannot be used; the reason begins with its name.
-    """
+    """Read the files about the images in and below a folder, in the order of precedence."""
     return _read_yaml(folder, "global")
 
 

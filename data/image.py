@@ -65,11 +65,7 @@ CropPosition = tuple[float, float]
 
 
 def displayed_size(path: Path) -> tuple[int, int]:
-    """Read (width, height) as displayed, EXIF orientation applied, from the header.
-
-    Raises:
-        FileError: the file is not a usable image.
-    """
+    """Read (width, height) as displayed, EXIF orientation applied, from the header."""
     with _opened(path) as image:
         width, height = image.size
         return (height, width) if _orientation(image, path) >= 5 else (width, height)
@@ -81,21 +77,13 @@ def is_image(name: str) -> bool:
 
 
 def has_alpha(path: Path) -> bool:
-    """Read from the header if an image may have transparent parts.
-
-    Raises:
-        FileError: the file is not a usable image.
-    """
+    """Read from the header if an image may have transparent parts."""
     with _opened(path) as image:
         return image.has_transparency_data
 
 
 def check_mask(path: Path, size: tuple[int, int]) -> None:
-    """Compare a mask's shape with the displayed size of its image.
-
-    Raises:
-        FileError: they differ, or the file is not a usable image.
-    """
+    """Refuse a mask of another shape than the displayed size of its image."""
     width, height = displayed_size(path)
     scale = max(width / size[0], height / size[1])
     if max(size[0] * scale - width, size[1] * scale - height) > _SHAPE_SLACK:
@@ -177,11 +165,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def _formats(file: BinaryIO) -> tuple[str, ...]:
-    """Return the formats to try. HEIC is recognised under any name, since telephones send it as .jpg too.
-
-    Raises:
-        FileError: it is HEIC, and the package that decodes it is not installed.
-    """
+    """Return the formats to try. HEIC is recognised under any name, since telephones send it as .jpg too."""
     header = file.read(12)
     file.seek(0)
     if header[4:8] != b"ftyp" or header[8:] not in _HEIF_BRANDS:

@@ -81,11 +81,7 @@ def build_index(options: DataOptions) -> Index:
 
 
 def refuse_bad(index: Index) -> None:
-    """Refuse data with unusable files, for on_bad_image "error".
-
-    Raises:
-        DataError: there are some; all are named.
-    """
+    """Refuse data with unusable files, for on_bad_image "error", and name all."""
     if index.bad:
         files = f"{len(index.bad)} files" if len(index.bad) > 1 else "a file"
         fix = 'on_bad_image is "error"; mend or remove them, or set it to "skip"'

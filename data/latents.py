@@ -101,11 +101,7 @@ class MemoryLatents:
         """Do nothing: there is no file."""
 
     def read(self, view: View) -> Tensor:
-        """Return the moments (2C, h, w) of a view.
-
-        Raises:
-            FileError: they could not be computed.
-        """
+        """Return the moments (2C, h, w) of a view; FileError if they could not be computed."""
         if view not in self._moments:
             raise FileError(self.bad.get(view.record, _ABSENT))
         return self._moments[view]
@@ -152,11 +148,7 @@ class DiskLatents:
         return list(first.values())
 
     def add(self, view: View, moments: Tensor) -> None:
-        """Store the moments (2C, h, w) of a view, written by the next `flush` at the latest.
-
-        Raises:
-            OSError: the disk is full, or the folder cannot be written to.
-        """
+        """Store the moments (2C, h, w) of a view, written by the next `flush` at the latest."""
         key = self._key(view)
         assert key is not None, "only hashed images are encoded"
         self._pending[key] = moments.contiguous()
@@ -165,11 +157,7 @@ class DiskLatents:
             self.flush()
 
     def flush(self) -> None:
-        """Write pending moments.
-
-        Raises:
-            OSError: the disk is full, or the folder cannot be written to.
-        """
+        """Write pending moments."""
         if self._pending:
             content = save(self._pending)
             name = hashlib.blake2b(content, digest_size=16).hexdigest() + ".safetensors"
@@ -180,11 +168,7 @@ class DiskLatents:
         self._pending, self._pending_bytes, self._last_flush = {}, 0, time.monotonic()
 
     def read(self, view: View) -> Tensor:
-        """Return the moments (2C, h, w) of a view.
-
-        Raises:
-            FileError: they could not be computed, or their file has vanished.
-        """
+        """Return the moments (2C, h, w) of a view; FileError if there are none or their file has vanished."""
         key = self._key(view)
         shard = self._shard_of.get(key) if key else None
         if shard is None:

@@ -12,11 +12,7 @@ from data.record import Record
 def read_view(
     record: Record, size: tuple[int, int], *, masked: bool, flip: bool = False, crop: CropPosition = CENTRE
 ) -> np.ndarray:
-    """Read an image as uint8 (height, width, 3), or masked (height, width, 4): 255 where it has no mask.
-
-    Raises:
-        FileError: the image or its mask cannot be used.
-    """
+    """Read an image as uint8 (height, width, 3), or masked (height, width, 4): 255 where it has no mask."""
     pixels = read_pixels(record.path, size, flip=flip, crop=crop)
     if not masked:
         return pixels

@@ -25,32 +25,20 @@ _KINDS = (
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a file for reading in binary. A pipe would wait for its writer, and a device may have no end.
-
-    Raises:
-        OSError: it cannot be opened, or is no regular file.
-    """
+    """Open a regular file for reading in binary. A pipe would wait for its writer, a device may not end."""
     if kind := irregular(path):
         raise OSError(errno.EINVAL, f"it is a {kind}, not a regular file", str(path))
     return path.open("rb")
 
 
 def irregular(path: Path) -> str | None:
-    """Return "pipe", "socket" or "device", or None for a regular file or a folder.
-
-    Raises:
-        OSError: there is no such path.
-    """
+    """Return "pipe", "socket" or "device", or None for a regular file or a folder."""
     mode = path.stat().st_mode
     return next((kind for is_kind, kind in _KINDS if is_kind(mode)), None)
 
 
 def read_regular(path: Path, largest: int = LARGEST_CONFIG) -> bytes:
-    """Return the content of a regular file of at most `largest` bytes.
-
-    Raises:
-        OSError: it cannot be read, is no regular file or is larger.
-    """
+    """Return the content of a regular file of at most `largest` bytes."""
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > largest:
             reason = f"it is larger than {largest >> 20} MiB, which is too much for what it is"
@@ -59,12 +47,7 @@ def read_regular(path: Path, largest: int = LARGEST_CONFIG) -> bytes:
 
 
 def load_json(path: Path, largest: int = LARGEST_CONFIG) -> Any:
-    """Parse a JSON file.
-
-    Raises:
-        OSError: as `read_regular`.
-        ValueError: it is not JSON, or nested too deep.
-    """
+    """Parse a JSON file; ValueError if it is not JSON, or nested too deep."""
     try:
         return json.loads(read_regular(path, largest))
     except RecursionError as error:

@@ -59,9 +59,6 @@ def remembered_index(options: DataOptions, folder: Path) -> Index:
     """Return `build_index`'s result, saved in `folder` by an earlier call if nothing has changed since.
 
     Lists of images are always scanned. A damaged file is as good as none, and failing to write is no error.
-
-    Raises:
-        DataError: as `build_index`.
     """
     named = [options.data_root] if isinstance(options.data_root, str) else options.data_root
     roots = [Path(root) for root in named]

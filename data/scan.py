@@ -114,11 +114,7 @@ class Scan:
                     self._remark([Remark(row.place, "its image is not there") for row in rows], start + below)
 
     def table(self, path: Path, start: str) -> None:
-        """Add the images of a list, their names prefixed with `start`.
-
-        Raises:
-            DataError: it cannot be read.
-        """
+        """Add the images of a list, their names prefixed with `start`."""
         folders: dict[Path, Folder] = {}
         try:
             for row in read_table(path):
@@ -247,11 +243,7 @@ class Scan:
         )
 
     def _mask(self, folder: Folder, file: str, size: tuple[int, int]) -> str:
-        """Return the path of an image's mask in its folder, the image's own for its transparency, or nothing.
-
-        Raises:
-            FileError: the mask cannot be used.
-        """
+        """Return the path of an image's mask in its folder, the image's own for its transparency, or ""."""
         if mask := folder.masks.get(stem_of(file)):
             try:
                 check_mask(folder.path / mask, size)

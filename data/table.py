@@ -99,11 +99,7 @@ def read_metadata(path: Path) -> Metadata:
 
 
 def read_table(path: Path) -> Iterator[Row | BadRow]:
-    """Yield the rows of a list.
-
-    Raises:
-        FileError: the list itself cannot be read.
-    """
+    """Yield the rows of a list; FileError if the list itself cannot be read."""
     readers = {".jsonl": _json_lines, ".csv": _csv_rows}
     if (kind := path.suffix.lower()) == ".parquet":
         found = _parquet_rows(path)

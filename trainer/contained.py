@@ -8,11 +8,9 @@ from trainer.errors import UserError
 
 
 def inside(folder: Path, name: str | Path) -> Path:
-    """Return the path of `name` in `folder`.
+    """Return the path of `name` in `folder`; a name or link that leads outside is refused.
 
-    Raises:
-        UserError: the name or a link leads outside the folder. Links of the hub cache into its own blobs are
-        accepted.
+    Links of the hub cache into its own blobs are accepted.
     """
     path, root = folder / name, folder.resolve()
     try:
@@ -30,11 +28,7 @@ def inside(folder: Path, name: str | Path) -> Path:
 
 
 def files_inside(folder: Path) -> list[Path]:
-    """Return the regular files in a folder and its subfolders; links to folders are not followed.
-
-    Raises:
-        UserError: a link leads outside the folder.
-    """
+    """Return the regular files in a folder and its subfolders; links to folders are not followed."""
     return sorted(path for path in folder.rglob("*") if inside(folder, path.relative_to(folder)).is_file())
 
 

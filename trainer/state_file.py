@@ -59,11 +59,7 @@ def read_state(path: Path) -> Any:
 
 
 def read_entry(path: Path, *place: str | int) -> Any:
-    """Return one entry of what `write_state` wrote, by the keys that lead to it; the rest is not read.
-
-    Raises:
-        LookupError: there is no such entry.
-    """
+    """Return one entry of what `write_state` wrote, by the keys that lead to it; the rest is not read."""
     tree = load_json(path.with_suffix(".json"), LARGEST_STATE)
     for key in place:
         tree = dict(tree[_ITEMS])[key] if isinstance(tree, dict) and _ITEMS in tree else tree[key]
@@ -102,13 +98,8 @@ def write_safetensors(
 ) -> None:
     """Write tensors as a .safetensors file in the order of `dtypes`, converting and holding one at a time.
 
-    Args:
-        path: the file.
-        tensors: on any device, of any memory layout; on the meta device where `read` gives the numbers.
-        metadata: text fields for the header.
-        dtypes: of each tensor in the file.
-        align: bytes of which the header takes a multiple.
-        read: returns a tensor by its name when it is written, and only then.
+    Tensors may be on the meta device if `read` returns the values, called once for each name. The header has
+    a multiple of `align` bytes.
     """
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0

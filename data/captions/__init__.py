@@ -19,26 +19,18 @@ CaptionSource = YamlFile | TextFile | JsonFile
 def sidecar_chain(*, lines: bool = False) -> tuple[CaptionSource, ...]:
     """Return the kinds of files beside an image in the order of precedence.
 
-    JSON comes last, since it is often the remains of a downloader.
-
-    Args:
-        lines: take each line of a text file as a caption of its own.
+    JSON comes last, since it is often the remains of a downloader. With `lines`, each line of a text file is
+    a caption of its own.
     """
     texts = TextFile(".caption", lines), TextFile(".txt", lines)
     return YamlFile(".yaml"), YamlFile(".yml"), *texts, JsonFile()
 
 
 def read_sidecars(stem: str, folder: Folder, chain: Sequence[CaptionSource]) -> tuple[Entry, ...]:
-    """Read the files beside an image, in the order of precedence.
+    """Read the files beside the image of a stem, in the order of precedence.
 
     A text file after a caption is not read. Nor are a JSON file's caption and tags used: they are a
     downloader's, not meant to be added to a caption in another file.
-
-    Args:
-        stem: the image's file name without its extension.
-
-    Raises:
-        FileError: one of them cannot be used.
     """
     entries: list[Entry] = []
     chosen = ""
@@ -59,15 +51,10 @@ def read_sidecars(stem: str, folder: Folder, chain: Sequence[CaptionSource]) -> 
 
 
 def choose_caption(own: Sequence[Entry], around: Sequence[Entry], stem: str, *, prefix: str = "") -> Caption:
-    """Return the caption of an image.
+    """Return the caption of an image from entries about itself and `around` it, in the order of precedence.
 
     It is the first entry's that is not empty, plus the tags of all entries, heavier ones first. Without one,
     the order is: an empty caption, the image's own tags alone, the file name.
-
-    Args:
-        own: entries about this image, in the order of precedence.
-        around: entries about its folder, likewise.
-        stem: the image's file name without its extension.
     """
     entries = (*own, *around)
     chosen = next((entry for entry in entries if entry.has_words), None) or next(

@@ -19,11 +19,7 @@ class JsonFile:
     suffix: str = ".json"
 
     def read(self, stem: str, folder: Folder) -> Entry | None:
-        """Read the file, if there is one.
-
-        Raises:
-            FileError: it cannot be used.
-        """
+        """Read the file, if there is one."""
         name = folder.beside(stem, self.suffix)
         if name is None:
             return None
@@ -34,15 +30,7 @@ class JsonFile:
 
 
 def read_json(text: str, file: str, line: int = 1) -> Any:
-    """Parse JSON.
-
-    Args:
-        file: its name in messages.
-        line: the line of the file where the text begins, from 1.
-
-    Raises:
-        FileError: it is not JSON; the reason names file and line.
-    """
+    """Parse JSON that starts at a line of a file; FileError names file and line."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

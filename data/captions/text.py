@@ -33,11 +33,7 @@ class TextFile:
     """Unless `lines` is set, take the first line alone, as kohya's scripts do."""
 
     def read(self, stem: str, folder: Folder) -> Entry | None:
-        """Read the caption, if there is one.
-
-        Raises:
-            FileError: the file cannot be read.
-        """
+        """Read the caption, if there is one."""
         name = folder.beside(stem, self.suffix)
         if name is None:
             return None
@@ -65,11 +61,7 @@ class TextFile:
 
 
 def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
-    """Decode a text file by its byte-order mark, else as UTF-8, else as Windows-1252, which extends Latin-1.
-
-    Raises:
-        FileError: the file cannot be read, or is larger than `largest` bytes.
-    """
+    """Decode a text file by its byte-order mark, else as UTF-8, else as Windows-1252, beyond Latin-1."""
     try:
         with open_regular(path) as file:
             content = file.read(largest + 1)

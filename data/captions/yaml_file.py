@@ -36,11 +36,7 @@ class YamlFile:
     suffix: str
 
     def read(self, stem: str, folder: Folder) -> Entry | None:
-        """Read the file, if there is one.
-
-        Raises:
-            FileError: it cannot be used.
-        """
+        """Read the file, if there is one."""
         name = folder.beside(stem, self.suffix)
         return None if name is None else read_yaml(folder.path / name, self.suffix)
 

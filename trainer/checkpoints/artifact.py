@@ -42,11 +42,7 @@ class Artifact(Protocol):
     """Start of the model card's first sentence, before the base's name."""
 
     def take(self, parts: TrainedParts, adapter: Path | None) -> None:
-        """Take the trained parameters, and the checkpoint folder of the LoRA that the run starts from.
-
-        Raises:
-            UserError: that LoRA does not fit.
-        """
+        """Take the trained parameters, and the checkpoint of a fitting LoRA that the run starts from."""
         ...
 
     def begin(self, seed: int) -> None:
@@ -83,14 +79,8 @@ def artifact_of(
 ) -> Artifact:
     """Return the artifact of a run. Call it before LoRA adapters are attached.
 
-    Args:
-        options: with those of the LoRA, if one is trained.
-        models: the networks.
-        model: the name that they were loaded by; None on the meta device.
-        adapter: the checkpoint folder of the LoRA that the run starts from.
-
-    Raises:
-        UserError: the weights are not those that this LoRA was trained on.
+    `model` is the name that the networks were loaded by, None on the meta device. The run starts from the
+    LoRA in the checkpoint folder `adapter`, which must have been trained on these weights.
     """
     if options.lora is None:
         return WholeModel(models)

@@ -59,15 +59,9 @@ class Base:
 
 
 def base_of(models: Models, model: str, adapter: Path | None) -> Base:
-    """Return the base of a LoRA, before adapters are attached to it.
+    """Return the base of a LoRA from the name that it was loaded by, before adapters are attached to it.
 
-    Args:
-        models: the networks.
-        model: the name that they were loaded by.
-        adapter: the checkpoint of the LoRA that was trained on it, None for a new one.
-
-    Raises:
-        UserError: its weights are not those that this LoRA was trained on.
+    An `adapter`, the checkpoint of an earlier LoRA, must have been trained on these weights.
     """
     path = Path(model).expanduser()
     base = Base(str(path.resolve()) if path.exists() else model, _fingerprint(models), models.revision)
@@ -83,12 +77,7 @@ def base_of(models: Models, model: str, adapter: Path | None) -> Base:
 def read_base(folder: Path, otherwise: str | None = None) -> Base | None:
     """Return the base of a checkpoint's LoRA by a name that loads it; None for a whole model.
 
-    Args:
-        folder: the checkpoint.
-        otherwise: the model to name if the recorded one is not found.
-
-    Raises:
-        UserError: the record cannot be read, or leads to no model.
+    If the recorded model is not found, it is `otherwise`.
     """
     record = _published(folder)
     if record is None or _HUB_ID.fullmatch(record.model):
@@ -134,12 +123,7 @@ def _kept(folder: Path, fingerprint: str) -> Iterator[Base]:
 
 
 def _read(folder: Path) -> Base:
-    """Return a record.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError, TypeError: it has other fields, or names no model.
-    """
+    """Return a record; ValueError or TypeError if it has other fields, or names no model."""
     base = as_kind(Base, load_json(inside(folder, BASE_FILE)))
     named = _HUB_ID.fullmatch(base.model) or _NAME.fullmatch(base.model)
     if not base.local and (not named or base.model in (".", "..")):

@@ -33,11 +33,8 @@ def save_diffusers(
     Older diffusers and transformers read it too: the text encoder's names start with `text_model.`, which
     newer versions accept, and the tokenizer has both of its forms. Needs memory for one tensor.
 
-    Args:
-        models: on any device.
-        folder: made if absent; files of the same names are replaced.
-        dtype: of the weights in the files; None keeps each network's own.
-        link: hard-link the base's further parts instead of copying them, where the file system can.
+    Missing folders are made. `dtype` None keeps each network's own; `link` makes hard links to the base's
+    further parts, where the file system can.
     """
     import diffusers
 
@@ -81,16 +78,7 @@ def save_diffusers(
 
 
 def copy_beside(models: Models, folder: Path, *, link: bool = False) -> dict[str, tuple[str, str]]:
-    """Copy the base's further parts into a folder, and return library and class of each.
-
-    Args:
-        models: their names and their folder.
-        folder: gets a subfolder for each.
-        link: hard-link instead of copying, where the file system can.
-
-    Raises:
-        OSError: a file cannot be read or written.
-    """
+    """Copy the base's further parts into a folder, or link them; return library and class of each."""
     placed = {}
     for name, source in places_beside(models).items():
         placed[name] = models.beside[name]
@@ -132,11 +120,7 @@ def save_single_file(
     SD 2.x text encoder gets OpenCLIP's names, without the last layer and projection that SD 2.x does not use.
     Needs memory for one tensor.
 
-    Args:
-        models: on any device.
-        path: the file to write.
-        dtype: of the weights in the file.
-        metadata: header fields that win over those made here, such as `modelspec.title`.
+    `metadata` wins over header fields made here, such as `modelspec.title`.
     """
     configs = _configs(models)
     size = configs["unet"]["sample_size"]

@@ -101,9 +101,7 @@ def rotate(run: Path, options: SaveOptions, single_folder: Path) -> None:
     Resume state goes beyond `keep_resume_n`, with it the folders that are kept for resuming only; models go
     beyond `keep_last_n`. What `keep_best` made is counted by itself: its newest stays.
 
-    Raises:
-        OSError: something cannot be deleted, for instance because another program has it open; what is left
-        is whole.
+    What cannot be deleted, for instance because another program has it open, stays whole.
     """
     hidden, resumable = run / "ckpts", 0
     places = {False: -1, True: -1}

@@ -35,11 +35,7 @@ _HELD: set[Path] = set()
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock the folder against other processes during the block, if its file system has locks.
-
-    Raises:
-        UserError: another process has locked it, or nothing can be written there.
-    """
+    """Lock the folder against other processes during the block, if its file system has locks."""
     file = _acquire_patiently(folder.resolve())
     try:
         yield
@@ -79,9 +75,7 @@ def _acquire_patiently(folder: Path) -> IO[bytes] | None:
 def _acquire(folder: Path) -> IO[bytes] | None:
     """Lock a folder and return the open file, None if this process has locked it before.
 
-    Raises:
-        BlockingIOError: another process has locked it; `strerror` names that process.
-        OSError: the file that is locked cannot be written.
+    `strerror` of a BlockingIOError names the process that has locked it.
     """
     if folder in _HELD:
         return None

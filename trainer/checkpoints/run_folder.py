@@ -19,11 +19,7 @@ _TIMED = re.compile(r"-\d{8}-\d{6}$")
 
 
 def mark(run: Path) -> None:
-    """Write the marker into a run's folder.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Write the marker into a run's folder."""
     try:
         (run / MARKER).write_text(json.dumps(_MARK) + "\n", encoding="utf-8")
     except OSError as error:
@@ -36,8 +32,7 @@ def mark(run: Path) -> None:
 def run_of(checkpoint: Path) -> Path | None:
     """Return the run folder that a checkpoint lies in; None if it was copied out of its run.
 
-    Raises:
-        UserError: a link in the run's folder leads outside it, where resuming would write.
+    Links that lead out of the run's folder, where resuming would write, are refused.
     """
     place = checkpoint.resolve()
     run = place.parent.parent

@@ -255,11 +255,7 @@ class Saver:
 
 
 def require_room(folder: Path, size: int) -> None:
-    """Refuse to write `size` bytes where they do not fit.
-
-    Raises:
-        OSError: the disk of `folder` has too little free space.
-    """
+    """Refuse to write `size` bytes to a disk without the free space."""
     free = free_bytes(folder)
     if free < size + _SLACK:
         raise OSError(

@@ -50,12 +50,7 @@ def apply_optimizer_rules(settings: Settings, optimizers: OptimizerConfig, file:
 def check_rates(config: TrainConfig, trained_parameters: Mapping[str, int]) -> None:
     """Refuse rates that are known to ruin a full-size model, unless `allow_high_lr` is set.
 
-    Args:
-        trained_parameters: the number of trained parameters of each network, "unet" and "text encoder".
-
-    Raises:
-        UserError: more than 500 million parameters are trained and an optimizer that does not find its own
-            rate has an lr above 1e-5.
+    These are rates above 1e-5, not found by the optimizer itself, for over 500 million trained parameters.
     """
     total = sum(trained_parameters.values())
     if config.rates.allow_high_lr or total <= FULL_SIZE:
@@ -73,12 +68,7 @@ def check_rates(config: TrainConfig, trained_parameters: Mapping[str, int]) -> N
 
 
 def check_fused_backward(config: TrainConfig, precision: Precision | None = None, processes: int = 1) -> None:
-    """Refuse fused backward with the scaler of fp16, or with several ranks.
-
-    Raises:
-        UserError: an optimizer has fused_backward, and mixed_precision auto has become fp16, or there are
-            several processes.
-    """
+    """Refuse fused backward with the scaler of fp16, or with several ranks."""
     if not any(map(_is_fused, (config.optimizers.unet, config.optimizers.text_encoder))):
         return
     if processes > 1:
@@ -96,13 +86,9 @@ def check_fused_backward(config: TrainConfig, precision: Precision | None = None
 
 
 def check_schedules(config: TrainConfig, total_steps: int) -> list[str]:
-    """Return notes about learning-rate schedules that suit the run badly.
+    """Return notes about learning-rate schedules that suit a run of `total_steps` badly.
 
-    Args:
-        total_steps: the optimizer steps of the whole run.
-
-    Raises:
-        UserError: lr is 0 for part of a run with D-Adaptation, whose sums go stale meanwhile.
+    An lr of 0 for part of a run with D-Adaptation is refused, since its sums go stale meanwhile.
     """
     notes: list[str] = []
     problems: list[str] = []

@@ -61,10 +61,9 @@ class FixedLoss:
         device: torch.device,
         check: Callable[[], None] = lambda: None,
     ) -> Measured:
-        """Return the mean loss over images and timesteps; the first call also encodes the images.
+        """Return the mean loss over images and timesteps; `check` before each batch may raise to abort.
 
-        Args:
-            check: called before each batch; raises to abort.
+        The first call also encodes the images.
         """
         sums, images = [], 0
         with torch.no_grad():
@@ -105,13 +104,9 @@ class Validation:
 def held_out_batches(
     images: Images, records: int, size: int, encode: Callable[[Batch], Batch]
 ) -> list[Batch]:
-    """Read validation images as batches of one bucket each.
+    """Read validation images as batches of up to `size` of one bucket.
 
-    Args:
-        images: their reader, whose `bad` names unreadable files.
-        records: the number of images.
-        size: images per batch.
-        encode: replaces an image's pixels by moments, which take a 24th of the memory.
+    `encode` replaces an image's pixels by moments, which take a 24th of the memory.
     """
     by_size: dict[torch.Size, list[Batch]] = {}
     for identity in range(records):

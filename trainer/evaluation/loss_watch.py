@@ -67,13 +67,7 @@ class LossWatch:
     def update(
         self, *, step: int, fixed: float | None, validation: float | None, rates: Mapping[str, float]
     ) -> list[str]:
-        """Add an evaluation, and return new warnings.
-
-        Args:
-            fixed: the fixed-noise loss of training images, if measured.
-            validation: the validation loss, if measured.
-            rates: the effective learning rate by network.
-        """
+        """Add an evaluation's losses, if measured, and effective learning rates; return new warnings."""
         if self._batches:
             self._means = [*self._means, sum(self._batches) / len(self._batches)][-PATIENCE:]
             self._batches = []

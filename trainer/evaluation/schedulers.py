@@ -50,11 +50,7 @@ def build_pipeline(models: Models, scheduler: Scheduler) -> StableDiffusionPipel
 
 
 def check_scheduler(prompts: SamplePrompts, scheduler_config: Mapping[str, Any]) -> None:
-    """Refuse a sampler that does not support the model's noise schedule.
-
-    Raises:
-        UserError: the sampler does not support zero-terminal SNR, or diffusers refuses the settings.
-    """
+    """Refuse a sampler that does not support the model's noise schedule or zero-terminal SNR."""
     name = prompts.scheduler
     if scheduler_config.get("rescale_betas_zero_snr") and name not in (rescaling := _rescaling()):
         raise UserError(

@@ -45,11 +45,7 @@ _SDXL_WIDTHS = (1280, 2048)
 
 
 def read_file(path: Path, key: str, *, weights: bool) -> Models:
-    """Load a whole model from one file; without `weights`, on the meta device.
-
-    Raises:
-        UserError: the file is damaged or holds something else.
-    """
+    """Load a whole model from one file; without `weights`, on the meta device."""
     file = TensorFile(path)
     problem = what_else(file)
     if problem:

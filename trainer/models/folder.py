@@ -112,11 +112,7 @@ def read_vae_folder(folder: Path, key: str, *, weights: bool) -> AutoencoderKL:
 
 
 def parts_beside(index: Mapping[str, Any], folder: Path, key: str) -> dict[str, tuple[str, str]]:
-    """Return library and class of a pipeline's further parts that exist; a hub download lacks them.
-
-    Raises:
-        UserError: the index or a link in a part names a path outside the folder.
-    """
+    """Return library and class of a pipeline's further parts that exist; a hub download lacks them."""
     if strange := [name for name in index if not re.fullmatch(r"[A-Za-z0-9_]+", name)]:
         raise UserError(
             f"{key}: {folder / INDEX} has the key {strange[0]!r}; keys have letters, digits and underscores "

@@ -64,11 +64,7 @@ def fetch_model(name: str, key: str, *, weights: bool, revision: str | None = No
 
 
 def fetch_vae(name: str, key: str, revision: str | None = None) -> Path:
-    """Return the folder of a VAE, downloaded unless it is cached; of a whole model, only its VAE.
-
-    Raises:
-        UserError: the hub cannot be reached, does not know the id, or the id holds no VAE.
-    """
+    """Return the folder of a VAE, downloaded unless it is cached; of a whole model, only its VAE."""
     cached = cached_vae(name, revision)
     if cached is not None:
         return cached

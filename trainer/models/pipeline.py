@@ -17,38 +17,32 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Models:
-    """The parts of a Stable Diffusion pipeline.
-
-    Attributes:
-        unet: predicts noise (or velocity) from latents (B, 4, H/8, W/8), timesteps (B,) and context (B, T,
-        D).
-        text_encoder: token ids (B, T) to hidden states (B, T, D).
-        vae: pixels (B, 3, H, W) in -1..1 to latents and back.
-        tokenizer: text to token ids, `model_max_length` of them.
-        scheduler_config: the base's scheduler settings as plain data: betas, prediction type, `_class_name`.
-        source: origin of the weights, in messages.
-        notes: sentences about assumptions.
-        assumed: no configuration was at hand, so everything is Stable Diffusion 1.5's.
-        beside: library and class of the further parts of the base's pipeline, such as a safety checker, as
-        its `model_index.json` has them.
-        revision: the commit of a model from the hub.
-        vae_revision: the commit of a VAE from the hub that takes the place of the model's own.
-        beside_from: the folder that holds a folder of each. They are never loaded, and go into exported
-        folders as they are.
-    """
+    """The parts of a Stable Diffusion pipeline."""
 
     unet: UNet2DConditionModel
+    """Predicts noise (or velocity) from latents (B, 4, H/8, W/8), timesteps (B,) and context (B, T, D)."""
     text_encoder: CLIPTextModel
+    """Token ids (B, T) to hidden states (B, T, D)."""
     vae: AutoencoderKL
+    """Pixels (B, 3, H, W) in -1..1 to latents and back."""
     tokenizer: CLIPTokenizer
     scheduler_config: dict[str, Any]
+    """The base's scheduler settings as plain data: betas, prediction type, `_class_name`."""
     source: str
+    """Origin of the weights, in messages."""
     notes: tuple[str, ...] = ()
+    """Sentences about assumptions."""
     assumed: bool = False
+    """No configuration was at hand, so everything is Stable Diffusion 1.5's."""
     beside: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Library and class, as in `model_index.json`, of further parts such as a safety checker: never loaded,
+    but exported."""
     beside_from: Path | None = None
+    """The folder of these parts."""
     revision: str | None = None
+    """The commit of a model from the hub."""
     vae_revision: str | None = None
+    """The commit of a VAE from the hub that replaces the model's own."""
 
     @property
     def family(self) -> Family:
@@ -58,27 +52,20 @@ class Models:
 
 @dataclass(frozen=True)
 class Part:
-    """The trained share of one network.
-
-    Attributes:
-        trained: parameters with requires_grad.
-        total: all parameters.
-        what: in words: "everything", "nothing", "layers 4-12 of 12, final layer norm".
-    """
+    """The trained share of one network."""
 
     trained: int
     total: int
+    """All parameters."""
     what: str
+    """In words: "everything", "nothing", "layers 4-12 of 12, final layer norm"."""
 
 
 @dataclass(frozen=True)
 class TrainedParts:
-    """Trained parameters, by network: "unet" and "text encoder".
-
-    Attributes:
-        parameters: names and trained parameters in the network's order; a network without any is absent.
-        counts: both networks, trained or not.
-    """
+    """Trained parameters, by network: "unet" and "text encoder"."""
 
     parameters: dict[str, list[tuple[str, nn.Parameter]]]
+    """Names and parameters in the network's order; a network without any is absent."""
     counts: dict[str, Part]
+    """Both networks, trained or not."""

@@ -144,14 +144,9 @@ def layout(
     prefix: str | None = None,
     reader: TextReader | None = None,
 ) -> dict[str, Place]:
-    """Return where each of a network's tensors stands in the original layout.
+    """Return where each of a network's tensors stands in the original layout, by diffusers names.
 
-    Args:
-        network: "unet", "vae" or "text_encoder".
-        config: the network's configuration.
-        weights: the network's tensors by their diffusers names.
-        prefix: prefix of UNet or VAE, if not the original layout's.
-        reader: names of the text encoder's tensors, if not its family's.
+    `prefix` of UNet or VAE, and the names of the text encoder's `reader`, replace the original layout's.
 
     Raises:
         ValueError: the network has a part that the original layout has no name for.

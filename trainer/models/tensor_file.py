@@ -38,11 +38,7 @@ class TensorFile(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path) -> None:
-        """Open a file and read its list of tensors.
-
-        Raises:
-            UserError: it cannot be read, is cut short, not such a file, or not safe to read.
-        """
+        """Open a file and read its list of tensors, if it is whole and safe to read."""
         self.path = path
         self.metadata: dict[str, str] = {}
         self.global_step: int | None = None

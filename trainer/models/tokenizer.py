@@ -48,11 +48,7 @@ def clip_tokenizer(pad: str = END) -> CLIPTokenizer:
 
 
 def read_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Load a tokenizer folder: `tokenizer.json`, or `vocab.json` and `merges.txt` as older tools write them.
-
-    Raises:
-        UserError: the files are missing or damaged, or a link leads outside the folder.
-    """
+    """Load a tokenizer folder: `tokenizer.json`, or `vocab.json` and `merges.txt` of older tools."""
     there = {
         path.name: path for path in files_inside(folder) if path.parent == folder and path.name in _FILES
     }

@@ -49,11 +49,7 @@ class ContactSheets:
         """Images that could not be decoded, by name."""
 
     def write(self, folder: Path) -> Iterator[Path]:
-        """Write the sheets into a folder, made if missing, and yield their paths as they are written.
-
-        Raises:
-            UserError: the folder or a file in it cannot be written.
-        """
+        """Write the sheets into a folder, made if missing, and yield their paths as they are written."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for resolution in self._resolutions:

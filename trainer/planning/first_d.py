@@ -73,11 +73,7 @@ def _recorded(about: Mapping[str, Any], network: str) -> float:
 
 
 def _of_checkpoint(config: TrainConfig, folder: Path | None, networks: Collection[str]) -> dict[str, float]:
-    """Return the d of each network in a checkpoint's optimizer state.
-
-    Raises:
-        UserError: the checkpoint or its d is missing or damaged.
-    """
+    """Return the d of each network in a checkpoint's optimizer state."""
     sections = " and ".join(f"{NETWORKS[network].section}.d0" for network in NETWORKS if network in networks)
     place = f"{config.optimizer_source.name}: {sections}: resume takes the d of a checkpoint"
     fix = "set d0 to a number (1e-6 is the default)"
@@ -98,11 +94,7 @@ def _of_checkpoint(config: TrainConfig, folder: Path | None, networks: Collectio
 
 
 def _read_d(folder: Path, network: str) -> float | None:
-    """Return the d in the state of a network's optimizer, None if it has none.
-
-    Raises:
-        UserError: the state cannot be read.
-    """
+    """Return the d in the state of a network's optimizer, None if it has none."""
     path = folder / RESUME / "training.json"
     for place in _PLACES:
         try:

@@ -183,11 +183,7 @@ def _count_text_steps(epochs: float | None, config: TrainConfig, split: Split, r
 
 
 def _check_stopped(now: int | None, before: int | None, epochs: float | None, start: Start) -> None:
-    """Refuse to train a text encoder again that the resumed run has frozen.
-
-    Raises:
-        UserError: it would be.
-    """
+    """Refuse to train a text encoder again that the resumed run has frozen."""
     step = start.state.step if start.state is not None else 0
     if before is not None and before <= step and (now is None or now > step):
         raise UserError(

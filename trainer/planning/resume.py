@@ -128,11 +128,7 @@ def with_recorded_revisions(config: TrainConfig, about: Mapping[str, Any]) -> Tr
 
 
 def restore_state(parts: Mapping[str, Stateful], checkpoint: Path) -> None:
-    """Load the state of a resumed run's parts from a whole checkpoint.
-
-    Raises:
-        UserError: the state is missing, or belongs to other parts.
-    """
+    """Load the state of a resumed run's parts, if it is of these, from a whole checkpoint."""
     path = checkpoint / RESUME / "training.json"
     problem = ""
     try:
@@ -218,13 +214,7 @@ def about_run(
 def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], checkpoint: str) -> None:
     """Refuse to resume a run with another seed, data, batch, trained part or optimizer.
 
-    Args:
-        now: `about_run` of this start.
-        then: `about_run` in the checkpoint.
-        checkpoint: the checkpoint's folder.
-
-    Raises:
-        UserError: they differ.
+    `now` and `then` are `about_run` of this start and of the checkpoint.
     """
     words = {"data": "the images or captions have changed"}
     before, after = {"compile": False, **then["same"]}, now["same"]  # older checkpoints lack compile
@@ -261,14 +251,10 @@ def resume_words(
     launcher: Sequence[str] = ("python",),
     program: str = "train.py",
 ) -> list[str]:
-    """Return the words of the command that resumes a run.
+    """Return the words of the command that resumes a run, from those of this start.
 
-    Args:
-        arguments: those of this start.
-        folder: the run's.
-        changed: keys that would stop it again, with their new values; null lifts a limit.
-        launcher: the words before `program`.
-        program: the path of train.py.
+    `changed` keys would stop it again: their new values, null to lift a limit. `launcher` comes before
+    `program`, the path of train.py.
     """
     given: set[str] = set()
     kept: list[str] = []

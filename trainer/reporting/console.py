@@ -103,12 +103,7 @@ class Console:
         self._record(sentence, hang or _HANG)
 
     def start(self, *, total_steps: int, first_step: int = 0) -> None:
-        """Start to show progress.
-
-        Args:
-            total_steps: the last optimizer step of the run.
-            first_step: earlier optimizer steps of a resumed run.
-        """
+        """Start to show progress, after `first_step` steps of a resumed run."""
         self._total, self._first, self._step = total_steps, first_step, first_step
         if self._enabled and self._terminal:
             self._bar = tqdm(
@@ -120,11 +115,7 @@ class Console:
             )
 
     def step(self, *, epoch: int, epochs: int, step: int, seconds: float) -> None:
-        """Advance to optimizer step `step` of `epoch`, both counted from 1; cheap enough for every step.
-
-        Args:
-            seconds: training time of the step.
-        """
+        """Advance to step `step` of `epoch`, from 1, which took `seconds`; cheap enough for every step."""
         self._epoch, self._step = f"epoch {epoch}/{epochs}", step
         if step > self._first + 1:  # the first compiles and allocates
             self._seconds.append(seconds)

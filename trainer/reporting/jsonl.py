@@ -105,11 +105,7 @@ class JsonlLogger:
 
 
 def append(file: io.FileIO, content: bytes) -> None:
-    """Append all bytes or, if that fails, none: half a record would hide the next.
-
-    Raises:
-        OSError: they cannot be written.
-    """
+    """Append all bytes or, if that fails, none: half a record would hide the next."""
     start = file.seek(0, os.SEEK_END)
     left = memoryview(content)
     try:

@@ -80,11 +80,7 @@ class Meter:
             self._paused += self._clock() - before
 
     def read(self, latest: Mapping[str, Tensor | float] | None = None) -> dict[str, float]:
-        """Return the means since the last read, the totals and the speed.
-
-        Args:
-            latest: further 0-d tensors or numbers by tag, read in the same transfer and returned as they are.
-        """
+        """Return the means since the last read, the totals and the speed, and `latest` as it is."""
         singles = {**self._totals, **(latest or {})}
         *pairs, last = _numbers([*self._window.values(), tuple(singles.values())])
         numbers = {tag: _mean(pair) for tag, pair in zip(self._window, pairs, strict=True)}

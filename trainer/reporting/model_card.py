@@ -100,14 +100,7 @@ class Card:
         self.origin = as_kind(Origin, state)
 
     def write(self, folder: Path, samples: Path) -> None:
-        """Write the page, curves and newest samples into a checkpoint's folder.
-
-        Args:
-            samples: the folder of the run's samples.
-
-        Raises:
-            OSError: they cannot be written.
-        """
+        """Write the page, curves and newest of the run's samples into a checkpoint's folder."""
         drawn, newest = self.curves.begun, self._newest(samples)
         if drawn:
             with appearing(folder / CURVES) as draft:

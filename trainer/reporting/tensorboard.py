@@ -211,11 +211,7 @@ def _code(text: str) -> str:
 
 
 def layout(*, networks: Sequence[str], adaptive: Collection[str]) -> Layout:
-    """Return the charts of TensorBoard's Custom Scalars tab, for the tags of these networks.
-
-    Args:
-        adaptive: networks with a learned rate d.
-    """
+    """Return the charts of TensorBoard's Custom Scalars tab; `adaptive` networks have a learned rate d."""
     learned = [network for network in networks if network in adaptive]
     # A colour is a run there, so each network has charts of its own.
     categories = {

@@ -41,13 +41,7 @@ def results(run: Run, config: TrainConfig) -> list[str]:
 
 
 def how_to_resume(run: Run, config: TrainConfig, arguments: Sequence[str]) -> list[str]:
-    """Return the command that resumes a run, on lines that a shell takes as one; none without a checkpoint.
-
-    Args:
-        run: the run.
-        config: its configuration.
-        arguments: the command line of this start.
-    """
+    """Return the command that resumes a run, on lines that a shell takes as one, if it has a checkpoint."""
     if not any((folder / RESUME).is_dir() for folder in checkpoints(run.folder)):
         return []
     changed: dict[str, str] = {}

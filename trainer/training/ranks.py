@@ -125,11 +125,7 @@ class Processes:
         return found
 
     def first(self, do: Callable[[], T]) -> T:
-        """Have the first process do something while the others wait, and return its result on all.
-
-        Raises:
-            Interrupted, UserError: as `gather`.
-        """
+        """Do something on rank 0 while the others wait, and return its result on all; as `gather`."""
         result: Any = do() if self.main else None
         if self.count == 1:
             return result
@@ -162,12 +158,7 @@ class Processes:
     def wrap(self, network: nn.Module, unused: Sequence[str] = ()) -> nn.Module:
         """Wrap a trained network: its gradients are averaged over ranks, and its weights are rank 0's.
 
-        Args:
-            network: on its device, with what is to learn marked.
-            unused: parameters that the loss does not depend on, by name.
-
-        Raises:
-            Interrupted, UserError: as `gather`.
+        The loss does not depend on the parameters named in `unused`. Raises as `gather`.
         """
         if self.count == 1:
             return network
@@ -184,11 +175,7 @@ class Processes:
             )
 
     def difference(self, numbers: Mapping[str, Any]) -> str | None:
-        """Return the first value that differs between ranks, in words, or None where all are equal.
-
-        Raises:
-            Interrupted, UserError: as `gather`.
-        """
+        """Return the first value that differs between ranks, in words; None if all are equal; as `gather`."""
         found = self.gather(dict(numbers))
         for name, value in found[0].items():
             for rank, other in enumerate(found):
@@ -198,11 +185,7 @@ class Processes:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Mark work in which ranks wait for each other's tensors: one that fails inside ends so that all do.
-
-        Raises:
-            UserError: another process is gone.
-        """
+        """Mark work in which ranks wait for each other's tensors: if one fails inside, all end."""
         try:
             yield
         except BaseException as error:
@@ -213,13 +196,10 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Leave no rank waiting: where the block fails on one, it fails on all, and all leave it together.
+        """Leave no rank waiting: if the block fails on one, it fails on all, and all leave it together.
 
-        They have to: whoever launched them ends all others as soon as one is gone, and the first may still be
-        saving.
-
-        Raises:
-            ReportedElsewhere: on ranks other than 0: raised instead of the error that rank 0 reports.
+        They have to: a launcher ends all ranks as soon as one is gone, and rank 0 may still be saving. Ranks
+        other than 0 raise `ReportedElsewhere` instead of the error that rank 0 reports.
         """
         try:
             yield
