@@ -108,10 +108,16 @@ def test_a_section_that_had_a_rate_keeps_it(workplace):
     )
 
 
-def test_a_preset_leaves_d0_and_its_cap_holds_the_rate_and_not_d(workplace):
+def test_a_preset_leaves_d0_and_its_cap_holds_the_rate_and_not_d(workplace, capsys):
     preset = json.loads((CONFIGS / "optimizer_dadapt_sd15.json").read_text())
     write(workplace, preset, **{**SHORT, "max_epochs": 8}, first_samples=False)
     assert train.main([]) == 0
+    plan = capsys.readouterr().out
+    assert (
+        plan.count("x the d it finds, at most 1e-05, ")
+        == plan.count("x the d it finds, at most 5e-06, ")
+        == 1
+    )
     run = run_of(workplace)
     config, content = found(run)
     for network, options, cap in (
