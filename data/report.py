@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from data.buckets import Bucket, buckets, nearest
 from data.captions.caption import chosen
 from data.captions.file_name import SOURCE as FILE_NAME
+from data.captions.file_name import describes_nothing
 from data.captions.wildcards import longest
 from data.duplicates import find_duplicates
 from data.index import Index
@@ -88,8 +89,8 @@ class DatasetReport:
     images_per_step: int
     several: int
     """Images with more than one caption."""
-    missing: tuple[str, ...]
-    """Images captioned by their file name."""
+    missing: dict[str, str]
+    """Images captioned by their file name, with that caption."""
     folder_named: tuple[str, ...]
     """Images captioned by their folder's name."""
     empty: tuple[str, ...]
@@ -113,8 +114,11 @@ class DatasetReport:
         """Return a warning sentence for each problem except skipped files."""
         notes = [*map(str, self.notices)]
         if self.missing:
-            images = _count(self.missing, "image")
-            notes.append(f"{images} without a caption, trained on the file name: {_names(self.missing)}")
+            images, names = _count(self.missing, "image"), _names([*self.missing])
+            notes.append(f"{images} without a caption, trained on the file name: {names}")
+        if unnamed := self._unnamed():
+            named = f"{_count(unnamed, 'file name')} given by a camera or a program, describing nothing"
+            notes.append(f"{named}: {_names(unnamed)}; write a caption beside each image, or rename it")
         if self.empty:
             notes.append(f"{_count(self.empty, 'image')} with an empty caption: {_names(self.empty)}")
         if self.long:
@@ -124,11 +128,8 @@ class DatasetReport:
             names = _names([image.name for image in self.enlarged])
             notes.append(f"{_count(self.enlarged, 'image')} smaller than trained, and so enlarged: {names}")
         if self.batch_size > self.images:
-            notes.append(
-                f"batch_size {self.batch_size} is larger than the number of images, {self.images}: "
-                "every step is trained with what there is, so a smaller batch_size uses less memory for the "
-                "same"
-            )
+            larger = f"batch_size {self.batch_size} is larger than the number of images, {self.images}"
+            notes.append(f"{larger}: a smaller one trains the same in less memory")
         return tuple(notes)
 
     def lines(self) -> list[str]:
@@ -150,6 +151,7 @@ class DatasetReport:
             "captions": {
                 "several": self.several,
                 "missing": list(self.missing),
+                "from_file_name": self.missing,
                 "from_folder_name": list(self.folder_named),
                 "empty": list(self.empty),
                 "token_limit": self.token_limit,
@@ -177,6 +179,9 @@ class DatasetReport:
             ],
         }
 
+    def _unnamed(self) -> list[str]:
+        return [f'{name} as "{text}"' for name, text in self.missing.items() if describes_nothing(text)]
+
     def _lines(self) -> Iterator[str]:
         excluded = f" ({self.excluded} more excluded by multiply 0)" if self.excluded else ""
         epoch = f"; {_number(self.an_epoch)} are shown in an epoch" if self.an_epoch != self.images else ""
@@ -185,7 +190,10 @@ class DatasetReport:
         yield from _listed("files skipped", [str(file) for file in self.bad])
         if self.notices:
             yield from _listed("remarks", [str(notice) for notice in self.notices])
-        yield from _listed("images without a caption, whose file name is used", self.missing)
+        named = [f'{name}: "{text}"' for name, text in self.missing.items()]
+        yield from _listed("images without a caption, whose file name is used", named)
+        if unnamed := self._unnamed():
+            yield from _listed("names given by a camera or a program among them, describing nothing", unnamed)
         if self.folder_named:
             yield from _listed("images without a caption, whose folder's name is used", self.folder_named)
         yield from _listed("images with an empty caption", self.empty)
@@ -238,7 +246,7 @@ def report(
         batch_size=options.batch_size,
         images_per_step=images_per_step,
         several=sum(bool(record.caption.others) for record in used),
-        missing=tuple(record.name for record in used if record.caption.source == FILE_NAME),
+        missing={each.name: each.caption.text for each in used if each.caption.source == FILE_NAME},
         folder_named=tuple(record.name for record in used if record.caption.source == FOLDER_NAME),
         empty=tuple(
             record.name for record in used if any(caption.empty for caption in record.caption.versions)

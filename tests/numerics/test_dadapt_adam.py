@@ -150,8 +150,8 @@ def assert_parity(edit, rates, decouple, decay, bias, growth, scales, steps):
     if decay and not decouple and apart(ours, theirs) >= bound:
         # Where a weight's gradient is nothing but its decay and d is large, d * decay * (1 - beta1) / sqrt(v)
         # exceeds 1: each step multiplies any difference by it, up to twelvefold here. No order of additions
-        # survives that, not even the published one's.
-        bound = 2 * last_bits_apart(theirs, edit, rates, steps, **options)
+        # survives that, not even the published one's, of which the start alone differs here.
+        bound = max(bound, 4 * last_bits_apart(theirs, edit, rates, steps, **options))
         assert bound < 1e-8
     assert apart(ours, theirs) < bound
     assert b.param_groups[0]["k"] == a.param_groups[0]["k"]

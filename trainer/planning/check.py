@@ -15,7 +15,7 @@ from data.record import BadFile
 from data.report import DatasetReport, report
 from trainer.config.schema import TrainConfig
 from trainer.diffusion.conditioning import Tokenize
-from trainer.output import say
+from trainer.output import say, wrapped
 from trainer.planning.contact_sheets import ContactSheets
 from trainer.planning.disk import plan_disk
 from trainer.planning.memory import Estimate
@@ -80,7 +80,7 @@ class _Findings:
             *self.data.lines(),
             *sheets,
             "",
-            *aligned(self.rows),
+            *(part for row in aligned(self.rows) for part in wrapped(row, hang=13)),
             "",
             *self.memory.lines(),
             *(["", refusal] if refused else []),

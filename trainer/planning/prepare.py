@@ -39,6 +39,7 @@ from trainer.planning.resume import (
     find_start,
     with_recorded_revisions,
 )
+from trainer.planning.speed import slow_on_cpu
 from trainer.training.latent_cache import cache_folder, plan_latents
 from trainer.training.precision import Precision
 from trainer.training.ranks import Processes
@@ -82,6 +83,9 @@ def prepare(
     models = describe(replace(config.model, resume_ckpt=start.model, revision=start.revision))
     config = _pin(config, start, models)
     set_noise_schedule(config, prompts, models)
+    if precision.device.type == "cpu":
+        images = total_steps * images_per_step(config, processes.count)
+        notes = [*notes, *filter(None, [slow_on_cpu(config, models, images)])]
     artifact = artifact_of(config.parts, models)
     # diffusers puts a local function on networks with gradient checkpointing; the plan must pickle.
     trained = replace(config.parts, gradient_checkpointing=False)

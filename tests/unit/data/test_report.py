@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from data.captions.caption import Caption, parse_caption
+from data.captions.file_name import from_file_name
 from data.duplicates import find_duplicates
 from data.index import Index
 from data.options import DataOptions
@@ -49,7 +50,7 @@ def report_of(index, *, resolution=512, batch_size=2, tokens=None, **more):
 
 def test_findings():
     found = report_of(INDEX, tokens=Words())
-    assert (found.images, found.excluded, found.missing, found.empty) == (5, 1, ("c.png",), ("d.png",))
+    assert (found.images, found.excluded, found.missing, found.empty) == (5, 1, {"c.png": "img"}, ("d.png",))
     (long,) = found.long
     assert (long.name, long.tokens, long.cut) == ("e.png", 80, "w75 w76 w77 w78 w79")
     assert [(use.bucket, use.images, use.upscaled) for use in found.buckets] == [
@@ -72,7 +73,9 @@ def test_lines():
         "remarks: 1",
         "  a.yaml:3, b.yaml:1 and 7 more: unknown key 'mutliply'; did you mean 'multiply'?",
         "images without a caption, whose file name is used: 1",
-        "  c.png",
+        '  c.png: "img"',
+        "names given by a camera or a program among them, describing nothing: 1",
+        '  c.png as "img"',
         "images with an empty caption: 1",
         "  d.png",
         "captions over 75 tokens: 1",
@@ -83,6 +86,30 @@ def test_lines():
         "  512 x 512        4          4     0.0%          1",
         "  704 x 320        1          1     9.1%          0   fewer than the 2 of a step",
     ]
+
+
+@pytest.mark.parametrize(
+    ("file", "nothing"),
+    [
+        *((name, True) for name in (
+            "IMG_2020", "IMG-20240101-WA0007", "DSC01234", "DSCN0007", "PXL_20240101_123456", "P1010023",
+            "0001", "20240101 123456", "Screenshot 2024-01-01 at 12.00.00",
+            "WhatsApp Image 2024-01-01 at 12.00.00 (1)", "image (12)", "photo 3", "unnamed",
+            "3f2504e0-4f89-11d3-9a0c-0305e82c3301", "d41d8cd98f00b204",
+        )),
+        *((name, False) for name in (
+            "a red cat_0012", "dog (3)", "imgur dog", "pixel art", "photo of a cat", "sks", "facade",
+            "at sea", "p",
+        )),
+    ],
+)  # fmt: skip
+def test_names_of_cameras_and_programs_are_told_from_captions(file, nothing):
+    found = report_of(
+        Index((record("x.png", caption=from_file_name(file).text, source="file name"),), (), (Path(),))
+    )
+    assert any("describing nothing" in note for note in found.notes()) == nothing
+    assert any("describing nothing" in line for line in found.lines()) == nothing
+    assert found.as_json()["captions"]["from_file_name"] == {"x.png": file.split("_")[0]}
 
 
 def test_several_resolutions_share_an_epoch():
@@ -143,6 +170,7 @@ def test_notes_are_one_sentence_per_concern():
     assert [note.split(":")[0] for note in notes] == [
         "a.yaml",
         "1 image without a caption, trained on the file name",
+        "1 file name given by a camera or a program, describing nothing",
         "1 image with an empty caption",
         "1 caption over 75 tokens, of which the end is not seen",
         "1 image smaller than trained, and so enlarged",
