@@ -24,7 +24,7 @@ class DataError(UserError):
 
 
 class FileError(Exception):
-    """Skip one file: `reason` is the end of a sentence that begins with the file's name."""
+    """Skip one file: `reason` ends the sentence that the file's name starts."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason

@@ -48,7 +48,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class BadFile:
-    """A skipped file: `reason` ends the sentence that `name` begins."""
+    """A skipped file: `reason` ends the sentence that `name` starts."""
 
     name: str
     reason: str

@@ -45,7 +45,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """An unusable row. `file` may be empty; `reason` ends the sentence that the image or `place` begins."""
+    """An unusable row. `file` may be empty; `reason` ends the sentence that the image or `place` starts."""
 
     file: str
     place: str

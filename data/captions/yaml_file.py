@@ -82,11 +82,11 @@ class _Document:
         next(self.events)  # the end of the document
         last = next(self.events)
         if not isinstance(last, yaml.StreamEndEvent):
-            raise self.error(last, "a second document begins here; keep one")
+            raise self.error(last, "a second document starts here; keep one")
         return values
 
     def value(self, event: Any, depth: int) -> Any:
-        """Return the dict, list, string or None that begins with `event`."""
+        """Return the dict, list, string or None that starts with `event`."""
         if isinstance(event, yaml.AliasEvent):
             return self.alias(event)
         if event.tag is not None and event.tag not in _TAGS:

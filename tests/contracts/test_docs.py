@@ -102,7 +102,7 @@ QUOTED = [
     " could not be written",
     "an older checkpoint could not be deleted",
     "its event file was deleted",
-    "training goes on (",
+    "training continues (",
     "compare the samples",
     "possible overfitting",
     "the rate may be too high",

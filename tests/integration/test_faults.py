@@ -263,7 +263,7 @@ def test_a_full_disk_is_survived(workplace, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert (
         "step 6: the checkpoint could not be written (File too large" in out
-        and "tiny-ep01-gs00003; training goes on (1 of 3)" in out
+        and "tiny-ep01-gs00003; training continues (1 of 3)" in out
     )
     assert [path.name for path in checkpoints(run_of(workplace))] == [
         "last-tiny-ep03-gs00009",

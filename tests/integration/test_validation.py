@@ -79,7 +79,7 @@ def test_an_automatic_split_trains_fewer_images_and_a_continued_run_keeps_it(wor
     write(workplace, ADAMW, **settings(max_epochs=2))
     assert train.main(["--check"]) == 0
     checked = capsys.readouterr().out
-    assert "held out" in checked and not (workplace / "logs").exists()
+    assert "\nvalidation   " in checked and not (workplace / "logs").exists()
     assert train.main(["--stop_after_steps", "1"]) == 0
     (workplace / "validation.json").write_text(json.dumps({"auto_split_proportion": 0.05}))
     assert train.main(["--resume_ckpt", "findlast"]) == 2

@@ -45,7 +45,7 @@ class Base:
 
     @property
     def local(self) -> bool:
-        """Whether the model is named by its path on this machine."""
+        """True if the model is named by its path on this machine."""
         return Path(self.model).is_absolute()
 
     def publish(self, folder: Path) -> None:

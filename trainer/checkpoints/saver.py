@@ -103,12 +103,12 @@ class Saver:
 
     @property
     def keeps_best(self) -> bool:
-        """Whether the checkpoint of the lowest validation loss is kept."""
+        """True if the checkpoint of the lowest validation loss is kept."""
         return self._options.keep_best
 
     @property
     def timed(self) -> bool:
-        """Whether checkpoints are due by the clock."""
+        """True if checkpoints are due by the clock."""
         return self._options.ckpt_every_n_minutes is not None
 
     def due(self) -> bool:
@@ -232,7 +232,7 @@ class Saver:
             )
         if self._failures >= MOST_FAILURES:
             raise SavingError(f"{sentence}; this was the third time in a row, so the run ends.", exit_code=1)
-        self._say(f"Note: {sentence}; training goes on ({self._failures} of {MOST_FAILURES}).")
+        self._say(f"Note: {sentence}; training continues ({self._failures} of {MOST_FAILURES}).")
 
     def _last_good(self) -> str:
         found = checkpoints(self._run)

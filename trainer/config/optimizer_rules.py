@@ -116,7 +116,7 @@ def check_schedules(config: TrainConfig, total_steps: int) -> list[str]:
         if options.adapts and warmup > total_steps / 10:
             notes.append(
                 f"{place}: the warm-up of {warmup} steps is more than a tenth of the run's {total_steps}; "
-                "D-Adaptation begins at a tiny rate and finds its own, so a long warm-up only holds d back; "
+                "D-Adaptation starts at a tiny rate and finds its own, so a long warm-up only holds d back; "
                 "lr_warmup_steps 0 is usual"
             )
     if problems:

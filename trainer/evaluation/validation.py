@@ -1,4 +1,4 @@
-"""Validation images: held out of training, or from folders of their own."""
+"""Validation images: split off the data, or from folders of their own."""
 
 from __future__ import annotations
 
@@ -61,15 +61,17 @@ def split_images(
         }
         if shared:
             index, _ = take_out(index, shared)
-            notes.append(f"{len(shared)} images of data_root are not trained: they are held out as {tag}")
+            notes.append(
+                f"{len(shared)} images of data_root are not trained: they are validation images of {tag}"
+            )
     if automatic:
         contents = content_hashes(index.records, cache / "contents-split.json", save=save)
         index, held = hold_out(index, contents, proportion=file.auto_split_proportion, seed=file.seed)
         found = {VALIDATION_LOSS: held, **found}
     if not any(record.multiply > 0 for record in index.records):
         raise DataError(
-            "validation: every image of data_root is held out, and none is left to train on; name other "
-            "folders"
+            "validation: every image of data_root is for validation, and none is left to train on; name "
+            "other folders"
         )
     sets = []
     for number, (tag, held) in enumerate(found.items()):

@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def trains_text(self) -> bool:
-        """Whether the text encoder has trained parameters."""
+        """True if the text encoder has trained parameters."""
         return self.counts[TEXT_ENCODER].trained > 0
 
     @property
@@ -145,7 +145,7 @@ class Plan:
             ("batch", self._batch()),
             *([("masks", self._masks())] if self.split.train.masked else []),
             ("latents", str(self.latents)),
-            *([("held out", ", ".join(held_out))] if held_out else []),
+            *([("validation", ", ".join(held_out))] if held_out else []),
             *([("ema", averaged)] if averaged else []),
             ("precision", self.computes),
             ("seed", str(loop.seed)),

@@ -230,7 +230,7 @@ def _read_validation_file(config: TrainConfig) -> ValidationFile:
     if "stop_on_overfit" in wanted and not measured:
         raise UserError(
             "stop_on_overfit: fixed_loss_images is 0, and without the fixed-noise loss of training images "
-            "overfitting cannot be told; set it to 16 again, or stop_on_overfit to false."
+            "overfitting cannot be seen; set it to 16 again, or stop_on_overfit to false."
         )
     return file
 

@@ -158,7 +158,7 @@ class Console:
         return f"{start}{{bar:{max(1, min(most, free))}}}{end}"
 
     def _left(self) -> list[str]:
-        """Return the training time left, in words; nothing before it can be told."""
+        """Return the training time left, in words; empty before it can be known."""
         steps = self._total - self._step
         if self._step - self._first < _TIMED or not steps:
             return []

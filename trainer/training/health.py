@@ -1,4 +1,4 @@
-"""Checks that a run still learns: readable images, finite gradients, ranks that agree."""
+"""Checks of a run's health: readable images, finite gradients, ranks that agree."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ class Processes:
             return DistributedDataParallel(
                 network,
                 device_ids=[self.device] if self.device.type == "cuda" else None,
-                forward_sync_buffers=False,  # nothing that learns has any that change
+                forward_sync_buffers=False,  # trained networks have none that change
                 gradient_as_bucket_view=True,  # no second copy of the gradients
             )
 

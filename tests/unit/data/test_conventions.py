@@ -491,7 +491,7 @@ def test_files_of_the_folder_are_no_sidecars(root):
         ("a cat, sitting\n", "a.yaml:1: must hold keys and values such as main_prompt: a cat"),
         ("- a\n- b\n", "a.yaml:1: must hold keys and values such as main_prompt: a cat"),
         ("multiply: 1\nmultiply: 2\n", "a.yaml:2: multiply: stands here twice; keep one"),
-        ("multiply: 1\n---\nmultiply: 2\n", "a.yaml:2: a second document begins here; keep one"),
+        ("multiply: 1\n---\nmultiply: 2\n", "a.yaml:2: a second document starts here; keep one"),
         ("caption: *nowhere\n", "a.yaml:1: nothing above is marked &nowhere"),
         ("? [a, b]\n: c\n", "a.yaml:1: a key must be a word"),
         (

@@ -171,7 +171,8 @@ def test_without_room_nothing_is_written_training_goes_on_and_the_third_time_end
     assert bench.save(2) == []
     assert "MiB are needed and 1.0 MiB are free on the disk of" in bench.said[-1]
     assert (
-        f"the last good one is {good}; training goes on (1 of 3)" in bench.said[-1] and bench.names == before
+        f"the last good one is {good}; training continues (1 of 3)" in bench.said[-1]
+        and bench.names == before
     )
     free[0] = 1 << 40
     assert bench.save(3), "room was made"
@@ -206,7 +207,7 @@ def test_a_disk_that_fills_up_while_writing_keeps_the_last_good_one(tmp_path):
         assert bench.save(2) == []
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "File too large" in bench.said[-1] and "training goes on (1 of 3)" in bench.said[-1]
+    assert "File too large" in bench.said[-1] and "training continues (1 of 3)" in bench.said[-1]
     assert bench.names == [good.name, f"{good.name}.safetensors"] and resume_problem(good) is None
     assert bench.save(3)
 

@@ -205,7 +205,7 @@ def test_manual_and_extra_folders_are_measured_and_never_trained(tmp_path):
         ("loss/val more", 3),
     ]
     assert len(found.train.records) == 6 and not any(name.startswith("held/") for name in names(found.train))
-    assert found.notes == ("2 images of data_root are not trained: they are held out as loss/val",)
+    assert found.notes == ("2 images of data_root are not trained: they are validation images of loss/val",)
     only_extra = split(tmp_path, replace(file, validate_training=False))
     assert [held.tag for held in only_extra.held_out] == ["loss/val more"] and len(
         only_extra.train.records
@@ -220,7 +220,7 @@ def test_no_split_holds_nothing_out(tmp_path):
 
 def test_what_leaves_nothing_to_train_or_to_measure_is_refused(tmp_path):
     root = pictures(tmp_path / "pictures", 3)
-    with pytest.raises(DataError, match="every image of data_root is held out"):
+    with pytest.raises(DataError, match="every image of data_root is for validation"):
         split(tmp_path, ValidationFile(val_split_mode="none", extra_manual_datasets={"all": str(root)}))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"validation \(loss/val x\): no images in"):
