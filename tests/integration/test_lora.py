@@ -2,19 +2,28 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from PIL import Image
 
 import train
+from data.dataset import Images
+from data.index import build_index
+from data.options import DataOptions
 from tests.runs import ADAMW, DADAPT, FUSED, run_of, scalars, write
 from tests.tiny import tiny_models, write_parts_beside, write_tiny_folder
 from trainer.checkpoints.base import read_base
 from trainer.checkpoints.listing import checkpoints, single_files
+from trainer.diffusion.conditioning import Tokenize
+from trainer.diffusion.objective import Networks, make_objective
+from trainer.diffusion.options import ObjectiveOptions
 from trainer.errors import UserError
+from trainer.evaluation.fixed_noise import FixedLoss
 from trainer.models.load import load_models
 from trainer.models.lora import LORA_FILE, begin, named, read_adapter
 from trainer.models.options import FreezingOptions, LoraOptions, ModelOptions, TrainableOptions
@@ -188,7 +197,7 @@ def test_kohyas_names(workplace):
                 "channels_last": True,
                 "weights_dtype": "bf16",
                 "gradient_checkpointing": True,
-                "lora": {"rank": 2},
+                "lora": {"rank": 2, "dropout": 0.3},
             },
         ),
         (
@@ -221,6 +230,38 @@ def test_a_stopped_run_goes_on_to_the_bit(workplace, optimizer, settings, model)
         assert any(
             tensor.shape == first.shape and torch.equal(tensor, first.half()) for tensor in ema.values()
         )
+
+
+def test_dropout_acts_in_training_and_is_drawn_by_the_place_in_the_run(workplace):
+    losses = {}
+    for name, dropout in (("none", 0.0), ("some", 0.5), ("again", 0.5)):
+        settings = SHORT | {"log_step": 1, "fixed_loss_images": 2, "lora": {"rank": 4, "dropout": dropout}}
+        write(workplace, {"base": {"optimizer": "adamw", "lr": 1e-2}}, **settings)
+        assert train.main(["--logdir", name]) == 0
+        torch.rand(1)  # nothing hangs on what the global generator drew before
+        losses[name] = scalars(next((workplace / name).iterdir()))["loss/log_step"]
+    assert losses["some"] == losses["again"]
+    assert losses["some"][1] == losses["none"][1], "new adapters add nothing"
+    assert all(losses["some"][step] != losses["none"][step] for step in (3, 4, 5, 6))
+
+
+def test_measurements_drop_nothing(workplace):
+    Image.effect_noise((70, 80), 40).convert("RGB").save(workplace / "pictures/0.png")
+    data = DataOptions(data_root="pictures", resolution=64)
+    found = []
+    for dropout in (0.0, 0.5):
+        models = tiny_models()
+        parts = adapted(models, {"rank": 4, "dropout": dropout})
+        with torch.no_grad():
+            for parameter in named(parts).values():
+                parameter.fill_(0.02)
+        objective = make_objective(ObjectiveOptions(), models, seed=1, train_text_encoder=True)
+        images = Images(build_index(data), data, tokenize=Tokenize(models.tokenizer), seed=1)
+        networks = Networks(models.unet, models.text_encoder, models.vae)
+        loss = FixedLoss(images.plain([0, 1]), objective)
+        found += [loss.measure(networks, nullcontext, torch.device("cpu")) for _ in range(2)]
+        assert models.unet.training and models.text_encoder.training, "as before"
+    assert len(set(found)) == 1
 
 
 def test_what_does_not_fit_a_lora_is_refused(workplace, capsys, tmp_path):

@@ -95,6 +95,7 @@ _OTHER_WORDS: Mapping[str, str] = {
     "multires_noise_discount": "pyramid_noise_discount",
     "network_alpha": "lora",
     "network_dim": "lora",
+    "network_dropout": "lora",
     "network_module": "lora",
     "network_train_text_encoder_only": "disable_unet_training",
     "network_train_unet_only": "disable_textenc_training",

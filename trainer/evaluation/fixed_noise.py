@@ -15,6 +15,7 @@ from data.dataset import Images
 from data.rng import stream
 from trainer.diffusion.moments import encode_pixels
 from trainer.diffusion.objective import Inputs, Networks, Objective
+from trainer.models.placement import evaluating
 
 TIMESTEPS = 4
 EVALUATION = -1  # in place of an epoch, so that no training step draws the same noise
@@ -66,7 +67,7 @@ class FixedLoss:
         The first call also encodes the images.
         """
         sums, images = [], 0
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(networks.unet, networks.text_encoder):
             for number, batch in enumerate(self._batches):
                 check()
                 if batch.pixels_BCHW is not None:

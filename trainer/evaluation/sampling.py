@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from trainer.evaluation.image_grid import labelled_row, tiled
 from trainer.evaluation.options import SamplePrompt, SamplePrompts
 from trainer.evaluation.schedulers import build_pipeline
 from trainer.models.pipeline import Models
+from trainer.models.placement import evaluating
 
 Drawn = dict[tuple[int, float], Image.Image | str]
 """By the prompt's number and the guidance scale, a sample, or the reason why it could not be drawn."""
@@ -162,7 +163,7 @@ class Sampler:
     def _draw(self, drawing: Drawing, jobs: Sequence[_Job]) -> Drawn:
         drawn: Drawn = {}
         pipeline = drawing.pipeline
-        with _evaluating(pipeline.unet, pipeline.text_encoder, pipeline.vae):
+        with evaluating(pipeline.unet, pipeline.text_encoder, pipeline.vae):
             for cfg in self._options.cfgs:
                 for batch in self._batches(jobs):
                     for job, image in zip(batch, drawing.attempt(batch, cfg), strict=True):
@@ -296,19 +297,6 @@ def _size(resolution: int, aspect_ratio: float) -> tuple[int, int]:
 
 def _short(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-@contextmanager
-def _evaluating(*networks: torch.nn.Module) -> Iterator[None]:
-    """Put networks into evaluation mode, and restore the mode of each module afterwards."""
-    modes = [(module, module.training) for network in networks for module in network.modules()]
-    try:
-        for network in networks:
-            network.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _decode(vae: Any, latents_1CHW: Tensor) -> Image.Image:

@@ -55,7 +55,13 @@ def attach(network: nn.Module, options: LoraOptions) -> str:
     network.requires_grad_(False)
     if layers:
         alpha: Any = options.strength  # peft declares an integer
-        config = LoraConfig(r=options.rank, lora_alpha=alpha, target_modules=layers, init_lora_weights=False)
+        config = LoraConfig(
+            r=options.rank,
+            lora_alpha=alpha,
+            target_modules=layers,
+            lora_dropout=options.dropout,
+            init_lora_weights=False,
+        )
         with torch.random.fork_rng(devices=[]):  # peft draws values that are overwritten here
             inject_adapter_in_model(config, network)
         for layer in network.modules():

@@ -45,6 +45,10 @@ class LoraOptions:
     """Adapted layers: the four of each attention, or all linear layers and convolutions in the blocks of
     UNet and text encoder."""
 
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Probability of dropping each input of an adapter in training, against overfitting. It is drawn for each
+    batch, so unlike all else it depends on batch_size and the number of processes."""
+
     @property
     def strength(self) -> float:
         """Alpha, its default applied."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from trainer.models.pipeline import Models
@@ -33,3 +36,16 @@ def skipped_layers(models: Models, clip_skip: int) -> list[str]:
     return [
         name for name, _ in models.text_encoder.named_parameters() if any(layer in name for layer in layers)
     ]
+
+
+@contextmanager
+def evaluating(*networks: torch.nn.Module) -> Iterator[None]:
+    """Put networks into evaluation mode, and restore the mode of each module afterwards."""
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    try:
+        for network in networks:
+            network.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
 from data.batch import Batch
 from data.errors import DataError
+from data.rng import stream
 from trainer.checkpoints.saver import SavingError
 from trainer.errors import UserError
 from trainer.reporting.tags import LOSS, NORM, SKIPPED
@@ -102,11 +104,19 @@ def learn(run: Run, batches: Sequence[Batch], images: int) -> None:
             scaler=precision.scaler,
             clip=learner.clip,
             processes=run.processes.count,
+            before=partial(_seed_dropout, run, batches) if learner.dropout else lambda number: None,
         )
         run.processes.mean_(result.loss)
     logged = result.norms.items() if run.records.log_grad_norm else ()
     norms = {f"{NORM}{network}": norm for network, norm in logged}
     run.records.meter.add({LOSS: result.loss, **norms}, images=images, totals={SKIPPED: result.skipped})
+
+
+def _seed_dropout(run: Run, batches: Sequence[Batch], number: int) -> None:
+    """Seed dropout by the place of a micro-batch in the run."""
+    batch = batches[number]
+    draws = stream(run.learner.objective.seed, "dropout", batch.epoch, batch.positions[0])
+    torch.manual_seed(int(draws.integers(2**63)))
 
 
 def account(run: Run, images: int, seconds: float) -> bool:

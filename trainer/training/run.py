@@ -41,6 +41,8 @@ class Learner:
     """Images of a full step over all ranks."""
     clip: float | None
     ema: Ema | None
+    dropout: bool = False
+    """The networks draw from torch's global generator in training."""
 
 
 @dataclass(kw_only=True)

@@ -44,6 +44,7 @@ def train_step(
     scaler: torch.amp.GradScaler | None = None,
     clip: float | None = None,
     processes: int = 1,
+    before: Callable[[int], None] = lambda number: None,
 ) -> StepResult:
     """Train one global batch.
 
@@ -55,6 +56,7 @@ def train_step(
             last short step than elsewhere.
         clip: norm to clip each network's gradient to.
         processes: number of ranks, over which the wrapped networks average gradients.
+        before: called with the number of each micro-batch before its forward pass.
     """
     optimizers.set_rates(step)
     nominal = nominal or images
@@ -65,6 +67,7 @@ def train_step(
             if not last:  # several processes exchange gradients once a step
                 for network in (networks.unet, networks.text_encoder):
                     stack.enter_context(getattr(network, "no_sync", nullcontext)())
+            before(number)
             loss_B = objective.losses(networks, inputs, autocast)
             loss = (loss_B * inputs.scale_B).sum() * (processes / nominal)
             optimizers.gate(loss)  # those that step inside backward cannot wait for the gradients
