@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,9 @@ from scripts.export_schema import FOLDER, REFERENCE, schemas, texts
 from tests.contracts.config_cases import Case, read_cases
 from trainer.config import ed2, load_config
 from trainer.config.export import optimizer_schema, train_schema
-from trainer.config.overrides import help_text
+from trainer.config.help import FIRST, example, help_text
+from trainer.config.overrides import parse
+from trainer.config.report import Report
 from trainer.config.schema import (
     CommandOptions,
     FileOptions,
@@ -26,6 +30,7 @@ from trainer.config.schema import (
     sections,
     train_keys,
 )
+from trainer.errors import UserError
 
 jsonschema = pytest.importorskip("jsonschema")
 
@@ -49,7 +54,7 @@ SHIPPED = {
 
 def test_help_lists_every_key_with_its_range_default_and_words(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:
-        load_config(["--zzz", "--help"])
+        load_config(["--zzz", "--help", "all"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     lines = text.splitlines()
@@ -173,4 +178,43 @@ def test_the_program_refuses_a_configuration_before_importing_one(tmp_path: Path
 
 
 def test_help_ends_with_the_optimizer_files_keys():
-    assert help_text().index("--max_epochs") < help_text().index("Keys of the optimizer file")
+    text = help_text("all")
+    assert text.index("--max_epochs") < text.index("Keys of the optimizer file")
+
+
+def test_the_short_help_has_the_fifteen_keys_that_people_use_first():
+    lines = help_text().splitlines()
+    assert tuple(line[4:].split(":")[0] for line in lines if line.startswith("  --")) == FIRST
+    assert len(FIRST) == 15 and len(lines) < 50
+    assert "--help KEY" in lines[-1] and "--help all" in lines[-1]
+
+
+def test_every_key_has_a_help_with_an_example_that_works():
+    for name, key in train_keys().items():
+        text = help_text(f"--{name.replace('_', '-')}")
+        assert text.startswith(f"  --{name}: "), name
+        lines = {line.partition(":")[0]: line.partition(":")[2].strip() for line in text.splitlines()}
+        assert json.loads("{" + lines["in train.json"] + "}") == {name: example(key)}
+        report = Report()
+        parsed = parse(shlex.split(lines["on the command line"]), report)
+        assert report.errors == () and parsed.values[name].value == example(key), name
+    for options in (CommandOptions, FreezingOptions, OptimizerFileOptions):
+        assert all(f"{name}: " in help_text(name) for name in keys_of(options))
+    for name, users in optimizer_keys().items():
+        text = help_text(name)
+        assert "In the optimizer file's base and text_encoder_overrides:" in text and f"  {name}: " in text
+        if name != "optimizer":
+            first = next(iter(users.values()))
+            first.validate(example(first))
+
+
+def test_help_of_another_name_and_of_no_key(capsys: pytest.CaptureFixture[str]):
+    assert help_text("base_model") == help_text("resume_ckpt")
+    for name, hint in (("max_epoch", "did you mean --help max_epochs?"), ("zzz", "--help all lists them.")):
+        with pytest.raises(UserError, match=re.escape(f"--help {name}: there is no such key; {hint}")):
+            load_config(["--help", name])
+
+
+def test_the_help_fits_a_narrow_terminal():
+    for topic in ("", "all", "lora"):
+        assert max(map(len, help_text(topic, 79).splitlines())) <= 79

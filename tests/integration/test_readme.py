@@ -33,7 +33,7 @@ DOCUMENTS = [
 ]
 
 RUN = [
-    "python train.py --help",
+    "python train.py --help all",
     "python scripts/export_schema.py",
 ]
 """Run as they are, in a copy of the repository, in this process."""
@@ -256,7 +256,7 @@ def test_a_command_runs(command, copy, monkeypatch, capsys):
     monkeypatch.chdir(copy)
     before = {path: path.read_bytes() for path in copy.rglob("*.json")}
     start(here(command, copy), monkeypatch)
-    assert ("--data_root" in capsys.readouterr().out) == command.endswith("--help")
+    assert ("--data_root" in capsys.readouterr().out) == command.endswith("--help all")
     assert {path: path.read_bytes() for path in copy.rglob("*.json")} == before, "the schemas are up to date"
 
 

@@ -87,7 +87,7 @@ def key_reference() -> str:
     lines = [
         "# Every key",
         "",
-        "Written by `python scripts/export_schema.py` from the docstrings; `python train.py --help` says "
+        "Written by `python scripts/export_schema.py` from the docstrings; `python train.py --help all` says "
         "the same. `null` always means the default. Every key of train.json is also an option of the "
         "command line, `--batch_size 2`.",
     ]

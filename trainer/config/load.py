@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +13,10 @@ from typing import Any
 
 from data.regular import read_regular
 from trainer.config.ed2 import RENAMED, in_optimizer_file, other_word, translate
+from trainer.config.help import help_text
 from trainer.config.optimizer_rules import apply_optimizer_rules
 from trainer.config.optimizers import BASE, Rates, read_optimizers
-from trainer.config.overrides import help_text, parse
+from trainer.config.overrides import parse
 from trainer.config.paths import (
     FINDLAST,
     find,
@@ -55,7 +57,7 @@ from trainer.config.schema import (
 )
 from trainer.config.validation_file import read_validation
 from trainer.errors import UserError
-from trainer.output import say, shown_path
+from trainer.output import WIDTH, say, shown_path
 
 _FREEZE = "; to leave a network as it is, set disable_unet_training or disable_textenc_training"
 _IN_A_FILE = "; write the keys into a .json file and name the file here"
@@ -82,8 +84,9 @@ def load_config(argv: Sequence[str]) -> Loaded:
     _check_names(argv)
     report = Report()
     arguments = parse(argv, report)
-    if arguments.help:
-        say(*help_text().splitlines(), stream=sys.stdout)
+    if arguments.help is not None:
+        columns = shutil.get_terminal_size((WIDTH, 24)).columns
+        say(*help_text(arguments.help, min(WIDTH, columns)).splitlines(), stream=sys.stdout)
         raise SystemExit(0)
     source = Path.cwd() / arguments.command.config
     file = shown_path(source)
@@ -207,7 +210,7 @@ def _unknown_key(name: str) -> str:
         return f"belongs in the optimizer file, as {inside}"
     word = other_word(name)
     return "unknown key" + (
-        f"; did you mean '{word}'?" if word else did_you_mean(name, train_keys()) or "; --help lists all"
+        f"; did you mean '{word}'?" if word else did_you_mean(name, train_keys()) or "; --help all lists them"
     )
 
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import re
-import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from inspect import getdoc
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,19 +14,10 @@ from trainer.config.ed2 import RENAMED, foreign_options, in_optimizer_file, othe
 from trainer.config.positions import read_json
 from trainer.config.report import COMMAND_LINE, Place, Report, Written, closest, read_keys, values_of
 from trainer.config.schema import (
-    DEFAULT_OPTIMIZER,
     CommandOptions,
-    FileOptions,
-    FreezingOptions,
     Key,
-    OptimizerFileOptions,
     accepts,
-    described,
     keys_of,
-    optimizer_classes,
-    optimizer_keys,
-    plain,
-    sections,
     train_keys,
 )
 
@@ -49,7 +36,8 @@ class Arguments:
 
     command: CommandOptions
     config_is_named: bool
-    help: bool
+    help: str | None
+    """The topic of the help, "" without one; None if no help is asked for."""
     values: dict[str, Written]
 
 
@@ -67,7 +55,7 @@ def parse(argv: Sequence[str], report: Report) -> Arguments:
     """
     options = _options()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-h", "--help", nargs="?", const=True)
+    parser.add_argument("-h", "--help", nargs="?", const="")
     for option in options:
         parser.add_argument(option, nargs="?", action=_Append, default=argparse.SUPPRESS)
     words = [_NAME.sub(lambda name: name[0].replace("-", "_"), _VALUE.sub("\0-", word)) for word in argv]
@@ -89,63 +77,7 @@ def parse(argv: Sequence[str], report: Report) -> Arguments:
     for name, sentence in _NEED_CHECK.items():
         if getattr(own, name) is not None and own.check is None:
             report.error(Place(COMMAND_LINE, None, name), sentence)
-    return Arguments(own, "config" in command, bool(found.help), values)
-
-
-def help_text(width: int = 100) -> str:
-    """Return the text of `--help`: every key by section, with its type, default and docstring."""
-    lines = [
-        "usage: python train.py [--config train.json] [--check [json]] [--key value ...]",
-        "",
-        *textwrap.wrap(
-            "Fine-tunes Stable Diffusion as train.json says. Every key below is a key of train.json and an "
-            "option here; the command line wins over the file, the file over the default. --no-key turns a "
-            "switch off, null stands for the default. The optimizer file's keys are listed at the end.",
-            width,
-        ),
-    ]
-    model, *rest = sections().values()
-    for options in (CommandOptions, model, FileOptions, *rest):
-        lines += ["", (getdoc(options) or "").splitlines()[0], *_rows(options, "--", width)]
-    for key in train_keys().values():
-        if isinstance(key.kind, type) and dataclasses.is_dataclass(key.kind):
-            example = json.dumps({name: plain(inner.default) for name, inner in keys_of(key.kind).items()})
-            lines += [
-                "",
-                f"Keys inside {key.name} (on the command line --{key.name} '{example}'):",
-                *_rows(key.kind, "", width),
-            ]
-    lines += ["", "Keys of the optimizer file's sections base and text_encoder_overrides:"]
-    names = ", ".join(optimizer_classes())
-    for name, users in optimizer_keys().items():
-        key = next(iter(users.values()))
-        if name == "optimizer":
-            lines += _row(
-                replace(key, default=DEFAULT_OPTIMIZER), "", width, takes="text", words=f"One of {names}."
-            )
-        else:
-            lines += _row(key, "", width, words=described(users))
-    lines += ["", "Keys of its text_encoder_freezing:", *_rows(FreezingOptions, "", width)]
-    lines += ["", "Keys beside its sections:", *_rows(OptimizerFileOptions, "", width)]
-    return "\n".join(lines) + "\n"
-
-
-def _rows(options: type, dashes: str, width: int) -> list[str]:
-    return [line for key in keys_of(options).values() for line in _row(key, dashes, width)]
-
-
-def _row(key: Key, dashes: str, width: int, *, takes: str = "", words: str = "") -> list[str]:
-    default = plain(key.default) if not key.required else None
-    shown = (
-        "required"
-        if key.required
-        else f"default {default if isinstance(default, str) else json.dumps(default)}"
-    )
-    text = textwrap.wrap(words or key.doc, width - 6, break_on_hyphens=False)
-    return [
-        f"  {dashes}{key.name}: {takes or accepts(key.annotation)}; {shown}",
-        *(f"      {line}" for line in text),
-    ]
+    return Arguments(own, "config" in command, found.help, values)
 
 
 def _options() -> dict[str, tuple[Key, bool]]:
@@ -190,7 +122,9 @@ def _report_rest(words: Sequence[str], report: Report) -> None:
         elif name:
             close = other_word(key) or closest(key, ["help", *train_keys(), *keys_of(CommandOptions)])
             sentence = (
-                f"unknown option; did you mean --{close}?" if close else "unknown option; --help lists all"
+                f"unknown option; did you mean --{close}?"
+                if close
+                else "unknown option; --help all lists them"
             )
             report.error(Place(COMMAND_LINE, None, name), sentence)
         skip = bool(name) and "=" not in word
