@@ -100,6 +100,10 @@ _TWO_GPUS = (
 HELPED = {
     "python scripts/bench_memory.py --cards 8 12 16 24": "traces the five set-ups for minutes",
     "python scripts/bench_optimizer.py": "takes minutes on an idle machine",
+    "python scripts/bench_optimizer.py --threads 1 --rounds 5": "takes minutes too",
+    "python scripts/bench_optimizer.py --network mini": "takes minutes; test_bench_optimizer.py steps each",
+    "python scripts/bench_optimizer.py --network mini --threads 1": "takes as long",
+    "python train.py --config configs/sd15.json --batch_size N --vram 80 --check": "stands for four numbers",
     "scripts/bench_optimizer.py --device cuda --network both --every 1 --rounds 5 --threads 1": "needs a GPU",
     "python scripts/gpu_report.py --out gpu-report": "needs a GPU; test_gpu_report.py runs it on the CPU",
     "scripts/bench_memory.py --networks unet": "takes an hour; test_footprint.py runs one of its rows",
