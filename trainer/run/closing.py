@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from data.atomic import WINDOWS
@@ -17,6 +18,9 @@ from trainer.planning.resume import joined, resume_words
 from trainer.run.announce import NAMED_FILES
 from trainer.training.run import Run
 
+_NARROW = 76
+"""Columns of a line of a long command."""
+
 HANG = 13
 """Columns of a line's label."""
 
@@ -26,10 +30,11 @@ def results(run: Run, config: TrainConfig) -> list[str]:
     state, total = run.state, run.cadence.total_steps
     if state.step == 0:
         return ["Stopped before the first step: nothing is kept of this run."]
-    minutes = state.seconds / 60
+    seconds = state.seconds
+    duration = f"{seconds / 60:.1f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
     ended = "Done" if state.step >= total else f"Stopped after step {state.step} of {total}"
     lines = [
-        f"{ended}: {state.step} steps, {state.images} images in {minutes:.1f} minutes of training.",
+        f"{ended}: {state.step} steps, {state.images} images in {duration} of training.",
         *_skipped([file.name for file in run.loader.left_out]),
         f"Run folder:  {shown_path(run.folder)}, which holds:",
         *_samples(run.folder / "samples"),
@@ -100,12 +105,13 @@ def _lines_of(words: Sequence[str]) -> list[str]:
     """Return a command on lines that a shell takes as one, broken before options; one line on Windows."""
     if WINDOWS:
         return [joined(words)]
-    lines = [joined(words[:1])]
-    for word in words[1:]:
-        text = joined([word])
-        if word.startswith("--") and len(lines[-1]) > WIDTH // 2:
+    starts = [number for number, word in enumerate(words) if word.startswith("--")]
+    parts = [joined(words[first:last]) for first, last in pairwise([0, *starts, len(words)])]
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(part) > _NARROW:
             lines[-1] += " \\"
-            lines.append(f"  {text}")
+            lines.append(f"  {part}")
         else:
-            lines[-1] += f" {text}"
+            lines[-1] += f" {part}"
     return lines
