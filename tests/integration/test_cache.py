@@ -278,7 +278,7 @@ def test_full_disks_and_odd_places_are_told_before_anything_is_written(workplace
     monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     assert train.main(["--cache_latents", "disk"]) == 2
     error = capsys.readouterr().err
-    assert "needs 0.0 GiB in logs/cache and 0.0 GiB are free" in error
+    assert "needs 0.0 MiB in logs/cache and 0.0 MiB are free" in error
     assert not (workplace / "logs" / "cache" / "latents").exists()
     assert not list(workplace.glob("logs/tiny*"))
 
