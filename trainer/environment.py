@@ -174,8 +174,7 @@ def _broken_companions() -> list[str]:
         if error is not None:
             problems.append(
                 f"{name} {own['__version__']} does not load beside torch {torch['__version__']} ({error}), "
-                "which breaks diffusers and transformers; training does not need it: `pip uninstall "
-                f"{name}`."
+                f"which breaks diffusers and transformers; training does not need it: `pip uninstall {name}`."
             )
     return problems
 

@@ -89,13 +89,11 @@ _COMPARE = (
 )
 _TORTURE = (
     "python scripts/torture.py --out ... --kills 200 --config train.json --max_epochs 4 --batch_size 12 "
-    "--save_every_n_epochs 1 "
-    "--keep_last_n 2 --sample_steps 1000 --sample_prompts null"
+    "--save_every_n_epochs 1 --keep_last_n 2 --sample_steps 1000 --sample_prompts null"
 )
 _TWO_GPUS = (
-    "train.py --config configs/sd15.json --data_root examples/faces --optimizer_config "
-    "optimizer_dadapt.json --batch_size 4 "
-    "--stop_after_steps 40 --log_step 10 --no_save_ckpt"
+    "train.py --config configs/sd15.json --data_root examples/faces --optimizer_config optimizer_dadapt.json "
+    "--batch_size 4 --stop_after_steps 40 --log_step 10 --no_save_ckpt"
 )
 HELPED = {
     "python scripts/bench_memory.py --cards 8 12 16 24": "traces the five set-ups for minutes",

@@ -61,9 +61,8 @@ def _acquire_patiently(folder: Path) -> IO[bytes] | None:
         except BlockingIOError as error:
             if time.monotonic() > until:
                 raise UserError(
-                    f"{folder} is in use by {error.strerror}; wait until it has ended, or stop it, "
-                    "and start again. Two processes that "
-                    "write to one folder would lose each other's files."
+                    f"{folder} is in use by {error.strerror}; wait until it has ended, or stop it, and start "
+                    "again. Two processes that write to one folder would lose each other's files."
                 ) from error
         except OSError as error:
             raise UserError(

@@ -130,9 +130,8 @@ def _check(models: Models, key: str) -> None:
     taken, made = unet["in_channels"], models.vae.config["latent_channels"]
     if taken != 4 or made != 4:
         raise UserError(
-            f"{where}: the UNet takes {taken} channels and the VAE makes {made}; "
-            "both must be 4 (inpainting and editing models are not "
-            "trained); name a text-to-image model."
+            f"{where}: the UNet takes {taken} channels and the VAE makes {made}; both must be 4 (inpainting "
+            "and editing models are not trained); name a text-to-image model."
         )
     extra = [
         part
@@ -141,9 +140,8 @@ def _check(models: Models, key: str) -> None:
     ]
     if extra:
         raise UserError(
-            f"{where}: the UNet needs more than text ({extra[0]}), which this program does not give it; "
-            "name a Stable Diffusion 1.x or 2.x "
-            "model."
+            f"{where}: the UNet needs more than text ({extra[0]}), which this program does not give it; name "
+            "a Stable Diffusion 1.x or 2.x model."
         )
     width: Any = models.text_encoder.config.hidden_size
     read = unet["cross_attention_dim"]

@@ -210,10 +210,9 @@ class OptimizerSet:
         found = {network: entry["optimizer"] for network, entry in saved.items()}
         if have != found:
             raise UserError(
-                f"the checkpoint was trained with {_listed(found)}, this run asks for {_listed(have)}: "
-                "its optimizer state does not fit; "
-                "go back to those optimizers, or start a new run from the checkpoint's weights with "
-                "--resume_weights_only."
+                f"the checkpoint was trained with {_listed(found)}, this run asks for {_listed(have)}: its "
+                "optimizer state does not fit; go back to those optimizers, or start a new run from the "
+                "checkpoint's weights with --resume_weights_only."
             )
         for member in self.members:
             if "stopped" in (entry := saved[member.network]):

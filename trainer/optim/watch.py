@@ -72,9 +72,8 @@ class AdaptationWatch:
             say(
                 "stuck",
                 f"d of the {network} has not left d0 ({d0:g}): the gradients of successive steps agree too "
-                "little to raise it, so the "
-                f"network learns next to nothing; raise {where}.lr towards 1.0, or the images per step, or "
-                f"set {where}.d0 ten times higher.",
+                f"little to raise it, so the network learns next to nothing; raise {where}.lr towards 1.0, "
+                f"or the images per step, or set {where}.d0 ten times higher.",
             )
         if d_hat >= 0:
             course.negative_since = None
@@ -83,10 +82,9 @@ class AdaptationWatch:
         elif step - course.negative_since >= PATIENCE:
             say(
                 "negative",
-                f"d_hat of the {network} has been below 0 since step {course.negative_since}: "
-                "the gradients point back along the way "
-                f"the weights have come, so d no longer grows; that is the usual end of the search, "
-                f"and if the loss rises too, lower {where}.lr.",
+                f"d_hat of the {network} has been below 0 since step {course.negative_since}: the gradients "
+                "point back along the way the weights have come, so d no longer grows; that is the usual end "
+                f"of the search, and if the loss rises too, lower {where}.lr.",
             )
         while course.looks and course.looks[-1][0] >= step:  # steps taken back, which trained nothing
             course.looks.pop()
@@ -104,8 +102,7 @@ class AdaptationWatch:
             say(
                 "runaway",
                 f"d of the {network} is {d:.3g}, ten times the {course.plateau:.3g} at which it had come to "
-                "rest, and d never falls: look "
-                f"at the samples from before the rise, and "
+                "rest, and d never falls: look at the samples from before the rise, and "
                 + (f"set {' or '.join(known)}." if known else f"lower {where}.lr."),
             )
         return sentences

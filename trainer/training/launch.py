@@ -117,9 +117,8 @@ def _on_machine(count: int) -> int:
     on_machine, devices = _number("LOCAL_WORLD_SIZE", count), torch.cuda.device_count()
     if devices and on_machine > devices and not _flag("ACCELERATE_USE_CPU"):
         raise UserError(
-            f"{on_machine} processes were launched on this machine, and it has {devices} CUDA device(s), "
-            "one for each process; launch at most that many, and raise grad_accum to keep the images of a "
-            "step."
+            f"{on_machine} processes were launched on this machine, and it has {devices} CUDA device(s), one "
+            "for each process; launch at most that many, and raise grad_accum to keep the images of a step."
         )
     return on_machine
 

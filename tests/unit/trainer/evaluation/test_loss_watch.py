@@ -57,11 +57,9 @@ def test_validation_up_while_training_falls_is_told_once_with_its_beginning():
 def test_both_up_names_the_rates_then_and_now():
     [sentence] = follow(TOO_HIGH)
     assert sentence == (
-        "step 40: the loss of training batches (0.8000 to 0.9000) and the fixed-noise "
-        "loss (0.5000 to 0.8000) have both risen since "
-        "step 10: the rate may be too high (d*lr of the unet 2e-06 then and 5e-06 "
-        "now, lr of the text encoder 1e-06 then and 1e-06 now); "
-        "compare the samples."
+        "step 40: the loss of training batches (0.8000 to 0.9000) and the fixed-noise loss (0.5000 to "
+        "0.8000) have both risen since step 10: the rate may be too high (d*lr of the unet 2e-06 then and "
+        "5e-06 now, lr of the text encoder 1e-06 then and 1e-06 now); compare the samples."
     )
 
 

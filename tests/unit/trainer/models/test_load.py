@@ -932,10 +932,8 @@ def test_a_hub_id_that_cannot_be_had_says_what_was_tried_and_what_to_do(tmp_path
         load("someone/some-model")
     assert str(caught.value) == (
         f"resume_ckpt: someone/some-model is not complete in the hub cache ({tmp_path}) and cannot be "
-        "downloaded (HF_HUB_OFFLINE is set); "
-        "run `hf download someone/some-model` where there is internet and copy the cache, "
-        "or give resume_ckpt the path of a local "
-        "diffusers folder or .safetensors file."
+        "downloaded (HF_HUB_OFFLINE is set); run `hf download someone/some-model` where there is internet "
+        "and copy the cache, or give resume_ckpt the path of a local diffusers folder or .safetensors file."
     )
 
 
