@@ -275,7 +275,7 @@ def test_full_disks_and_odd_places_are_told_before_anything_is_written(workplace
     assert train.main(["--cache_latents", "disk", "--cache_dir", "file/cache"]) == 2
     assert "cannot be written to" in capsys.readouterr().err
     usage = shutil.disk_usage(workplace)
-    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     assert train.main(["--cache_latents", "disk"]) == 2
     error = capsys.readouterr().err
     assert "needs 0.0 MiB in logs/cache and 0.0 MiB are free" in error

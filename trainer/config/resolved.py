@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,14 @@ def clip_skip_of_format_1(value: int) -> int:
 def write_resolved(config: TrainConfig, folder: Path) -> None:
     """Write train.json and optimizer.json with every key and absolute paths; they load as equal options."""
     for name, values in documents(config).items():
-        with appearing(folder / name) as draft:
-            draft.write_text(
-                json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-            )
+        write_document(folder / name, values)
+
+
+def write_document(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
+    with appearing(path) as draft:
+        draft.write_text(text + "\n", encoding="utf-8")
 
 
 def documents(config: TrainConfig) -> dict[str, dict[str, Any]]:

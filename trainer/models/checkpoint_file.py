@@ -16,10 +16,10 @@ from typing import Any
 
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.models import family as families
 from trainer.models.family import SD1, Configs, Family, TextReader, family_of
-from trainer.models.networks import build, fill, first_line
+from trainer.models.networks import build, fill
 from trainer.models.pipeline import Models
 from trainer.models.single_file import NETWORKS, UNET_PREFIX, VAE_PREFIX, from_original, layout
 from trainer.models.tensor_file import TensorFile

@@ -12,7 +12,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.models import sd15
 from trainer.models.family import Configs
 from trainer.models.pipeline import Models
@@ -77,11 +77,6 @@ def build(network: str, config: object, where: str) -> Any:
     raise UserError(
         f"{where} describes no {network} that can be built ({problem}); download the model again."
     )
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type without one."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _problem(config: object) -> str | None:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data.regular import open_regular
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.state_file import DTYPES, write_safetensors
 
 _LONGEST_HEADER = 32 << 20
@@ -69,7 +69,7 @@ class TensorFile(Mapping[str, Tensor]):
                 self._tensors = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, ValueError) as error:  # ValueError: its header is not UTF-8
                 raise UserError(
-                    f"{path}: the file is damaged ({_first_line(error)}); download or copy it again."
+                    f"{path}: the file is damaged ({first_line(error)}); download or copy it again."
                 ) from error
 
     def __getitem__(self, name: str) -> Tensor:
@@ -181,8 +181,7 @@ def _read_ckpt(path: Path) -> tuple[dict[str, Tensor], int | None]:
     except Exception as error:  # torch raises UnpicklingError, EOFError, RuntimeError and others
         advice = "download or copy it again, or get the .safetensors version"
         damaged = (
-            f"{path}: the {path.suffix} file cannot be read as plain tensors ({_first_line(error)}); "
-            f"{advice}."
+            f"{path}: the {path.suffix} file cannot be read as plain tensors ({first_line(error)}); {advice}."
         )
         raise UserError(hostile(path, error) or damaged) from error
     content = content if isinstance(content, dict) else {}
@@ -292,7 +291,3 @@ def _no_pickle(path: Path, start: bytes, *, packed: bool) -> str | None:
     if not start.startswith((b"PK", b"\x80")):
         return f"this is not a {path.suffix} file: it does not begin like one; download or copy it again."
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -18,8 +18,7 @@ from transformers import CLIPTokenizer
 
 from data.regular import read_regular
 from trainer.contained import files_inside
-from trainer.errors import UserError
-from trainer.models.networks import first_line
+from trainer.errors import UserError, first_line
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 TOKENS = 77

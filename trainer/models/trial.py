@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from trainer.diffusion.conditioning import Tokenize
 from trainer.diffusion.schedule import PREDICTION_KINDS, NoiseSchedule
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.models.family import SD1
-from trainer.models.networks import first_line
 
 if TYPE_CHECKING:
     from trainer.models.pipeline import Models

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.atomic import appearing
 from trainer.config import check_rates
-from trainer.config.resolved import documents
+from trainer.config.resolved import documents, write_document
 from trainer.errors import UserError
 from trainer.networks import NETWORKS
 from trainer.optim import AdamW8bitFusedOptions, AdamW8bitOptions
@@ -57,7 +54,7 @@ def export_learned_rate(run: Run, config: TrainConfig) -> list[str]:
             f"AdamW in 8 bits at the rates of {run.folder.name} at step {run.state.step}: {rates}. {settled}."
         )
         exported = _with_optimizers(config, fixed)
-        _write(path, {"doc": doc, **documents(exported)["optimizer.json"]})
+        write_document(path, {"doc": doc, **documents(exported)["optimizer.json"]})
     except OSError as error:
         return [f"No {LEARNED}: it could not be written ({error.strerror or error})."]
     parameters = run.learner.optimizers.parameters
@@ -95,12 +92,6 @@ def _cap(options: Any, exported: AdamW8bitOptions | AdamW8bitFusedOptions) -> st
 def _with_optimizers(config: TrainConfig, learned: Mapping[str, Any]) -> TrainConfig:
     own = {NETWORKS[network].attribute: options for network, options in learned.items()}
     return replace(config, optimizers=replace(config.optimizers, **own))
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    with appearing(path) as draft:
-        draft.write_text(text + "\n", encoding="utf-8")
 
 
 def _as_adamw(learned: Learned, half: bool) -> AdamW8bitOptions | AdamW8bitFusedOptions:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from data.atomic import in_gib
+from data.atomic import free_bytes, in_gib
 from data.contents import content_hashes
 from data.index import Index
 from data.latents import DiskLatents, Latents, MemoryLatents, MomentShape, View, views
@@ -262,10 +261,7 @@ def _encode(
 
 
 def _check_disk(folder: Path, size: int) -> None:
-    place = folder.resolve()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = free_bytes(folder)
     if size + SPARE_DISK > free:
         raise UserError(
             f"cache_latents: disk needs {in_gib(size)} in {folder} and {in_gib(free)} are free; "
