@@ -49,13 +49,16 @@ def optimizer_schema() -> dict[str, Any]:
         name: {"description": "Used by none of this version's optimizers."} for name in UNUSED_OPTIMIZER
     }
     own = {name: _section_key(users) for name, users in optimizer_keys().items()}
-    section = closed_object(
+    known = closed_object(
         {
             "optimizer": own.pop("optimizer"),
             **own,
             **{name: entry for name, entry in foreign.items() if name not in own},
         }
     )
+    path = {"pattern": r"\.", "description": "A class path, with the keyword arguments of its constructor."}
+    by_class = {"type": "object", "properties": {"optimizer": path}, "required": ["optimizer"]}
+    section = {"anyOf": [known, by_class]}
     top = {
         BASE: {
             "$ref": "#/$defs/section",

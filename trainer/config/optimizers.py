@@ -33,6 +33,7 @@ from trainer.config.schema import (
     plain,
     train_keys,
 )
+from trainer.optim.by_class import ByClassOptions, by_class, try_out
 
 BASE, OVERRIDES, FREEZING = "base", "text_encoder_overrides", "text_encoder_freezing"
 FALLBACK_LR = 1e-6
@@ -69,7 +70,7 @@ class _Section:
     @property
     def adapts(self) -> bool:
         """True if the optimizer finds its own rate, which lr multiplies."""
-        return optimizer_classes()[self.optimizer or ""].adapts
+        return _class(self.optimizer or "").adapts
 
 
 def read_optimizers(document: Document, rates: Rates, report: Report) -> OptimizerConfig | None:
@@ -165,17 +166,18 @@ class _Reader:
                 close = f"unknown key; did you mean '{word}'?" if word else unknown_key(key, optimizer_keys())
                 self.report.error(written.place, close)
 
+        own = keys_of(_class(optimizer)) if optimizer is not None else {}
         read = read_keys(
             members,
-            {key: users.get(optimizer or "") or _first(users) for key, users in optimizer_keys().items()},
+            {key: _first(users) for key, users in optimizer_keys().items()} | own,
             self.report,
             foreign=foreign,
             hint=lambda key, value: _FREEZE[name] if key == "lr" and value == 0 else "",
         )
         values: dict[str, Written] = {}
         for key, written in read.items():
-            users = optimizer_keys()[key]
-            if optimizer is None or optimizer in users:
+            users = optimizer_keys().get(key, {})
+            if optimizer is None or key in own:
                 values[key] = written
             elif written.value not in [
                 user.default for user in users.values()
@@ -188,11 +190,22 @@ class _Reader:
         name = written.value.lower() if isinstance(written.value, str) else ""
         if name in optimizer_classes():
             return name
+        if "." in name:
+            return self._checked_path(written)
         if name in NEVER_NAMES:
             self.report.error(written.place, f"{name} is not supported; use {NEVER_NAMES[name]}")
         else:
             self.report.error(written.place, unknown_value(written.value, list(optimizer_classes())))
         return None
+
+    def _checked_path(self, written: Written) -> str | None:
+        """Return a class path that can be used; report why another cannot."""
+        try:
+            _class(written.value)
+        except ValueError as error:
+            self.report.error(written.place, f"{error}; or choose one of {', '.join(optimizer_classes())}")
+            return None
+        return written.value
 
     def _freezing(self) -> FreezingOptions:
         members = self.document.members(self.document.values.get(FREEZING), FREEZING)
@@ -208,12 +221,12 @@ class _Reader:
     def _inherit(self, base: _Section, overrides: _Section) -> Mapping[str, Written]:
         """Return the text encoder's values: its own, and base's if its optimizer uses them."""
         merged = dict(overrides.values)
+        keys, theirs = (keys_of(_class(section.optimizer or "")) for section in (overrides, base))
         for key, written in base.values.items():
-            users = optimizer_keys()[key]
-            if key in merged or overrides.optimizer not in users:
+            if key in merged or key not in keys:
                 continue
-            own = users[overrides.optimizer]
-            if own.annotation != users[base.optimizer or ""].annotation:
+            own = keys[key]
+            if own.annotation != theirs[key].annotation:
                 right, _ = checked(own, plain(written.value), written.place, self.report)
                 if not right:
                     continue
@@ -314,7 +327,18 @@ class _Reader:
         values = values_of(section.values)
         values |= values_of({key: written for key, written in schedule.items() if written is not None})
         values |= {"lr": lr, "lr_scheduler": name, "lr_decay_steps": values.get("lr_decay_steps") or None}
-        return optimizer_classes()[section.optimizer or ""](**values)
+        options = _class(section.optimizer or "")(**values)
+        if isinstance(options, ByClassOptions) and section.trained:
+            try:
+                try_out(options)
+            except ValueError as error:
+                self.report.error(self.document.place(section.name), str(error))
+        return options
+
+
+def _class(name: str) -> Any:
+    """Return the options class of an optimizer by name or class path; raise ValueError with a sentence."""
+    return optimizer_classes().get(name) or by_class(name)
 
 
 def _first(users: Mapping[str, Key]) -> Key:

@@ -148,8 +148,8 @@ class OptimizerSet:
         for member in self.members:
             if skips and not member.gated:
                 continue
-            if member.options.adapts:
-                share = member.options.decay(member.optimizer) * (1 - found_inf.double())
+            if member.options.adapts and (decay := member.options.decay(member.optimizer)) is not None:
+                share = decay * (1 - found_inf.double())
                 self._decayed[member.network] = self._decayed.get(member.network, 0.0) + share
             if member.gated:
                 member.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
@@ -182,9 +182,7 @@ class OptimizerSet:
         saved: dict[str, Any] = {}
         for member in self.members:
             state = member.optimizer.state_dict()
-            groups = [
-                {key: group[key] for key in member.options.learned_keys} for group in state["param_groups"]
-            ]
+            groups = [member.options.learned(group) for group in state["param_groups"]]
             saved[member.network] = {
                 "optimizer": member.options.optimizer,
                 "state": state["state"],
@@ -223,7 +221,9 @@ class OptimizerSet:
             current = member.optimizer.state_dict()["param_groups"]
             groups = [{**group, **learned} for group, learned in zip(current, entry["groups"], strict=True)]
             state = {
-                key: _laid_out_like(member.parameters[key], values) if isinstance(key, int) else values
+                key: _laid_out_like(member.parameters[key], values, member.options.shaped_state)
+                if isinstance(key, int)
+                else values
                 for key, values in entry["state"].items()
             }
             kinds: dict[Any, set[type]] = {}
@@ -251,7 +251,7 @@ def _rate(options: OptimizerOptions) -> float:
     return options.lr
 
 
-def _laid_out_like(parameter: nn.Parameter, value: Any) -> Any:
+def _laid_out_like(parameter: nn.Parameter, value: Any, shaped: bool) -> Any:
     """Return saved state with the strides of its parameter wherever it has its shape.
 
     Files hold tensors in logical order. Fused and 8-bit kernels walk parameter and state as plain memory,
@@ -261,8 +261,8 @@ def _laid_out_like(parameter: nn.Parameter, value: Any) -> Any:
     import torch
 
     if isinstance(value, dict):
-        return {key: _laid_out_like(parameter, item) for key, item in value.items()}
-    if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape != parameter.shape:
+        return {key: _laid_out_like(parameter, item, shaped) for key, item in value.items()}
+    if shaped and isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape != parameter.shape:
         raise ValueError(f"state of {tuple(value.shape)} beside weights of {tuple(parameter.shape)}")
     if (
         isinstance(value, torch.Tensor)

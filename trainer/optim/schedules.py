@@ -41,8 +41,15 @@ class ScheduleOptions:
     learned_keys: ClassVar[tuple[str, ...]] = ()
     """Entries of the optimizer's groups that it changes itself, and that a checkpoint therefore holds."""
 
+    shaped_state: ClassVar[bool] = True
+    """True if state tensors of two and more dimensions have the shape of their weight."""
+
     rounds_bf16: ClassVar[bool] = False
     """Whether bf16 weights learn from steps smaller than their spacing, by stochastic rounding."""
+
+    def learned(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Return the entries of one of the optimizer's groups that a checkpoint holds."""
+        return {key: group[key] for key in self.learned_keys}
 
     def rate(self, optimizer: Optimizer) -> Any:
         """Return the rate of the coming step, a number or a 0-d device tensor, without a device sync."""

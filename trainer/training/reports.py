@@ -24,6 +24,9 @@ from trainer.reporting.tags import (
 from trainer.training.health import check_gradients, check_progress, check_ranks
 from trainer.training.run import Run
 
+_TAGS = {"d": D, "d_hat": D_HAT, "d*lr": UNCAPPED, "decayed": DECAYED, "not finite": NOT_FINITE}
+"""Tags of the optimizers' measures besides the rate."""
+
 
 def report(run: Run) -> None:
     """Read, record and show the numbers since the last report.
@@ -42,7 +45,7 @@ def report(run: Run) -> None:
     rates = {network: numbers[f"{RATE}{network}"] for network in run.learner.optimizers.parameters}
     records.console.report(Report(loss, rates, numbers.get(IMAGES_PER_SECOND), memory))
     for network in [network for network in records.watch.networks if network in rates]:
-        d, d_hat = numbers[f"{D}{network}"], numbers[f"{D_HAT}{network}"]
+        d, d_hat = numbers[f"{D}{network}"], numbers.get(f"{D_HAT}{network}", 0.0)
         for sentence in records.watch.look(network, step=step, d=d, d_hat=d_hat):
             records.console.event(sentence)
     run.evaluation.loss_watch.trained(loss)
@@ -56,14 +59,9 @@ def _measures(run: Run) -> dict[str, Any]:
     latest: dict[str, Any] = {}
     for network, measures in run.learner.optimizers.measures().items():
         latest[f"{RATE}{network}"] = measures["rate"]
-        if "d" in measures:
-            latest[f"{D}{network}"] = measures["d"]
-            latest[f"{D_HAT}{network}"] = measures["d_hat"]
-            latest[f"{DECAYED}{network}"] = measures["decayed"]
-        if "d*lr" in measures:
-            latest[f"{UNCAPPED}{network}"] = measures["d*lr"]
-        if "not finite" in measures:
-            latest[f"{NOT_FINITE}{network}"] = measures["not finite"]
+        for name, tag in _TAGS.items():
+            if name in measures:
+                latest[f"{tag}{network}"] = measures[name]
     if run.learner.precision.scaler is not None:
         latest[GRAD_SCALE] = run.learner.precision.scaler.get_scale()
     return latest
