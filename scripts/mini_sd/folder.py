@@ -1,4 +1,4 @@
-"""The diffusers folder: the work folder's averaged weights as a Stable Diffusion 1.5 pipeline in float16."""
+"""The diffusers folder: the work folder's EMA weights as a Stable Diffusion 1.5 pipeline in float16."""
 
 # The libraries' decorators and exports hide their types.
 # pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false

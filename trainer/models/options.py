@@ -90,6 +90,11 @@ class TrainableOptions:
         """True if LoRA adapters are trained instead of the networks."""
         return self.lora is not None
 
+    @property
+    def adapter_dropout(self) -> float:
+        """Dropout of the adapters' inputs; 0 without adapters."""
+        return 0.0 if self.lora is None else self.lora.dropout
+
     def with_adapters(self) -> TrainableOptions:
         """Return these options with a LoRA of default size."""
         return replace(self, lora=LoraOptions())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from trainer.errors import UserError
 from trainer.optim.schedules import rate_factor
 
 if TYPE_CHECKING:
@@ -202,8 +203,6 @@ class OptimizerSet:
         Raises:
             UserError: the state is of other networks or other optimizers.
         """
-        from trainer.errors import UserError
-
         have = {member.network: member.options.optimizer for member in self.members}
         found = {network: entry["optimizer"] for network, entry in saved.items()}
         if have != found:

@@ -94,7 +94,7 @@ def build(
             images_per_step=plan.images_per_step,
             clip=config.gradients.clip_grad_norm,
             ema=saved.ema,
-            dropout=config.parts.lora is not None and config.parts.lora.dropout > 0,
+            dropout=config.parts.adapter_dropout > 0,
         ),
         evaluation=Evaluation(
             fixed_loss=fixed_loss,

@@ -40,7 +40,7 @@ def results(run: Run, config: TrainConfig) -> list[str]:
         *_samples(run.folder / "samples"),
     ]
     whole = checkpoints(run.folder)
-    lines += _use(run.folder, whole, config.saving, lora=config.parts.trains_adapters)
+    lines += _use(run.folder, whole, config.saving, adapters=config.parts.trains_adapters)
     lines.append(f"Curves:      tensorboard --logdir {shlex.quote(shown_path(run.folder.parent))}")
     return lines
 
@@ -85,8 +85,8 @@ def _samples(folder: Path) -> list[str]:
     return [f"  samples:   samples/{found[-1].name}{before if len(found) > 1 else ''}"]
 
 
-def _use(run: Path, whole: Sequence[Path], saving: SaveOptions, *, lora: bool) -> list[str]:
-    """Return where the newest model is, and what to do with it."""
+def _use(run: Path, whole: Sequence[Path], saving: SaveOptions, *, adapters: bool) -> list[str]:
+    """Return the line about the use of the newest model."""
     if not whole:
         return ["  no checkpoint: none was saved"]
     folder = whole[0].relative_to(run).as_posix()
@@ -96,7 +96,7 @@ def _use(run: Path, whole: Sequence[Path], saving: SaveOptions, *, lora: bool) -
     if not singles:
         return [f"  to use it: load {folder} with diffusers, or convert it by scripts/convert_checkpoint.py"]
     place = shown_path(singles[0]) if saving.save_ckpt_dir else singles[0].relative_to(run).as_posix()
-    models = "models/Lora" if lora else "models/Stable-diffusion"
+    models = "models/Lora" if adapters else "models/Stable-diffusion"
     also = f"; the folder {folder} is for diffusers" if saving.save_format == "both" else ""
     return [f"  to use it: copy {place} to {models} of your web UI{also}"]
 

@@ -1,4 +1,4 @@
-"""Averaged weights: the recurrence, where they are kept, and that training never notices them."""
+"""EMA weights: the recurrence, their device, and no effect on training."""
 
 import pytest
 import torch
