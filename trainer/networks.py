@@ -14,10 +14,8 @@ class Network:
 
     attribute: str
     """Attribute of `Models` and `OptimizerConfig`, and prefix of its adapter weights."""
-
     section: str
     """Section of the optimizer file."""
-
     short: str
     """Name on the progress line."""
 

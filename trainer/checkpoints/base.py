@@ -31,10 +31,8 @@ class Base:
 
     model: str
     """A hub id or an absolute path; in a published record, the path's last part."""
-
     fingerprint: str
     """A hash of its weights."""
-
     revision: str | None = None
     """Its commit on the hub."""
 

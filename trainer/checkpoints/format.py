@@ -56,31 +56,22 @@ class TrainState:
 
     step: int = 0
     """Optimizer steps made."""
-
     epoch: int = 0
     """Epochs completed; the plan of the next step is this epoch's."""
-
     step_in_epoch: int = 0
     """Steps made of the current epoch."""
-
     images: int = 0
     """Images trained, repeats counted."""
-
     last_report: int = 0
     """The step of the last report."""
-
     skipped: int = 0
     """Steps until then without finite gradients, which changed nothing."""
-
     last_finite: int = 0
     """The last report with at least one finite step."""
-
     seconds: float = 0.0
     """Time spent training."""
-
     last_fixed_loss: int = 0
     """The step of the last fixed-noise loss."""
-
     pending: list[str] = field(default_factory=list)
     """Work due after this step that a signal interrupted; `owed` in the file."""
 

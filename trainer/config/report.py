@@ -61,7 +61,6 @@ class Report:
 
     files: list[str] = field(default_factory=lambda: [COMMAND_LINE])
     """The files in the order in which their problems are shown."""
-
     _errors: list[tuple[Place, str]] = field(default_factory=list)
     _notes: list[tuple[Place, str]] = field(default_factory=list)
 

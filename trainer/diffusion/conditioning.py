@@ -26,10 +26,8 @@ class Tokenize:
 
     tokenizer: Any
     """CLIP's; its `model_max_length` is the window."""
-
     chunks: int = 1
     """Windows per caption."""
-
     known: dict[str, list[int]] = field(default_factory=dict, repr=False, compare=False)
     """Cached tokens by caption."""
 

@@ -58,31 +58,22 @@ class Inputs:
 
     pixels_BCHW: Tensor | None
     """As in `Batch`; None with moments_BCHW."""
-
     tokens_BT: Tensor
     """int64."""
-
     scale_B: Tensor
     """fp32, each image's loss_scale."""
-
     posterior_BCHW: Tensor
     """fp32 noise that samples a latent from the VAE's distribution."""
-
     noise_BCHW: Tensor
     """fp32 noise that is mixed into the latents and predicted."""
-
     t_B: Tensor
     """int64 timesteps."""
-
     moments_BCHW: Tensor | None = None
     """As in `Batch`."""
-
     context_BTD: Tensor | None = None
     """The text encoder's cached output; None to run it."""
-
     perturbation_BTD: Tensor | None = None
     """fp32 noise that is added to the context."""
-
     unseen_BCHW: Tensor | None = None
     """fp32 noise that is mixed into the latents and not predicted."""
 

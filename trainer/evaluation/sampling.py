@@ -40,10 +40,8 @@ class Samples:
 
     grid: Image.Image
     """All of them, with their captions."""
-
     rows: tuple[tuple[str, Image.Image], ...]
     """By TensorBoard tag, the samples of each prompt."""
-
     problems: tuple[str, ...]
     """One sentence for each failure; the grid shows the reason in place of the sample."""
 

@@ -39,16 +39,12 @@ class TextReader:
 
     width: int
     """Width of the hidden states, by which a model's family is known; other programs do the same."""
-
     prefix: str
     """Start of its tensors' names in a single file."""
-
     names: Literal["clip", "open_clip"]
     """The program that named its tensors in a single file."""
-
     pad: str
     """The tokenizer's padding."""
-
     lora_prefix: str = "lora_te"
     """Start of its layers' names in kohya's files."""
 
@@ -61,26 +57,19 @@ class Family:
     text: TextReader
     prediction: str
     """The prediction type of a single file that names none."""
-
     ambiguous: bool = False
     """True if nothing in a file's tensors supports that assumption."""
-
     configs: Mapping[str, Configs]
     """Configurations, which a single file lacks, by prediction type."""
-
     architectures: Mapping[str, str]
     """The ModelSpec standard's names, by prediction type."""
-
     epsilon_steps: tuple[int, ...] = ()
     """Values of `global_step` in a .ckpt that is known to predict noise."""
-
     pipeline: str = "StableDiffusionPipeline"
     """The class of diffusers' pipeline."""
-
     parts: Mapping[str, tuple[str, str]] = field(default_factory=lambda: PARTS)
     kohya_version: str
     """kohya's name of the base model, without "_v" for v-prediction."""
-
     kohya_v2: bool
     licences: Mapping[str, str] = field(default_factory=dict)
     """Licences of well-known models, by hub id."""

@@ -30,40 +30,29 @@ class Plan:
 
     config: TrainConfig
     """The configuration with its open values decided: seed, revision, steps between samples."""
-
     start: Start
     prompts: SamplePrompts
     validation: ValidationFile
     split: Split
-
     models: Models
     """The networks on the meta device."""
-
     artifact: Artifact
     counts: Mapping[str, Part]
     """Trained and all parameters, by network."""
-
     total_steps: int
     steps_of_epoch: int
     """Optimizer steps of the first epoch."""
-
     text_stop: int | None
     """Optimizer steps after which the text encoder is frozen."""
-
     ranks: int
     latents: LatentPlan
-
     about: Mapping[str, Any]
     """The run as its checkpoints record it."""
-
     learned_d: frozenset[str]
     """Networks whose d starts at a checkpoint's."""
-
     changed: tuple[str, ...]
     """Differences from the resumed run's configuration."""
-
     notes: tuple[str, ...]
-
     computes: str
     """Dtype and device in words."""
 

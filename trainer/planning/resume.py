@@ -43,26 +43,19 @@ class Start:
 
     model: str
     """A name that `load_models` loads."""
-
     checkpoint: Path | None = None
     """The checkpoint folder of the resumed run."""
-
     revision: str | None = None
     """The model's commit, tag or branch on the hub."""
-
     run: Path | None = None
     """The resumed run's folder; None for a new run and for a checkpoint that was copied out of its run."""
-
     state: TrainState | None = None
     adapter: Path | None = None
     """The checkpoint folder whose adapters are attached to the model."""
-
     about: Mapping[str, Any] | None = None
     """The resumed run's record in its checkpoint."""
-
     weights_of: Path | None = None
     """The checkpoint folder whose weights a new run starts from."""
-
     notes: Sequence[str] = ()
     """Sentences about the choice: damaged newer checkpoints, a run that is not resumed."""
 

@@ -37,12 +37,9 @@ class Report:
 
     loss: float
     """Mean loss since the last report."""
-
     rates: Mapping[str, float] = field(default_factory=dict)
     """Effective learning rate by network."""
-
     images_per_second: float | None = None
-
     memory: int = 0
     """Bytes."""
 

@@ -34,7 +34,6 @@ class Encoded:
     contexts: Contexts | None
     held_out: list[tuple[HeldOut, list[Batch], list[BadFile]]]
     """Validation images with their batches and unreadable files; without both on ranks other than 0."""
-
     waiting: list[nn.Module]
     """Networks that only sampling still needs, kept on the CPU in between."""
 

@@ -27,13 +27,10 @@ class Precision:
     device: torch.device
     dtype: torch.dtype | None
     """The autocast type, or None for fp32 throughout."""
-
     scaler: torch.amp.GradScaler | None
     """The loss scaler that fp16 needs."""
-
     weights: torch.dtype
     """Dtype of UNet and text encoder."""
-
     paced: bool = True
     """Make the loss scale change more gently over the run."""
 

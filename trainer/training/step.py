@@ -23,10 +23,8 @@ class StepResult:
 
     loss: Tensor
     """Mean loss of the step's images on this process, each weighted by its loss_scale."""
-
     norms: dict[str, Tensor]
     """Gradient norm by network, before clipping."""
-
     skipped: Tensor
     """1.0 if the loss or a gradient was not finite and no weight was changed, else 0.0."""
 
