@@ -12,6 +12,7 @@ from trainer.config.schema import OptimizerConfig, TrainConfig, optimizer_classe
 from trainer.errors import UserError
 from trainer.networks import NETWORKS, by_network
 from trainer.optim import OptimizerOptions
+from trainer.optim.by_class import ByClassOptions, try_out
 from trainer.optim.schedules import rate_factor, warmup_steps
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def apply_optimizer_rules(settings: Settings, optimizers: OptimizerConfig, file:
         if fused:
             _fused_backward(settings, f"set fused_backward to false in {file} ({' and '.join(fused)})")
         _adaptation(settings, sections)
+        _by_class(settings, sections, file)
         if settings["weights_dtype"] == "bf16":
             _bf16_weights(settings, sections, file)
         if settings["lora"] is not None:
@@ -174,6 +176,15 @@ def _adaptation(settings: Settings, sections: Sections) -> None:
             f"also changes d, which {finding[0]} estimates from the clipped gradients; null is usual",
             "clip_grad_norm",
         )
+
+
+def _by_class(settings: Settings, sections: Sections, file: str) -> None:
+    for name, options in sections.items():
+        if isinstance(options, ByClassOptions):
+            try:
+                try_out(options, channels_last=settings["channels_last"])
+            except ValueError as error:
+                settings.error(f"{file}: {name}.optimizer: {error}", "optimizer_config")
 
 
 def _bf16_weights(settings: Settings, sections: Sections, file: str) -> None:

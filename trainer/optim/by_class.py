@@ -80,25 +80,26 @@ def by_class(path: str) -> type[ByClassOptions]:
     )
 
 
-def try_out(options: ByClassOptions) -> None:
-    """Step the optimizer once on a small weight.
+def try_out(options: ByClassOptions, *, channels_last: bool) -> None:
+    """Step the optimizer once on two small weights, one of them a convolution's.
 
     Raises:
         ValueError: with a sentence, if it refuses its arguments or cannot step.
     """
     import torch
 
-    weight = torch.nn.Parameter(torch.ones(4, 4))
-    weight.grad = torch.full_like(weight, 1e-3)
-    try:
-        optimizer = options.build([weight], options.lr or 1.0)
-        optimizer.step()
-        options.measure(optimizer)
-    except Exception as error:  # another package may raise anything
-        said = str(error).strip().splitlines()
-        raise ValueError(
-            f"{options.optimizer} fails on a small weight ({said[0] if said else error!r})"
-        ) from error
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    values = torch.ones(4, 4), torch.ones(4, 2, 3, 3).to(memory_format=layout)
+    for value, hint in zip(values, ("", "; channels_last false may help" * channels_last), strict=True):
+        weight = torch.nn.Parameter(value)
+        weight.grad = torch.full_like(weight, 1e-3)
+        try:
+            optimizer = options.build([weight], options.lr or 1.0)
+            optimizer.step()
+            options.measure(optimizer)
+        except Exception as error:  # another package may raise anything
+            said = next(iter(str(error).strip().splitlines()), repr(error))
+            raise ValueError(f"{options.optimizer} fails on a small weight ({said}{hint})") from error
 
 
 @cache
@@ -117,6 +118,10 @@ def _load(path: str) -> Any:
         raise ValueError(f"{path} is not a torch.optim.Optimizer")
     if any(each.default is each.empty for each in list(inspect.signature(kind.step).parameters.values())[1:]):
         raise ValueError(f"{path} steps several times a batch, which this program does not")
+    if hasattr(kind, "eval") and hasattr(kind, "train"):
+        raise ValueError(
+            f"{path} needs other weights for samples and checkpoints than for training (schedule-free)"
+        )
     return kind
 
 

@@ -15,6 +15,14 @@ from trainer.optim.optimizer_set import OptimizerSet
 from trainer.state_file import read_state, write_state
 
 
+class ScheduleFree(torch.optim.Adam):
+    def train(self):
+        """Give the weights to train."""
+
+    def eval(self):
+        """Give the weights to use."""
+
+
 def configured(tmp_path, **base):
     path = tmp_path / "optimizer.json"
     path.write_text(json.dumps({"base": base}))
@@ -47,7 +55,11 @@ def test_keyword_arguments_are_keys(tmp_path):
         ({"optimizer": "torch.optim.NAdam", "momentum_decay": "x"}, "base.momentum_decay: must be a number"),
         (
             {"optimizer": "torch.optim.NAdam", "momentum_decay": -1},
-            "base: torch.optim.NAdam fails on a small weight",
+            "base.optimizer: torch.optim.NAdam fails on a small weight",
+        ),
+        (
+            {"optimizer": "adv_optm.Prodigy_adv", "state_precision": "factored"},
+            "channels_last false may help",
         ),
         (
             {"optimizer": "torch.optim.Missing"},
@@ -58,6 +70,7 @@ def test_keyword_arguments_are_keys(tmp_path):
             "no_such_package does not load (No module named 'no_such_package')",
         ),
         ({"optimizer": "torch.optim.LBFGS"}, "steps several times a batch"),
+        ({"optimizer": f"{__name__}.ScheduleFree"}, "other weights for samples and checkpoints"),
         ({"optimizer": "torch.nn.Linear"}, "is not a torch.optim.Optimizer"),
         ({"optimizer": "bitsandbytes.optim.optimizer.Optimizer8bit"}, "takes no lr"),
     ],
