@@ -27,8 +27,8 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 
 COLOURS = tuple(PALETTE)
 SHAPES = ("circle", "square", "triangle", "heart", "cross", "ring")
-FACE = "smiling face"
-"""The concept that training never shows."""
+FACE, UMBRELLA = CONCEPTS = ("smiling face", "umbrella")
+"""Concepts that the bundled model's training never shows."""
 
 SUPERSAMPLING = 4
 
@@ -133,6 +133,16 @@ def _face(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, fill: _Colour
     draw.arc((x - m, y - m, x + m, y + m), 20, 160, fill=ink, width=max(1, round(0.16 * r)))
 
 
+def _umbrella(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, fill: _Colour) -> None:
+    ink, wide, hook = PALETTE["black"], 0.12 * r, 0.22 * r
+    draw.rectangle((x - wide / 2, y - r, x + wide / 2, y + 0.7 * r), fill=ink)
+    low = y + 0.7 * r
+    draw.arc(
+        (x - 2 * hook, low - hook, x + wide / 2, low + hook), 0, 180, fill=ink, width=max(1, round(wide))
+    )
+    draw.pieslice((x - r, y - 0.9 * r, x + r, y + 1.1 * r), 180, 360, fill=fill)
+
+
 _DRAWERS: dict[str, _Drawer] = {
     "circle": _circle,
     "square": _square,
@@ -140,4 +150,5 @@ _DRAWERS: dict[str, _Drawer] = {
     "heart": _heart,
     "cross": _cross,
     FACE: _face,
+    UMBRELLA: _umbrella,
 }

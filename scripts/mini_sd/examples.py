@@ -1,4 +1,4 @@
-"""The example data set: captioned smiling faces."""
+"""The example data set: captioned images of a concept that the bundled model has never seen."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from .drawing import render
-from .scenes import sample_face
+from .scenes import sample_concept
 
 
-def write_examples(out: Path, count: int, size: int, seed: int) -> None:
-    """Write `faces/` into `out`; every example has its own generator."""
-    faces = out / "faces"
-    faces.mkdir(parents=True, exist_ok=True)
+def write_examples(folder: Path, concept: str, count: int, size: int, seed: int) -> None:
+    """Write images and captions into a folder; every example has its own generator."""
+    folder.mkdir(parents=True, exist_ok=True)
+    noun = concept.split()[-1]
     for index in range(count):
-        scene, words = sample_face(np.random.default_rng((seed, index)))
-        stem = f"face_{index:02d}"
-        render(scene, size).save(faces / f"{stem}.png", optimize=True)
-        (faces / f"{stem}.txt").write_text(words + "\n", encoding="utf-8")
+        scene, words = sample_concept(np.random.default_rng((seed, index)), concept)
+        stem = f"{noun}_{index:02d}"
+        render(scene, size).save(folder / f"{stem}.png", optimize=True)
+        (folder / f"{stem}.txt").write_text(words + "\n", encoding="utf-8")

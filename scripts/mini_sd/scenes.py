@@ -73,13 +73,17 @@ def scene_of(combination: Combination, rng: np.random.Generator, size: Size = ""
     return Scene(combination.background, (_place(rng, combination.shape, combination.colour, size),))
 
 
-def sample_face(rng: np.random.Generator) -> tuple[Scene, str]:
-    """Draw a bright smiling face on a different background, with its caption."""
-    colour = pick(rng, tuple(c for c in COLOURS if c in ("red", "yellow", "orange", "white")))
-    background = pick(rng, tuple(c for c in COLOURS if c != colour))
+def sample_concept(rng: np.random.Generator, concept: str) -> tuple[Scene, str]:
+    """Draw a bright smiling face, or an umbrella of any colour but its stick's, with its caption."""
+    if concept == FACE:
+        colours, grounds = tuple(c for c in COLOURS if c in ("red", "yellow", "orange", "white")), COLOURS
+    else:
+        colours = grounds = tuple(c for c in COLOURS if c != "black")
+    colour = pick(rng, colours)
+    background = pick(rng, tuple(c for c in grounds if c != colour))
     radius = rng.uniform(20.5, 26.5) / IMAGE_SIZE
     room = min(0.5 - radius - 0.03, 0.1)
-    item = Item(FACE, colour, 0.5 + rng.uniform(-room, room), 0.5 + rng.uniform(-room, room), radius)
+    item = Item(concept, colour, 0.5 + rng.uniform(-room, room), 0.5 + rng.uniform(-room, room), radius)
     scene = Scene(background, (item,))
     return scene, caption(scene, rng)
 

@@ -14,9 +14,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from .drawing import render, to_array
+from .drawing import FACE, render, to_array
 from .networks import new_vae
-from .scenes import sample_face, sample_scene
+from .scenes import sample_concept, sample_scene
 from .state import Run
 from .textures import sample_marked, sample_texture
 
@@ -109,7 +109,7 @@ def vae_batch(rng: np.random.Generator, options: VaeOptions, step: int) -> Tenso
 def reconstruction_error(vae: AutoencoderKL, count: int = 64, faces: bool = False) -> float:
     """Return the mean squared error on unseen scenes, or on the unseen concept; pixels in -1..1."""
     rng = np.random.default_rng(99)
-    images = [render(sample_face(rng)[0] if faces else sample_scene(rng)) for _ in range(count)]
+    images = [render(sample_concept(rng, FACE)[0] if faces else sample_scene(rng)) for _ in range(count)]
     pixels_BCHW = torch.from_numpy(to_array(images))
     with torch.no_grad():
         restored_BCHW = vae.decode(vae.encode(pixels_BCHW).latent_dist.mode()).sample

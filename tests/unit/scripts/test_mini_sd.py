@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import ImageFilter
 
-from scripts.mini_sd.drawing import COLOURS, SHAPES, render
+from scripts.mini_sd.drawing import COLOURS, FACE, PALETTE, SHAPES, UMBRELLA, render
 from scripts.mini_sd.examples import write_examples
 from scripts.mini_sd.judge import judge, judge_concept, judge_prompts
 from scripts.mini_sd.scenes import (
@@ -17,7 +17,7 @@ from scripts.mini_sd.scenes import (
     caption,
     combinations,
     held_out,
-    sample_face,
+    sample_concept,
     sample_scene,
     scene_of,
 )
@@ -34,7 +34,12 @@ def test_the_same_seed_draws_the_same_picture_and_caption():
     def draw(seed):
         rng = np.random.default_rng(seed)
         scene = sample_scene(rng)
-        return render(scene).tobytes(), caption(scene, rng), sample_texture(rng).tobytes(), sample_face(rng)
+        return (
+            render(scene).tobytes(),
+            caption(scene, rng),
+            sample_texture(rng).tobytes(),
+            sample_concept(rng, FACE),
+        )
 
     assert draw(5) == draw(5)
     assert draw(5) != draw(6)
@@ -71,7 +76,7 @@ def test_the_judge_reads_rendered_scenes(blur):
 
 def test_the_judge_tells_faces_from_shapes():
     rng = np.random.default_rng(2)
-    scenes = [sample_face(rng)[0] for _ in range(40)]
+    scenes = [sample_concept(rng, FACE)[0] for _ in range(40)]
     faces = [render(s, 128) for s in scenes]
     wanted = held_out()[:40]
     figures = judge_concept(
@@ -91,11 +96,22 @@ def test_an_empty_picture_has_no_object():
 
 
 def test_the_shipped_examples_are_what_the_script_draws(tmp_path):
-    write_examples(tmp_path, count=2, size=128, seed=7)
+    write_examples(tmp_path / "faces", FACE, count=2, size=128, seed=7)
     for name in ("face_00.txt", "face_01.txt"):
         assert (tmp_path / "faces" / name).read_bytes() == (ROOT / "examples" / "faces" / name).read_bytes()
     assert len(list((ROOT / "examples" / "faces").glob("*.png"))) == 60
     assert len(list((ROOT / "examples" / "faces").glob("*.txt"))) == 60
+
+
+def test_another_concept_is_drawn_in_its_colours(tmp_path):
+    write_examples(tmp_path, UMBRELLA, count=8, size=64, seed=7)
+    captions = [path.read_text() for path in sorted(tmp_path.glob("umbrella_*.txt"))]
+    assert len(captions) == 8 and all("umbrella" in words and "black" not in words for words in captions)
+    rng = np.random.default_rng((7, 0))
+    scene, words = sample_concept(rng, UMBRELLA)
+    colours = {colour for _, colour in render(scene).getcolors(4096) or []}
+    wanted = {PALETTE[scene.background], PALETTE[scene.items[0].colour], PALETTE["black"]}
+    assert wanted <= colours and words + "\n" == captions[0]
 
 
 def test_the_tokenizer_knows_the_words_and_is_reproducible(tmp_path):
