@@ -130,6 +130,8 @@ LONG = [
 
 ELSEWHERE = {
     "python -m pytest -n 2": "is this",
+    "python scripts/make_examples.py --concept umbrella --out umbrellas": "is a script of the folder of its "
+    "modules; test_mini_sd.py draws some",
     "pytest tests/integration/test_processes.py": "is a test",
     "pytest -m slow": "is the slow part of this",
     "pytest -m gpu tests/numerics/test_triton_kernel.py": "needs a GPU",
