@@ -22,6 +22,9 @@ _CACHED_TILES = 15
 call. Torch spreads calls on 32768 elements or more over its threads, which costs more than it saves on so
 few, and by orders of magnitude where a core is busy."""
 
+_CALL_TILES = 128
+"""Tiles that the eager path works on at a time with one thread, where calls cost more than caches save."""
+
 _BLOCKS = TILE // BLOCK
 
 
@@ -203,6 +206,8 @@ class TorchEngine:
         if live is None and bank.bits != 8 and p.dtype == bank.dtype and bank.every < 2:
             held = [bank.held[name][0][first:end] for name in bank.held]
             sums = [self._num[first:end], self._l1[first:end]]
+            if cpu and torch.get_num_threads() == 1:
+                size = _CALL_TILES
             for part in zip(*(each.split(size) for each in (p, g, *sums, *held)), strict=True):
                 self._in_place(*part, c=c)
             return
@@ -215,7 +220,7 @@ class TorchEngine:
     ) -> None:
         """Advance tiles that all take part, in the precision they are kept in."""
         if self._scratch is None:
-            self._scratch = p.new_empty(_CACHED_TILES if p.device.type == "cpu" else PACK_TILES, TILE)
+            self._scratch = p.new_empty(PACK_TILES, TILE)
         scratch = self._scratch[: len(p)]
         g = self._seen(g, p, c)
         if s:
