@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Protocol
@@ -319,7 +319,7 @@ def _surely_fits(text: str, tokens: Tokens) -> bool:
     return len(text) <= tokens.limit and text.isascii()
 
 
-def _count(things: Sequence[object], noun: str) -> str:
+def _count(things: Sized, noun: str) -> str:
     return f"{len(things)} {noun}" + ("" if len(things) == 1 else "s")
 
 
