@@ -52,7 +52,10 @@ SHIPPED = {
 }
 
 
-def test_help_lists_every_key_with_its_range_default_and_words(capsys: pytest.CaptureFixture[str]):
+def test_help_lists_every_key_with_its_range_default_and_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "110")
     with pytest.raises(SystemExit) as stopped:
         load_config(["--zzz", "--help", "all"])
     assert stopped.value.code == 0

@@ -161,7 +161,8 @@ class Saver:
         try:
             self._describe(folder)
         except Exception as error:  # a bad page must not cost the checkpoint
-            self._say(f"Note: {folder} is whole, and its model card could not be written ({_reason(error)}).")
+            place = shown_path(folder)
+            self._say(f"Note: {place} is whole, and its model card could not be written ({_reason(error)}).")
 
     def _write(self, kind: Kind, written: list[Path]) -> None:
         state = self._state
