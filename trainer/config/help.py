@@ -11,8 +11,6 @@ from dataclasses import replace
 from inspect import getdoc
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import ValidationError
-
 from trainer.config.ed2 import RENAMED, other_word
 from trainer.config.optimizers import BASE, FREEZING
 from trainer.config.report import closest
@@ -166,22 +164,14 @@ def _of_key(name: str) -> Iterator[str]:
 def example(key: Key) -> Any:
     """Return a valid value that is not the default where there is a choice."""
     default = None if key.required else plain(key.default)
-    if key.name in _EXAMPLES and _fits(key, _EXAMPLES[key.name]):
+    if key.name in _EXAMPLES and key.fits(_EXAMPLES[key.name]):
         return _EXAMPLES[key.name]
     if key.kind is bool:
         return not default
     if get_origin(key.kind) is Literal:
         return next(choice for choice in get_args(key.kind) if choice != default)
     values = (value for value in (default, 4, 0.5, 1, "name") if value is not None)
-    return next((value for value in values if _fits(key, value)), default)
-
-
-def _fits(key: Key, value: Any) -> bool:
-    try:
-        key.validate(value)
-    except ValidationError:
-        return False
-    return True
+    return next((value for value in values if key.fits(value)), default)
 
 
 def _on_command_line(name: str, value: Any) -> str:

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
 from trainer.config.ed2 import RENAMED, foreign_options, in_optimizer_file, other_word, translate
 from trainer.config.positions import read_json
 from trainer.config.report import COMMAND_LINE, Place, Report, Written, closest, read_keys, values_of
@@ -137,12 +135,4 @@ def _value(key: Key, text: str) -> Any:
     scratch = Report()
     document = read_json(b'{"value": ' + text.encode("utf-8", "surrogatepass") + b"}", COMMAND_LINE, scratch)
     value = text if document is None or scratch.errors else document.values["value"]
-    return value if isinstance(value, list | dict) or not _fits(key, text) else text
-
-
-def _fits(key: Key, value: Any) -> bool:
-    try:
-        key.validate(value)
-    except ValidationError:
-        return False
-    return True
+    return value if isinstance(value, list | dict) or not key.fits(text) else text

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from data.options import DataOptions
 from trainer.checkpoints.options import SaveOptions
@@ -161,6 +161,14 @@ class Key:
             pydantic.ValidationError: wrong type, or out of range.
         """
         return _adapter(self.kind).validate_json(json.dumps(value), strict=True, extra="forbid")
+
+    def fits(self, value: Any) -> bool:
+        """Return whether `value`, as JSON holds it, is one of the field's type."""
+        try:
+            self.validate(value)
+        except ValidationError:
+            return False
+        return True
 
     def json_schema(self) -> dict[str, Any]:
         """Return the key's JSON Schema: type, range, description and default; null stands for the default."""

@@ -168,7 +168,7 @@ def _open(
     if plan.mode == "memory":
         return MemoryLatents(plan.shape), None, "memory"
     if len(index.records) >= MANY:
-        report(f"Comparing the content of {len(index.records):,} images with what is kept in {folder}.")
+        report(f"Comparing the content of {len(index.records):,} images with the latents cached in {folder}.")
     memory = folder / f"contents-{_roots(index)}.json"
     contents = content_hashes(index.records, memory, masked=index.masked)
     own = folder / "latents" / identity(vae, precision)
