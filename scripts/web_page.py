@@ -15,7 +15,7 @@ p { max-width: 62rem; margin: .5rem 0; } .note { color: #5a6472; font-size: .9re
 pre { background: #f3f5f8; padding: .7rem 1rem; border-radius: 4px; overflow-x: auto; font-size: .85rem; }
 .wide { overflow-x: auto; } .wide img { display: block; }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; }
-.plots img { width: 42rem; max-width: 100%; height: auto; }
+.plots img { width: 40rem; max-width: 100%; height: auto; }
 table { border-collapse: collapse; font-size: .9rem; margin: .6rem 0; }
 th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid #e3e7ec; vertical-align: top; }
 th { background: #f3f5f8; font-weight: 600; } th:first-child, td:first-child { text-align: left; }

@@ -178,11 +178,17 @@ def optimizer_words(config: Mapping[str, Any]) -> str:
     found = []
     for section in (section for section, key in keys.items() if not config.get(key)):
         factor = "d x " if f"{section}.d0" in config else ""
-        found.append((config[f"{section}.optimizer"], f"{factor}{config[f'{section}.lr']:g}"))
+        found.append((config[f"{section}.optimizer"], factor + _rate(config[f"{section}.lr"])))
     (first, rate), (last, last_rate) = found[0], found[-1]
     if first != last:
         return f"{first} at {rate} / {last} at {last_rate}"
     return f"{first} at {rate}" if rate == last_rate else f"{first} at {rate} / {last_rate}"
+
+
+def _rate(lr: float) -> str:
+    """Return a learning rate as people write it: 0.1, 1e-4."""
+    mantissa, exponent = f"{lr:.2e}".split("e")
+    return f"{lr:g}" if lr >= 1e-3 else f"{float(mantissa):g}e{int(exponent)}"
 
 
 def finish(runs: Sequence[Planned], say: Callable[[str], None]) -> list[Finished]:

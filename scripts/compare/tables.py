@@ -20,6 +20,9 @@ Measure = Callable[[Measured], float | None]
 
 MOVED = "Prompts that moved most"
 
+_ALIKE = 1.25
+"""Ratio of two drifts below which they count as equal."""
+
 _SURE = 3
 """Seeds from which confidence intervals are given."""
 
@@ -90,12 +93,13 @@ def verdict(files: Sequence[Compared]) -> list[str]:
             sentence += "(95% interval of the paired differences)"
         sentences.append(sentence + ".")
     moved = {file.label: fmean(colours) for file in files if (colours := _colours(file))}
-    if len(moved) > 1 and (low := min(moved, key=moved.__getitem__)) and moved[low] > 0:
-        high = max(moved, key=moved.__getitem__)
-        sentences.append(
-            f"{high} moved the colours of unrelated prompts most, {moved[high] / moved[low]:.1f} times as "
-            f"far from the base as {low}."
-        )
+    if len(moved) > 1:
+        low, high = (choose(moved, key=moved.__getitem__) for choose in (min, max))
+        if moved[high] <= _ALIKE * moved[low]:
+            sentences.append("All files moved the colours of unrelated prompts about equally far.")
+        elif moved[low] > 0:
+            far = f"{moved[high] / moved[low]:.1f} times as far from the base as {low}"
+            sentences.append(f"{high} moved the colours of unrelated prompts most, {far}.")
     seeds = max(len(file.runs) for file in files)
     if seeds < _SURE:
         sentences.append(

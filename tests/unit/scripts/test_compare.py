@@ -61,6 +61,11 @@ def test_the_verdict_names_the_lowest_loss_and_the_farthest_colours():
     assert chance.startswith("One seed: small differences between files may be chance.")
 
 
+def test_drift_that_differs_little_names_nobody():
+    files = [compared("adamw", [0.05], [0.020]), compared("dadapt", [0.045], [0.022])]
+    assert verdict(files)[1] == "All files moved the colours of unrelated prompts about equally far."
+
+
 def test_the_verdict_ranks_by_the_fixed_noise_loss_without_validation():
     files = [compared("a", [0.05], tag=FIXED_LOSS), compared("b", [0.06], tag=FIXED_LOSS)]
     assert verdict(files)[0].startswith("a reached the lowest fixed-noise loss")
@@ -114,10 +119,10 @@ def test_files_are_named_by_optimizer_and_rate():
         ]
     )
     assert found == {
-        "one": "adamw8bit at 1e-06 / 5e-07",
+        "one": "adamw8bit at 1e-6 / 5e-7",
         "two": "dadapt_adam at d x 0.1 (two)",
-        "three": "adamw8bit at 1e-06 / dadapt_adam at d x 0.1",
-        "four": "adamw8bit at 1e-06",
+        "three": "adamw8bit at 1e-6 / dadapt_adam at d x 0.1",
+        "four": "adamw8bit at 1e-6",
         "five": "dadapt_adam at d x 0.1 (five)",
     }
 
