@@ -92,20 +92,27 @@ class AdaptationWatch:
         while len(course.looks) > 1 and course.looks[1][0] <= step - PATIENCE:
             del course.looks[0]
         self._follow(course, step, d, d0)
-        if course.plateau and d >= RUNAWAY * course.plateau:
-            brakes = {"d_max": f"{course.plateau:.2g}", "growth_rate": "1.02"}
-            known = [
-                f"{where}.{key} to {value}"
-                for key, value in brakes.items()
-                if hasattr(self._options[network], key)
-            ]
+        if (
+            course.plateau
+            and d >= RUNAWAY * course.plateau
+            and (change := self._brakes(network, course.plateau))
+        ):
             say(
                 "runaway",
                 f"d of the {network} is {d:.3g}, ten times the {course.plateau:.3g} at which it had come to "
-                "rest, and d never falls: look at the samples from before the rise, and "
-                + (f"set {' or '.join(known)}." if known else f"lower {where}.lr."),
+                f"rest, and d never falls: look at the samples from before the rise, and {change}.",
             )
         return sentences
+
+    def _brakes(self, network: str, rest: float) -> str | None:
+        """Return the keys that brake a rise of d from `rest`, as a clause; None if rate_max has held it."""
+        options, where = self._options[network], self._sections[network]
+        rate = rest * (options.lr or 1.0) * getattr(options, "layer_scale", 1.0)
+        if rate >= getattr(options, "rate_max", math.inf) * (1 - 1e-6):
+            return None
+        values = {"rate_max": f"{rate:.2g}", "d_max": f"{rest:.2g}", "growth_rate": "1.02"}
+        known = [f"{where}.{key} {value}" for key, value in values.items() if hasattr(options, key)]
+        return f"resume from that time with {' or '.join(known)}" if known else f"lower {where}.lr"
 
     def stuck(self, network: str, d: float) -> bool:
         """Return whether d is still at a d0 that was not learned before."""

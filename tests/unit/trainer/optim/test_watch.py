@@ -41,21 +41,41 @@ def test_d_hat_that_comes_back_is_not_told():
     assert told(lambda step: (1e-5, -1e-6 if step % 50 else 1e-6)) == []
 
 
+def away(step):
+    return (1e-5 if step < 300 else 1e-5 * 1.05 ** (step - 300), 1.0)
+
+
 def test_d_that_runs_away_after_a_rest():
-    ((step, sentence),) = told(lambda step: (1e-5 if step < 300 else 1e-5 * 1.05 ** (step - 300), 1.0))
-    assert (
-        340 <= step <= 360 and "1e-05" in sentence and "base.d_max" in sentence and "growth_rate" in sentence
-    )
+    ((step, sentence),) = told(away)
+    assert 340 <= step <= 360 and "1e-05" in sentence
+    named = [sentence.index(f"base.{key}") for key in ("rate_max", "d_max", "growth_rate")]
+    assert named == sorted(named), "the remedy of the documentation comes first"
+
+
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [
+        ({"lr": 0.1}, "1e-06"),
+        ({"lr": 0.1, "layer_scale": 3.0}, "3e-06"),
+        ({"lr": 0.1, "rate_max": 2e-6}, "1e-06"),  # the rate has doubled
+        ({"lr": 0.1, "rate_max": 1e-6}, None),
+    ],
+)
+def test_the_rate_max_that_is_named_is_the_rate_from_before_the_rise(options, rate):
+    watch = AdaptationWatch({"unet": DAdaptAdamOptions(**options)}, {"unet": "base"})
+    sentences = [sentence for _, sentence in told(away, watch=watch)]
+    if rate is None:
+        assert sentences == [], "rate_max held the rate before the rise and after it"
+    else:
+        assert f"with base.rate_max {rate} or" in sentences[0]
 
 
 @pytest.mark.parametrize("name", [name for name, options in optimizer_classes().items() if options.adapts])
 def test_the_brakes_that_are_named_are_keys_of_the_optimizer(name):
     options = optimizer_classes()[name]
     watch = AdaptationWatch({"unet": options(d0=1e-7)}, {"unet": "base"})
-    ((_, sentence),) = told(
-        lambda step: (1e-5 if step < 300 else 1e-5 * 1.05 ** (step - 300), 1.0), watch=watch
-    )
-    for key in ("d_max", "growth_rate"):
+    ((_, sentence),) = told(away, watch=watch)
+    for key in ("rate_max", "d_max", "growth_rate"):
         assert (f"base.{key}" in sentence) == (key in keys_of(options))
     assert "base." in sentence
 
