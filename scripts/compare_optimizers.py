@@ -81,7 +81,7 @@ def compare(options: argparse.Namespace, changes: list[str], command: str) -> No
     """
     from scripts.compare.measures import Compared, measure, settings_of, trained_parameters
     from scripts.compare.pictures import draw_pictures
-    from scripts.compare.report import device_words, write_report
+    from scripts.compare.report import write_report
     from scripts.compare.runs import finish, names, plan_runs
     from scripts.grids.draw import read_prompts
 
@@ -119,9 +119,7 @@ def compare(options: argparse.Namespace, changes: list[str], command: str) -> No
             resolution=resolution if isinstance(resolution, int) else max(resolution),
             say=lambda words: print(f"drawing: {words}"),
         )
-        page = write_report(
-            files, drawn, options.out, settings=settings_of(runs[0]), command=command, device=device_words()
-        )
+        page = write_report(files, drawn, options.out, settings=settings_of(runs[0]), command=command)
         print(f"{page}: done. Curves:  tensorboard --logdir {shlex.quote(str(options.out / 'runs'))}")
 
 

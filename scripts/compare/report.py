@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ class Section:
 
 
 def write_report(
-    files: Sequence[Compared], drawn: Drawn | None, out: Path, *, settings: str, command: str, device: str
+    files: Sequence[Compared], drawn: Drawn | None, out: Path, *, settings: str, command: str
 ) -> Path:
     """Write the page, the Markdown file and their pictures into `out`/report, and return the page.
 
@@ -50,7 +49,6 @@ def write_report(
         out: the comparison's folder.
         settings: the settings that all runs share, in words.
         command: the command line that repeats the comparison.
-        device: the device that trained, in words.
     """
     from scripts.grids.draw import picture_of
 
@@ -75,7 +73,7 @@ def write_report(
         Section("In TensorBoard", board, command=f"tensorboard --logdir {shlex.quote(str(out / 'runs'))}")
     )
     sections.append(Section("Made with", command=command))
-    head = _head(files, settings, device)
+    head = _head(files, settings)
     bold = verdict(files)
     bold += [f"Failed: {file.label}: {sentence}" for file in files for sentence in file.failed]
     for name, text in (
@@ -87,32 +85,36 @@ def write_report(
     return folder / PAGE
 
 
-def device_words() -> str:
-    """Return this machine's device in words: the GPU, or the processor and threads."""
-    import torch
-
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}"
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} thread(s)), torch {torch.__version__}"
-
-
-def _head(files: Sequence[Compared], settings: str, device: str) -> list[str]:
+def _head(files: Sequence[Compared], settings: str) -> list[str]:
     """Return the sentences above the tables."""
     seeds = sorted({run.end.planned.seed for file in files for run in file.runs})
     named = f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
     head = [
         f"{len(files)} optimizer files, {named}; the same data, order, noise and timesteps for each file. "
         f"{settings}.",
-        f"Trained on: {device}.",
+        _trained_on(files),
     ]
     if len(seeds) > 1:
         spread = (
             "their 95% confidence intervals (Student's t)" if len(seeds) > 2 else "the lowest and the highest"
         )
         head.append(f"Numbers are means over the seeds, with {spread}.")
-    if any(run.end.parts > 1 for file in files for run in file.runs):
+    if any(len(run.end.machines) > 1 for file in files for run in file.runs):
         head.append("The peak memory of resumed runs is not known.")
     return head
+
+
+def _trained_on(files: Sequence[Compared]) -> str:
+    """Return the machines of all runs as a sentence, which names the runs of each if they differ."""
+    runs: dict[str, list[str]] = {}
+    for file in files:
+        for run in file.runs:
+            known = dict.fromkeys(machine or "a machine that is not recorded" for machine in run.end.machines)
+            runs.setdefault(", then ".join(known), []).append(f"{file.label} seed {run.end.planned.seed}")
+    if len(runs) == 1:
+        return f"Trained on: {next(iter(runs))}."
+    words = "; ".join(f"{machine} ({', '.join(named)})" for machine, named in runs.items())
+    return f"Trained on: {words}. Their times and memory do not compare."
 
 
 def _html(head: Sequence[str], bold: Sequence[str], sections: Sequence[Section], folder: Path) -> str:

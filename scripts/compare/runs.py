@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from scripts.compare.machines import note_machine, note_start, read_machines
 from scripts.compare.progress import Progress
 from scripts.processes import started, train_into
 from trainer.errors import UserError
@@ -19,7 +20,9 @@ from trainer.errors import UserError
 DONE = "done.json"
 """The file beside a run's folder that records how the run ended; missing until then."""
 
-_PEAK = ".peak"
+_PEAK, _MACHINES = ".peak", ".machines"
+"""Endings of files beside a run's output."""
+
 _OWN = ("config", "optimizer_config", "seed", "logdir", "project_name", "resume_ckpt")
 """train.py's keys that the comparison sets itself; train.json names the model to start from."""
 _PLACES = ("logdir", "cache_dir", "save_ckpt_dir")
@@ -64,8 +67,8 @@ class Finished:
     peak: int | None
     """Peak bytes of its process; None if the system does not report them, or the run was resumed."""
 
-    parts: int
-    """Processes that trained it, one after the other."""
+    machines: tuple[str | None, ...]
+    """The machine of each process that trained it, one after the other; None if it is not recorded."""
 
     @property
     def reason(self) -> str:
@@ -242,7 +245,8 @@ def finished(run: Planned) -> Finished | None:
             f"{run.config.get(key)} now; name another folder with --out, or delete this one."
         )
     folder = run.logdir / record["folder"] if record["folder"] else None
-    return Finished(run, folder, record["code"], record["peak"], record["parts"])
+    machines = record.get("machines") or [None] * record["parts"]  # older comparisons recorded the number
+    return Finished(run, folder, record["code"], record["peak"], tuple(machines))
 
 
 def train(run: Planned, show: Callable[[], None] = lambda: None) -> Finished:
@@ -255,12 +259,13 @@ def train(run: Planned, show: Callable[[], None] = lambda: None) -> Finished:
     from trainer.checkpoints.listing import find_last
 
     run.logdir.mkdir(parents=True, exist_ok=True)
-    before = sorted(path.name for path in run.logdir.glob("run-*"))
+    machines_file, peak_file = (run.output.with_suffix(suffix) for suffix in (_MACHINES, _PEAK))
     try:
         find_last(run.logdir, "run")
         resume = ["--resume_ckpt", "findlast"]
     except UserError:
         resume = []
+        machines_file.unlink(missing_ok=True)  # of processes whose steps are lost
     written = run.output.stat().st_size if run.output.exists() else 0
     child = started([*run.arguments, *resume], run.output, measured_train)
     join(child, show)
@@ -279,13 +284,14 @@ def train(run: Planned, show: Callable[[], None] = lambda: None) -> Finished:
             exit_code=1,
         )
     names = sorted(path.name for path in run.logdir.glob("run-*"))
-    peak_file = run.output.with_suffix(_PEAK)
-    parts = 1 + bool(before)
+    machines = read_machines(machines_file)
+    if resume and len(machines) == 1:  # an older version trained the first steps
+        machines.insert(0, None)
     record = {
         "folder": names[-1] if names else None,
         "code": code,
-        "peak": int(peak_file.read_text()) if peak_file.exists() and parts == 1 else None,
-        "parts": parts,
+        "peak": int(peak_file.read_text()) if peak_file.exists() and len(machines) == 1 else None,
+        "machines": machines,
         "config": run.config,
     }
     (run.logdir / DONE).write_text(json.dumps(record, indent=1), encoding="utf-8")
@@ -318,8 +324,11 @@ def join(child: BaseProcess, show: Callable[[], None] = lambda: None) -> None:
 
 
 def measured_train(arguments: list[str], output: str) -> None:
-    """Run train.py, write the peak memory of the process beside its output, and end the process."""
+    """Run train.py, write peak memory and machine of the process beside its output, and end the process."""
+    machines = Path(output).with_suffix(_MACHINES)
+    note_start(machines)
     code = train_into(arguments, output)
+    note_machine(machines)
     if sys.platform != "win32":
         import resource
 

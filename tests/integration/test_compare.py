@@ -118,7 +118,11 @@ def test_a_comparison_from_training_to_the_report(place, capsys):
     ):
         assert sentence in html and sentence in text
 
-    # Once more with a further seed: what is finished is kept, the report is of both seeds.
+    # Once more with a further seed: what is finished is kept, the report is of both seeds. One of the runs
+    # now comes from elsewhere.
+    here = re.search(r"Trained on: (CPU \(.+\), torch [^ ]+)\.\n", text)[1]
+    done = place / "out/runs/adamw/seed-7" / DONE
+    done.write_text(done.read_text().replace(here, "a GPU"))
     before = {path: path.stat().st_mtime_ns for path in (place / "out/runs").rglob("events*")}
     assert compare_optimizers.main([*command, "--seeds", "7", "8", "--unrelated", "prompts.json"]) == 0
     after = {path: path.stat().st_mtime_ns for path in (place / "out/runs").rglob("events*")}
@@ -126,7 +130,9 @@ def test_a_comparison_from_training_to_the_report(place, capsys):
     both = table((report / "report.md").read_text(), "Loss")[dadapt][0]
     mean, low, high = map(float, re.fullmatch(r"(\S+) \((\S+) to (\S+)\)", both).groups())
     assert low < mean < high and f"{last[1]:.4f}" in both
-    assert "(all sample prompts" not in (report / "report.md").read_text()
+    text = (report / "report.md").read_text()
+    assert "(all sample prompts" not in text
+    assert f"Trained on: a GPU ({adamw} seed 7); {here} ({adamw} seed 8, {dadapt} seed 7, " in text
 
     # Another comparison does not go into the same folder.
     assert compare_optimizers.main([*command, "--max_epochs", "3"]) == 2
@@ -147,11 +153,11 @@ def test_a_comparison_that_was_broken_off_goes_on(place):
     for path in whole.folder.glob("ckpts/last-*"):  # as if it had been killed after the first epoch
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     first = next(whole.folder.glob("ckpts/run-ep01*/"))
-    assert (whole.peak or 0) > 2**26 and whole.parts == 1
+    assert (whole.peak or 0) > 2**26 and len(whole.machines) == 1
     (planned[0].logdir / DONE).unlink()
     assert (first / "resume").exists()
     [again] = finish(planned[:1], lambda _: None)
-    assert again.parts == 2 and again.peak is None and again.folder == whole.folder
+    assert len(again.machines) == 2 and again.peak is None and again.folder == whole.folder
     assert scalars(again.folder)["loss/log_step"] == whole_curves["loss/log_step"]
 
 
@@ -210,7 +216,7 @@ def test_a_report_of_a_run_that_failed(tmp_path):
     output.write_text("step 1\nit failed because <of this>.\n\n")
     planned = [Planned(name, tmp_path / name, 1, tmp_path, (), {}) for name in ("good", "wild")]
     good = Measured(
-        Finished(planned[0], tmp_path, 0, 2**30, 1),
+        Finished(planned[0], tmp_path, 0, 2**30, ("a GPU",)),
         {FIXED_LOSS: {0: 0.2, 5: 0.1}},
         None,
         1.0,
@@ -220,7 +226,7 @@ def test_a_report_of_a_run_that_failed(tmp_path):
         3.0,
     )
     wild = Measured(
-        Finished(planned[1], tmp_path, 1, None, 1),
+        Finished(planned[1], tmp_path, 1, None, (None, "a CPU")),
         {FIXED_LOSS: {0: 0.2, 5: float("nan")}},
         None,
         None,
@@ -230,12 +236,14 @@ def test_a_report_of_a_run_that_failed(tmp_path):
         None,
     )
     files = [Compared("good", (good,)), Compared("wild", (wild,))]
-    page = write_report(files, None, tmp_path, settings="x", command="y", device="z")
+    page = write_report(files, None, tmp_path, settings="x", command="y")
     text, html = (page.parent / "report.md").read_text(), page.read_text()
     assert (
         "**Failed: wild: seed 1: it failed because <of this>.**" in text
         and "it failed because &lt;of this&gt;." in html
     )
+    machines = "a GPU (good seed 1); a machine that is not recorded, then a CPU (wild seed 1)"
+    assert f"Trained on: {machines}. Their times and memory do not compare." in text
     assert table(text, "Loss") == {"good": ["0.1000", "1.000", "0.1000", "1.000"], "wild": ["–"] * 4}
 
 

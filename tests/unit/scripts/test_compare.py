@@ -7,6 +7,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from scripts.compare.drift import Shift, shift
+from scripts.compare.machines import note_machine, note_start, read_machines
 from scripts.compare.measures import Compared, Measured
 from scripts.compare.pictures import moved_most
 from scripts.compare.progress import Progress
@@ -46,7 +47,7 @@ def test_just_visible_steps_of_grey_are_a_fiftieth():
 def compared(label, losses, colours=(), tag=VALIDATION_LOSS):
     planned = Planned(label, Path(f"{label}.json"), 1, Path(), (), {})
     runs = tuple(
-        Measured(Finished(planned, None, 0, None, 1), {tag: {0: 1.0, 5: loss}}, None, *[None] * 5)
+        Measured(Finished(planned, None, 0, None, ("CPU",)), {tag: {0: 1.0, 5: loss}}, None, *[None] * 5)
         for loss in losses
     )
     shifts = tuple(((0, Shift(colour, 0.1)),) for colour in colours)
@@ -82,6 +83,16 @@ def test_from_three_seeds_the_verdict_says_how_sure_it_is(losses, words):
     files = [compared("a", losses), compared("b", [0.050, 0.052, 0.049])]
     (sentence,) = verdict(files)
     assert words in sentence
+
+
+def test_a_process_that_was_killed_leaves_no_machine(tmp_path):
+    record = tmp_path / "output.machines"
+    assert read_machines(record) == []
+    note_start(record)
+    note_start(record)
+    note_machine(record)
+    killed, ended = read_machines(record)
+    assert killed is None and ended is not None and ended.startswith("CPU (") and ", torch " in ended
 
 
 def test_intervals_are_students():
