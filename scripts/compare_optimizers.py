@@ -83,6 +83,7 @@ def compare(options: argparse.Namespace, changes: list[str], command: str) -> No
     from scripts.compare.pictures import draw_pictures
     from scripts.compare.report import write_report
     from scripts.compare.runs import finish, names, plan_runs
+    from scripts.grids.columns import Reading
     from scripts.grids.draw import read_prompts
 
     train, *optimizers = options.config
@@ -117,6 +118,7 @@ def compare(options: argparse.Namespace, changes: list[str], command: str) -> No
             words,
             base=runs[0].config["resume_ckpt"],
             resolution=resolution if isinstance(resolution, int) else max(resolution),
+            reading=Reading.of(runs[0].config),
             say=lambda words: print(f"drawing: {words}"),
         )
         page = write_report(files, drawn, options.out, settings=settings_of(runs[0]), command=command)

@@ -8,7 +8,8 @@ r"""Draw the same prompts with several models side by side, or merge checkpoints
 A run stands for all its checkpoints. The base, which a run records or --base names, is the first column;
 --against adds other models after the last. The axes are checkpoints, prompts, seeds, cfgs and steps: one
 along the rows (--x), one down the columns (--y), and a panel for every combination of the other three. The
-grid is written as a PNG and as a page beside it.
+grid is written as a PNG and as a page beside it. Prompts are read as the first run reads those of its
+samples: with its clip_skip, max_tokens and wildcards.
 
 --blend merges .safetensors or .ckpt files: with --weights into the sum of each times its number; with
 --add_difference W and three files A, B and C into A + W (B - C). The new file's header records its sources.
@@ -48,7 +49,7 @@ def draw_grid(options: argparse.Namespace) -> int:
         UserError: a model, file or option cannot be used.
     """
     from data.atomic import appearing
-    from scripts.grids.columns import find_columns
+    from scripts.grids.columns import find_columns, find_reading
     from scripts.grids.draw import draw, page_body, picture_of, read_prompts
     from scripts.web_page import document
 
@@ -64,6 +65,7 @@ def draw_grid(options: argparse.Namespace) -> int:
     grid = draw(
         columns,
         read_prompts(options.prompts),
+        reading=find_reading(options.checkpoints),
         seeds=options.seeds,
         cfgs=options.cfgs,
         steps=options.steps,

@@ -13,6 +13,7 @@ from scripts.compare.measures import Compared
 if TYPE_CHECKING:
     from PIL import Image
 
+    from scripts.grids.columns import Reading
     from scripts.grids.draw import Cell, Grid
     from trainer.evaluation.options import SamplePrompts
 
@@ -44,6 +45,7 @@ def draw_pictures(
     *,
     base: str,
     resolution: int,
+    reading: Reading,
     say: Callable[[str], None],
 ) -> tuple[list[Compared], Drawn | None]:
     """Draw samples with all checkpoints; return the files with their tones, and the grid.
@@ -55,6 +57,7 @@ def draw_pictures(
         words: `unrelated` in words.
         base: the model that all runs started from.
         resolution: the training's.
+        reading: the training's reading of prompts.
         say: takes a line for each model.
     """
     from scripts.grids.columns import Column, checkpoint_column
@@ -79,9 +82,8 @@ def draw_pictures(
 
     def drawn(these: Sequence[Column], prompts: SamplePrompts) -> Grid:
         # The file's first guidance scale alone: people use the model with one.
-        return draw(
-            these, prompts, cfgs=prompts.cfgs[:1], resolution=prompts.resolution or resolution, say=say
-        )
+        size, cfgs = prompts.resolution or resolution, prompts.cfgs[:1]
+        return draw(these, prompts, reading=reading, cfgs=cfgs, resolution=size, say=say)
 
     everything = drawn(columns, unrelated)
     grid = (

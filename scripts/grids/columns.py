@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
 
@@ -25,6 +25,33 @@ class Column:
 
     base: str | None = None
     """The base of a LoRA."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the text encoder reads a grid's prompts: as in the samples of a run."""
+
+    clip_skip: int = 0
+    max_tokens: int = 75
+    wildcard_seed: int | None = None
+    """The run's seed, by which one alternative of each `{a|b}` is drawn; None leaves them as they are."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Reading:
+        """Return the reading of a run's configuration, whose keys are train.json's."""
+        seed = config["seed"] if config.get("wildcards") else None
+        return cls(config.get("clip_skip", 0), config.get("max_tokens", 75), seed)
+
+    def words(self) -> list[str]:
+        """Return what differs from the default, in words."""
+        clip_skip = [f"clip_skip {self.clip_skip}"] * (self.clip_skip > 1)
+        return clip_skip + [f"{self.max_tokens} tokens"] * (self.max_tokens > 75)
+
+
+def find_reading(names: Sequence[str]) -> Reading:
+    """Return the reading of the first run, or run of a checkpoint, in `names`; the default without one."""
+    configs = (_config_of(name) for name in names)
+    return next((Reading.of(config) for config in configs if config is not None), Reading())
 
 
 def find_columns(names: Sequence[str], *, base: str | None, against: Sequence[str]) -> list[Column]:
@@ -149,17 +176,24 @@ def _start_of(name: str) -> str | None:
     """Return the model that a run, or the run of a checkpoint, started from; None if it is not recorded."""
     from trainer.checkpoints.base import read_base
 
-    path = Path(name)
     with suppress(UserError):  # a LoRA whose base is not found does not answer
-        if (lora := read_base(path)) is not None:
+        if (lora := read_base(Path(name))) is not None:
             return lora.model
-    run = path if _is_run(name) else path.parent.parent
-    try:
-        config = json.loads((run / "train.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    model = config.get("resume_ckpt")
+    model = (_config_of(name) or {}).get("resume_ckpt")
     continued = model == "findlast" or (
         isinstance(model, str) and ((Path(model) / "ckpts").is_dir() or (Path(model) / "resume").is_dir())
     )
     return model if isinstance(model, str) and not continued else None
+
+
+def _config_of(name: str) -> dict[str, Any] | None:
+    """Return the configuration of a run, or of the run of a checkpoint; None if it is not recorded."""
+    path = Path(name).absolute()
+    run = path if _is_run(name) else path.parent.parent if path.parent.name == "ckpts" else None
+    if run is None:
+        return None
+    try:
+        config = json.loads((run / "train.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None

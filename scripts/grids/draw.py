@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scripts.grids.columns import Reading
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from trainer.evaluation.options import SamplePrompts
 
 AXES = ("checkpoints", "prompts", "seeds", "cfgs", "steps")
+
+_PLAIN = Reading()
 
 Cell = tuple[int, int, int, int, int]
 """An index on each axis, in their order."""
@@ -99,6 +102,7 @@ def draw(
     columns: Sequence[Column],
     prompts: SamplePrompts,
     *,
+    reading: Reading = _PLAIN,
     seeds: Sequence[int] | None = None,
     cfgs: Sequence[float] | None = None,
     steps: Sequence[int] | None = None,
@@ -113,6 +117,7 @@ def draw(
     Args:
         columns: the models.
         prompts: the prompts, and the settings that are not given here.
+        reading: how the text encoder reads them.
         seeds: for every prompt; None takes each prompt's own, the file's or 0.
         cfgs: guidance scales; None takes the file's.
         steps: of the sampler; None takes the file's.
@@ -127,11 +132,12 @@ def draw(
     """
     if x == y:
         raise UserError(f"--x and --y: both are {x}; name two of {', '.join(AXES)}.")
+    prompts = _chosen(prompts, reading.wildcard_seed)
     used_cfgs, used_steps = tuple(cfgs or prompts.cfgs), tuple(steps or (prompts.num_inference_steps,))
     asked = replace(
         prompts, cfgs=used_cfgs, resolution=resolution or prompts.resolution, batch_size=batch_size
     )
-    cells = _cells(columns, asked, seeds, used_steps, say)
+    cells = _cells(columns, asked, reading, seeds, used_steps, say)
     values = {
         "checkpoints": [column.label for column in columns],
         "prompts": [prompt.prompt for prompt in prompts.samples or ()],
@@ -139,16 +145,28 @@ def draw(
         "cfgs": [f"{cfg:g}" for cfg in used_cfgs],
         "steps": [str(count) for count in used_steps],
     }
-    words = [prompts.scheduler]
+    words = [prompts.scheduler, *reading.words()]
     words += [f"{values['steps'][0]} steps"] * (len(used_steps) == 1)
     words += [f"cfg {values['cfgs'][0]}"] * (len(used_cfgs) == 1)
     words += [f"seed {values['seeds'][0]}"] * (len(values["seeds"]) == 1)
     return Grid(values, cells, x, y, ", ".join(words))
 
 
+def _chosen(prompts: SamplePrompts, seed: int | None) -> SamplePrompts:
+    """Return the prompts with one alternative of each wildcard, as the samples of a run of that seed have."""
+    from trainer.evaluation.sampling import with_choices
+
+    if seed is None:
+        return prompts
+    texts = [with_choices(each.prompt, seed, number) for number, each in enumerate(prompts.samples or ())]
+    samples = [replace(each, prompt=text) for each, text in zip(prompts.samples or (), texts, strict=True)]
+    return replace(prompts, samples=tuple(samples))
+
+
 def _cells(
     columns: Sequence[Column],
     asked: SamplePrompts,
+    reading: Reading,
     seeds: Sequence[int] | None,
     steps: Sequence[int],
     say: Callable[[str], None],
@@ -178,7 +196,14 @@ def _cells(
         for (s, seed), (t, count) in itertools.product(enumerate(seeds or (None,)), enumerate(steps)):
             these = samples if seed is None else tuple(replace(prompt, seed=seed) for prompt in samples)
             part = replace(asked, samples=these, num_inference_steps=count, resolution=resolution)
-            sampler = Sampler(part, resolution=resolution, seed=0, batch_size=asked.batch_size or 1)
+            sampler = Sampler(
+                part,
+                resolution=resolution,
+                seed=0,
+                batch_size=asked.batch_size or 1,
+                clip_skip=reading.clip_skip,
+                chunks=reading.max_tokens // 75,
+            )
             drawn = sampler.images(models, device=precision.device, autocast=precision.autocast)
             for (place, cfg), picture in drawn.items():
                 cells[number, place, s, asked.cfgs.index(cfg), t] = picture

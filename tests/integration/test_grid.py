@@ -8,17 +8,19 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from scripts import grid
 from scripts.grids.blend import BLEND
-from scripts.grids.columns import Column, find_columns, load
+from scripts.grids.columns import Column, Reading, find_columns, find_reading, load
 from scripts.grids.draw import draw, read_prompts
 from tests.runs import ADAMW, model, run_of, workplace, write  # noqa: F401
 from tests.tiny import tiny_models, write_tiny_folder
 from trainer.checkpoints.export import save_single_file
 from trainer.checkpoints.listing import checkpoints, single_files
 from trainer.errors import UserError
+from trainer.evaluation.sampling import Sampler
 from trainer.models.lora import LORA_FILE
 from trainer.models.single_file import to_original
 from trainer.models.tensor_file import TensorFile
@@ -134,6 +136,42 @@ def test_a_run_its_base_and_a_lora_are_drawn(workplace, capsys, monkeypatch):  #
     assert grid.main([str(folders[0]), "--base", "none", "--out", "flat.png", *flat]) == 0
     page = (workplace / "flat.html").read_text()
     assert "<th>seed 4</th><th>seed 5</th>" in page and "<h2>cfg 1</h2>" in page and "<h2>cfg 2</h2>" in page
+
+
+def test_prompts_are_read_as_in_the_samples_of_the_run(workplace):  # noqa: F811
+    samples = [{"prompt": "a {red|blue|green|black} {circle|square}"} for _ in range(4)]
+    prompts = {"cfgs": [3], "num_inference_steps": 1, "seed": 5, "resolution": 64, "samples": samples}
+    write(workplace, ADAMW, max_epochs=1, wildcards=True, clip_skip=2, max_tokens=150)
+    (workplace / "prompts.json").write_text(json.dumps(prompts))
+    assert train.main(["--stop_after_steps", "1"]) == 0
+    run = run_of(workplace)
+    events = EventAccumulator(str(run), size_guidance={"images": 0}).Reload()
+    shown = sorted(events.Tags()["images"])
+    assert len({tag.split(" ", 1)[1] for tag in shown}) > 1
+
+    assert grid.main([str(run), "--base", "none", "--prompts", "prompts.json"]) == 0
+    page = (workplace / "grid.html").read_text()
+    assert "clip_skip 2, 150 tokens" in page
+    [column] = find_columns([str(run)], base="none", against=[])
+    asked = read_prompts(["prompts.json"])
+    drawn = draw([column], asked, reading=find_reading([str(checkpoints(run)[0])]))
+    assert [f"sample_prompts/{n} {text}" for n, text in enumerate(drawn.values["prompts"])] == shown
+    assert all(text in page for text in drawn.values["prompts"])
+
+    seed = json.loads((run / "train.json").read_text())["seed"]
+    sampler = Sampler(asked, resolution=64, seed=seed, batch_size=4, clip_skip=2, chunks=2, wildcards=True)
+    there = sampler.images(load(column), device=torch.device("cpu"))
+    for (number, _), picture in there.items():
+        assert np.array_equal(np.asarray(picture), np.asarray(drawn.cells[0, number, 0, 0, 0]))
+
+
+def test_the_train_json_of_the_working_directory_is_no_run(three, tmp_path, monkeypatch, capsys):
+    (tmp_path / "train.json").write_text('{"resume_ckpt": "somewhere", "wildcards": true, "seed": 1}')
+    (tmp_path / "a.safetensors").symlink_to(three[0])
+    monkeypatch.chdir(tmp_path)
+    assert find_reading(["a.safetensors"]) == Reading()
+    assert grid.main(["a.safetensors"]) == 2
+    assert "--base: no run named here records its base" in capsys.readouterr().err
 
 
 def test_a_weighted_sum_is_exact(three, tmp_path, capsys):

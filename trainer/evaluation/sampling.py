@@ -177,7 +177,7 @@ class Sampler:
             draws = stream(self._run_seed, "sample caption", step, number)
             text = self._captions[draws.integers(len(self._captions))]
         if self._wildcards:
-            text = choose(text, drawn(stream(self._run_seed, "sample wildcard", number)))
+            text = with_choices(text, self._run_seed, number)
         seeds = (prompt.seed, self._options.seed, self._run_seed)
         seed = next(seed for seed in seeds if seed is not None)
         if seed == -1:
@@ -278,6 +278,11 @@ class Drawing:
     def _context(self, texts: list[str]) -> Tensor:
         tokens_BT = Tokenize(self.pipeline.tokenizer, self.chunks)(texts)
         return encode_text(self.pipeline.text_encoder, tokens_BT.to(self.device), self.clip_skip)
+
+
+def with_choices(text: str, run_seed: int, number: int) -> str:
+    """Return prompt `number` with one alternative of each wildcard, the same at every step of a run."""
+    return choose(text, drawn(stream(run_seed, "sample wildcard", number)))
 
 
 def _two(captions: Sequence[str]) -> list[str]:
