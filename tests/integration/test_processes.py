@@ -93,6 +93,8 @@ with open(os.path.join(os.path.dirname({folder!r}), f"told-{{rank}}.json"), "w")
     json.dump({{"codes": codes, "written": written}}, file)
 """
 
+LAST = "last-tiny-ep03-gs00006"
+
 SETTINGS = {
     "batch_size": 2,
     "grad_accum": 2,
@@ -146,6 +148,26 @@ def curves(run):
 
 def runs_in(place, *names):
     return [next((place / name).glob("tiny-*")) for name in names]
+
+
+def as_one_process(place, together, *changes):
+    """Assert that one process with the same images a step trains as two did; return its curves."""
+    assert train.main(["--logdir", "one", "--batch_size", "8", "--grad_accum", "1", *changes]) == 0
+    (one,) = runs_in(place, "one")
+    alone, other = curves(one), curves(together)
+    assert alone.keys() == other.keys()
+    for tag, steps in alone.items():
+        # A difference of nearly equal losses is as exact as they are, however small it is itself. Six steps
+        # of growing rates multiply differences in last bits, which depend on the threads and the CPU; norms
+        # and D-Adaptation's estimates show them more than losses do.
+        near = {"rel": 1e-5 if tag.startswith("loss/") else 1e-4}
+        if tag == GAP:
+            near = {"rel": 0, "abs": 1e-5 * max(alone["loss/val"].values())}
+        assert other[tag] == pytest.approx(steps, **near), tag
+    others = weights(together / "ckpts" / LAST)
+    for name, tensor in weights(one / "ckpts" / LAST).items():
+        torch.testing.assert_close(tensor, others[name], rtol=0, atol=1e-4)
+    return alone
 
 
 def test_two_processes_train_as_one_and_end_together(place, capsys):
@@ -203,28 +225,43 @@ def test_two_processes_train_as_one_and_end_together(place, capsys):
     )
     assert 18 <= read_resume(checkpoints(runs_in(place, "unread")[0])[0])[0].images < 27
 
-    assert train.main(["--logdir", "one", "--batch_size", "8", "--grad_accum", "1"]) == 0
-    (one,) = runs_in(place, "one")
-    alone, together = curves(one), curves(whole)
-    assert alone.keys() == together.keys()
-    for tag, steps in alone.items():
-        # A difference of nearly equal losses is as exact as they are, however small it is itself. Six steps
-        # of growing rates multiply differences in last bits, which depend on the threads and the CPU; norms
-        # and D-Adaptation's estimates show them more than losses do.
-        near = {"rel": 1e-5 if tag.startswith("loss/") else 1e-4}
-        if tag == GAP:
-            near = {"rel": 0, "abs": 1e-5 * max(alone["loss/val"].values())}
-        assert together[tag] == pytest.approx(steps, **near), tag
+    alone = as_one_process(place, whole)
     assert max(alone["optimizer/d unet"].values()) > 2e-4, "d has moved"
-    others = weights(whole / "ckpts" / "last-tiny-ep03-gs00006")
-    for name, tensor in weights(one / "ckpts" / "last-tiny-ep03-gs00006").items():
-        torch.testing.assert_close(tensor, others[name], rtol=0, atol=1e-4)
 
     capsys.readouterr()
     assert train.main(["--resume_ckpt", str(whole), "--batch_size", "4", "--max_epochs", "4"]) == 0
     assert "Changed: processes: 2 -> 1" in capsys.readouterr().out
     assert train.main(["--resume_ckpt", str(whole), "--max_epochs", "5"]) == 2
     assert "images per step was 8, and is 4 now" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_stop_the_text_encoder_as_one_and_resume_across_the_stop(place):
+    """Of six steps the text encoder trains for three; one run ends before, at and after its stop."""
+    stop, parts = ["--stop_textenc_after_n_epochs", "1.5"], ["--logdir", "parts"]
+    resume = [*parts, "--resume_ckpt", "findlast", *stop]
+    runs = [
+        (["--logdir", "whole", *stop], ""),
+        ([*parts, *stop, "--stop_after_steps", "2"], ""),
+        (resume, "signal"),  # in the third step since, the fifth
+        (resume, ""),
+        (["--logdir", "at", *stop], "signal"),
+        (["--logdir", "at", "--resume_ckpt", "findlast", *stop], ""),
+    ]
+    ended, told = two_processes(place, runs)
+    assert [process["codes"] for process in told] == [[0, 0, 143, 0, 143, 0]] * 2, ended.stderr
+    assert told[1]["written"] == []
+    assert ended.stdout.count("The text encoder is frozen after step 3") == 5, "by rank 0, in all but one"
+
+    whole, *resumed = runs_in(place, "whole", "parts", "at")
+    for run, step in zip(resumed, (5, 3), strict=True):
+        assert any(
+            path.name == f"interrupted-tiny-ep0{1 + step // 2}-gs0000{step}" for path in checkpoints(run)
+        )
+        same_run(whole / "ckpts" / LAST, run / "ckpts" / LAST)
+        assert curves(run) == curves(whole)
+    alone = as_one_process(place, whole, *stop)
+    assert max(alone["lr/text encoder"]) == 3 and max(alone["lr/unet"]) == 6
 
 
 OPTIMIZERS = {
@@ -268,10 +305,9 @@ def test_two_processes_go_on_to_the_bit(place):
     assert told[1]["written"] == []
     for name in OPTIMIZERS:
         whole, stopped = runs_in(place, f"{name}-whole", f"{name}-stopped")
-        checkpoint = "last-tiny-ep03-gs00006"
         if name != "prodigy":  # whose LoRA is all that it holds
-            same_run(*(run / "ckpts" / checkpoint for run in (whole, stopped)))
-        files = [run / "ckpts" / checkpoint / "resume" / "training.safetensors" for run in (whole, stopped)]
+            same_run(*(run / "ckpts" / LAST for run in (whole, stopped)))
+        files = [run / "ckpts" / LAST / "resume" / "training.safetensors" for run in (whole, stopped)]
         assert files[0].read_bytes() == files[1].read_bytes(), name
         assert curves(whole) == curves(stopped), name
 
