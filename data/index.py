@@ -62,6 +62,7 @@ def build_index(options: DataOptions) -> Index:
         sidecar_chain(lines=options.caption_lines),
         caption_prefix=options.caption_prefix,
         alpha_mask=options.alpha_mask,
+        wildcards=options.wildcards,
     )
     problems: list[str] = []
     for root, start in zip(roots, _prefixes(roots), strict=True):

@@ -47,7 +47,6 @@ _UNUSED_OPTIONS = (
     "shuffle_tags",
     "keep_tags",
     "tag_dropout",
-    "wildcards",
     "max_tokens",
     "on_bad_image",
     "num_workers",

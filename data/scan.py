@@ -11,6 +11,7 @@ from data.captions import CaptionSource, choose_caption, read_sidecars
 from data.captions.caption import without_main
 from data.captions.entry import SETTINGS, Entry, Remark, UnknownKey, first_setting
 from data.captions.text import TextFile
+from data.captions.wildcards import has_stray_brace
 from data.errors import DataError, FileError
 from data.folder import FOLDER_FILES, Folder, list_folder, stem_of, walk
 from data.folder_files import read_global, read_local
@@ -63,10 +64,16 @@ class Scan:
     Args:
         chain: kinds of files beside an image, of `sidecar_chain`.
         alpha_mask: take the transparency of images without a file of their mask as their mask.
+        wildcards: remark on braces that are none.
     """
 
     def __init__(
-        self, chain: Sequence[CaptionSource], *, caption_prefix: str = "", alpha_mask: bool = False
+        self,
+        chain: Sequence[CaptionSource],
+        *,
+        caption_prefix: str = "",
+        alpha_mask: bool = False,
+        wildcards: bool = False,
     ) -> None:
         self.records: list[Record] = []
         self.bad: list[BadFile] = []
@@ -76,6 +83,7 @@ class Scan:
         ]
         self._caption_prefix = caption_prefix
         self._alpha_mask = alpha_mask
+        self._wildcards = wildcards
         self._names: Counter[str] = Counter()
         self._remarks: dict[str, list[str]] = {}
         self._unknown: dict[str, list[str]] = {}
@@ -227,6 +235,8 @@ class Scan:
             key: value for key in _RECORD_SETTINGS if (value := first_setting(entries, key)) is not None
         }
         caption = choose_caption(own, about.around, stem, prefix=self._caption_prefix)
+        if self._wildcards and any(has_stray_brace(version.text) for version in caption.versions):
+            self._remark([Remark(name, "braces that are no wildcard: nested, or one without the other")], "")
         if about.kohya:  # whose keep_tokens counts the words before the first comma
             caption = without_main(caption)
         self.records.append(

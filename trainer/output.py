@@ -34,6 +34,11 @@ def shown_path(path: Path) -> str:
         return str(path)
 
 
+def duration(seconds: float) -> str:
+    """Return a time in words, in seconds below a minute and a half."""
+    return f"{seconds / 60:.1f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+
+
 def wrapped(line: str, *, hang: int, width: int = WIDTH, start: str = "") -> list[str]:
     """Break a line between words: `start` precedes the first part, `hang` spaces the others."""
     return textwrap.wrap(

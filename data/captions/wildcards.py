@@ -42,6 +42,11 @@ def has_wildcards(text: str) -> bool:
     return _PART.search(text) is not None
 
 
+def has_stray_brace(text: str) -> bool:
+    """Return True if a text holds a brace of no wildcard: one that is nested, unclosed or never opened."""
+    return not {"{", "}"}.isdisjoint(outside(text))
+
+
 def outside(text: str) -> str:
     """Return a text without its wildcards and escaped braces."""
     return _PART.sub("", text)

@@ -27,6 +27,7 @@ from trainer.config.schema import (
     keys_of,
     optimizer_classes,
     optimizer_keys,
+    plain,
     sections,
     train_keys,
 )
@@ -209,6 +210,30 @@ def test_every_key_has_a_help_with_an_example_that_works():
         if name != "optimizer":
             first = next(iter(users.values()))
             first.validate(example(first))
+
+
+def test_an_example_shows_what_a_key_changes_and_is_a_value_that_people_use():
+    optimizer = {name: next(iter(users.values())) for name, users in optimizer_keys().items()}
+    owners = (CommandOptions, FreezingOptions, OptimizerFileOptions)
+    for key in [
+        *train_keys().values(),
+        *optimizer.values(),
+        *(k for o in owners for k in keys_of(o).values()),
+    ]:
+        if key.name != "optimizer":
+            assert key.required or example(key) != plain(key.default), f"{key.name} shows its default"
+    for rate in ("rate_max", "d_max"):
+        assert example(optimizer[rate]) < 1e-3, "people copy examples"
+    assert example(optimizer["growth_rate"]) < 2
+
+
+def test_help_of_the_optimizer_file_s_sections_and_of_its_optimizers():
+    for section in ("base", "text_encoder_overrides"):
+        assert help_text(section).startswith(f"{section}: a section of the optimizer file. Its keys: lr, ")
+    assert "Its keys: freeze_front_n_layers, " in help_text("text_encoder_freezing", 200)
+    text = " ".join(help_text("optimizer").split())
+    assert "prodigy; or a class path" in text and '"base": {"optimizer": "dadapt_adam8bit"}' in text
+    assert text.startswith("In the optimizer file's"), "no empty line in front"
 
 
 def test_help_of_another_name_and_of_no_key(capsys: pytest.CaptureFixture[str]):

@@ -285,7 +285,7 @@ def test_full_disks_and_odd_places_are_told_before_anything_is_written(workplace
 
 def test_the_plan_is_told(workplace, no_estimate, capsys):
     assert train.main(["--check", "--cache_latents", "disk"]) == 0
-    assert "encoded once, before training: 10 of 0.0 MiB, kept on the disk" in capsys.readouterr().out
+    assert "encoded once, before training: 10 images, 0.0 MiB, kept on the disk" in capsys.readouterr().out
     assert train.main(["--check", "--crop_jitter", "0.5", "--cache_latents", "auto"]) == 0
     assert "encoded in every step (with crop_jitter no two crops are equal)" in capsys.readouterr().out
 

@@ -226,10 +226,9 @@ class Saver:
             f"step {self._state.step}: {what} could not be written ({_reason(error)}); {self._last_good()}"
         )
         if kind == "last":
+            again = f"resume with --resume_ckpt {self._run}" if checkpoints(self._run) else "train once more"
             raise SavingError(
-                f"{sentence}; free disk space or choose another folder, "
-                f"and resume with --resume_ckpt {self._run}.",
-                exit_code=1,
+                f"{sentence}; free disk space or choose another folder, and {again}.", exit_code=1
             )
         if self._failures >= MOST_FAILURES:
             raise SavingError(f"{sentence}; this was the third time in a row, so the run ends.", exit_code=1)

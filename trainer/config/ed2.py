@@ -68,9 +68,11 @@ _OLD: Mapping[str, str] = {
 _SAMPLERS = ("ddpm", "pndm", "ddim")
 
 _OTHER_WORDS: Mapping[str, str] = {
+    "base_model_name": "resume_ckpt",
     "caption_dropout_rate": "cond_dropout",
     "caption_tag_dropout_rate": "tag_dropout",
     "checkpoints_total_limit": "keep_last_n",
+    "concepts": "data_root",
     "dataset_path": "data_root",
     "enable_wildcard": "wildcards",
     "epochs": "max_epochs",
@@ -122,6 +124,7 @@ _OTHER_WORDS: Mapping[str, str] = {
     "stop_text_encoder_training": "stop_textenc_after_n_epochs",
     "train_batch_size": "batch_size",
     "train_data_dir": "data_root",
+    "training_method": "lora",
     "xformers": "attn_type",
     "zero_terminal_snr": "enable_zero_terminal_snr",
 }
@@ -231,10 +234,13 @@ def other_word(name: str, *, optimizer: bool = False) -> str | None:
     return (_OTHER_OPTIMIZER_WORDS if optimizer else _OTHER_WORDS).get(name.lower())
 
 
-def in_optimizer_file(name: str) -> str | None:
-    """Return the place in the optimizer file of a key outside it; None if it has none there."""
+def in_optimizer_file(name: str, *, found_there: bool = False) -> str | None:
+    """Return the place in a section of the optimizer file of a key elsewhere; None if it has none there.
+
+    `found_there`: the key is in that file, outside its sections, so it means none of train.json.
+    """
     key = other_word(name, optimizer=True) or name
-    if other_word(name) is not None or key not in optimizer_keys():
+    if (other_word(name) is not None and not found_there) or key not in optimizer_keys():
         return None
     return f"{'text_encoder_overrides' if name.lower() in _OF_TEXT_ENCODER else 'base'}.{key}"
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from trainer.config.ed2 import RENAMED, UNUSED_OPTIMIZER, foreign_schema
+from trainer.config.help import names_of_optimizers
 from trainer.config.optimizers import BASE, FREEZING, OVERRIDES
 from trainer.config.schema import (
     CommandOptions,
@@ -97,12 +98,11 @@ def key_reference() -> str:
     for attribute, options in sections().items():
         lines += ["", f"## train.json: {attribute}", "", _first_line(options), "", *_table_of(options)]
     lines += ["", "## train.json: the optimizer file", "", *_table_of(FileOptions)]
-    names = ", ".join(optimizer_keys()["optimizer"])
     lines += [
         "",
         f"## The optimizer file: {BASE} and {OVERRIDES}",
         "",
-        f"`optimizer`: {chosen} One of {names}.",
+        f"`optimizer`: {chosen} {names_of_optimizers()}",
         "",
     ]
     lines += _table((next(iter(users.values())), described(users)) for users in section.values())

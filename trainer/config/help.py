@@ -12,7 +12,7 @@ from inspect import getdoc
 from typing import Any, Literal, get_args, get_origin
 
 from trainer.config.ed2 import RENAMED, other_word
-from trainer.config.optimizers import BASE, FREEZING
+from trainer.config.optimizers import BASE, FREEZING, OVERRIDES
 from trainer.config.report import closest
 from trainer.config.schema import (
     DEFAULT_OPTIMIZER,
@@ -45,6 +45,45 @@ FIRST = (
 _EXAMPLES: dict[str, Any] = {
     "config": "mydog.json",
     "check": "json",
+    "data_root": "pictures/mydog",
+    "resolution": 768,
+    "flip_p": 0.5,
+    "crop_jitter": 0.2,
+    "cond_dropout": 0.1,
+    "keep_tags": 1,
+    "tag_dropout": 0.1,
+    "stop_textenc_after_n_epochs": 10,
+    "unmasked_weight": 0.1,
+    "zero_frequency_noise_ratio": 0.05,
+    "pyramid_noise_discount": 0.03,
+    "embedding_perturbation": 0.1,
+    "input_perturbation": 0.1,
+    "timestep_start": 100,
+    "timestep_end": 900,
+    "clip_skip": 2,
+    "grad_accum": 2,
+    "seed": -1,
+    "gpuid": 1,
+    "ema_update_interval": 10,
+    "save_every_n_epochs": 10,
+    "save_ckpts_from_n_epochs": 20,
+    "keep_resume_n": 3,
+    "fixed_loss_images": 32,
+    "logdir": "D:/logs",
+    "log_step": 10,
+    "optimizer_config": "optimizer_dadapt.json",
+    "betas": [0.9, 0.99],
+    "epsilon": 1e-6,
+    "weight_decay": 0.1,
+    "growth_rate": 1.02,
+    "layer_scale": 0.5,
+    "d_max": 1e-4,
+    "rate_max": 1e-5,
+    "momentum": 0.9,
+    "d_coef": 0.5,
+    "slice_p": 11,
+    "text_encoder_lr_scale": 0.5,
+    "freeze_front_n_layers": 6,
     "max_epochs": 40,
     "batch_size": 4,
     "vram": 12,
@@ -66,7 +105,7 @@ _EXAMPLES: dict[str, Any] = {
     "project_name": "mydog",
     "min_snr_gamma": 5.0,
     "lr": 1e-6,
-    "d0": 1e-6,
+    "d0": 1e-5,
     "clip_grad_norm": 1.0,
     "ema_decay_rate": 0.99,
     "ema_strength_target": 0.1,
@@ -95,7 +134,7 @@ def help_text(topic: str = "", width: int = WIDTH) -> str:
     """
     name = topic.lstrip("-").replace("-", "_")
     lines = _short() if not name else _everything() if name == ALL else _of_key(RENAMED.get(name, name))
-    return "\n".join(line for text in lines for line in (_filled(text, width) or [""])) + "\n"
+    return "\n".join(line for text in lines for line in _filled(text, width) or [""]).lstrip("\n") + "\n"
 
 
 def _short() -> Iterator[str]:
@@ -106,7 +145,7 @@ def _short() -> Iterator[str]:
         yield from _row(
             known[name], "--", words=known[name].doc.split(". ")[0].split("; ")[0].rstrip(".") + "."
         )
-    yield "\n--help KEY describes one key with an example; --help all lists them keys, as docs/keys.md does."
+    yield "\n--help KEY describes one key with an example; --help all lists every key, as docs/keys.md does."
 
 
 def _everything() -> Iterator[str]:
@@ -145,7 +184,7 @@ def _of_key(name: str) -> Iterator[str]:
         found = True
         yield f"\nIn the optimizer file's {BASE} and text_encoder_overrides:"
         yield from _optimizer_row(name, users)
-        value = DEFAULT_OPTIMIZER if name == "optimizer" else example(next(iter(users.values())))
+        value = "dadapt_adam8bit" if name == "optimizer" else example(next(iter(users.values())))
         yield f"\nfor example:          {json.dumps({BASE: {name: value}})[1:-1]}"
     for section, options in ((FREEZING, FreezingOptions), (None, OptimizerFileOptions)):
         if key := keys_of(options).get(name):
@@ -154,6 +193,10 @@ def _of_key(name: str) -> Iterator[str]:
             yield from _row(key, "")
             value = {name: example(key)}
             yield f"\nfor example:          {json.dumps({section: value} if section else value)[1:-1]}"
+    keys = keys_of(FreezingOptions) if name == FREEZING else optimizer_keys()
+    if name in (BASE, OVERRIDES, FREEZING):
+        found = True
+        yield f"{name}: a section of the optimizer file. Its keys: {', '.join(keys)}."
     if not found:
         names = [*own, *command, *optimizer_keys(), *keys_of(FreezingOptions), *keys_of(OptimizerFileOptions)]
         close = other_word(name) or closest(name, names)
@@ -193,8 +236,13 @@ def _optimizer_row(name: str, users: dict[str, Key]) -> list[str]:
     key = next(iter(users.values()))
     if name != "optimizer":
         return _row(key, "", words=described(users))
-    names = ", ".join(optimizer_classes())
-    return _row(replace(key, default=DEFAULT_OPTIMIZER), "", takes="text", words=f"One of {names}.")
+    return _row(replace(key, default=DEFAULT_OPTIMIZER), "", takes="text", words=names_of_optimizers())
+
+
+def names_of_optimizers() -> str:
+    """Return the accepted values of the key optimizer in a sentence."""
+    path = "a class path of an installed package, such as pytorch_optimizer.ADOPT"
+    return f"One of {', '.join(optimizer_classes())}; or {path}."
 
 
 def _rows(options: type, dashes: str) -> list[str]:

@@ -258,7 +258,9 @@ def _hint(name: str, value: Any) -> str:
 def _object(key: Key, entry: Written, document: Document | None, report: Report) -> tuple[bool, Any]:
     """Return whether an object fits a key's options class, and the options; report its problems."""
     if not isinstance(entry.value, dict):
-        report.error(entry.place, f"must be {accepts(key.annotation)}; got {shown(entry.value)}")
+        typed = isinstance(entry.value, str) and entry.value.startswith("{")
+        quotes = "; its keys need double quotes, which shells drop outside of single ones" if typed else ""
+        report.error(entry.place, f"must be {accepts(key.annotation)}; got {shown(entry.value)}{quotes}")
         return False, None
     if document is None or entry.place.file == COMMAND_LINE:
         document = Document(COMMAND_LINE)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trainer.config.ed2 import NEVER_NAMES, SECTION_WORDS, UNUSED_OPTIMIZER, other_word
+from trainer.config.ed2 import NEVER_NAMES, SECTION_WORDS, UNUSED_OPTIMIZER, in_optimizer_file, other_word
 from trainer.config.positions import Document
 from trainer.config.report import (
     COMMAND_LINE,
@@ -141,6 +141,8 @@ class _Reader:
                 self.report.error(written.place, f"belongs inside {FREEZING}")
             elif name in train_keys():
                 self.report.error(written.place, "belongs in train.json")
+            elif inside := in_optimizer_file(name, found_there=True):
+                self.report.error(written.place, f"belongs inside {inside.replace('.', ', as ')}")
             else:
                 self.report.error(written.place, unknown_key(name, [*sections, *known]))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -54,6 +54,18 @@ class DiskPlan:
             folders, models = folders + 1, models + 1
         kept = folders * self.folder + models * self.single + resumable * self.resume
         return kept + (self.checkpoint if dropped else 0) + self.beside
+
+    def shortage(self, logdir: Path, *, resumed: bool) -> str | None:
+        """Return a sentence if the disk lacks the space for the checkpoints that are still to come."""
+        own = replace(self, single=0) if self.options.save_ckpt_dir else self
+        needed, free = own.checkpoint if resumed else own.most, free_bytes(logdir)
+        if free > needed:
+            return None
+        count = "the next checkpoint" if resumed or self.saves == 1 else f"{self.saves} checkpoints"
+        return (
+            f"disk: {in_gib(needed)} are needed for {count} and {in_gib(free)} are free where logdir is; "
+            "make space while the run trains, or set save_format or keep_last_n"
+        )
 
     def rows(self, logdir: Path) -> list[tuple[str, str]]:
         """Return the plan in words, with the duration of a save if a probe can be written."""

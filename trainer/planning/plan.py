@@ -123,7 +123,7 @@ class Plan:
         limits = [f"{loop.stop_after_steps}"] if loop.stop_after_steps else []
         limits += [f"{loop.max_train_time:g} minutes of training"] if loop.max_train_time else []
         stop = f", stopping after {' or '.join(limits)}" if limits else ""
-        every = f"every {saving.save_every_n_epochs} epochs and " if saving.save_every_n_epochs else ""
+        every = f"{_every(saving.save_every_n_epochs)} and " if saving.save_every_n_epochs else ""
         kind = "diffusers" if saving.no_save_ckpt else saving.save_format
         averaged, held_out = plan_ema(config.ema, self.total_steps), self.split.lines()
         new = Path(config.logging.logdir) / f"{run_name(config)}-<time>"
@@ -187,6 +187,10 @@ def run_name(config: TrainConfig) -> str:
 def aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
     """Return names and texts as lines."""
     return [f"{name:<13}{text}" for name, text in rows]
+
+
+def _every(epochs: int) -> str:
+    return "every epoch" if epochs == 1 else f"every {epochs} epochs"
 
 
 def _chunks(config: TrainConfig) -> int:

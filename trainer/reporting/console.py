@@ -97,7 +97,7 @@ class Console:
             self._print(sentence)
         else:
             self._print(*wrapped(clean(sentence), hang=hang or _HANG, width=width))
-        self._record(sentence, hang or _HANG)
+        self._record(sentence, None if whole else hang or _HANG)
 
     def start(self, *, total_steps: int, first_step: int = 0) -> None:
         """Start to show progress, after `first_step` steps of a resumed run."""
@@ -167,13 +167,16 @@ class Console:
         with surviving(self._stream), above_bar:
             say(*lines, stream=self._stream)
 
-    def _record(self, line: str, hang: int = _HANG) -> None:
+    def _record(self, line: str, hang: int | None = None) -> None:
+        """Append a line to the file, broken unless `hang` is None: people search and copy whole lines."""
         if self._path is None:
             return
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 stamp = f"{datetime.now():%Y-%m-%d %H:%M:%S} "
-                lines = wrapped(clean(line), hang=len(stamp) + hang, start=stamp)
+                lines = [stamp + clean(line)]
+                if hang is not None:
+                    lines = wrapped(clean(line), hang=len(stamp) + hang, start=stamp)
                 file.write("\n".join([*lines, ""]))
         except OSError as error:
             if not self._warned:

@@ -20,6 +20,7 @@ from trainer.checkpoints.format import TrainState
 from trainer.errors import UserError
 from trainer.models.family import OPENRAIL, licence_of
 from trainer.models.tensor_file import read_metadata
+from trainer.output import duration
 from trainer.reporting.curves import Curves
 from trainer.state_file import as_kind
 
@@ -152,7 +153,7 @@ class Card:
         for network, tag in self.rates.items():
             if points := self.curves.points(tag):
                 rows.append((f"rate of the {network}", f"{points[-1][1]:.3g} at step {points[-1][0]}"))
-        return [*rows, ("time", f"{self.state.seconds / 60:.0f} minutes of training")]
+        return [*rows, ("time", f"{duration(self.state.seconds)} of training")]
 
     def _newest(self, samples: Path) -> tuple[int, Path] | None:
         """Return step and path of the newest samples; those of EMA weights only if there are no others."""

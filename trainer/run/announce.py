@@ -10,6 +10,7 @@ from trainer.diffusion.conditioning import Tokenize
 from trainer.optim.optimizer_set import OptimizerSet
 from trainer.optim.schedules import rate_factor
 from trainer.output import shown_path
+from trainer.planning.disk import plan_disk
 from trainer.planning.plan import Plan, aligned
 from trainer.reporting.console import Console
 from trainer.run.encode import Encoded
@@ -39,6 +40,9 @@ def announce(
     show_data(plan, tokenize, console)
     for line in aligned(plan.rows()):
         console.event(line, hang=13)
+    disk = plan_disk(plan.config, plan.artifact, plan.counts, precision.weights)
+    if short := disk.shortage(folder, resumed=plan.start.run is not None):
+        console.event(f"Note: {short}.")
     if precision.device.type == "cuda":
         for line in plan.memory(precision).lines():
             console.event(line)

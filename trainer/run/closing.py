@@ -13,7 +13,7 @@ from trainer.checkpoints.listing import checkpoints, single_files
 from trainer.checkpoints.options import SaveOptions
 from trainer.config.schema import TrainConfig
 from trainer.environment import PROGRAM
-from trainer.output import WIDTH, shown_path
+from trainer.output import WIDTH, duration, shown_path
 from trainer.planning.resume import joined, resume_words
 from trainer.run.announce import NAMED_FILES
 from trainer.training.run import Run
@@ -30,11 +30,9 @@ def results(run: Run, config: TrainConfig) -> list[str]:
     state, total = run.state, run.cadence.total_steps
     if state.step == 0:
         return ["Stopped before the first step: nothing is kept of this run."]
-    seconds = state.seconds
-    duration = f"{seconds / 60:.1f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
     ended = "Done" if state.step >= total else f"Stopped after step {state.step} of {total}"
     lines = [
-        f"{ended}: {state.step} steps, {state.images} images in {duration} of training.",
+        f"{ended}: {state.step} steps, {state.images} images in {duration(state.seconds)} of training.",
         *_skipped([file.name for file in run.loader.left_out]),
         f"Run folder:  {shown_path(run.folder)}, which holds:",
         *_samples(run.folder / "samples"),

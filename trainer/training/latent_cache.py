@@ -65,7 +65,7 @@ class LatentPlan:
         if self.mode == "no":
             return "encoded in every step" + (f" ({self.why})" if self.why else "")
         place = "in memory" if self.mode == "memory" else "on the disk"
-        size = f"{len(self.entries):,} of {self.size / 2**20:,.1f} MiB"
+        size = f"{len(self.entries):,} images, {self.size / 2**20:,.1f} MiB"
         return f"encoded once, before training: {size}, kept {place}"
 
 

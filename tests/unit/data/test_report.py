@@ -1,11 +1,13 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from data.captions.caption import Caption, parse_caption
 from data.captions.file_name import from_file_name
 from data.duplicates import find_duplicates
-from data.index import Index
+from data.index import Index, build_index
 from data.options import DataOptions
 from data.record import BadFile, Notice, Record
 from data.report import report
@@ -188,6 +190,24 @@ def test_clean_data_has_no_notes():
         "images with an empty caption: none",
         "captions over 75 tokens: none",
         "images smaller than trained, and so enlarged: none",
+    ]
+
+
+def test_braces_that_make_no_wildcard_are_a_remark(tmp_path):
+    captions = {
+        "nested": "a {red|dark {blue|green}} cat",
+        "open": "a cat, {red|blue, big",
+        "closed": "a cat }",
+        "fine": "a {red|blue, big} cat, {{x}}",
+        "none": "a cat",
+    }
+    for name, caption in captions.items():
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(caption)
+    options = DataOptions(data_root=str(tmp_path), resolution=64, batch_size=1)
+    assert build_index(options).notices == ()
+    assert [str(notice) for notice in build_index(replace(options, wildcards=True)).notices] == [
+        "closed.png, nested.png, open.png: braces that are no wildcard: nested, or one without the other"
     ]
 
 

@@ -189,10 +189,17 @@ def test_without_room_nothing_is_written_training_goes_on_and_the_third_time_end
 def test_the_last_checkpoint_of_a_run_must_be_written(tmp_path, monkeypatch):
     bench = Bench(tmp_path)
     monkeypatch.setattr(saving, "free_bytes", lambda _: 0)
-    with pytest.raises(
-        SavingError,
-        match="there is none yet; free disk space or choose another folder, and resume with --resume_ckpt",
-    ):
+    advice = "free disk space or choose another folder, and"
+    with pytest.raises(SavingError, match=f"there is none yet; {advice} train once more") as ended:
+        bench.save(9, "last")
+    assert "resume" not in str(ended.value), "there is nothing to resume from"
+
+
+def test_a_last_checkpoint_that_fails_leaves_the_one_before_to_resume_from(tmp_path, monkeypatch):
+    bench = Bench(tmp_path)
+    bench.save(1)
+    monkeypatch.setattr(saving, "free_bytes", lambda _: 0)
+    with pytest.raises(SavingError, match=f"and resume with --resume_ckpt {bench.run}"):
         bench.save(9, "last")
 
 

@@ -44,6 +44,24 @@ def test_single_files_alone_keep_folders_for_resuming_only():
     assert plan.most == 2 * 107 + 4 * 50 + 157
 
 
+def test_a_run_says_at_once_that_its_checkpoints_will_not_fit(monkeypatch, tmp_path):
+    plan = DiskPlan(SaveOptions(keep_resume_n=1), folder=1 << 30, single=1 << 29, resume=1 << 28, saves=3)
+    for free, resumed, lacks in [
+        (8 << 30, False, None),
+        (3 << 30, False, "6.5 GiB are needed for 3 checkpoints and 3.0 GiB are free"),
+        (3 << 30, True, None),
+        (1 << 30, True, "1.8 GiB are needed for the next checkpoint and 1.0 GiB are free"),
+    ]:
+        monkeypatch.setattr(disk, "free_bytes", lambda _, free=free: free)
+        told = plan.shortage(tmp_path, resumed=resumed)
+        assert (told is None) if lacks is None else (told is not None and lacks in told), told
+    elsewhere = replace(plan, options=SaveOptions(save_ckpt_dir="models"))
+    assert elsewhere.shortage(tmp_path, resumed=True) == (
+        "disk: 1.2 GiB are needed for the next checkpoint and 1.0 GiB are free where logdir is; make space "
+        "while the run trains, or set save_format or keep_last_n"
+    )
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "dadapt_adam", "dadapt_adam_reference"])
 def test_what_is_told_before_is_what_is_written(tmp_path, optimizer):
     bench = Bench(tmp_path, optimizer=optimizer)

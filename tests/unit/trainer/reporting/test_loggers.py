@@ -535,8 +535,9 @@ def test_long_events_are_broken_between_words_except_commands_and_lines_for_prog
         assert " ".join(" ".join(laid_out).split()) == " ".join(sentence.split())
     assert pipe.getvalue().splitlines()[0] == sentence
     for number in (0, 1):
-        log = (tmp_path / f"{number}.log").read_text().splitlines()
-        assert max(map(len, log)) <= 110 and sum(line[:20].strip() != "" for line in log) == 3
+        *log, last = (tmp_path / f"{number}.log").read_text().splitlines()
+        assert max(map(len, log)) <= 110 and sum(line[:20].strip() != "" for line in log) == 2
+        assert last[20:] == sentence
 
 
 def test_a_continued_run_starts_where_it_was(monkeypatch: pytest.MonkeyPatch):
@@ -562,6 +563,21 @@ def test_lines_are_recorded_with_the_time(tmp_path: Path):
     assert len(lines) == 4 and all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines)
     assert lines[0].endswith(" Samples drawn: samples/gs00001.png")
     assert lines[1].endswith("1.50 GiB") and "epoch 1/2, step 1/6" in lines[1]
+
+
+def test_reports_and_commands_stay_on_one_line_of_the_log(tmp_path: Path):
+    console = Console(stream=io.StringIO())
+    console.record_to(tmp_path / "run.log")
+    command = f"python train.py --resume_ckpt logs/{'long ' * 40}run"
+    console.start(total_steps=10_000)
+    console.step(epoch=100, epochs=400, step=2350, seconds=1.0)
+    rates = {"unet": 4.94e-05, "text encoder": 2.22e-05}
+    console.report(Report(loss=0.1037, rates=rates, images_per_second=40.1, memory=3 << 28))
+    console.event(command, whole=True)
+    console.event("word " * 40)
+    report, second, third, *rest = (tmp_path / "run.log").read_text(encoding="utf-8").splitlines()
+    assert report.endswith("40.1 images/s, 0.75 GiB") and len(report) > 110
+    assert second[20:] == command and third.endswith("word") and len(third) <= 110 and len(rest) == 2
 
 
 def test_a_log_that_cannot_be_written_is_one_warning(tmp_path: Path):

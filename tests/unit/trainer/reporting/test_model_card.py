@@ -75,7 +75,7 @@ def test_a_page_without_curves_and_samples_has_a_header_for_the_hub(tmp_path, lo
     assert (
         'load_lora_weights("YOUR_NAME/my-faces")' if lora else 'from_pretrained("YOUR_NAME/my-faces")'
     ) in text
-    assert "| time | 10 minutes of training |" in text and "![" not in text and "Open RAIL-M" in text
+    assert "| time | 10.0 minutes of training |" in text and "![" not in text and "Open RAIL-M" in text
 
 
 HOSTILE = "x](http://evil) <script>alert(1)</script> `a` | b\n\n# c \x1b[31m\u202e ![i](http://evil/i.png)"
