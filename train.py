@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def main(arguments: list[str]) -> int:
                     return 0
                 from trainer.planning.check import check
 
+                _end_of_imports()
                 sheets = loaded.command.contact_sheets
                 return check(
                     loaded.config,
@@ -44,6 +46,7 @@ def main(arguments: list[str]) -> int:
                 )
             from trainer.run.lifecycle import run_training
 
+            _end_of_imports()
             run_training(
                 loaded.config,
                 [*notes, *loaded.notes],
@@ -63,6 +66,14 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def _end_of_imports() -> None:
+    """Let garbage be collected, among later objects alone, if this is the program's own process."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
+
+
 if __name__ == "__main__":
     open_streams()
+    gc.disable()  # importing the libraries would walk half a million objects again and again, for a second
     sys.exit(main(sys.argv[1:]))
