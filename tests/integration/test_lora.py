@@ -32,6 +32,7 @@ from trainer.models.trainable import apply_freezing
 from trainer.state_file import read_state
 
 ALL = {"rank": 3, "alpha": 1.5, "targets": "all"}
+DORA = {"lora": ALL | {"dora": True}, "save_format": "diffusers"}
 SHORT = {"max_epochs": 2, "fixed_loss_images": 0, "save_every_n_epochs": None, "sample_steps": 100}
 QUICK = {"base": {"optimizer": "adamw", "lr": 1e-2}, "text_encoder_freezing": {"freeze_front_n_layers": 2}}
 
@@ -102,6 +103,29 @@ def test_both_files_load_in_diffusers_and_draw_what_was_trained(workplace, tmp_p
         and header["modelspec.architecture"] == "stable-diffusion-v1/lora"
     )
     assert str(tmp_path) not in json.dumps([header, TensorFile(checkpoint / LORA_FILE).metadata])
+
+
+def test_a_doras_folder_loads_in_diffusers_and_draws_what_was_trained(workplace, tmp_path, capsys):
+    base = write_tiny_folder(tmp_path / "base", shape="small")
+    write(workplace, QUICK, **SHORT | {"max_epochs": 1} | DORA, model=str(base))
+    assert train.main([]) == 0
+    run = run_of(workplace)
+    [checkpoint] = checkpoints(run)
+    assert f"load ckpts/{checkpoint.name} by load_lora_weights of diffusers" in capsys.readouterr().out
+    assert not single_files(run / "ckpts", run.name)
+    magnitudes = [
+        (name, tensor) for name, tensor in TensorFile(checkpoint / LORA_FILE).items() if "magnitude" in name
+    ]
+    new = named(adapted(load_models(ModelOptions(resume_ckpt=str(base))), DORA["lora"]))
+    moved = [not torch.equal(tensor, new[name.replace(".text_model.", ".")]) for name, tensor in magnitudes]
+    assert len(moved) > 50 and all(moved)
+    expected = picture(
+        trained_pipeline(base, checkpoint, DORA["lora"], freezing={"freeze_front_n_layers": 2})
+    )
+    pipe = pipeline(base)
+    assert (expected - picture(pipe)).abs().max() > 1e-3, "the DoRA does something"
+    pipe.load_lora_weights(checkpoint)
+    assert (picture(pipe) - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -204,8 +228,9 @@ def test_kohyas_names(workplace):
             ADAMW,
             {"grad_accum": 2, "batch_size": 1, "save_format": "single", "disable_textenc_training": True},
         ),
+        (DADAPT, DORA | {"channels_last": True, "stop_textenc_after_n_epochs": 1}),
     ],
-    ids=["ema", "bf16 base", "single"],
+    ids=["ema", "bf16 base", "single", "dora"],
 )
 def test_a_stopped_run_goes_on_to_the_bit(workplace, optimizer, settings, model):
     frozen = {path: path.read_bytes() for path in model.rglob("*.safetensors")}
@@ -282,6 +307,10 @@ def test_what_does_not_fit_a_lora_is_refused(workplace, capsys, tmp_path):
         (
             ["--lora", '{"rank": 2, "alpha": 1}', "--resume_weights_only"],
             "holds a LoRA of alpha 2.0, and lora.alpha is 1 now",
+        ),
+        (
+            ["--lora", '{"rank": 2, "dora": true}', "--no_save_ckpt"],
+            "was a LoRA of rank 2 and alpha 2 on 32 attention layers, and is a DoRA of rank 2",
         ),
         (["--lora", "null", "--resume_weights_only"], "holds a LoRA, and lora is null"),
     ):
@@ -364,23 +393,24 @@ def test_no_published_file_names_a_folder_of_this_machine(workplace, tmp_path, l
         assert str(tmp_path).encode() not in path.read_bytes(), path
 
 
-def test_a_new_lora_changes_no_bit_and_depends_on_the_seed_and_the_layer_alone():
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_new_lora_changes_no_bit_and_depends_on_the_seed_and_the_layer_alone(dora):
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 500]), torch.randn(2, 77, 16)
     plain, models = tiny_models(), tiny_models()
     state = torch.random.get_rng_state()
-    attention = named(adapted(models, {"rank": 2}))
+    attention = named(adapted(models, {"rank": 2, "dora": dora}))
     assert torch.equal(torch.random.get_rng_state(), state), "nothing is drawn from the global generator"
     with torch.no_grad():
         assert torch.equal(models.unet(*inputs).sample, plain.unet(*inputs).sample)
-    everything = named(adapted(tiny_models(), {"rank": 2, "targets": "all"}))
-    other = named(adapted(tiny_models(), {"rank": 2}, seed=2))
+    everything = named(adapted(tiny_models(), {"rank": 2, "targets": "all", "dora": dora}))
+    other = named(adapted(tiny_models(), {"rank": 2, "dora": dora}, seed=2))
     assert attention.keys() < everything.keys() and attention.keys() == other.keys()
     for name, matrix in attention.items():
         assert torch.equal(matrix, everything[name])
         if ".lora_A." in name:
             assert not torch.equal(matrix, other[name])
         else:
-            assert not matrix.any()
+            assert matrix.any() == ("magnitude" in name)
     drawn = [matrix * matrix[0].numel() ** 0.5 for name, matrix in everything.items() if ".lora_A." in name]
     spread = torch.cat([matrix.flatten() for matrix in drawn])
     assert spread.abs().max() <= 1 and spread.std().item() == pytest.approx(3**-0.5, rel=0.02), (
@@ -388,15 +418,15 @@ def test_a_new_lora_changes_no_bit_and_depends_on_the_seed_and_the_layer_alone()
     )
 
 
-@pytest.mark.parametrize("unet", [True, False])
-def test_gradient_checkpointing_gives_the_same_gradients(unet):
+@pytest.mark.parametrize(("unet", "dora"), [(True, False), (False, False), (True, True)])
+def test_gradient_checkpointing_gives_the_same_gradients(unet, dora):
     tokens, latents, times = torch.randint(0, 100, (2, 77)), torch.randn(2, 4, 8, 8), torch.tensor([3, 500])
     found = []
     for checkpointing in (False, True):
         models = tiny_models()
         parts = adapted(
             models,
-            {"rank": 2, "targets": "all"},
+            {"rank": 2, "targets": "all", "dora": dora},
             gradient_checkpointing=checkpointing,
             disable_unet_training=not unet,
         )

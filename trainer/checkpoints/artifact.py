@@ -167,6 +167,7 @@ class Adapters:
         for network, learning in self._parts.parameters.items():
             layers = sorted({name.partition(".lora_")[0] for name, _ in learning})
             values = {"r": self._options.rank, "lora_alpha": self._options.strength, "target_modules": layers}
+            values |= {"use_dora": True} if self._options.dora else {}
             config |= {f"{PREFIX[network]}.{key}": value for key, value in values.items()}
         tensors = {in_file(name): tensor for name, tensor in named(self._parts).items()}
         header = {"format": "pt", ADAPTER_CONFIG: json.dumps(config)}

@@ -215,6 +215,12 @@ def _lora(settings: Settings, sections: Sections, optimizers: OptimizerConfig, f
                 f"{options.lr:g} is a rate for training whole networks; a LoRA learns little at it, "
                 f"{LORA_LR:g} is usual",
             )
+        if settings["lora"].dora and not options.groups_decay and getattr(options, "weight_decay", 0):
+            settings.error(
+                f"dora contradicts {name}.weight_decay in {file}: {options.optimizer} cannot spare "
+                "magnitudes from it, and so shrinks the model; set it to 0, or choose another optimizer",
+                "lora",
+            )
     if optimizers.freezing.freeze_embeddings is False and OVERRIDES in sections:
         place = Place(file, None, f"{FREEZING}.freeze_embeddings")
         settings.report.note(place, "has no effect: lora trains no embeddings")

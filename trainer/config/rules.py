@@ -225,6 +225,13 @@ def _lora(settings: Settings) -> None:
             "contradicts lora: a model holds no LoRA adapters for the EMA to start from; set it to null",
             "ema_resume_model",
         )
+    if settings["lora"].dora and settings["save_format"] != "diffusers" and not settings["no_save_ckpt"]:
+        settings.error(
+            "dora has no single file, since web UIs and diffusers misread it; set save_format to diffusers",
+            "lora",
+        )
+    if settings["lora"].dora and settings["compile"]:
+        settings.note("a DoRA breaks the compiled passes at each of its layers", "compile")
     if settings["enable_zero_terminal_snr"]:
         settings.note(
             "a LoRA file cannot hold a noise schedule: set rescale_betas_zero_snr and timestep_spacing "

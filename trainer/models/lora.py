@@ -1,4 +1,10 @@
-"""LoRA adapters on frozen layers (Hu et al. 2021, arXiv 2106.09685), with peft's layers."""
+"""LoRA adapters on frozen layers, with peft's layers.
+
+    W x + alpha / rank B A x                        LoRA, Hu et al. 2021, arXiv 2106.09685
+    m V x / |V|,  V = W + alpha / rank B A          DoRA, Liu et al. 2024, arXiv 2402.09353
+
+The norm |V| is taken of each row, one for each output. The magnitudes m start at |W|.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +40,15 @@ _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", 
 _BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.", "encoder.layers.", "text_model.encoder.layers.")
 """Layers whose names every program knows; those before and after the blocks have none."""
 
+_MAGNITUDE = ".lora_magnitude_vector.weight"
+"""End of a name in files. peft leaves out `.weight`, without which transformers 5 loads no text encoder's."""
+
 
 def attach(network: nn.Module, options: LoraOptions) -> str:
     """Add adapters to the targeted layers, freeze the rest, and return in words what is trained.
 
-    All adapters are 0 until `begin` gives them values. Works on the meta device too.
+    All adapters are 0 until `begin` gives them values, but DoRA's magnitudes: they are those of the base, and
+    take no weight decay, which would shrink it. Works on the meta device too.
 
     Raises:
         UserError: peft is not installed.
@@ -61,19 +71,21 @@ def attach(network: nn.Module, options: LoraOptions) -> str:
             target_modules=layers,
             lora_dropout=options.dropout,
             init_lora_weights=False,
+            use_dora=options.dora,
         )
         with torch.random.fork_rng(devices=[]):  # peft draws values that are overwritten here
             inject_adapter_in_model(config, network)
-        for layer in network.modules():
-            if isinstance(layer, LoraLayer):
-                layer.cast_input_dtype_enabled = False  # autocast casts it without a copy in fp32
         with torch.no_grad():
             for parameter in network.parameters():
                 if parameter.requires_grad:
                     parameter.zero_()
+            for layer in network.modules():
+                if isinstance(layer, LoraLayer):
+                    layer.cast_input_dtype_enabled = False  # autocast casts it without a copy in fp32
+                    _start_magnitudes(layer)
     kind = {"attention": "attention layers", "all": "layers"}[options.targets]
-    size = f"rank {options.rank} and alpha {options.strength:g}"
-    return f"a LoRA of {size} on {len(layers)} {kind}" if layers else "nothing"
+    size = f"{'DoRA' if options.dora else 'LoRA'} of rank {options.rank} and alpha {options.strength:g}"
+    return f"a {size} on {len(layers)} {kind}" if layers else "nothing"
 
 
 def begin(parts: TrainedParts, seed: int, values: Mapping[str, Tensor] | None = None) -> None:
@@ -82,10 +94,14 @@ def begin(parts: TrainedParts, seed: int, values: Mapping[str, Tensor] | None = 
     A new A is uniform in +-1/sqrt(fan in), torch's default for linear layers. B is 0, so the model starts
     unchanged. Each A depends on the seed and the layer's name only.
     """
-    for name, parameter in named(parts).items():
-        value = values[name] if values is not None else _new(name, tuple(parameter.shape), seed)
-        # fp32 whatever the dtype of the frozen weights; empty_like keeps their memory format.
-        parameter.data = torch.empty_like(parameter, dtype=torch.float32).copy_(value)
+    adapters = named(parts)
+    # peft flattens the matrices of a DoRA, which channels-last ones do not allow.
+    dora = any(name.endswith(_MAGNITUDE) for name in adapters)
+    layout = torch.contiguous_format if dora else torch.preserve_format
+    for name, parameter in adapters.items():
+        value = values[name] if values is not None else _new(name, parameter, seed)
+        # fp32 whatever the dtype of the frozen weights.
+        parameter.data = torch.empty_like(parameter, dtype=torch.float32, memory_format=layout).copy_(value)
 
 
 def named(parts: TrainedParts) -> dict[str, nn.Parameter]:
@@ -136,7 +152,17 @@ def _is_target(name: str, layer: nn.Module, options: LoraOptions) -> bool:
     return options.targets == "all" or name.endswith(tuple(f".{ending}" for ending in _ATTENTION))
 
 
-def _new(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+def _start_magnitudes(layer: Any) -> None:
+    for magnitude in layer.lora_magnitude_vector.values():
+        base = layer.get_base_layer().weight.float()
+        magnitude.weight.data = magnitude.get_weight_norm(base, base, scaling=0.0)
+        magnitude.weight.no_weight_decay = True
+
+
+def _new(name: str, parameter: Tensor, seed: int) -> Tensor:
+    if name.endswith(_MAGNITUDE):
+        return parameter  # of the base
+    shape = tuple(parameter.shape)
     if not name.endswith(".lora_A.weight"):
         return torch.zeros(shape)
     bound = 1 / math.sqrt(math.prod(shape[1:]))

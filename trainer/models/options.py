@@ -49,6 +49,10 @@ class LoraOptions:
     """Probability of dropping each input of an adapter in training, against overfitting. It is drawn for each
     batch, so unlike all else it depends on batch_size and the number of processes."""
 
+    dora: bool = False
+    """Train the length of each adapted weight beside its direction (DoRA): more time and memory a step. Needs
+    save_format diffusers, since web UIs compute lengths in another way."""
+
     @property
     def strength(self) -> float:
         """Alpha, its default applied."""

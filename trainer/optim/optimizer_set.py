@@ -66,13 +66,7 @@ class OptimizerSet:
         total_steps: int,
     ) -> None:
         self.members: tuple[Member, ...] = tuple(
-            Member(
-                network=network,
-                options=options[network],
-                parameters=tuple(trained),
-                optimizer=options[network].build(trained, _rate(options[network])),
-                factor=rate_factor(options[network], total_steps),
-            )
+            _member(network, options[network], trained, total_steps)
             for network, trained in parameters.items()
             if trained
         )
@@ -242,6 +236,21 @@ class OptimizerSet:
 def _learned(member: Member, step: int) -> Learned:
     d = float(member.options.measure(member.optimizer)["d"]) if member.options.adapts else 1.0
     return Learned(member.options, step, d)
+
+
+def _member(
+    network: str, options: OptimizerOptions, trained: Sequence[nn.Parameter], total_steps: int
+) -> Member:
+    """Return a network's optimizer; parameters marked by `no_weight_decay` are a second group of it."""
+    kept = [parameter for parameter in trained if getattr(parameter, "no_weight_decay", False)]
+    if kept and options.groups_decay:
+        decayed = [parameter for parameter in trained if not getattr(parameter, "no_weight_decay", False)]
+        groups: Any = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
+        trained = [*decayed, *kept]
+    else:
+        groups = trained
+    optimizer = options.build(groups, _rate(options))
+    return Member(network, options, tuple(trained), optimizer, rate_factor(options, total_steps))
 
 
 def _rate(options: OptimizerOptions) -> float:

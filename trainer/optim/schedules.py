@@ -44,6 +44,9 @@ class ScheduleOptions:
     shaped_state: ClassVar[bool] = True
     """True if state tensors of two and more dimensions have the shape of their weight."""
 
+    groups_decay: ClassVar[bool] = True
+    """Whether groups of parameters can have weight decays of their own."""
+
     rounds_bf16: ClassVar[bool] = False
     """Whether bf16 weights learn from steps smaller than their spacing, by stochastic rounding."""
 

@@ -92,6 +92,8 @@ def _use(run: Path, whole: Sequence[Path], saving: SaveOptions, *, adapters: boo
         single_files(Path(saving.save_ckpt_dir or run / "ckpts"), run.name) if saving.writes_single else []
     )
     if not singles:
+        if adapters:
+            return [f"  to use it: load {folder} by load_lora_weights of diffusers"]
         return [f"  to use it: load {folder} with diffusers, or convert it by scripts/convert_checkpoint.py"]
     place = shown_path(singles[0]) if saving.save_ckpt_dir else singles[0].relative_to(run).as_posix()
     models = "models/Lora" if adapters else "models/Stable-diffusion"

@@ -121,7 +121,7 @@ class DAdaptAdamOptions(AdaptationOptions):
         from trainer.optim.dadapt.optimizer import DAdaptAdam
 
         return DAdaptAdam(
-            [{"params": list(params), "layer_scale": self.layer_scale}],
+            _scaled(params, self.layer_scale),
             lr=lr,
             betas=self.betas,
             eps=self.epsilon,
@@ -180,7 +180,7 @@ class DAdaptAdamReferenceOptions(AdaptationOptions):
             raise does_not_load(self.optimizer, "dadaptation", error, "dadapt_adam") from error
         with redirect_stdout(StringIO()):  # the library prints a line about decoupled weight decay
             return DAdaptAdam(
-                [{"params": list(params), "layer_scale": self.layer_scale}],
+                _scaled(params, self.layer_scale),
                 lr=lr,
                 betas=self.betas,
                 eps=self.epsilon,
@@ -248,6 +248,7 @@ class DAdaptSGDOptions(GrowthOptions):
     """Added to the gradient as weight_decay * weights, which outweighs small gradients."""
 
     learned_keys: ClassVar[tuple[str, ...]] = ("d", "k", "numerator_weighted", "g0_norm")
+    groups_decay: ClassVar[bool] = False
 
     def build(self, params: Iterable[nn.Parameter], lr: float) -> Optimizer:
         """Return the optimizer over `params`; its rate is d * lr / norm of the first gradient.
@@ -279,6 +280,13 @@ class DAdaptSGDOptions(GrowthOptions):
         length = math.sqrt(_sum_over_s(optimizer, lambda s: s * s))
         d_hat = 2 * group["numerator_weighted"] / length if length > 0 else 0.0
         return {"rate": self.rate(optimizer), "d": group["d"], "d_hat": d_hat}
+
+
+def _scaled(params: Iterable[Any], layer_scale: float) -> list[dict[str, Any]]:
+    """Return parameters, or groups of them, as groups of this `layer_scale`."""
+    given = list(params)
+    groups = given if isinstance(given[0], dict) else [{"params": given}]
+    return [{**group, "layer_scale": layer_scale} for group in groups]
 
 
 def _estimate(optimizer: Optimizer) -> float:

@@ -246,6 +246,24 @@ def test_training_lowers_the_loss_of_fixed_inputs(name):
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.parametrize("name", [name for name, options in OPTIONS.items() if options.groups_decay])
+def test_a_marked_weight_takes_no_weight_decay(name):
+    """Of two weights with the same gradients, and one beside them that moves the estimate of d."""
+    weights = [torch.nn.Parameter(torch.ones(1 << 12)) for _ in range(3)]
+    weights[0].no_weight_decay = True  # type: ignore[attr-defined]
+    options = replace(OPTIONS[name], weight_decay=0.5)
+    optimizers = OptimizerSet({"unet": options}, {"unet": weights}, total_steps=10)
+    for step in range(3):
+        optimizers.set_rates(step)
+        sum((weight * 1e-3).sum() for weight in weights[:2]).backward()
+        optimizers.step(torch.tensor(0.0))
+        optimizers.zero_grad()
+    kept, shrunk = (float(weight.detach().mean()) for weight in weights[:2])
+    assert shrunk < kept < 1
+    state = optimizers.state_dict()["unet"]["state"]
+    assert optimizers.parameters["unet"][2] is weights[0] and {0, 2} <= set(state)
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_changes_no_weight_and_no_state(name, poison):
