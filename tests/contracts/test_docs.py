@@ -1,11 +1,27 @@
 """The documentation stays short, its sentences readable, and its links alive."""
 
+import dataclasses
+import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from tests.contracts.test_imports import LAYERS
+from trainer.config.overrides import parse
+from trainer.config.report import Report
+from trainer.config.schema import (
+    CommandOptions,
+    FreezingOptions,
+    OptimizerFileOptions,
+    keys_of,
+    optimizer_keys,
+    plain,
+    train_keys,
+)
+from trainer.evaluation.options import SamplePrompts, ValidationFile
+from trainer.models.options import LoraOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -119,6 +135,88 @@ def test_quoted_messages_are_the_program_s():
     )
     assert [piece for piece in QUOTED if piece not in pages] == [], "not quoted any more"
     assert [piece for piece in QUOTED if piece not in source] == [], "reworded: change the documentation too"
+
+
+def options_of_commands(text: str) -> list[str]:
+    """Return the options of each command of train.py in a page, which may go on after a backslash."""
+    commands = re.findall(r"\btrain\.py((?: +[^\s|>&;#`]+)+)", text.replace("\\\n", " "))
+    return [command for command in commands if " --" in command]
+
+
+def test_commands_have_options_that_exist():
+    checked = 0
+    for page in PAGES:
+        for options in options_of_commands(page.read_text(encoding="utf-8")):
+            report = Report()
+            parse(shlex.split(options), report)
+            assert report.errors == (), f"{page.name}: train.py{options}"
+            checked += 1
+    assert checked > 25
+
+
+def defaults() -> dict[str, set[str]]:
+    """Return the defaults of each key of any file or section, as the documentation writes them."""
+    found: dict[str, set[str]] = {}
+    optimizer = [key for users in optimizer_keys().values() for key in users.values()]
+    others = [
+        key
+        for owner in (
+            CommandOptions,
+            FreezingOptions,
+            OptimizerFileOptions,
+            SamplePrompts,
+            ValidationFile,
+            LoraOptions,
+        )
+        for key in keys_of(owner).values()
+    ]
+    for key in [*train_keys().values(), *optimizer, *others]:
+        if not key.required:
+            value = plain(key.default)
+            text = ", ".join(
+                f"{one}".removesuffix(".0") for one in (value if isinstance(value, list) else [value])
+            )
+            found.setdefault(key.name, set()).add(text.lower())
+    return found
+
+
+def test_defaults_in_tables_are_those_of_the_code():
+    known, checked = defaults(), 0
+    for page in PAGES:
+        rows = [
+            re.split(r" *(?<!\\)\| *", line)[1:3]
+            for line in page.read_text("utf-8").splitlines()
+            if line[:1] == "|"
+        ]
+        inside = False
+        for name, value in (row for row in rows if len(row) == 2):
+            if name == "key":
+                inside = value == "default"
+            names = re.findall(r"`(\w+)`", name)
+            values = [value] if len(names) == 1 else value.split(", ")
+            if not inside or len(values) != len(names):
+                continue
+            for key, text in zip(names, values, strict=True):
+                another = text.strip("`") in known  # the default is that key's value
+                if re.fullmatch(r"`\w+`|[\d., ]+|true|false", text) and not another:
+                    assert text.strip("`") in known[key], f"{page.name}: {key}: {text}, but {known[key]}"
+                    checked += 1
+    assert checked > 10
+
+
+def test_settings_in_the_text_are_accepted():
+    checked = 0
+    for page in PAGES:
+        for name, value in re.findall(r'`"(\w+)": ([^`]+)`', page.read_text(encoding="utf-8")):
+            key = {**{n: next(iter(u.values())) for n, u in optimizer_keys().items()}, **train_keys()}.get(
+                name
+            )
+            if key is not None:
+                assert dataclasses.is_dataclass(key.kind) or key.fits(json.loads(value)), (
+                    f"{page.name}: {name}"
+                )
+                checked += 1
+    assert checked > 8
 
 
 def test_the_map_of_packages_is_in_the_order_of_imports():

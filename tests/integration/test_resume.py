@@ -263,6 +263,8 @@ def test_a_finished_run_does_nothing_more_unless_epochs_are_added(workplace, cap
     command = f"{COMMAND} --resume_ckpt logs/{run_of(workplace).name} --max_epochs 4 Rate:"
     assert f"To train on, raise max_epochs (it is 2): {command}" in unbroken(capsys.readouterr().out)
     saved = (run_of(workplace) / "ckpts" / LAST / "manifest.json").read_bytes()
+    assert train.main(["--resume_ckpt", "findlast", "--max_epochs", "1"]) == 0
+    assert "--max_epochs 4 Rate:" in unbroken(capsys.readouterr().out), "2 epochs have been trained already"
     assert train.main(["--resume_ckpt", "findlast"]) == 0
     assert "Done: 6 steps" in capsys.readouterr().out
     assert (run_of(workplace) / "ckpts" / LAST / "manifest.json").read_bytes() == saved
