@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 from data.regular import read_regular
@@ -14,6 +15,7 @@ from trainer.evaluation.options import SamplePrompt, SamplePrompts
 from trainer.output import shown_path
 
 _SAMPLES = "samples"
+_KOHYA_OPTION = re.compile(r"[^#].* --[nwhdlsfg] ")
 _UNUSED = {"cfgs": "EveryDream2 ignores it too; the cfgs beside samples draw every prompt"}
 
 
@@ -49,6 +51,10 @@ def read_sample_prompts(path: Path, report: Report) -> SamplePrompts | None:
     else:
         text = read_text(content, file, report)
         lines = [line.strip() for line in (text or "").splitlines()]
+        foreign = (number for number, line in enumerate(lines, 1) if _KOHYA_OPTION.match(line))
+        if number := next(foreign, None):
+            advice = "a .json file has negative_prompt, size, seed and cfgs"
+            report.note(Place(file, number), f"options such as --w 512 are drawn as words; {advice}")
         prompts = SamplePrompts(
             samples=tuple(SamplePrompt(prompt=line) for line in lines if line and not line.startswith("#"))
         )

@@ -92,6 +92,15 @@ def test_a_text_file_is_one_prompt_a_line(tmp_path: Path):
     )
 
 
+def test_kohyas_options_in_a_line_are_a_note_of_the_first(tmp_path: Path):
+    report = Report()
+    lines = "# a dog --w 5 --h 5\na red circle -- round\na dog --n bad --w 512\na cat --d 3\n"
+    prompts = read_sample_prompts(write(tmp_path / "p.txt", lines), report)
+    assert prompts is not None and len(prompts.samples) == 3
+    (note,) = report.notes
+    assert "p.txt:3: options such as --w 512 are drawn as words; a .json file has" in str(note)
+
+
 def test_every_key_of_everydream2_is_read(tmp_path: Path):
     content = {
         "doc": "for readers",
