@@ -160,17 +160,22 @@ def _json_items(text: str, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _csv_rows(text: str, name: str) -> Iterator[tuple[str, Any]]:
-    rows = csv.DictReader(StringIO(text, newline=""))
+    header = text.partition("\n")[0]
+    between = next((mark for mark in ",;\t" if mark in header), ",")  # Excel writes ; in much of Europe
+    rows = csv.DictReader(StringIO(text, newline=""), delimiter=between, strict=True)
     while True:
+        first = max(2, rows.line_num + 1)
         try:
             values = next(rows, None)
         except csv.Error as error:
-            raise FileError(f"{name}:{rows.line_num}: is not CSV ({error})") from error
+            reason = "a quote is opened and never closed" if "end of data" in str(error) else error
+            raise FileError(f"{name}:{first}: is not CSV ({reason})") from error
         if values is None:
             return
         place = f"{name}:{rows.line_num}"
         if None in values:
-            reason = "has more columns than the first line; put a text that holds commas into quotes"
+            marks = {",": "commas", ";": "semicolons", "\t": "tabs"}[between]
+            reason = f"has more columns than the first line; put a text that holds {marks} into quotes"
             yield place, BadRow("", place, reason)
         else:
             yield place, {key.strip(): value or None for key, value in values.items() if key.strip()}

@@ -38,6 +38,8 @@ class TextFile:
         if name is None:
             return None
         text = read_text(folder.path / name)
+        if "\0" in text:
+            raise FileError(f"{name}: holds zero bytes, so it is no text in UTF-8; save it as that")
         lines = [line for line in text.splitlines() if line.strip()]
         texts, remark = [text], ""
         if len(lines) > 1 and self.lines:
@@ -61,7 +63,7 @@ class TextFile:
 
 
 def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
-    """Decode a text file by its byte-order mark, else as UTF-8, else as Windows-1252, beyond Latin-1."""
+    """Decode a text file by its byte-order mark, else as UTF-8, else as Windows-1252 or Latin-1."""
     try:
         with open_regular(path) as file:
             content = file.read(largest + 1)

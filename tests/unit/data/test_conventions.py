@@ -791,6 +791,28 @@ def test_a_csv_row_with_too_many_columns(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("between", "word"), [(";", "semicolons"), ("\t", "tabs")])
+def test_a_csv_with_the_separators_of_other_countries(tmp_path, between, word):
+    for name in "abc":
+        picture(tmp_path / f"{name}.png")
+    rows = ["file_name,text", "a.png,a cat\0 sitting", "b.png,a dog,big"]
+    write(tmp_path / "list.csv", "\r\n".join(rows).replace(",", between).replace("\0", ","))
+    index = index_of(tmp_path / "list.csv")
+    assert texts(index) == {"a.png": "a cat, sitting"}
+    assert f"put a text that holds {word} into quotes" in str(index.bad[0])
+    write(tmp_path / "metadata.csv", f"file_name{between}text\na.png{between}a cow\n")
+    assert texts(index_of(tmp_path))["a.png"] == "a cow"
+
+
+def test_a_quote_that_is_never_closed_swallows_no_rows(tmp_path):
+    for name in "abc":
+        picture(tmp_path / f"{name}.png")
+    write(tmp_path / "list.csv", 'file_name,text\na.png,x\nb.png,"a cat\nc.png,y\n')
+    with pytest.raises(DataError) as caught:
+        index_of(tmp_path / "list.csv")
+    assert caught.value.problems[0].endswith("list.csv:3: is not CSV (a quote is opened and never closed)")
+
+
 def test_a_csv_of_excel(tmp_path):
     picture(tmp_path / "ä.png")
     content = ",file_name,text,Größe\r\n0,ä.png,\u201eschön\u201c,5\r\n"
@@ -1019,3 +1041,14 @@ def test_any_text_is_yaml_or_refused_in_words(tmp_path_factory, text):
         read_yaml(path, ".yaml")
     except FileError as error:
         assert error.reason.startswith("any.yaml")
+
+
+def test_a_caption_in_utf_16_without_its_mark_is_refused_not_read_as_noise(tmp_path):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png")
+    (tmp_path / "a.txt").write_bytes("a cat".encode("utf-16-le"))
+    index = index_of(tmp_path)
+    assert [record.name for record in index.records] == ["b.png"]
+    assert [str(file) for file in index.bad] == [
+        "a.png: a.txt: holds zero bytes, so it is no text in UTF-8; save it as that"
+    ]
