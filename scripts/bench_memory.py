@@ -8,7 +8,7 @@
 Every optimizer has its own process. Weights and images are random: only sizes matter. The steps are the
 trainer's own (`trainer.training.step`), with its dtypes, memory layout and order. The peak is that of the
 steps: the resident set on Linux, torch's allocations on CUDA. The estimate is the memory trace's tensors, on
-the CPU with the memory that the process held before.
+the CPU with the memory that the process held before and what malloc is assumed to keep.
 """
 
 from __future__ import annotations
@@ -128,8 +128,10 @@ def setting_of(name: str, options: argparse.Namespace) -> Setting:
 
 
 def estimated(name: str, options: argparse.Namespace) -> int:
-    """Return the peak bytes of tensors in the trace of the same step."""
-    return estimated_step(setting_of(name, options))
+    """Return the peak bytes of tensors in the trace of the same step, on the CPU with what malloc keeps."""
+    from trainer.planning.memory import KEPT
+
+    return estimated_step(setting_of(name, options)) + (KEPT if options.device == "cpu" else 0)
 
 
 def print_cards(cards: Sequence[float]) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch._dynamo
 from torch import nn
 
-from trainer.optim.dadapt import choice
+from trainer.optim.dadapt import choice, eager
 from trainer.optim.dadapt.choice import EAGER, Choice, Trial, choose
 from trainer.optim.dadapt.eager import Arrival, TorchEngine
 from trainer.optim.dadapt.kernels import CompiledKernel, advance_bytes, advance_float, estimate_bytes
@@ -221,6 +221,24 @@ def test_fused_backward_is_bit_equal(calls, bits, dtype):
         fused.step()
         assert_same(everything(b, fused), everything(a, plain))
     assert fused.param_groups[0]["d"] > 1.5e-5
+
+
+@pytest.mark.parametrize(("tiles", "of_calls"), [(1025, [2, 1025]), (2049, [2, 1024, 1025])])
+def test_large_bf16_weights_are_advanced_in_parts_to_the_bit(calls, monkeypatch, tiles, of_calls):
+    """The compiled step keeps a copy of the gradient in fp32, as large as two of the weights."""
+    results = []
+    for part in (eager.WIDENED_TILES, 10**6):
+        monkeypatch.setattr(eager, "WIDENED_TILES", part)
+        p = nn.Parameter(torch.linspace(-1, 1, tiles * TILE + 5).bfloat16())
+        optimizer = DAdaptAdam([p], compile=True, state_bits=8, d0=1e-4)
+        calls.clear()
+        for step in range(3):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).bfloat16()
+            optimizer.step()
+        results.append((everything([p], optimizer), sorted({*calls})))
+    (parts, few), (whole, one) = results
+    assert_same(parts, whole)
+    assert few == of_calls and one == [2, tiles]
 
 
 @pytest.mark.parametrize("bits", [32, 8])

@@ -83,7 +83,7 @@ class _Trace:
     def __init__(self, config: TrainConfig, models: Models, precision: Precision, work: Work) -> None:
         self._config, self._precision, self._work = config, precision, work
         self._on_cuda = precision.device.type == "cuda"
-        self._ledger = Ledger(META)
+        self._ledger = Ledger(META, on_cpu=not self._on_cuda)
         self._device = AsOnDevice(self._ledger, precision)
         self._models = meta_copies(models)
         self._parts = apply_freezing(self._models, config.parts, config.optimizers.freezing)

@@ -13,8 +13,9 @@ from trainer.models.pipeline import Models
 _FULL_SIZE = 200_000_000
 """Parameters of a UNet that no CPU trains in an evening."""
 
-_SHARE = 0.5
-"""Speed of a UNet's passes as a share of that of a matrix product; 0.49 to 0.51 were measured for SD 1.5."""
+_SHARE = 0.7
+"""Speed of a UNet's passes as a share of that of a matrix product; 0.66 to 0.86 were measured for SD 1.5 at
+512 px (docs/evidence.md)."""
 
 
 def slow_on_cpu(config: TrainConfig, models: Models, images: int) -> str | None:

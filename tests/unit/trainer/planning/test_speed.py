@@ -14,9 +14,9 @@ from trainer.planning.speed import product_speed, slow_on_cpu
 @pytest.mark.parametrize(
     ("checkpointing", "gflops", "duration"),
     [
-        (True, 50, "4 days: 2,400 images at 3.2 TFLOP each"),  # 0.8034 TFLOP x 4 x 2400 / 25e9 = 3.6 days
-        (False, 50, "3 days: 2,400 images at 2.4 TFLOP each"),
-        (False, 300, "11 hours: 2,400 images at 2.4 TFLOP each"),
+        (True, 50, "3 days: 2,400 images at 3.2 TFLOP each"),  # 0.8034 TFLOP x 4 x 2400 / 35e9 = 2.55 days
+        (False, 50, "2 days: 2,400 images at 2.4 TFLOP each"),
+        (False, 300, "8 hours: 2,400 images at 2.4 TFLOP each"),
     ],
 )
 def test_sd_15_takes_days_on_a_cpu(monkeypatch, checkpointing, gflops, duration):
