@@ -10,7 +10,7 @@ import train
 from data.atomic import WINDOWS
 from tests.runs import ADAMW, COMMAND, DADAPT, run_of, same_run, scalars, unbroken, uncut, write
 from tests.unit.trainer.checkpoints.test_lock import held
-from trainer.checkpoints.listing import checkpoints
+from trainer.checkpoints.listing import checkpoints, single_files
 from trainer.checkpoints.lock import LOCK
 from trainer.checkpoints.run_folder import MARKER
 from trainer.config import load_config
@@ -336,6 +336,31 @@ def test_a_run_s_single_file_starts_a_new_run_and_a_note_says_how_to_resume(work
         assert note in capsys.readouterr().out
     assert train.main(["--resume_ckpt", str(file), "--check", "--resume_weights_only"]) == 0
     assert "starts a new run" not in capsys.readouterr().out
+
+
+def test_findlast_takes_the_work_that_went_on_from_an_older_checkpoint(workplace, capsys):
+    settings = {"max_epochs": 3, "save_every_n_epochs": 1, "save_format": "both", "keep_last_n": 3}
+    write(workplace, DADAPT, **SHORT | settings, keep_resume_n=3)
+    assert train.main([]) == 0
+    run = run_of(workplace)
+    last, _, older = checkpoints(run)
+    was = {path: path.read_bytes() for path in last.rglob("*.safetensors")}
+    capsys.readouterr()
+
+    again = ["--resume_ckpt", str(older), "--keep_resume_n", "1", "--keep_last_n", "2"]
+    assert train.main([*again, "--stop_after_steps", "4"]) == 0
+    out = capsys.readouterr().out
+    assert f"Note: {last.name} is newer than {older.name} and stays; findlast takes it until" in unbroken(out)
+    newest, second = checkpoints(run)
+    assert newest.name == "tiny-ep02-gs00004" and (newest / "resume").is_dir(), "what was made last is kept"
+    assert second == last and not (second / "resume").is_dir()
+    assert [path.stem for path in single_files(run / "ckpts", run.name)] == [newest.name, last.name]
+
+    assert train.main(["--resume_ckpt", "findlast"]) == 0
+    out = capsys.readouterr().out
+    assert f"Resuming after step 4 in logs/{run.name}." in out and "is newer than" not in out
+    assert checkpoints(run)[0] == last, "the same settings make the same run again"
+    assert was == {path: path.read_bytes() for path in last.rglob("*.safetensors")}
 
 
 def test_an_older_checkpoint_starts_a_new_run_only_if_asked_to(workplace, capsys):

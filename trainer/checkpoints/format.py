@@ -40,6 +40,9 @@ STEP = "sd_dadapt.step"
 KIND = "sd_dadapt.kind"
 """Header field of a single file: the kind of checkpoint."""
 
+BRANCH = "sd_dadapt.branch"
+"""Header field of a single file: the branch of its run, missing on the first."""
+
 EMA = "sd_dadapt.ema"
 """Header field of a single file: "true" for EMA weights."""
 
@@ -93,6 +96,7 @@ def save_checkpoint(
     state: TrainState,
     about: dict[str, Any],
     kind: str = "",
+    branch: int = 0,
 ) -> None:
     """Write a checkpoint whole or not at all.
 
@@ -101,11 +105,13 @@ def save_checkpoint(
         write_resume: writes the resume state; None for a model alone.
         about: values that a resumed run must share: seed, data, optimizers, ...
         kind: the reason for the checkpoint.
+        branch: how often the run has gone back to an older checkpoint; later branches are newer.
     """
     with appearing(folder) as draft:
         draft.mkdir(parents=True)
         write_model(draft)
         where = {"step": state.step, "epoch": state.epoch, "project": about.get("project"), "kind": kind}
+        where |= {"branch": branch} if branch else {}
         _write_manifest(draft, where)
         if write_resume is not None:
             resume = draft / RESUME
@@ -173,10 +179,11 @@ def place_in_run(folder: Path) -> dict[str, Any]:
             "step": int(manifest["step"]),
             "project": manifest["project"],
             "kind": manifest.get("kind", ""),
+            "branch": int(manifest.get("branch", 0)),
         }
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):  # 1e999 is read as infinity
         named = _STEP.search(folder.name)
-        return {"step": int(named[1]) if named else -1, "project": None, "kind": ""}
+        return {"step": int(named[1]) if named else -1, "project": None, "kind": "", "branch": 0}
 
 
 def _problem(part: Path) -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from data.atomic import drop, restore
 from trainer.checkpoints.format import (
     BEST,
+    BRANCH,
     EMA,
     KIND,
     MANIFEST,
@@ -27,13 +28,15 @@ from trainer.checkpoints.run_folder import by_timestamp
 from trainer.errors import UserError
 from trainer.models.tensor_file import read_metadata
 
+_NUMBER = re.compile(r"[0-9]{1,18}")
+
 
 def find_last(logdir: Path, project: str, *, weights_only: bool = False) -> tuple[Path, list[str]]:
     """Return the newest whole checkpoint of a project, and problems of newer ones.
 
-    It is the one of the highest step in the newest run that has one. Runs are ordered by the timestamp in
-    their folders' names, never by the file system's times. With `weights_only`, a model without resume state
-    will do.
+    It is the one of the highest step, on the latest branch of the newest run that has one. Runs are ordered
+    by the timestamp in their folders' names, never by the file system's times. With `weights_only`, a model
+    without resume state will do.
     """
     runs = sorted(
         (path for path in logdir.glob(f"{glob.escape(project)}-*") if path.is_dir()),
@@ -50,8 +53,20 @@ def find_last(logdir: Path, project: str, *, weights_only: bool = False) -> tupl
 
 
 def newest_of(run: Path, *, weights_only: bool = False) -> tuple[Path, list[str]]:
-    """Return a run's whole checkpoint of the highest step, and problems of those of higher steps."""
+    """Return a run's newest whole checkpoint, and problems of newer ones."""
     return _newest([run], f"the run {run} holds no checkpoint to resume.", weights_only=weights_only)
+
+
+def branch_from(folder: Path, run: Path) -> tuple[int, Path | None]:
+    """Return the branch of a run that resumes from `folder`, and the newest checkpoint if it starts one.
+
+    Going back to an older checkpoint starts a branch: what it saves is newer than all steps of earlier ones.
+    """
+    own, found = _place(folder), _folders(run)
+    newest = next(iter(found), folder)
+    if _place(newest) <= own:
+        return own[0], None
+    return 1 + max(_place(other)[0] for other in found), newest
 
 
 def require_resumable(folder: Path) -> None:
@@ -70,7 +85,7 @@ def require_resumable(folder: Path) -> None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Return a run's checkpoint folders, the highest step first, and last those whose step is unknown.
+    """Return a run's checkpoint folders: latest branch first, then highest step, at last unknown steps.
 
     Of the same step, one that was due comes before one that was written because the run ended untimely or the
     loss was low, and that has pending work.
@@ -79,7 +94,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def single_files(folder: Path, run: str, *, best: bool = False, ema: bool = False) -> list[Path]:
-    """Return the single files in `folder` that a run wrote, as their headers say, the highest step first.
+    """Return the single files in `folder` that a run wrote, as their headers say, newest first.
 
     `best` selects those of `keep_best`, and `ema` those of EMA weights, instead of all others.
     """
@@ -90,9 +105,10 @@ def single_files(folder: Path, run: str, *, best: bool = False, ema: bool = Fals
         except (OSError, UserError):
             continue  # another program's file
         is_kind = (metadata.get(KIND) == BEST) == best and (metadata.get(EMA) == "true") == ema
-        if metadata.get(RUN) == run and re.fullmatch(r"[0-9]{1,18}", metadata.get(STEP, "")) and is_kind:
-            found.append((int(metadata[STEP]), path))
-    return [path for _, path in sorted(found, key=lambda item: (-item[0], item[1].name))]
+        place = metadata.get(BRANCH, "0"), metadata.get(STEP, "")
+        if metadata.get(RUN) == run and is_kind and all(_NUMBER.fullmatch(part) for part in place):
+            found.append((*(-int(part) for part in place), path.name, path))
+    return [path for *_, path in sorted(found)]
 
 
 def rotate(run: Path, options: SaveOptions, single_folder: Path) -> None:
@@ -168,5 +184,15 @@ def _folders(run: Path) -> list[Path]:
     untimely = ("interrupted-", "errored-", f"{BEST}-")
     return sorted(
         found,
-        key=lambda folder: (-place_in_run(folder)["step"], folder.name.startswith(untimely), folder.name),
+        key=lambda folder: (
+            *(-part for part in _place(folder)),
+            folder.name.startswith(untimely),
+            folder.name,
+        ),
     )
+
+
+def _place(folder: Path) -> tuple[int, int]:
+    """Return branch and step of a checkpoint."""
+    place = place_in_run(folder)
+    return place["branch"], place["step"]

@@ -12,7 +12,7 @@ import torch
 
 from data.atomic import appearing, free_bytes, in_gib
 from trainer.checkpoints.artifact import Artifact
-from trainer.checkpoints.format import EMA, KIND, RUN, STEP, TrainState, save_checkpoint
+from trainer.checkpoints.format import BRANCH, EMA, KIND, RUN, STEP, TrainState, save_checkpoint
 from trainer.checkpoints.listing import checkpoints, rotate
 from trainer.checkpoints.options import SaveOptions
 from trainer.errors import UserError
@@ -61,6 +61,7 @@ class Saver:
         say: shows a sentence.
         ema: written as a single file with -ema in its name, or as the folder ema inside a checkpoint without
             single files.
+        branch: how often the run has gone back to an older checkpoint.
         writes: false on ranks other than 0, which write nothing.
         describe: writes the files that users may edit, such as the model card, into a checkpoint's folder.
         clock: returns monotonic seconds.
@@ -79,6 +80,7 @@ class Saver:
         metadata: Mapping[str, str],
         say: Callable[[str], None],
         ema: Ema | None = None,
+        branch: int = 0,
         writes: bool = True,
         describe: Callable[[Path], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -93,6 +95,7 @@ class Saver:
         self._metadata = metadata
         self._say = say
         self._ema = ema
+        self._branch = branch
         self._writes = writes
         self._describe = describe
         self._clock = clock
@@ -196,6 +199,7 @@ class Saver:
             state=state,
             about=dict(self._about),
             kind=kind,
+            branch=self._branch,
         )
         written.append(folder)
         if self._options.writes_single:
@@ -206,6 +210,7 @@ class Saver:
                 RUN: self._run.name,
                 STEP: str(state.step),
                 KIND: kind,
+                **({BRANCH: str(self._branch)} if self._branch else {}),
             }
             with appearing(file) as draft:
                 self._artifact.write_file(draft, single, metadata)

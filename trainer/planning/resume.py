@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from data.atomic import WINDOWS
 from trainer.checkpoints.base import read_base
 from trainer.checkpoints.format import RESUME, RUN, TrainState, is_checkpoint, read_resume
-from trainer.checkpoints.listing import find_last, newest_of, require_resumable
+from trainer.checkpoints.listing import branch_from, find_last, newest_of, require_resumable
 from trainer.checkpoints.run_folder import run_of
 from trainer.config import FORMAT, clip_skip_of_format_1, flattened
 from trainer.errors import UserError, said
@@ -52,6 +52,8 @@ class Start:
     state: TrainState | None = None
     adapter: Path | None = None
     """The checkpoint folder whose adapters are attached to the model."""
+    branch: int = 0
+    """How often the run has gone back to an older checkpoint."""
     about: Mapping[str, Any] | None = None
     """The resumed run's record in its checkpoint."""
     weights_of: Path | None = None
@@ -100,13 +102,20 @@ def find_start(config: TrainConfig, *, weights_only: bool) -> Start:
         return Start(model, revision=revision, adapter=adapter, weights_of=weights_of, notes=notes)
     state, about = read_resume(folder)
     run = run_of(folder)
+    branch, newest = (0, None) if run is None else branch_from(folder, run)
+    if newest is not None and not damaged:
+        notes.append(
+            f"{newest.name} is newer than {folder.name} and stays; findlast takes it until this start has "
+            "saved a checkpoint"
+        )
     if run is None:
         notes.append(
             f"{folder} lies outside the folder of its run, "
             f"so the resumed run gets a new one in {config.logging.logdir}"
         )
     revision = about["config"].get("revision") if base is None else base.revision
-    return Start(model, folder, revision, run, state, adapter, about, notes=[*notes, *_migrate(about)])
+    notes += _migrate(about)
+    return Start(model, folder, revision, run, state, adapter, branch, about, notes=notes)
 
 
 def with_recorded_revisions(config: TrainConfig, about: Mapping[str, Any]) -> TrainConfig:

@@ -116,6 +116,7 @@ def make_saver(
         },
         say=console.event,
         ema=saved.ema,
+        branch=plan.start.branch,
         writes=processes.main,
         describe=lambda checkpoint: saved.card.write(checkpoint, folder / "samples"),
     )

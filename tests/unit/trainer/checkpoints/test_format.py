@@ -9,6 +9,7 @@ import torch
 
 from data.atomic import REPLACED
 from trainer.checkpoints.format import (
+    BRANCH,
     RUN,
     STEP,
     TrainState,
@@ -18,6 +19,7 @@ from trainer.checkpoints.format import (
     save_checkpoint,
 )
 from trainer.checkpoints.listing import (
+    branch_from,
     checkpoints,
     find_last,
     newest_of,
@@ -30,7 +32,7 @@ from trainer.errors import UserError
 from trainer.models.tensor_file import write_tensors
 
 
-def _save(run, step, *, project="demo", resume=True):
+def _save(run, step, *, project="demo", resume=True, branch=0):
     folder = run / "ckpts" / f"{project}-ep01-gs{step:05d}"
 
     def write_model(path):
@@ -46,6 +48,7 @@ def _save(run, step, *, project="demo", resume=True):
         write_resume=write_resume if resume else None,
         state=TrainState(step=step, epoch=1),
         about={"project": project, "same": {"seed": 1}, "config": {}, "total_steps": 9},
+        branch=branch,
     )
     return folder
 
@@ -55,6 +58,27 @@ def test_round_trip(tmp_path):
     state, about = read_resume(folder)
     assert (state.step, state.epoch, about["project"]) == (7, 1, "demo")
     assert resume_problem(folder) is None
+
+
+def test_a_run_that_went_back_is_ordered_by_its_branches(tmp_path):
+    run = tmp_path / "demo-20260101-000000"
+    steps = [_save(run, step) for step in (3, 6, 9)]
+    assert [branch_from(folder, run) for folder in steps] == [(1, steps[2]), (1, steps[2]), (0, None)]
+    assert "branch" not in json.loads((steps[0] / "manifest.json").read_text()), "as ever without branches"
+    back = _save(run, 4, branch=1)
+    assert checkpoints(run) == [back, *reversed(steps)]
+    assert find_last(tmp_path, "demo")[0] == newest_of(run)[0] == back
+    assert branch_from(back, run) == (1, None) and branch_from(steps[2], run) == (2, back)
+    rotate(run, SaveOptions(keep_resume_n=1, keep_last_n=2), run / "ckpts")
+    assert checkpoints(run) == [back, steps[2]] and (back / "resume").is_dir()
+
+
+@pytest.mark.parametrize("place", ['"step": 1e999', '"step": 6, "branch": "x"', '"step": 6, "branch": []'])
+def test_a_manifest_with_an_odd_place_leaves_the_step_in_the_name(tmp_path, place):
+    run = tmp_path / "demo-20260101-000000"
+    odd, whole = _save(run, 8), _save(run, 3)
+    (odd / "manifest.json").write_text(f'{{"format": 2, "project": "demo", {place}, "files": {{}}}}')
+    assert checkpoints(run) == [odd, whole]
 
 
 def test_a_failed_write_leaves_nothing_and_keeps_the_last_good_one(tmp_path):
@@ -258,7 +282,15 @@ def test_keep_last_n_deletes_this_runs_older_models_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize(
     "metadata",
-    [None, ["x"], {RUN: 3}, {RUN: "run", STEP: "²"}, {RUN: "run", STEP: "9" * 5000}, {RUN: "run", STEP: 7}],
+    [
+        None,
+        ["x"],
+        {RUN: 3},
+        {RUN: "run", STEP: "²"},
+        {RUN: "run", STEP: "9" * 5000},
+        {RUN: "run", STEP: 7},
+        {RUN: "run", STEP: "3", BRANCH: "-1"},
+    ],
 )
 def test_odd_files_of_strangers_beside_the_single_files_are_passed_over(metadata, tmp_path):
     text = json.dumps({"__metadata__": metadata}).encode()
