@@ -57,7 +57,7 @@ def convert(source: str, target: Path, *, vae: str | None = None, full_precision
     from trainer.models.load import load_models
     from trainer.models.options import ModelOptions
 
-    models = load_models(ModelOptions(resume_ckpt=source, vae=vae))
+    models = load_models(ModelOptions(resume_ckpt=source, vae=vae), key="source")
     for note in models.notes:
         say(f"Note: {note}", stream=sys.stderr)
 

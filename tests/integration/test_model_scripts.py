@@ -46,7 +46,7 @@ def test_a_conversion_can_replace_the_vae(tmp_path):
     [
         ("a", "a", "exists already"),
         ("a", "x.ckpt", ".ckpt files are not written"),
-        ("nothing.safetensors", "x", "there is no folder or file"),
+        ("nothing.safetensors", "x", "source: there is no folder or file"),
     ],
 )
 def test_what_cannot_be_converted_is_said_plainly(source, target, said, tmp_path, monkeypatch, capsys):
