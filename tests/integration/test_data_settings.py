@@ -348,5 +348,7 @@ def test_contact_sheets_show_each_image_as_it_is_cropped(workplace, no_estimate,
     )
     assert {red, blue} <= colours("128-192x64.png")
     (workplace / "taken").write_text("a file")
+    assert train.main(["--check", "--contact_sheets", "pictures/sheets"]) == 2
+    assert "lies inside" in capsys.readouterr().err and not (workplace / "pictures/sheets").exists()
     assert train.main(["--check", "--contact_sheets", "taken"]) == 2
     assert "--contact_sheets: taken cannot be written to" in capsys.readouterr().err

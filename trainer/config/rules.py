@@ -11,7 +11,7 @@ from typing import Any
 from trainer.config.report import COMMAND_LINE, Place, Report, Written
 from trainer.config.schema import keys_of
 from trainer.models.options import EmaOptions
-from trainer.output import clean
+from trainer.output import clean, shown_path
 
 LONGEST_NAME = 150
 """Bytes. File systems allow 255; a checkpoint adds up to 80: kind, epoch, step and two endings."""
@@ -264,6 +264,19 @@ def _cache(settings: Settings) -> None:
         )
 
 
+def _folders(settings: Settings) -> None:
+    roots, logdir = settings["data_root"], Path(settings["logdir"]).resolve()
+    for root in map(Path, [roots] if isinstance(roots, str) else roots):
+        inside = logdir.relative_to(root).parts if root.is_dir() and logdir.is_relative_to(root) else None
+        if inside is not None and not any(part.startswith(".") for part in inside):  # hidden ones are skipped
+            settings.error(
+                f"the folder {settings['logdir']} lies inside the images' {shown_path(root)}, so that the "
+                "next run would train the samples of this one; name a folder outside",
+                "logdir",
+                "data_root",
+            )
+
+
 def _wandb(settings: Settings) -> None:
     if settings["wandb"] and importlib.util.find_spec("wandb") is None:
         settings.error(
@@ -304,6 +317,7 @@ _RULES: tuple[Callable[[Settings], None], ...] = (
     _lora,
     _revisions,
     _cache,
+    _folders,
     _wandb,
     _names,
 )

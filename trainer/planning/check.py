@@ -15,6 +15,7 @@ from data.record import BadFile
 from data.report import DatasetReport, report
 from trainer.config.schema import TrainConfig
 from trainer.diffusion.conditioning import Tokenize
+from trainer.errors import UserError
 from trainer.output import say, wrapped
 from trainer.planning.contact_sheets import ContactSheets
 from trainer.planning.disk import plan_disk
@@ -146,6 +147,8 @@ def _draw(
     dataset: DatasetReport, index: Index, config: TrainConfig, folder: Path
 ) -> tuple[list[Path], tuple[BadFile, ...]]:
     """Write the contact sheets; return their paths and the images that could not be decoded."""
+    if root := next((root for root in dataset.roots if folder.resolve().is_relative_to(root)), None):
+        raise UserError(f"--contact_sheets: {folder} lies inside {root}; name a folder outside the images.")
     used = [record for record in index.records if record.multiply > 0]
     sheets = ContactSheets(used, config.data.resolutions, {long.name: long.cut for long in dataset.long})
     return list(sheets.write(folder)), tuple(sheets.bad.values())
