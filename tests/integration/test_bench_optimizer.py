@@ -46,7 +46,7 @@ def test_every_contender_steps(name):
 
 def test_it_prints_a_table(tmp_path):
     root, file = Path(__file__).resolve().parents[2], tmp_path / "found.json"
-    options = ["--every", "101", "--rounds", "1", "--threads", "1", "--json", str(file)]
+    options = ["--network", "mini", "--every", "20", "--rounds", "1", "--threads", "1", "--json", str(file)]
     command = [sys.executable, "scripts/bench_optimizer.py", *options, "--only", "dadapt_adam, eager"]
     output = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240, check=True).stdout
     assert re.search(r"streaming [\d.]+ GB/s", output) and "torch" in output.splitlines()[2]
