@@ -1,9 +1,6 @@
 """What people write about their images acts in training, and the check tells it before."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,8 +21,6 @@ from trainer.diffusion.schedule import NoiseSchedule
 from trainer.optim import AdamWOptions
 from trainer.optim.optimizer_set import OptimizerSet
 from trainer.training.step import train_step
-
-ROOT = Path(train.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -259,23 +254,13 @@ def test_bad_files_refuse_the_run_where_they_are_errors(workplace, no_estimate, 
     assert train.main([]) == 0
 
 
-def test_the_check_is_a_report_for_programs(workplace, no_estimate, capsys):
+def test_the_check_is_a_report_for_programs(workplace, capfd, request):
     (workplace / "pictures/0.txt").write_text("a " * 100)
     (workplace / "pictures/1.txt").unlink()
     (workplace / "pictures/again.png").write_bytes((workplace / "pictures/2.png").read_bytes())
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        "--check",
-        "json",
-        "--contact_sheets",
-        "sheets",
-        "--on_bad_image",
-        "error",
-    ]
-    good = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert good.returncode == 0, good.stderr
-    found = json.loads(good.stdout)
+    command = ["--check", "json", "--contact_sheets", "sheets", "--on_bad_image", "error"]
+    assert train.main(command) == 0
+    found = json.loads(capfd.readouterr().out)
     data = found["data"]
     assert (found["usable"], data["images"], data["bad"]) == (True, 5, [])
     assert data["captions"]["missing"] == ["1.png", "again.png"]
@@ -285,15 +270,17 @@ def test_the_check_is_a_report_for_programs(workplace, no_estimate, capsys):
     assert (found["steps"], found["steps_of_first_epoch"], found["plan"]["seed"]) == (6, 3, "7") and found[
         "contact_sheets"
     ] == ["sheets/64x64.png"]
+    assert found["memory"]["peak"] > 0
     assert not (workplace / "logs").exists(), "a check leaves nothing behind"
 
+    request.getfixturevalue("no_estimate")
     whole = (workplace / "pictures/3.png").read_bytes()
     (workplace / "pictures/3.png").write_bytes(whole[: len(whole) // 2])
-    assert train.main(command[2:]) == 1
-    found = json.loads(capsys.readouterr().out)
+    assert train.main(command) == 1
+    found = json.loads(capfd.readouterr().out)
     assert (found["usable"], found["data"]["images"]) == (False, 4)
     assert [file["file"] for file in found["data"]["bad"]] == ["3.png"]
-    assert found["plan"]["latents"].startswith("encoded once, before training: 4 of ")
+    assert found["plan"]["latents"].startswith("encoded once, before training: 4 images, ")
     assert any(
         note.startswith("1 damaged image will be skipped but counted in the steps") for note in found["notes"]
     )

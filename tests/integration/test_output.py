@@ -30,6 +30,7 @@ def test_a_check_is_printed_to_a_terminal_that_knows_no_umlauts(workplace):
     done = program(workplace, "--check", capture_output=True, env=environment)
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"broken-\\xe9.png" in done.stdout
+    assert done.stdout.startswith(b"images: "), "no library has a word before the check"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows gives every process its streams")

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows cannot send its
 ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAM = """
-import json, os, signal, sys
+import gc, json, os, signal, sys
+gc.disable()  # as train.py itself
 sys.path.insert(0, {root!r})
 from accelerate import PartialState
 PartialState(cpu=True)  # connected once for all the runs below
@@ -33,6 +34,8 @@ import trainer.training.loop
 import train
 from data.errors import DataError, FileError
 from data.loader import StepLoader
+gc.freeze()
+gc.enable()
 
 rank, codes, written = int(os.environ["RANK"]), [], []
 
