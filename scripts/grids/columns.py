@@ -127,13 +127,13 @@ def _is_run(name: str) -> bool:
 
 def _of_run(run: Path, base: str, *, named: bool) -> list[Column]:
     """Return a run's checkpoints by step: folders, and single files of steps whose folder was deleted."""
-    from trainer.checkpoints.format import STEP
+    from trainer.checkpoints.format import STEP, place_in_run
     from trainer.checkpoints.listing import checkpoints, single_files
     from trainer.models.tensor_file import read_metadata
 
     found: dict[int, tuple[str, str]] = {}
     for folder in checkpoints(run):
-        step = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["step"]
+        step = place_in_run(folder)["step"]
         found.setdefault(step, (f"step {step}", str(folder)))
     for file in single_files(run / "ckpts", run.name):
         step = int(read_metadata(file)[STEP])

@@ -165,6 +165,17 @@ def test_prompts_are_read_as_in_the_samples_of_the_run(workplace):  # noqa: F811
         assert np.array_equal(np.asarray(picture), np.asarray(drawn.cells[0, number, 0, 0, 0]))
 
 
+def test_a_checkpoint_whose_manifest_is_damaged_is_still_a_column(tmp_path):
+    for step in (3, 6):
+        folder = tmp_path / "run" / "ckpts" / f"run-ep01-gs{step:05d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(
+            '{"format": 2, "step": 6, "project": "run"}' if step > 3 else "{"
+        )
+    columns = find_columns([str(tmp_path / "run")], base="none", against=[])
+    assert [column.label for column in columns] == ["step 3", "step 6"]
+
+
 def test_the_train_json_of_the_working_directory_is_no_run(three, tmp_path, monkeypatch, capsys):
     (tmp_path / "train.json").write_text('{"resume_ckpt": "somewhere", "wildcards": true, "seed": 1}')
     (tmp_path / "a.safetensors").symlink_to(three[0])
