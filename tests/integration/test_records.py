@@ -8,6 +8,7 @@ import pytest
 
 import train
 from tests.runs import DADAPT, run_of, scalars, write
+from trainer.checkpoints.listing import checkpoints
 
 wandb = pytest.importorskip("wandb")
 wandb_internal_pb2 = pytest.importorskip("wandb.proto.wandb_internal_pb2")
@@ -111,6 +112,25 @@ def test_a_broken_off_run_is_recorded_once_and_as_one_run(offline):
         config["config/train.json"]["max_epochs"] == 2
         and config["config/optimizer.json"]["base"]["optimizer"] == "dadapt_adam"
     )
+
+
+def test_going_back_to_an_older_checkpoint_is_another_run_on_wandb(offline):
+    """W&B drops steps that it has had, so the new course would not be seen in the same run."""
+    write(offline, DADAPT, wandb=True, **QUICK | {"save_every_n_epochs": 1})
+    assert train.main([]) == 0
+    run = run_of(offline)
+    back = ["--resume_ckpt", str(checkpoints(run)[-1]), "--stop_after_steps", "4"]
+    for resume in (back, ["--resume_ckpt", "findlast"]):
+        assert train.main(resume) == 0
+    found = {}
+    for path in sorted((run / "wandb").glob("offline-run-*/*.wandb")):
+        records = list(_records(path))
+        [name] = {record.run.display_name for record in records if record.WhichOneof("record_type") == "run"}
+        steps = {record.history.step.num for record in records if len(record.history.item)}
+        found.setdefault((name, path.stem), set()).update(steps)
+    (whole, first), (branch, second) = found
+    assert (whole, branch) == (run.name, f"{run.name}-branch1") and first != second
+    assert list(found.values()) == [{0, 1, 2, 3, 4, 5, 6}, {4, 5, 6}]
 
 
 def test_without_the_package_or_a_login_a_sentence_says_what_to_do(offline, monkeypatch, capsys):

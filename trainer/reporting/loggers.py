@@ -71,6 +71,7 @@ def open_loggers(
     first_step: int | None = None,
     last_report: int = 0,
     wandb_project: str | None = None,
+    branch: int = 0,
 ) -> Loggers:
     """Open the loggers of a run in its folder.
 
@@ -81,6 +82,7 @@ def open_loggers(
         first_step: the first step of a resumed run, from which earlier records are hidden.
         last_report: the last step before it with a report.
         wandb_project: None for no Weights & Biases.
+        branch: how often the run has gone back to an older checkpoint.
 
     Raises:
         UserError: the folder cannot be written to, or Weights & Biases not be reached.
@@ -90,5 +92,5 @@ def open_loggers(
         JsonlLogger(folder, warn=warn, purge_step=first_step, last_report=last_report),
     ]
     if wandb_project is not None:
-        members.append(WandbLogger(folder, project=wandb_project, warn=warn))
+        members.append(WandbLogger(folder, project=wandb_project, warn=warn, branch=branch))
     return Loggers(members)

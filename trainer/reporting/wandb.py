@@ -12,28 +12,31 @@ from PIL import Image
 
 from trainer.errors import UserError, said
 
-RUN_ID = "wandb-id.txt"
-"""The file in a run's folder with its id on Weights & Biases."""
+RUN_ID = "wandb-id{}.txt"
+"""The file in a run's folder with its id on Weights & Biases, or the id of a branch."""
 
 
 class WandbLogger:
     """Record numbers and images in a run's history on Weights & Biases, and texts in its configuration.
 
     A resumed run is the same run there. W&B ignores steps that are not in rising order, so steps between a
-    checkpoint and a crash keep their first record.
+    checkpoint and a crash keep their first record, and a run that goes back to an older checkpoint is another
+    run there.
 
     Args:
         folder: the run's, whose name is the run's name; W&B's own files go into its subfolder wandb.
+        branch: how often the run has gone back.
         warn: called with one sentence when recording fails; training continues.
 
     Raises:
         UserError: the package is missing, or the run cannot be started there.
     """
 
-    def __init__(self, folder: Path, *, project: str, warn: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, *, project: str, warn: Callable[[str], None], branch: int = 0) -> None:
         self._warn = warn
         self._warned = self._closed = False
-        id_file = folder / RUN_ID
+        suffix = f"-branch{branch}" if branch else ""
+        id_file = folder / RUN_ID.format(suffix)
         identity = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else secrets.token_hex(8)
         try:
             import wandb  # an optional package
@@ -41,7 +44,7 @@ class WandbLogger:
             self._wandb: Any = wandb
             self._run: Any = wandb.init(
                 project=project,
-                name=folder.name,
+                name=folder.name + suffix,
                 id=identity,
                 dir=folder,
                 resume="allow",

@@ -67,6 +67,7 @@ def open_folder(
         first_step=state.step + 1 if plan.start.run else None,
         last_report=state.last_report,
         wandb_project=logging.project_name if logging.wandb else None,
+        branch=plan.start.branch,
     )
     loggers = Loggers([recorders, curves])
     ending.callback(loggers.close)
