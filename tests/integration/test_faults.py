@@ -294,11 +294,12 @@ def test_a_folder_that_has_become_read_only_is_survived_until_the_last_save(work
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
     assert train.main([]) == 1
-    error = capsys.readouterr().err
+    out, error = capsys.readouterr()
     assert (
         "step 6: the checkpoint could not be written (Read-only file system" in error
         and "the last good one is" in error
     )
+    assert "Resume with:" in out and "raise max_epochs" not in out, "the last steps are still to be saved"
     assert [path.name for path in checkpoints(run_of(workplace))] == ["tiny-ep01-gs00003"]
 
 

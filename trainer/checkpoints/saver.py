@@ -105,6 +105,11 @@ class Saver:
         self._single_folder = Path(options.save_ckpt_dir) if options.save_ckpt_dir else run / "ckpts"
 
     @property
+    def up_to_date(self) -> bool:
+        """True if the current step needs no checkpoint: it has one, or the run started from it."""
+        return self._last_step == self._state.step
+
+    @property
     def keeps_best(self) -> bool:
         """True if the checkpoint of the lowest validation loss is kept."""
         return self._options.keep_best
@@ -128,7 +133,7 @@ class Saver:
             SavingError: the weights are not finite, or a save failed that was the third in a row or the run's
             last.
         """
-        if not self._writes or (kind in ("interrupted", "errored") and self._last_step == self._state.step):
+        if not self._writes or (kind in ("interrupted", "errored") and self.up_to_date):
             return []
         began, written = time.perf_counter(), []
         if networks := self._not_finite():

@@ -53,7 +53,7 @@ def how_to_resume(run: Run, config: TrainConfig, arguments: Sequence[str]) -> li
     if run.out_of_time:
         changed["max_train_time"] = "null"
     reason = "Resume with:"
-    if run.state.step >= run.cadence.total_steps and not run.state.pending:
+    if run.state.step >= run.cadence.total_steps and not run.state.pending and run.saver.up_to_date:
         changed["max_epochs"] = str(2 * max(run.epochs, run.state.epoch))
         reason = f"To train on, raise max_epochs (it is {run.epochs}):"
     words = resume_words(
