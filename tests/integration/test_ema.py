@@ -54,6 +54,7 @@ def test_averaged_weights_are_exported_and_drawn(workplace, save_format):
         "gs00000-ema.png",
         "gs00009-ema.png",
     ]
+    assert "![samples of step 9, of EMA weights](samples.png)" in (checkpoint / "README.md").read_text()
 
 
 def test_both_kinds_of_samples_are_drawn_where_both_are_asked_for(workplace):

@@ -32,7 +32,7 @@ class Base:
     model: str
     """A hub id or an absolute path; in a published record, the path's last part."""
     fingerprint: str
-    """A hash of its weights."""
+    """A hash of values of each of its tensors."""
     revision: str | None = None
     """Its commit on the hub."""
 

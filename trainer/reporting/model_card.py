@@ -112,7 +112,7 @@ class Card:
         with appearing(folder / PAGE) as draft:
             draft.write_text(self._page(drawn, newest and newest[0]), encoding="utf-8")
 
-    def _page(self, drawn: bool, sampled: int | None) -> str:
+    def _page(self, drawn: bool, sampled: str | None) -> str:
         origin, artifact = self.origin, self.artifact
         header: dict[str, Any] = {"license": origin.license} if origin.license else {}
         if origin.hub:
@@ -155,12 +155,12 @@ class Card:
                 rows.append((f"rate of the {network}", f"{points[-1][1]:.3g} at step {points[-1][0]}"))
         return [*rows, ("time", f"{duration(self.state.seconds)} of training")]
 
-    def _newest(self, samples: Path) -> tuple[int, Path] | None:
-        """Return step and path of the newest samples; those of EMA weights only if there are no others."""
+    def _newest(self, samples: Path) -> tuple[str, Path] | None:
+        """Return the newest samples in words, and their path; those of EMA weights if there are no others."""
         matches = [(path, _SAMPLE_FILE.fullmatch(path.name)) for path in samples.glob("gs*.png")]
         found = [(int(match[1]), not match[2], path) for path, match in matches if match]
-        step, _, path = max((each for each in found if each[0] <= self.state.step), default=(0, True, None))
-        return None if path is None else (step, path)
+        step, own, path = max((each for each in found if each[0] <= self.state.step), default=(0, True, None))
+        return None if path is None else (f"step {step}" if own else f"step {step}, of EMA weights", path)
 
 
 def _text(text: str) -> str:
