@@ -121,7 +121,9 @@ def test_a_working_directory_that_is_gone_or_has_no_name_in_utf_8(
 
 
 def test_without_a_configuration_the_option_is_named(folder: Path):
-    assert refused().problems == ("--config: file not found: train.json; see --config",)
+    example = Path(__file__).resolve().parents[2] / "train.json"
+    advice = f"name yours, or to try the program {example}"
+    assert refused().problems == (f"--config: file not found: train.json; {advice}",)
 
 
 def test_a_file_that_may_not_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch):

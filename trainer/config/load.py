@@ -18,6 +18,7 @@ from trainer.config.optimizer_rules import apply_optimizer_rules
 from trainer.config.optimizers import BASE, Rates, read_optimizers
 from trainer.config.overrides import parse
 from trainer.config.paths import (
+    CONFIGS,
     FINDLAST,
     find,
     not_found,
@@ -147,7 +148,6 @@ def _check_names(argv: Sequence[str]) -> None:
 
 def _read(path: Path, file: str, named: Place, report: Report) -> Document | None:
     """Return a JSON file; None after reporting at `named` that it cannot be opened, or its syntax error."""
-    problem = ""
     try:
         if path.is_dir():
             inner = " (it holds train.json)" if (path / "train.json").exists() else ""
@@ -157,9 +157,9 @@ def _read(path: Path, file: str, named: Place, report: Report) -> Document | Non
     except FileNotFoundError:
         names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         close = closest(path.name, [name for name in names if name.endswith(".json")])
-        problem = f"file not found: {file}" + (
-            f"; did you mean '{shown_path(path.parent / close)}'?" if close else "; see --config"
-        )
+        first = f"name yours, or to try the program {shown_path(CONFIGS.parent / 'train.json')}"
+        hint = f"did you mean '{shown_path(path.parent / close)}'?" if close else first
+        problem = f"file not found: {file}; {hint}"
     except OSError as error:
         problem = f"{file} cannot be read: {error.strerror}"
     report.error(named, problem)
