@@ -27,6 +27,12 @@ FOLDER_FILES = (
 )
 """Names, in any case, of files about a whole folder, which never belong to an image of that name."""
 
+_UNREAD = (
+    "arw", "cr2", "cr3", "dng", "exr", "ico", "j2k", "jp2", "jxl", "nef", "orf", "pbm", "pgm", "ppm", "psd",
+    "raf", "raw", "rw2", "svg", "tga", "xcf",
+)  # fmt: skip
+"""Extensions of images in formats that are not read."""
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -57,6 +63,18 @@ class Folder:
     def images(self) -> tuple[str, ...]:
         """Names of image files, without masks."""
         return tuple(name for name in self.files if is_image(name) and not _is_mask(name))
+
+    @cached_property
+    def unread(self) -> tuple[str, ...]:
+        """Names of images in formats that are not read."""
+        return tuple(name for name in self.files if name.rpartition(".")[2].lower() in _UNREAD)
+
+    @cached_property
+    def captions_alone(self) -> tuple[str, ...]:
+        """Names of captions without an image, such as `cat.jpg.txt` or `Cat.txt` beside `cat.jpg`."""
+        stems = {*map(stem_of, self.images), *map(stem_of, self.unread), *FOLDER_FILES}
+        texts = self._by_ending.get(".txt", {}) | self._by_ending.get(".caption", {})
+        return tuple(sorted(name for stem, name in texts.items() if stem not in stems))
 
     @cached_property
     def masks(self) -> dict[str, str]:

@@ -110,6 +110,12 @@ class Scan:
             if repeat := repeats.get(below.removesuffix("/")):
                 here = replace(here, repeats=(repeat,))
             around[folder.path] = here
+            self._remark(
+                [Remark(file, "its format is not read; save it as PNG") for file in folder.unread], name
+            )
+            if folder.images:
+                text = "no image has this name, so nothing is captioned by it"
+                self._remark([Remark(file, text) for file in folder.captions_alone], name)
             self._images(folder, name, here, skipped)
         for file, images in skipped.items():
             are = "s are" if images > 1 else " is"

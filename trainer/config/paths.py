@@ -15,6 +15,7 @@ from data.regular import irregular
 from trainer.checkpoints.run_folder import by_timestamp
 from trainer.config.report import Place, Report, Written, closest
 from trainer.models.options import BASE_FILE
+from trainer.output import shown_path
 
 FINDLAST = "findlast"
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -58,6 +59,8 @@ def resolve_model(written: Written, report: Report) -> str | None:
     ]
     newest = ", its newest run" if runs else ""
     close = f"; did you mean '{written.value.rstrip('/')}/{inside[0]}'{newest}?" if inside else ""
+    if found.name == "ckpts":  # of its checkpoints the run chooses the newest
+        close = f"; did you mean its run, '{shown_path(found.parent)}'?"
     report.error(
         written.place,
         f"no model in {written.value}: a diffusers folder holds model_index.json beside unet, text_encoder, "

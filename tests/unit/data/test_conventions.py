@@ -614,6 +614,20 @@ def test_unknown_keys_are_remarked_with_the_nearest_known_one(root):
     ]
 
 
+def test_captions_without_an_image_and_formats_that_are_not_read_are_remarks(root):
+    for name in ("a.png", "b.png", "sub/c.png"):
+        picture(root / name)
+    for name in ("A.txt", "b.png.txt", "b.txt", "d.txt", "sub/e.CAPTION", "global.yaml", "multiply.txt"):
+        write(root / name, "" if name == "global.yaml" else "1")
+    for name in ("d.CR2", "sub/f.jxl"):
+        write(root / name, "x")
+    write(root / "texts/x.txt", "no image lies here, so this is no mistyped name")
+    assert sorted(map(str, index_of(root).notices)) == [
+        "A.txt, b.png.txt, sub/e.CAPTION: no image has this name, so nothing is captioned by it",
+        "d.CR2, sub/f.jxl: its format is not read; save it as PNG",
+    ]
+
+
 def test_remarks_about_folder_files(root):
     picture(root / "in/a.png")
     write(root / "multiply.txt", "2")
