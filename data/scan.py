@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.captions import CaptionSource, choose_caption, read_sidecars
-from data.captions.caption import without_main
+from data.captions.caption import Caption, without_main
 from data.captions.entry import SETTINGS, Entry, Remark, UnknownKey, first_setting
 from data.captions.text import TextFile
-from data.captions.wildcards import has_stray_brace
+from data.captions.wildcards import has_alternatives, has_stray_brace
 from data.errors import DataError, FileError
 from data.folder import FOLDER_FILES, Folder, list_folder, stem_of, walk
 from data.folder_files import read_global, read_local
@@ -241,8 +241,8 @@ class Scan:
             key: value for key in _RECORD_SETTINGS if (value := first_setting(entries, key)) is not None
         }
         caption = choose_caption(own, about.around, stem, prefix=self._caption_prefix)
-        if self._wildcards and any(has_stray_brace(version.text) for version in caption.versions):
-            self._remark([Remark(name, "braces that are no wildcard: nested, or one without the other")], "")
+        if remark := self._about_braces(caption):
+            self._remark([Remark(name, remark)], "")
         if about.kohya:  # whose keep_tokens counts the words before the first comma
             caption = without_main(caption)
         self.records.append(
@@ -257,6 +257,14 @@ class Scan:
                 **settings,
             )
         )
+
+    def _about_braces(self, caption: Caption) -> str:
+        texts = [version.text for version in caption.versions]
+        if not self._wildcards and any(map(has_alternatives, texts)):
+            return "{a|b} is trained as it is written; with wildcards one of the two is drawn each time"
+        if self._wildcards and any(map(has_stray_brace, texts)):
+            return "braces that are no wildcard: nested, or one without the other"
+        return ""
 
     def _mask(self, folder: Folder, file: str, size: tuple[int, int]) -> str:
         """Return the path of an image's mask in its folder, the image's own for its transparency, or ""."""

@@ -42,6 +42,11 @@ def has_wildcards(text: str) -> bool:
     return _PART.search(text) is not None
 
 
+def has_alternatives(text: str) -> bool:
+    """Return True if a text holds a wildcard, escaped braces aside."""
+    return any("|" in (match[1] or "") for match in _PART.finditer(text))
+
+
 def has_stray_brace(text: str) -> bool:
     """Return True if a text holds a brace of no wildcard: one that is nested, unclosed or never opened."""
     return not {"{", "}"}.isdisjoint(outside(text))

@@ -291,7 +291,7 @@ def test_a_run_that_is_out_of_time_saves_and_goes_on_to_the_bit(workplace, capsy
         )
         out = capsys.readouterr().out
         assert (
-            f"Stopped after step {steps} of 6" in out
+            f"Stopped after step {steps} of 6 by max_train_time: " in out
             and "--max_train_time" not in out.split("Resume with:")[1]
         )
     assert train.main(["--resume_ckpt", "findlast", "--max_train_time", "60"]) == 0

@@ -30,7 +30,8 @@ def results(run: Run, config: TrainConfig) -> list[str]:
     state, total = run.state, run.cadence.total_steps
     if state.step == 0:
         return ["Stopped before the first step: nothing is kept of this run."]
-    ended = "Done" if state.step >= total else f"Stopped after step {state.step} of {total}"
+    by = " by max_train_time" if run.out_of_time else ""
+    ended = "Done" if state.step >= total else f"Stopped after step {state.step} of {total}{by}"
     lines = [
         f"{ended}: {state.step} steps, {state.images} images in {duration(state.seconds)} of training.",
         *_skipped([file.name for file in run.loader.left_out]),
