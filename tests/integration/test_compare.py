@@ -206,8 +206,8 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(place):
         compare_optimizers.main([*command, "--save_every_n_epochs", "null", "--fixed_loss_images", "0"]) == 0
     )
     text = (place / "out/report/report.md").read_text()
-    assert "**Failed: wild: seed 7: no step has had finite gradients" in text
-    assert table(text, "Loss")["wild"][0] == "–" and table(text, "Cost")["adamw"][0] != "–"
+    assert "**Failed: adamw at 1e+30: seed 7: no step has had finite gradients" in text
+    assert table(text, "Loss")["adamw at 1e+30"][0] == "–" and table(text, "Cost")["adamw at 0.01"][0] != "–"
 
 
 def test_a_report_of_a_run_that_failed(tmp_path):
