@@ -477,7 +477,7 @@ def test_an_sd2_file_of_other_programs_loads_and_what_it_predicts_is_read_or_tol
         (note,) = models.notes
         assert note.startswith(f"resume_ckpt: {path} does not say what it predicts; v-prediction is assumed")
         convert(str(path), tmp_path / "folder")  # whose scheduler will say it as if it were certain
-        assert capsys.readouterr().err == f"Note: {note}\n"
+        assert capsys.readouterr().err == f"Note: source: {note.removeprefix('resume_ckpt: ')}\n"
     save_single_file(models, tmp_path / "again.safetensors", torch.float32)
     again = load(tmp_path / "again.safetensors")
     assert_same(again, second)
