@@ -144,7 +144,7 @@ def read_resume(folder: Path) -> tuple[TrainState, dict[str, Any]]:
         if min(state.step, state.epoch, state.step_in_epoch, state.images) < 0:
             raise ValueError("a count is negative")
         return state, about
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: the state of the run cannot be read ({said(error)}); choose another checkpoint."
         ) from error

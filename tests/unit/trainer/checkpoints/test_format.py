@@ -73,6 +73,15 @@ def test_a_run_that_went_back_is_ordered_by_its_branches(tmp_path):
     assert checkpoints(run) == [back, steps[2]] and (back / "resume").is_dir()
 
 
+@pytest.mark.parametrize("state", [None, [], "x", {"step": None}])
+def test_counters_that_are_none_are_refused(tmp_path, state):
+    folder = _save(tmp_path / "demo-20260101-000000", 7)
+    path = folder / "resume" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "state": state}))
+    with pytest.raises(UserError, match="the state of the run cannot be read"):
+        read_resume(folder)
+
+
 @pytest.mark.parametrize("place", ['"step": 1e999', '"step": 6, "branch": "x"', '"step": 6, "branch": []'])
 def test_a_manifest_with_an_odd_place_leaves_the_step_in_the_name(tmp_path, place):
     run = tmp_path / "demo-20260101-000000"
