@@ -65,7 +65,8 @@ class LatentPlan:
         if self.mode == "no":
             return "encoded in every step" + (f" ({self.why})" if self.why else "")
         place = "in memory" if self.mode == "memory" else "on the disk"
-        size = f"{len(self.entries):,} images, {self.size / 2**20:,.1f} MiB"
+        images = f"{len(self.entries):,} image{'' if len(self.entries) == 1 else 's'}"
+        size = f"{images}, {self.size / 2**20:,.1f} MiB"
         return f"encoded once, before training: {size}, kept {place}"
 
 
