@@ -28,7 +28,7 @@ from diffusers.schedulers.scheduling_pndm import PNDMScheduler  # noqa: E402
 
 Shape = Literal["small", "mini", "sd15", "sd2"]
 """small: two levels of one layer, the lower without attention; mini: two levels of one layer, both with
-attention (the embedded model's arrangement); sd15: four levels of two layers, the lowest without attention
+attention (the bundled model's arrangement); sd15: four levels of two layers, the lowest without attention
 (SD 1.5's arrangement); sd2: the same with what is SD 2.x's: linear projections, a number of heads for each
 level, a GELU in the text encoder, v-prediction and text 1024 wide, by which a file of it is known: hence 9
 million parameters."""

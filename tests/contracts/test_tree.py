@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LARGEST = 12_000_000  # bytes; the embedded model's UNet is the largest file
+LARGEST = 12_000_000  # bytes; the bundled model's UNet is the largest file
 MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(?:work|root|home/\w+|Users/\w+)/")
 
 

@@ -1,4 +1,4 @@
-"""Runs with and without kept latents: the same numbers, less work."""
+"""Runs with and without cached latents: the same numbers, less work."""
 
 import json
 import shutil
