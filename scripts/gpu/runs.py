@@ -103,8 +103,6 @@ def _arguments(job: Job, name: str, *arguments: str) -> list[str]:
         "save_format": "diffusers",
         "save_every_n_epochs": "null",
     }
-    if job.tiny:
-        settings["resolution"] = 64
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     return [*words, *arguments]
 
