@@ -13,6 +13,7 @@ from scripts.gpu.figures import ratios, training_rows
 from scripts.gpu.job import Job
 from scripts.gpu.page import page
 from scripts.gpu.worker import Workers
+from scripts.processes import started
 
 SIMILAR = [f"{kind} {name}" for kind in ("epochs", "training", "largest") for name in gpu_report.OPTIMIZERS]
 TRIED = {"epochs dadapt_adam8bit+fused", "training dadapt_adam_reference", "largest adamw8bit"}
@@ -77,6 +78,7 @@ def fail(job, tell):
 def test_a_step_that_does_not_finish_keeps_its_results(
     tmp_path, on_the_cpu, function, status, reason, results
 ):
+    started(["--help"], tmp_path / "help.txt").join()  # importing the libraries takes longer than 3 s
     workers, told = Workers("cpu"), []
     try:
         job = Job("a step", "cpu", True, tmp_path / "step")
