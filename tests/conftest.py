@@ -28,6 +28,12 @@ def pytest_configure(config):
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 
+def pytest_collection_modifyitems(items):
+    """Run the files with tests of many seconds first: one of them at the end would leave processes idle."""
+    longest = {f"test_{name}.py" for name in ("processes", "gpu_report", "compare", "signals", "output")}
+    items.sort(key=lambda item: item.path.name not in longest)
+
+
 def pytest_collection_finish():
     """Collect garbage again, but only among the objects of tests."""
     gc.freeze()
