@@ -5,7 +5,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import train
-from tests.runs import ADAMW, DADAPT, run_of, same_run, scalars, weights, write
+from tests.runs import ADAMW, DADAPT, run_of, same_run, scalars, unbroken, weights, write
 from trainer.checkpoints.listing import checkpoints, single_files
 from trainer.models.load import load_models
 from trainer.models.options import ModelOptions
@@ -57,9 +57,12 @@ def test_averaged_weights_are_exported_and_drawn(workplace, save_format):
     assert "![samples of step 9, of EMA weights](samples.png)" in (checkpoint / "README.md").read_text()
 
 
-def test_both_kinds_of_samples_are_drawn_where_both_are_asked_for(workplace):
+def test_both_kinds_of_samples_are_drawn_where_both_are_asked_for(workplace, capsys):
     write(workplace, ADAMW, **settings(max_epochs=1, ema_sample_ema_model=True, ema_sample_nonema_model=True))
     assert train.main([]) == 0
+    assert "samples: samples/gs00003.png; before training: samples/gs00000.png" in unbroken(
+        capsys.readouterr().out
+    ), "two of one kind"
     names = [path.name for path in sorted((run_of(workplace) / "samples").glob("*.png"))]
     assert names == ["gs00000-ema.png", "gs00000.png", "gs00003-ema.png", "gs00003.png"]
 

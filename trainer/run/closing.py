@@ -13,6 +13,7 @@ from trainer.checkpoints.listing import checkpoints, single_files
 from trainer.checkpoints.options import SaveOptions
 from trainer.config.schema import TrainConfig
 from trainer.environment import PROGRAM
+from trainer.models.ema import SUFFIX
 from trainer.output import WIDTH, duration, shown_path
 from trainer.planning.resume import joined, resume_words
 from trainer.run.announce import NAMED_FILES
@@ -80,8 +81,10 @@ def _samples(folder: Path) -> list[str]:
     found = sorted(folder.glob("gs*.png"))
     if not found:
         return []
-    before = f"; before training: samples/{found[0].name}" if found[0].name.startswith("gs00000") else ""
-    return [f"  samples:   samples/{found[-1].name}{before if len(found) > 1 else ''}"]
+    own = [path for path in found if not path.stem.endswith(SUFFIX)] or found  # else of EMA weights alone
+    first, last = own[0].name, own[-1].name
+    before = f"; before training: samples/{first}" if first.startswith("gs00000") and first != last else ""
+    return [f"  samples:   samples/{last}{before}"]
 
 
 def _use(run: Path, whole: Sequence[Path], saving: SaveOptions, *, adapters: bool) -> list[str]:
