@@ -39,6 +39,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number and what it counts, such as 1 image or 2,400 images."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def wrapped(line: str, *, hang: int, width: int = WIDTH, start: str = "") -> list[str]:
     """Break a line between words: `start` precedes the first part, `hang` spaces the others."""
     return textwrap.wrap(

@@ -68,6 +68,9 @@ def find_columns(names: Sequence[str], *, base: str | None, against: Sequence[st
     """
     first = base or next((found for found in map(_start_of, names) if found is not None), None)
     if first is None:
+        for name in names:
+            if not Path(name).expanduser().exists() and name.count("/") != 1:  # nor a hub id
+                raise UserError(f"{name}: there is no such run, checkpoint or model; correct the path.")
         raise UserError("--base: no run named here records its base; name a model, or give --base none.")
     runs = [name for name in names if _is_run(name)]
     columns = [] if first == "none" else [Column("base", first)]

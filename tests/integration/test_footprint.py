@@ -398,3 +398,6 @@ def test_lines_name_the_peak_and_what_would_fit():
         lines[-2].startswith("does not fit into the 8.0 GiB of the GPU")
         and lines[-1] == "  Set x to y. Then 7.0 GiB, which fits."
     )
+    wide, tight = (replace(found, holds=size * gib).lines()[-1] for size in (13, 12))
+    assert wide == "fits into the 13.0 GiB of the GPU"
+    assert tight == "fits into the 12.0 GiB of the GPU, if no desktop or other program takes any"

@@ -348,6 +348,7 @@ def test_text_encoders_under_either_name_are_merged(three, tmp_path):
     ("arguments", "sentence"),
     [
         ([], "--base: no run named here records its base"),
+        (["nowhere"], "nowhere: there is no such run, checkpoint or model"),
         (["--base", "none"], "no model to draw with"),
         (["nowhere/at/all", "--base", "none", "--prompts", "x"], "there is no folder or file nowhere/at/all"),
         (["--base", "m", "--x", "seeds", "--y", "seeds"], "both are seeds"),

@@ -27,6 +27,7 @@ from trainer.checkpoints.options import SaveOptions
 from trainer.checkpoints.run_folder import by_timestamp
 from trainer.errors import UserError
 from trainer.models.tensor_file import read_metadata
+from trainer.output import counted
 
 _NUMBER = re.compile(r"[0-9]{1,18}")
 
@@ -44,8 +45,8 @@ def find_last(logdir: Path, project: str, *, weights_only: bool = False) -> tupl
         reverse=True,
     )
     none = (
-        f"findlast found no checkpoint of project {project!r} to resume in {logdir} ({len(runs)} runs "
-        "looked at)"
+        f"findlast found no checkpoint of project {project!r} to resume in {logdir} "
+        f"({counted(len(runs), 'run')} looked at)"
     )
     return _newest(
         runs, f"{none}; name a model to start a new run.", weights_only=weights_only, project=project

@@ -11,6 +11,7 @@ from data.index import Index, build_index
 from data.options import DataOptions
 from data.split import hold_out, take_out
 from trainer.evaluation.options import ValidationFile
+from trainer.output import counted
 from trainer.reporting.tags import VALIDATION_LOSS
 
 
@@ -34,7 +35,7 @@ class Split:
 
     def lines(self) -> list[str]:
         """Describe the validation sets."""
-        return [f"{len(held.index.records):,} images as {held.tag}" for held in self.held_out]
+        return [f"{counted(len(held.index.records), 'image')} as {held.tag}" for held in self.held_out]
 
 
 def split_images(

@@ -16,7 +16,7 @@ from data.report import DatasetReport, report
 from trainer.config.schema import TrainConfig
 from trainer.diffusion.conditioning import Tokenize
 from trainer.errors import UserError
-from trainer.output import say, wrapped
+from trainer.output import counted, say, wrapped
 from trainer.planning.contact_sheets import ContactSheets
 from trainer.planning.disk import plan_disk
 from trainer.planning.memory import Estimate
@@ -128,7 +128,7 @@ def _examine(
         index = replace(index, records=sound, bad=(*index.bad, *damaged))
         data = _report(plan, index, tokenize)
         plan = replace(plan, latents=_latents(plan, index, processes))
-        files = f"{len(damaged)} damaged image{'s' if len(damaged) > 1 else ''}"
+        files = counted(len(damaged), "damaged image")
         notes.append(
             f"{files} will be skipped but counted in the steps: a step that would show one has fewer images"
         )

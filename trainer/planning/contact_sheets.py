@@ -16,6 +16,7 @@ from data.masked import read_view
 from data.record import BadFile, Record
 from trainer.errors import UserError
 from trainer.evaluation.image_grid import labelled_row, tiled
+from trainer.output import counted
 
 PER_SHEET = 60
 """Images of one sheet."""
@@ -55,7 +56,7 @@ class ContactSheets:
             for resolution in self._resolutions:
                 for bucket, records in self._buckets(resolution).items():
                     several = f"{resolution}-" if len(self._resolutions) > 1 else ""
-                    count = f"{len(records)} image{'s' if len(records) > 1 else ''}"
+                    count = counted(len(records), "image")
                     for start in range(0, len(records), PER_SHEET):
                         shown = records[start : start + PER_SHEET]
                         paged = len(records) > PER_SHEET

@@ -110,7 +110,8 @@ class Estimate:
         device = "GPU" if self.device == "cuda" else "main memory that are available"
         of = f"the {self.holds / _GIB:.1f} GiB of the {device}"
         if self.fits:
-            return [f"fits into {of}"]
+            tight = self.device == "cuda" and self.peak > (1 - SLACK) * self.holds
+            return [f"fits into {of}{', if no desktop or other program takes any' if tight else ''}"]
         lines = [f"does not fit into {of}; what would spare memory, the cheapest first:"]
         for sentence, peak in self.spared:
             fits = ", which fits." if peak <= self.holds else "."

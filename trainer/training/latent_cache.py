@@ -22,6 +22,7 @@ from data.options import DataOptions
 from trainer.diffusion.conditioning import Contexts
 from trainer.diffusion.moments import encode_pixels
 from trainer.errors import UserError
+from trainer.output import counted
 from trainer.training.options import CacheOptions
 from trainer.training.precision import Precision
 from trainer.transfer import to_device
@@ -65,8 +66,7 @@ class LatentPlan:
         if self.mode == "no":
             return "encoded in every step" + (f" ({self.why})" if self.why else "")
         place = "in memory" if self.mode == "memory" else "on the disk"
-        images = f"{len(self.entries):,} image{'' if len(self.entries) == 1 else 's'}"
-        size = f"{images}, {self.size / 2**20:,.1f} MiB"
+        size = f"{counted(len(self.entries), 'image')}, {self.size / 2**20:,.1f} MiB"
         return f"encoded once, before training: {size}, kept {place}"
 
 

@@ -175,7 +175,7 @@ def test_findlast_without_a_checkpoint_says_what_it_looked_at(tmp_path):
     (broken / "unet" / "weights.bin").unlink()
     with pytest.raises(UserError) as error:
         find_last(tmp_path, "demo")
-    assert "1 runs looked at" in error.value.problems[0] and "weights.bin" in error.value.problems[1]
+    assert "1 run looked at" in error.value.problems[0] and "weights.bin" in error.value.problems[1]
     assert len(error.value.problems) == 2, "there are no weights to offer"
 
 
