@@ -166,7 +166,7 @@ def curves(end: Finished) -> dict[str, Any]:
     found = {
         tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
     }
-    return {"curves": found, "peak": end.peak, "parts": end.parts}
+    return {"curves": found, "peak": end.peak}
 
 
 def judged(checkpoint: Path, sheet: Path) -> dict[str, float]:
