@@ -176,6 +176,16 @@ def test_infinite_gradients_without_end_stop_the_run_with_images_and_timesteps(
     assert train.main(["--resume_ckpt", "findlast", "--max_epochs", "5"]) == 0
 
 
+def test_a_run_that_fails_in_its_last_step_is_not_done(workplace, monkeypatch, capsys):
+    write(workplace, ADAMW, **SETTINGS)
+    monkeypatch.setattr("trainer.training.health.MOST_SKIPPED", 2)
+    poison(monkeypatch, {5, 6}, float("inf"), where="gradients")
+    assert train.main([]) == 1
+    told = capsys.readouterr()
+    assert "(now at step 6)" in told.err and "Stopped after step 6 of 6: " in told.out
+    assert "Done" not in told.out and "max_epochs" not in told.out
+
+
 def test_gradients_that_are_infinite_in_a_fused_backward_end_the_run_without_a_half_made_step(
     workplace, monkeypatch, capsys
 ):

@@ -26,13 +26,15 @@ HANG = 13
 """Columns of a line's label."""
 
 
-def results(run: Run, config: TrainConfig) -> list[str]:
+def results(run: Run, config: TrainConfig, *, failed: bool = False) -> list[str]:
     """Return what a run has made, whether it is at its end or stopped, with labels of `HANG` columns."""
     state, total = run.state, run.cadence.total_steps
     if state.step == 0:
         return ["Stopped before the first step: nothing is kept of this run."]
     by = " by max_train_time" if run.out_of_time else ""
-    ended = "Done" if state.step >= total else f"Stopped after step {state.step} of {total}{by}"
+    ended = (
+        "Done" if state.step >= total and not failed else f"Stopped after step {state.step} of {total}{by}"
+    )
     lines = [
         f"{ended}: {state.step} steps, {state.images} images in {duration(state.seconds)} of training.",
         *_skipped([file.name for file in run.loader.left_out]),
@@ -45,8 +47,13 @@ def results(run: Run, config: TrainConfig) -> list[str]:
     return lines
 
 
-def how_to_resume(run: Run, config: TrainConfig, arguments: Sequence[str]) -> list[str]:
-    """Return the command that resumes a run, on lines that a shell takes as one, if it has a checkpoint."""
+def how_to_resume(
+    run: Run, config: TrainConfig, arguments: Sequence[str], *, failed: bool = False
+) -> list[str]:
+    """Return the command that resumes a run, on lines that a shell takes as one.
+
+    There is none without a checkpoint, or if all steps are made and the run has failed.
+    """
     if not any((folder / RESUME).is_dir() for folder in checkpoints(run.folder)):
         return []
     changed: dict[str, str] = {}
@@ -56,6 +63,8 @@ def how_to_resume(run: Run, config: TrainConfig, arguments: Sequence[str]) -> li
         changed["max_train_time"] = "null"
     reason = "Resume with:"
     if run.state.step >= run.cadence.total_steps and not run.state.pending and run.saver.up_to_date:
+        if failed:
+            return []
         changed["max_epochs"] = str(2 * max(run.epochs, run.state.epoch))
         reason = f"To train on, raise max_epochs (it is {run.epochs}):"
     words = resume_words(

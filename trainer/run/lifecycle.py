@@ -103,9 +103,9 @@ def _close(run: Run, config: TrainConfig, arguments: Sequence[str], *, failed: b
     run.records.loggers.close()
     if not run.processes.main:
         return
-    for line in results(run, config):
+    for line in results(run, config, failed=failed):
         console.event(line, hang=HANG)
-    for line in how_to_resume(run, config, arguments):
+    for line in how_to_resume(run, config, arguments, failed=failed):
         console.event(line, whole=True)
     if failed or state.step == 0:  # a failed run will be resumed, or its rate is what made it fail
         return
