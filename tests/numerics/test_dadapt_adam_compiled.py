@@ -6,6 +6,9 @@ compile.
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 import warnings
 from functools import partial
 
@@ -372,24 +375,37 @@ def test_the_fastest_way_is_chosen_once_for_all_processes(trials, monkeypatch, f
     assert compiled[2:] == ["default" if fastest == EAGER else fastest], "the others are not compiled again"
 
 
-def test_the_first_choice_written_holds_for_processes_that_measured_at_the_same_time(
-    trials, monkeypatch, tmp_path
-):
+def test_the_first_choice_written_holds_for_processes_that_measured_at_the_same_time(trials, monkeypatch):
     seconds, _ = trials
-    slow = Trial.timed
+    slow, folder = Trial.timed, choice.own_cache()
 
     def other_process_is_first(trial):
-        for name in [path.name for path in tmp_path.iterdir()] or [place.name]:
-            (tmp_path / name).write_text("default")
+        for name in [path.name for path in folder.iterdir()] or [place.name]:
+            (folder / name).write_text("default")
         return slow(trial)
 
     choose(*KEY)
-    (place,) = tmp_path.iterdir()
+    (place,) = folder.iterdir()
     place.unlink()
     monkeypatch.setattr(choice, "chosen", {})
     monkeypatch.setattr(Trial, "timed", other_process_is_first)
     assert choose(*KEY).way == "default" and seconds["default"] > seconds["512-bit vectors"]
-    assert [path.name for path in tmp_path.iterdir()] == [place.name], "nothing is left behind"
+    assert [path.name for path in folder.iterdir()] == [place.name], "nothing is left behind"
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs two kinds of vectors in one CPU"
+)
+def test_code_of_other_vectors_is_not_taken_from_the_cache(tmp_path):
+    """torch's own key of it names no CPU, and the compiler's test fails or finds wrong results then."""
+    code = (
+        "import torch; from trainer.models.compiled import require_compiler; "
+        "require_compiler(torch.device('cpu'))"
+    )
+    for capability in ("avx512", "avx2", "avx512"):
+        env = {"ATEN_CPU_CAPABILITY": capability, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        subprocess.run([sys.executable, "-c", code], env=os.environ | env, check=True)
+    assert len(list(tmp_path.glob("cpu-*"))) == 2
 
 
 def test_eager_is_only_chosen_where_other_processes_learn_of_it(trials, monkeypatch):

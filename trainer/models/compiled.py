@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
+from trainer.optim.dadapt.choice import own_cache
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,7 @@ def require_compiler(device: torch.device) -> None:
     try:
         if torch._dynamo.config.disable:
             raise RuntimeError("TORCH_COMPILE_DISABLE is set")
+        own_cache()
         numbers = torch.linspace(0.0, 1.0, 64, device=device, requires_grad=True)
         torch.compile(lambda x: (x * x).sin().sum(), fullgraph=True)(numbers).backward()
         x = numbers.detach()

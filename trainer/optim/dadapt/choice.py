@@ -152,11 +152,24 @@ def has_512_bits() -> bool:
 
 def _place(bits: int, every: int, weights: torch.dtype) -> Path:
     """Return the file of the choice for this CPU, this compiler and this torch."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
     key = [cpu_model(), compiler(), torch.__version__, torch.get_num_threads(), bits, every, str(weights)]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    return Path(cache_dir()) / f"dadapt-{name}.txt"
+    return own_cache() / f"dadapt-{name}.txt"
+
+
+def own_cache() -> Path:
+    """Make torch keep compiled code in a folder of this CPU's own, and return it.
+
+    torch's key of such code does not name the CPU: code that was compiled for vectors of 512 bits gives wrong
+    results where torch works with 256.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    key = f"{cpu_model()} {torch.backends.cpu.get_cpu_capability()}"
+    name = f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    if (folder := Path(cache_dir())).name != name:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / name)
+    return Path(cache_dir())
 
 
 def _kept(place: Path, way: str) -> str:
