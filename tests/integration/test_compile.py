@@ -38,7 +38,7 @@ def graphs(monkeypatch):
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda network, **options: compile_(network, backend=backend, **options)
     )
-    monkeypatch.setattr(compiled, "require_compiler", lambda device: None)
+    monkeypatch.setattr("trainer.run.lifecycle.require_compiler", lambda device: None)
     torch._dynamo.reset()
     yield found
     torch._dynamo.reset()
