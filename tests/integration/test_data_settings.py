@@ -337,5 +337,9 @@ def test_contact_sheets_show_each_image_as_it_is_cropped(workplace, no_estimate,
     (workplace / "taken").write_text("a file")
     assert train.main(["--check", "--contact_sheets", "pictures/sheets"]) == 2
     assert "lies inside" in capsys.readouterr().err and not (workplace / "pictures/sheets").exists()
+    (workplace / "linked").symlink_to("pictures")
+    for option in ("--contact_sheets", "--logdir"):
+        assert train.main(["--check", "--data_root", "linked", option, "pictures/new"]) == 2
+        assert "lies inside" in capsys.readouterr().err, option
     assert train.main(["--check", "--contact_sheets", "taken"]) == 2
     assert "--contact_sheets: taken cannot be written to" in capsys.readouterr().err

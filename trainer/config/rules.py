@@ -267,7 +267,8 @@ def _cache(settings: Settings) -> None:
 def _folders(settings: Settings) -> None:
     roots, logdir = settings["data_root"], Path(settings["logdir"]).resolve()
     for root in map(Path, [roots] if isinstance(roots, str) else roots):
-        inside = logdir.relative_to(root).parts if root.is_dir() and logdir.is_relative_to(root) else None
+        real = root.resolve()
+        inside = logdir.relative_to(real).parts if root.is_dir() and logdir.is_relative_to(real) else None
         if inside is not None and not any(part.startswith(".") for part in inside):  # hidden ones are skipped
             settings.error(
                 f"the folder {settings['logdir']} lies inside the images' {shown_path(root)}, so that the "

@@ -147,7 +147,8 @@ def _draw(
     dataset: DatasetReport, index: Index, config: TrainConfig, folder: Path
 ) -> tuple[list[Path], tuple[BadFile, ...]]:
     """Write the contact sheets; return their paths and the images that could not be decoded."""
-    if root := next((root for root in dataset.roots if folder.resolve().is_relative_to(root)), None):
+    place = folder.resolve()
+    if root := next((root for root in dataset.roots if place.is_relative_to(Path(root).resolve())), None):
         raise UserError(f"--contact_sheets: {folder} lies inside {root}; name a folder outside the images.")
     used = [record for record in index.records if record.multiply > 0]
     sheets = ContactSheets(used, config.data.resolutions, {long.name: long.cut for long in dataset.long})
